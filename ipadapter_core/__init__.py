@@ -1,0 +1,131 @@
+"""IP-Adapter as a library: files, projectors, layer tables and the image attention. torch and safetensors
+only.
+"""
+
+from .adapter import (
+    IPAdapter,
+    adapter_from_checkpoint,
+    export_state,
+    init_adapter,
+    load_adapter,
+    save_adapter,
+)
+from .attention import SCALINGS, Attend, KeyValue, Scaling, image_attention, scale_keys_values
+from .build import build_layers, build_lora, build_projector, load_layers, load_projector
+from .checkpoint import AdapterCheckpoint, checkpoint_from_state, read_checkpoint
+from .compatible import check_compatible
+from .errors import AdapterError
+from .infer import infer_spec, shortcut_hint
+from .layers import (
+    ImageKeyValueLayers,
+    Layer,
+    Site,
+    attention_ids,
+    comfy_block_ids,
+    cross_attention_sites,
+    diffusers_sites,
+    init_from_unet,
+    layer_keys_values,
+    layer_table,
+)
+from .layouts import looks_like
+from .lora import LoraLayers
+from .masks import level_grid, resize_mask
+from .operations import Operations
+from .projectors import FaceIDPlusProjection, FaceIDProjection, FullProjection, ImageProjection, Resampler
+from .spec import (
+    FAMILIES,
+    FAMILY_NAMES,
+    KINDS,
+    METADATA_BASE_FAMILY,
+    METADATA_DIM_HEAD,
+    METADATA_ENCODER,
+    METADATA_KIND,
+    METADATA_NEGATIVE,
+    METADATA_SHORTCUT,
+    METADATA_TOKENS,
+    AdapterSpec,
+    Feature,
+    Kind,
+    family_of,
+    new_spec,
+    spec_metadata,
+    with_shortcut,
+)
+from .tensors import TensorMap
+from .unet import AdapterApplication, ImageAttnProcessor, Injection, inject
+from .weight_types import WEIGHT_TYPES, LayerWeight, WeightType, layer_weights, weight_layout
+
+__all__ = [
+    "FAMILIES",
+    "FAMILY_NAMES",
+    "KINDS",
+    "METADATA_BASE_FAMILY",
+    "METADATA_DIM_HEAD",
+    "METADATA_ENCODER",
+    "METADATA_KIND",
+    "METADATA_NEGATIVE",
+    "METADATA_SHORTCUT",
+    "METADATA_TOKENS",
+    "SCALINGS",
+    "WEIGHT_TYPES",
+    "AdapterApplication",
+    "AdapterCheckpoint",
+    "AdapterError",
+    "AdapterSpec",
+    "Attend",
+    "FaceIDPlusProjection",
+    "FaceIDProjection",
+    "Feature",
+    "FullProjection",
+    "IPAdapter",
+    "ImageAttnProcessor",
+    "ImageKeyValueLayers",
+    "ImageProjection",
+    "Injection",
+    "KeyValue",
+    "Kind",
+    "Layer",
+    "LayerWeight",
+    "LoraLayers",
+    "Operations",
+    "Resampler",
+    "Scaling",
+    "Site",
+    "TensorMap",
+    "WeightType",
+    "adapter_from_checkpoint",
+    "attention_ids",
+    "build_layers",
+    "build_lora",
+    "build_projector",
+    "check_compatible",
+    "checkpoint_from_state",
+    "comfy_block_ids",
+    "cross_attention_sites",
+    "diffusers_sites",
+    "export_state",
+    "family_of",
+    "image_attention",
+    "infer_spec",
+    "init_adapter",
+    "init_from_unet",
+    "inject",
+    "layer_keys_values",
+    "layer_table",
+    "layer_weights",
+    "level_grid",
+    "load_adapter",
+    "load_layers",
+    "load_projector",
+    "looks_like",
+    "new_spec",
+    "read_checkpoint",
+    "resize_mask",
+    "save_adapter",
+    "scale_keys_values",
+    "shortcut_hint",
+    "spec_metadata",
+    "weight_layout",
+    "with_shortcut",
+]

@@ -1,0 +1,230 @@
+"""A whole adapter: projector, image layers and LoRA, from a file or fresh, and back to a file."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor, nn
+
+from .attention import KeyValue
+from .build import build_layers, build_lora, build_projector, load_layers, load_projector
+from .checkpoint import AdapterCheckpoint, read_checkpoint
+from .errors import AdapterError
+from .infer import infer_spec
+from .layers import ImageKeyValueLayers, layer_keys_values
+from .lora import LoraLayers
+from .operations import Operations
+from .projectors import FaceIDPlusProjection
+from .spec import AdapterSpec, spec_metadata, with_shortcut
+
+
+class IPAdapter(nn.Module):
+    """An IP-Adapter in memory. `spec` describes it, `metadata` is the file's, `lora` is None for most kinds.
+
+    `forward` is `keys_values(encode(...))`, so that a trainer can wrap the adapter for distributed training.
+    """
+
+    def __init__(
+        self,
+        spec: AdapterSpec,
+        projector: nn.Module,
+        layers: ImageKeyValueLayers,
+        lora: LoraLayers | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.metadata: dict[str, str] = dict(metadata or {})
+        self.projector = projector
+        self.layers = layers
+        self.lora = lora
+
+    def forward(self, *features: Tensor) -> tuple[KeyValue, ...]:
+        return self.keys_values(self.encode(*features))
+
+    def encode(self, *features: Tensor) -> Tensor:
+        """Image features -> tokens [B, T, D].
+
+        base: image_embeds [B, E]. plus, full: penultimate hidden states [B, L, E]. faceid, portrait: face
+        embeddings [B, F] or [B, faces, F]. faceid-plus: face embeddings [B, F] and the face crop's
+        penultimate hidden states.
+
+        Raises AdapterError when the features are not what this adapter was trained on.
+        """
+        widths = [width for width in (self.spec.face_width, self.spec.image_width) if width is not None]
+        if len(features) != len(widths):
+            raise AdapterError(
+                f"This {self.spec.kind} adapter takes {len(widths)} features ({self.spec.feature}), "
+                f"{len(features)} were given. Use {self.spec.encoder}."
+            )
+        for feature, width in zip(features, widths, strict=True):
+            if feature.shape[-1] != width:
+                raise AdapterError(
+                    f"The features are {feature.shape[-1]} wide, this {self.spec.kind} adapter takes {width} "
+                    f"({self.spec.feature}). Use {self.spec.encoder}."
+                )
+        if self.spec.kind == "base" and features[0].ndim != 2:
+            raise AdapterError(
+                f"The features have shape {tuple(features[0].shape)}, this base adapter takes [B, "
+                f"{widths[0]}]: "
+                "the encoder's image_embeds, not its hidden states."
+            )
+        if self.spec.kind in ("plus", "full") and features[0].ndim != 3:
+            raise AdapterError(
+                f"The features have shape {tuple(features[0].shape)}, this {self.spec.kind} adapter takes "
+                "[B, L, "
+                f"{widths[0]}]: the encoder's penultimate hidden states, not its image_embeds."
+            )
+        return cast("Tensor", self.projector(*features))
+
+    def negative_tokens(
+        self,
+        image_features: Tensor | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Tokens [B, T, D] of the unconditional branch, as in training (reference/peers.md 2.2 and 2.3).
+
+        base, faceid, portrait: the projection of zeros (not zero tokens), B = 1. plus, full and faceid-plus
+        need `image_features` [B, L, E]: the encoding of zero pixel values (zeros AFTER the encoder's
+        normalisation). `device` and `dtype` are those of the zeros; default: the projector's.
+
+        Raises AdapterError when image features are needed and were not given.
+        """
+        spec = self.spec
+        if spec.feature != "image_embeds" and spec.image_width is not None and image_features is None:
+            raise AdapterError(
+                f"The negative tokens of a {spec.kind} adapter need the penultimate hidden states "
+                f"[B, L, {spec.image_width}] of an image of zero pixel values. Encode it with "
+                f"{spec.encoder} and pass it."
+            )
+        like = next(self.projector.parameters())
+        if spec.face_width is not None:
+            batch = 1 if image_features is None else image_features.shape[0]
+            zeros = torch.zeros(
+                batch, spec.face_width, device=device or like.device, dtype=dtype or like.dtype
+            )
+            return (
+                self.encode(zeros)
+                if spec.image_width is None
+                else self.encode(zeros, cast("Tensor", image_features))
+            )
+        if image_features is not None:
+            return self.encode(image_features)
+        return self.encode(
+            torch.zeros(
+                1, cast("int", spec.image_width), device=device or like.device, dtype=dtype or like.dtype
+            )
+        )
+
+    def keys_values(self, tokens: Tensor) -> tuple[KeyValue, ...]:
+        """Tokens [B, T, D] -> one KeyValue per layer in id order. Call it once per image, not per step."""
+        return layer_keys_values(self.layers, tokens)
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    *,
+    operations: Operations = nn,
+    dtype: torch.dtype | None = None,
+    shortcut: bool | None = None,
+) -> IPAdapter:
+    """Load an adapter file of any published layout; frozen, on the CPU, in the file's dtype unless `dtype`
+    is given.
+
+    `shortcut` chooses FaceID-plus v2 (True) or v1 (False) and wins over the metadata.
+
+    Raises AdapterError, see `read_checkpoint` and `infer_spec`; also for weights that hold NaN or infinity.
+    """
+    return adapter_from_checkpoint(
+        read_checkpoint(path), operations=operations, dtype=dtype, shortcut=shortcut
+    )
+
+
+def adapter_from_checkpoint(
+    checkpoint: AdapterCheckpoint,
+    *,
+    operations: Operations = nn,
+    dtype: torch.dtype | None = None,
+    shortcut: bool | None = None,
+) -> IPAdapter:
+    """`load_adapter` for a checkpoint that is already open."""
+    spec = with_shortcut(infer_spec(checkpoint), shortcut)
+    projector = load_projector(checkpoint, spec, operations=operations, dtype=dtype)
+    layers, lora = load_layers(checkpoint, spec, operations=operations, dtype=dtype)
+    return IPAdapter(spec, projector, layers, lora, checkpoint.metadata).eval()
+
+
+def init_adapter(
+    spec: AdapterSpec,
+    *,
+    operations: Operations = nn,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> IPAdapter:
+    """A fresh, trainable adapter. Copy the UNet's own weights into its layers next:
+    `init_from_unet(adapter.layers, unet)`.
+
+    The LoRA starts as an update of zero.
+    """
+    projector = build_projector(spec, operations=operations, device=device, dtype=dtype)
+    layers = build_layers(spec, operations=operations, device=device, dtype=dtype)
+    lora = build_lora(spec, operations=operations, device=device, dtype=dtype)
+    if lora is not None:
+        lora.reset()
+    return IPAdapter(spec, projector, layers, lora, spec_metadata(spec))
+
+
+def export_state(adapter: IPAdapter) -> dict[str, Tensor]:
+    """The adapter under its published flat keys: `image_proj.*` and `ip_adapter.*` (LoRA included)."""
+    state: dict[str, Tensor] = {f"image_proj.{k}": v for k, v in adapter.projector.state_dict().items()}
+    for part in (adapter.layers, adapter.lora):
+        if part is not None:
+            state.update({f"ip_adapter.{k}": v for k, v in part.state_dict().items()})
+    return state
+
+
+def save_adapter(
+    path: str | os.PathLike[str], adapter: IPAdapter, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a .safetensors file that every IP-Adapter host loads. It appears whole or not at all.
+
+    The spec goes into the header (`spec_metadata`); `metadata` adds provenance and wins on equal keys.
+
+    Raises AdapterError for a path that is not .safetensors or weights that are not finite; OSError or
+    SafetensorError when the disk refuses (no half file stays).
+    """
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise AdapterError(
+            f"{target}: adapters are saved as .safetensors. Change the suffix {target.suffix!r}."
+        )
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in export_state(adapter).items()}
+    for key, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{target}: not saved, {key} holds NaN or infinity. The training diverged.")
+    # Written beside the target, so that the replacement is atomic (one file system).
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        save_file(
+            state, str(temporary), metadata={**spec_metadata(_current_spec(adapter)), **(metadata or {})}
+        )
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _current_spec(adapter: IPAdapter) -> AdapterSpec:
+    """The spec with the shortcut that the projector really uses."""
+    if isinstance(adapter.projector, FaceIDPlusProjection):
+        return with_shortcut(adapter.spec, adapter.projector.shortcut)
+    return adapter.spec

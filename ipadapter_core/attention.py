@@ -1,0 +1,128 @@
+"""Decoupled image cross-attention: the term that IP-Adapter adds to the text attention (arXiv 2308.06721,
+eq. 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import AdapterError
+
+Scaling = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
+SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention over split heads: query [B, H, N, d], key and value [B, H, T, d] -> [B, H, N, d]."""
+
+C_PENALTY_WIDTH = 1280  # the widest layer of SD1.5 and SDXL: there the penalty is 1
+
+
+class KeyValue(NamedTuple):
+    """Image keys and values of one cross-attention layer, each [B, T, C]."""
+
+    key: Tensor
+    value: Tensor
+
+
+def scale_keys_values(
+    key_value: KeyValue,
+    weight: float | Tensor = 1.0,
+    scaling: Scaling = "V only",
+    *,
+    images: int = 1,
+) -> tuple[KeyValue, float | Tensor]:
+    """Fold `weight` into keys and values once, before sampling.
+
+    `key_value` holds [B, T, C] tensors; `weight` is a number or a tensor of B numbers. With several images
+    concatenated along T, `images` is their count, because the mean of "K+mean(V)" is taken per image.
+
+    Returns the scaled pair and the weight that is left for the attention's output: all of it for "V only"
+    (exact: attention is linear in V), 1.0 for the other modes. Modes as in ComfyUI_IPAdapter_plus
+    (reference/ipadapter_plus.md 2.4).
+
+    Raises AdapterError for an unknown mode, or when T is not a multiple of `images`.
+    """
+    if scaling == "V only":
+        return key_value, weight
+    if scaling not in SCALINGS:
+        raise AdapterError(f"Unknown embeds scaling {scaling!r}. Use one of: {', '.join(SCALINGS)}.")
+    key, value = key_value
+    rows = _per_row(weight, key)
+    if scaling != "K+V":
+        rows = rows * (key.shape[-1] / C_PENALTY_WIDTH)
+    if scaling == "K+mean(V) w/ C penalty":
+        return KeyValue(key * rows, _scale_mean(value, rows, images)), 1.0
+    return KeyValue(key * rows, value * rows), 1.0
+
+
+def image_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    *,
+    weight: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    scaling: Scaling = "V only",
+    attend: Attend = F.scaled_dot_product_attention,
+) -> Tensor:
+    """Attention of the picture's queries to the image tokens, to be ADDED to the text attention before
+    `to_out`.
+
+    query [B, N, C]; key and value [B or 1, T, C], cast to the query's dtype; `weight` a number or a tensor of
+    B numbers; `mask` [B or 1, N, 1] (see `resize_mask`). Returns [B, N, C].
+
+    Raises AdapterError when the widths or the batch sizes do not fit.
+    """
+    batch, _, channels = query.shape
+    if channels % heads or key.shape[-1] != channels or value.shape != key.shape:
+        raise AdapterError(
+            f"Image attention: queries are {channels} wide with {heads} heads, keys are {tuple(key.shape)} "
+            "and "
+            f"values {tuple(value.shape)}. They must share their width; use the layer that has this id."
+        )
+    if key.shape[0] not in (1, batch):
+        raise AdapterError(
+            f"Image attention: {key.shape[0]} rows of image keys for a batch of {batch}. Pass 1 row or "
+            f"{batch} rows."
+        )
+    scaled, left = scale_keys_values(KeyValue(key.to(query.dtype), value.to(query.dtype)), weight, scaling)
+    out = attend(
+        _split_heads(query, heads, batch),
+        _split_heads(scaled.key, heads, batch),
+        _split_heads(scaled.value, heads, batch),
+    )
+    out = out.transpose(1, 2).reshape(query.shape)
+    if isinstance(left, Tensor) or left != 1.0:
+        out = out * _per_row(left, out)
+    if mask is not None:
+        out = out * mask.to(out)
+    return out
+
+
+def _scale_mean(value: Tensor, rows: Tensor | float, images: int) -> Tensor:
+    """Scale each image's mean value and leave the differences between its tokens as they are."""
+    if value.shape[1] % images:
+        raise AdapterError(
+            f"{value.shape[1]} image tokens do not divide into {images} images. Check `images`."
+        )
+    batch, tokens, channels = value.shape
+    per_image = value.reshape(batch, images, tokens // images, channels)
+    mean = per_image.mean(dim=2, keepdim=True).expand_as(per_image).reshape(value.shape)
+    return (value - mean) + mean * rows
+
+
+def _per_row(weight: float | Tensor, like: Tensor) -> Tensor | float:
+    """[B] -> [B, 1, 1] in the dtype and on the device of `like`; numbers pass through."""
+    if not isinstance(weight, Tensor):
+        return weight
+    return weight.to(like).reshape(-1, 1, 1)
+
+
+def _split_heads(x: Tensor, heads: int, batch: int) -> Tensor:
+    """[B or 1, T, H*d] -> [B, H, T, d]; a single row is broadcast without a copy."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2).expand(batch, -1, -1, -1)

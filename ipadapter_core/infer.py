@@ -1,0 +1,245 @@
+"""An opened file -> AdapterSpec, from tensor shapes; header metadata wins where shapes cannot tell."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from .checkpoint import AdapterCheckpoint
+from .errors import AdapterError
+from .infer_layers import Shapes, infer_layers
+from .spec import (
+    FAMILIES,
+    METADATA_BASE_FAMILY,
+    METADATA_DIM_HEAD,
+    METADATA_ENCODER,
+    METADATA_KIND,
+    METADATA_NEGATIVE,
+    METADATA_SHORTCUT,
+    METADATA_TOKENS,
+    AdapterSpec,
+    Kind,
+    family_of,
+)
+
+_DIM_HEAD = 64  # every published resampler
+_FULL_TOKENS = 257  # ViT-H/14 at 224 pixels: 16 x 16 patches and the class token
+_PORTRAIT_TOKENS = 16
+_FACE_WIDTH = 512  # ArcFace; no published plus adapter reads features of this width
+
+
+@dataclass(frozen=True, slots=True)
+class _Projector:
+    """What the image_proj part says."""
+
+    kind: Kind
+    context_width: int
+    tokens: int
+    image_width: int | None = None
+    face_width: int | None = None
+    hidden_width: int | None = None
+    resampler_width: int | None = None
+    depth: int | None = None
+    inner_width: int | None = None
+
+
+def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
+    """Describe an opened adapter. Reads shapes and metadata only, never weights or the file name.
+
+    Raises AdapterError for a missing layer, keys without values, shapes that fit no known projector, and
+    metadata that contradicts the shapes.
+    """
+    origin, metadata = checkpoint.path, checkpoint.metadata
+    widths, context_width, lora_rank = infer_layers(checkpoint.ip_adapter.shapes, origin)
+    try:
+        projector = _infer_projector(checkpoint.image_proj.shapes, metadata.get(METADATA_KIND), origin)
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise AdapterError(
+            f"{origin}: the image projector is incomplete or has unexpected shapes ({error}). Export the "
+            "adapter again."
+        ) from error
+    if projector.context_width != context_width:
+        raise AdapterError(
+            f"{origin}: the image projector makes tokens of {projector.context_width}, the layers take "
+            f"{context_width}. "
+            "The two parts belong to different adapters, or this is a Kolors FaceID file, which is not "
+            "supported."
+        )
+    kind = _kind(projector, lora_rank, metadata, origin)
+    family = family_of(context_width, widths)
+    _check_family(family, metadata, origin)
+    heads, dim_head = _heads(projector.inner_width, metadata, origin)
+    return AdapterSpec(
+        kind=kind,
+        family=family,
+        context_width=context_width,
+        tokens=_tokens(kind, projector.tokens, metadata, origin),
+        image_width=projector.image_width,
+        face_width=projector.face_width,
+        hidden_width=projector.hidden_width,
+        resampler_width=projector.resampler_width,
+        depth=projector.depth,
+        heads=heads,
+        dim_head=dim_head,
+        layer_widths=widths,
+        lora_rank=lora_rank,
+        shortcut=_shortcut(kind, metadata, origin),
+        unnormalised=kind == "portrait" and projector.depth is not None,
+        encoder_id=metadata.get(METADATA_ENCODER),
+        negative=metadata.get(METADATA_NEGATIVE, "zeros"),
+    )
+
+
+def shortcut_hint(path: str | os.PathLike[str]) -> bool | None:
+    """A hint only: True when the file NAME says plusv2, False when it says faceid-plus without v2, else
+    None.
+    """
+    name = re.sub(r"[-_ .]", "", Path(path).name.lower())
+    if "plusv2" in name:
+        return True
+    return False if "faceidplus" in name else None
+
+
+def _infer_projector(shapes: Shapes, claimed: str | None, origin: str) -> _Projector:
+    if "latents" in shapes:
+        return _infer_resampler(shapes, claimed)
+    if "perceiver_resampler.proj_in.weight" in shapes:
+        context = shapes["norm.weight"][0]
+        inner = shapes["perceiver_resampler.layers.0.0.to_q.weight"][0]
+        width, image_width = shapes["perceiver_resampler.proj_in.weight"]
+        return _Projector(
+            "faceid-plus",
+            context,
+            _ratio(shapes["proj.2.weight"][0], context, origin),
+            image_width=image_width,
+            face_width=shapes["proj.0.weight"][1],
+            hidden_width=shapes["proj.0.weight"][0],
+            resampler_width=width,
+            depth=_depth(shapes, "perceiver_resampler.layers."),
+            inner_width=inner,
+        )
+    if "proj.weight" in shapes:
+        rows, image_width = shapes["proj.weight"]
+        context = shapes["norm.weight"][0]
+        return _Projector("base", context, _ratio(rows, context, origin), image_width=image_width)
+    if "proj.3.weight" in shapes:
+        hidden, image_width = shapes["proj.0.weight"]
+        context = shapes["proj.3.weight"][0]
+        return _Projector("full", context, _FULL_TOKENS, image_width=image_width, hidden_width=hidden)
+    if "proj.0.weight" in shapes and "norm.weight" in shapes:
+        hidden, face_width = shapes["proj.0.weight"]
+        context = shapes["norm.weight"][0]
+        tokens = _ratio(shapes["proj.2.weight"][0], context, origin)
+        return _Projector("faceid", context, tokens, face_width=face_width, hidden_width=hidden)
+    raise AdapterError(
+        f"{origin}: unknown image projector with keys {', '.join(sorted(shapes)[:4])}, ...; expected a "
+        "base, plus, full, "
+        "FaceID or FaceID-plus projector. This adapter is not supported."
+    )
+
+
+def _infer_resampler(shapes: Shapes, claimed: str | None) -> _Projector:
+    width, feature_width = shapes["proj_in.weight"]
+    # A resampler over one ArcFace vector is the un-normalised portrait adapter, unless the file says plus.
+    face = feature_width == _FACE_WIDTH and claimed != "plus"
+    return _Projector(
+        "portrait" if face else "plus",
+        shapes["proj_out.weight"][0],
+        shapes["latents"][1],
+        image_width=None if face else feature_width,
+        face_width=feature_width if face else None,
+        resampler_width=width,
+        depth=_depth(shapes, "layers."),
+        inner_width=shapes["layers.0.0.to_q.weight"][0],
+    )
+
+
+def _depth(shapes: Shapes, prefix: str) -> int:
+    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in shapes if name.startswith(prefix))
+
+
+def _ratio(rows: int, context_width: int, origin: str) -> int:
+    if rows % context_width:
+        raise AdapterError(
+            f"{origin}: the projector makes {rows} numbers, which are no whole tokens of {context_width}. "
+            "Export it again."
+        )
+    return rows // context_width
+
+
+def _kind(projector: _Projector, lora_rank: int | None, metadata: Mapping[str, str], origin: str) -> Kind:
+    kind = projector.kind
+    if kind == "faceid" and lora_rank is None and projector.tokens == _PORTRAIT_TOKENS:
+        kind = "portrait"
+    claimed = metadata.get(METADATA_KIND)
+    if claimed is None or claimed == kind:
+        return kind
+    if projector.kind == "faceid" and claimed in ("faceid", "portrait"):
+        return cast("Kind", claimed)  # the same keys, so only the metadata can tell
+    raise AdapterError(
+        f"{origin}: its metadata says {METADATA_KIND}={claimed!r}, its tensors are those of a {kind} "
+        "adapter. "
+        "Correct the metadata or export it again."
+    )
+
+
+def _check_family(family: str, metadata: Mapping[str, str], origin: str) -> None:
+    claimed = metadata.get(METADATA_BASE_FAMILY)
+    known = claimed is not None and (claimed in FAMILIES or claimed.startswith("context-"))
+    if known and claimed != family:
+        raise AdapterError(
+            f"{origin}: its metadata says {METADATA_BASE_FAMILY}={claimed!r}, its layers are those of "
+            f"{family!r}. "
+            "Correct the metadata or export it again."
+        )
+
+
+def _heads(inner: int | None, metadata: Mapping[str, str], origin: str) -> tuple[int | None, int | None]:
+    if inner is None:
+        return None, None
+    dim_head = _integer(METADATA_DIM_HEAD, metadata, origin) or _DIM_HEAD
+    if inner % dim_head:
+        raise AdapterError(
+            f"{origin}: the resampler's attention is {inner} wide, which does not divide into heads of "
+            f"{dim_head}. "
+            f"Put the right {METADATA_DIM_HEAD} into the file's metadata."
+        )
+    return inner // dim_head, dim_head
+
+
+def _tokens(kind: Kind, tokens: int, metadata: Mapping[str, str], origin: str) -> int:
+    claimed = _integer(METADATA_TOKENS, metadata, origin)
+    if claimed is None or claimed == tokens:
+        return tokens
+    if kind == "full":  # one token per patch: the encoder's resolution decides, not the weights
+        return claimed
+    raise AdapterError(
+        f"{origin}: its metadata says {METADATA_TOKENS}={claimed}, its projector makes {tokens} tokens. "
+        "Correct the metadata or export it again."
+    )
+
+
+def _integer(key: str, metadata: Mapping[str, str], origin: str) -> int | None:
+    text = metadata.get(key)
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise AdapterError(f"{origin}: its metadata says {key}={text!r}; expected a whole number above 0.")
+    return int(text)
+
+
+def _shortcut(kind: Kind, metadata: Mapping[str, str], origin: str) -> bool | None:
+    claimed = metadata.get(METADATA_SHORTCUT)
+    if claimed is None:
+        return None
+    if kind != "faceid-plus" or claimed not in ("true", "false"):
+        raise AdapterError(
+            f"{origin}: its metadata says {METADATA_SHORTCUT}={claimed!r} and it is a {kind} adapter; "
+            "expected 'true' "
+            "or 'false' on a faceid-plus adapter only. Correct the metadata."
+        )
+    return claimed == "true"

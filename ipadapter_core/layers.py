@@ -1,0 +1,243 @@
+"""Which attention layer has which id, and the image keys and values of each.
+
+Published files number the layers by their place in diffusers' `unet.attn_processors`: down blocks, up
+blocks, then the middle. Self-attention takes the even ids, cross-attention the odd ones
+(reference/trainers.md 4).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .attention import KeyValue
+from .errors import AdapterError
+from .operations import Operations
+
+_STAGES = ("down_blocks", "up_blocks", "mid_block")  # the order of ids; execution goes down, mid, up
+_MOTION = ("motion_modules", "temporal")
+
+
+class Layer(NamedTuple):
+    """One cross-attention layer of a diffusers UNet: its id in adapter files and its processor's name."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One cross-attention layer of a loaded model.
+
+    `id` is its (odd) number in adapter files, `width` the channels C of its keys and `context_width` those
+    of the text. `transformer_index` counts the transformers in execution order (input, middle, output),
+    which is what the weight types are defined on. `block` is ComfyUI's patch key, such as ("input", 1, 0);
+    None for diffusers.
+    """
+
+    id: int
+    name: str
+    width: int
+    context_width: int
+    transformer_index: int
+    block: tuple[str, int, int] | None = None
+
+
+def attention_ids(names: Iterable[str]) -> dict[str, int]:
+    """Attention module or processor names, in any order -> their ids (attn1 even, attn2 odd). Motion
+    modules have none.
+
+    Raises AdapterError for a name outside down_blocks, up_blocks and mid_block.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if not any(word in name for word in _MOTION):
+            groups.setdefault(re.split(r"\.attn[12]\b", name)[0], []).append(name)
+    ids: dict[str, int] = {}
+    for index, group in enumerate(sorted(groups, key=_id_order)):
+        ids.update({name: 2 * index + (".attn2" in name) for name in groups[group]})
+    return ids
+
+
+def layer_table(names: Iterable[str]) -> tuple[Layer, ...]:
+    """The cross-attention layers among `unet.attn_processors`' names, in id order: down, up, mid."""
+    ids = attention_ids(names)
+    return tuple(Layer(id, name) for name, id in sorted(ids.items(), key=lambda item: item[1]) if id % 2)
+
+
+def _id_order(name: str) -> tuple[int, list[int]]:
+    for stage, prefix in enumerate(_STAGES):
+        if name.startswith(prefix):
+            return stage, [int(number) for number in re.findall(r"\d+", name)]
+    raise AdapterError(
+        f"The attention layer {name!r} is in none of {', '.join(_STAGES)}. Only UNets are supported."
+    )
+
+
+def diffusers_sites(unet: nn.Module) -> tuple[Site, ...]:
+    """Cross-attention sites of a diffusers UNet2DConditionModel, in id order; motion modules are left out.
+
+    Raises AdapterError when the model has no cross-attention layers.
+    """
+    modules = named_modules(unet)
+    table = layer_table(cast("Mapping[str, Any]", getattr(unet, "attn_processors", {})))
+    if not table:
+        raise AdapterError(
+            f"{type(unet).__name__} has no cross-attention layers. Pass a UNet2DConditionModel."
+        )
+    transformers = sorted({_transformer(layer.name) for layer in table}, key=_execution_order)
+    sites: list[Site] = []
+    for layer in table:
+        name = layer.name.removesuffix(".processor")
+        to_k = modules[name].to_k
+        index = transformers.index(_transformer(name))
+        sites.append(Site(layer.id, name, int(to_k.out_features), int(to_k.in_features), index))
+    return tuple(sites)
+
+
+def named_modules(model: nn.Module) -> dict[str, Any]:
+    """`model.named_modules()` as a dict of duck-typed modules."""
+    return dict(cast("Iterator[tuple[str, Any]]", model.named_modules()))
+
+
+def _transformer(name: str) -> str:
+    return name.split(".transformer_blocks.", maxsplit=1)[0]
+
+
+def _execution_order(name: str) -> tuple[int, list[int]]:
+    stage, numbers = _id_order(name)
+    return (0, 2, 1)[stage], numbers
+
+
+def comfy_block_ids(
+    input_blocks: Sequence[int], middle_blocks: int, output_blocks: Sequence[int]
+) -> tuple[tuple[tuple[str, int, int], int], ...]:
+    """ComfyUI patch keys with their ids, in id order: input, output, then middle.
+
+    The arguments count the transformer blocks of each input block, of the middle block and of each output
+    block (0 for a block without a transformer). SD1.5: `[0,1,1,0,1,1,0,1,1,0,0,0], 1,
+    [0,0,0,1,1,1,1,1,1,1,1,1]`.
+    """
+    keys = [("input", block, i) for block, count in enumerate(input_blocks) for i in range(count)]
+    keys += [("output", block, i) for block, count in enumerate(output_blocks) for i in range(count)]
+    keys += [("middle", 0, i) for i in range(middle_blocks)]
+    return tuple((key, 2 * index + 1) for index, key in enumerate(keys))
+
+
+def cross_attention_sites(diffusion_model: Any) -> tuple[Site, ...]:
+    """Cross-attention sites of ComfyUI's UNetModel, in id order, found by walking its module tree.
+
+    A transformer is a direct child of a block that has `transformer_blocks` whose items have `attn2`;
+    motion modules nest theirs deeper and are left out.
+
+    Raises AdapterError when the model is no UNet or has no cross-attention layers.
+    """
+    if not all(hasattr(diffusion_model, part) for part in ("input_blocks", "middle_block", "output_blocks")):
+        raise AdapterError(
+            f"{type(diffusion_model).__name__} is not a UNet (it has no input_blocks, middle_block and "
+            "output_blocks). "
+            "IP-Adapters fit SD1.5, SD2 and SDXL models."
+        )
+    inputs = [_transformer_blocks(block) for block in diffusion_model.input_blocks]
+    outputs = [_transformer_blocks(block) for block in diffusion_model.output_blocks]
+    middle = _transformer_blocks(diffusion_model.middle_block)
+    blocks: dict[tuple[str, int], list[Any]] = {("input", i): block for i, block in enumerate(inputs)}
+    blocks |= {("middle", 0): middle} | {("output", i): block for i, block in enumerate(outputs)}
+    executed = [key for key, found in blocks.items() if found]  # the dict is in execution order
+    sites: list[Site] = []
+    for key, id in comfy_block_ids([len(b) for b in inputs], len(middle), [len(b) for b in outputs]):
+        stage, number, i = key
+        to_k = blocks[stage, number][i].attn2.to_k
+        name = f"{stage}.{number}.{i}.attn2"
+        sites.append(
+            Site(
+                id, name, int(to_k.out_features), int(to_k.in_features), executed.index((stage, number)), key
+            )
+        )
+    if not sites:
+        raise AdapterError(
+            f"{type(diffusion_model).__name__} has no cross-attention layers. Use an SD or SDXL model."
+        )
+    return tuple(sites)
+
+
+def _transformer_blocks(block: Any) -> list[Any]:
+    return [
+        inner
+        for module in block.children()
+        for inner in getattr(module, "transformer_blocks", ())
+        if getattr(inner, "attn2", None) is not None
+    ]
+
+
+class ImageKeyValueLayers(nn.Module):
+    """`to_k_ip` and `to_v_ip` of every cross-attention layer; its state dict is the file's `ip_adapter`
+    part.
+    """
+
+    def __init__(
+        self,
+        layer_ids: Sequence[int],
+        layer_widths: Sequence[int],
+        context_width: int,
+        *,
+        operations: Operations = nn,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer_ids = tuple(layer_ids)
+        for id, width in zip(layer_ids, layer_widths, strict=True):
+            layer = nn.Module()
+            for name in ("to_k_ip", "to_v_ip"):
+                linear = operations.Linear(context_width, width, bias=False, device=device, dtype=dtype)
+                layer.add_module(name, linear)
+            self.add_module(str(id), layer)
+
+    def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """(to_k_ip, to_v_ip) of each layer, in id order."""
+        for id in self.layer_ids:
+            layer = self.get_submodule(str(id))
+            yield layer.get_submodule("to_k_ip"), layer.get_submodule("to_v_ip")
+
+    def forward(self, tokens: Tensor) -> tuple[KeyValue, ...]:
+        return tuple(KeyValue(to_k(tokens), to_v(tokens)) for to_k, to_v in self.pairs())
+
+
+def layer_keys_values(layers: ImageKeyValueLayers, tokens: Tensor) -> tuple[KeyValue, ...]:
+    """Image tokens [B, T, D] -> one KeyValue of [B, T, width] tensors per layer, in id order.
+
+    Tokens do not change while sampling, so call this once and keep the result.
+    """
+    return layers(tokens)
+
+
+@torch.no_grad()
+def init_from_unet(layers: ImageKeyValueLayers, unet: nn.Module) -> None:
+    """Copy the text `to_k` and `to_v` of a diffusers UNet into the image layers (paper section 4.1.2).
+
+    Raises AdapterError when the UNet has another number of layers or other widths.
+    """
+    sites = diffusers_sites(unet)
+    if len(sites) != len(layers.layer_ids):
+        raise AdapterError(
+            f"The adapter has {len(layers.layer_ids)} layers, the UNet {len(sites)}. Build the adapter for "
+            "this UNet."
+        )
+    modules = named_modules(unet)
+    for site, pair in zip(sites, layers.pairs(), strict=True):
+        attention = modules[site.name]
+        for target, source in zip(pair, (attention.to_k, attention.to_v), strict=True):
+            weight = cast("Tensor", target.weight)
+            if weight.shape != source.weight.shape:
+                raise AdapterError(
+                    f"Layer {site.id} ({site.name}): the adapter's weight is {tuple(weight.shape)}, the "
+                    "UNet's "
+                    f"{tuple(source.weight.shape)}. Build the adapter for this UNet."
+                )
+            weight.copy_(source.weight)

@@ -1,0 +1,145 @@
+"""The key layouts in which IP-Adapters are published, dumped and mistaken for something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .errors import AdapterError
+from .layers import attention_ids
+
+IMAGE_PROJ_PREFIXES = ("image_proj.", "image_proj_model.")
+IP_ADAPTER_PREFIXES = ("ip_adapter.", "adapter_modules.")
+_ADAPTER_TENSOR = re.compile(r"to_([kv]_ip|(q|k|v|out)_lora\.(down|up))\.weight$")
+_ATTENTION = re.compile(r"^(?:unet\.)?((?:down_blocks|up_blocks|mid_block)\..*?attn[12])\.")
+
+# What a file without image_proj and ip_adapter looks like, by guarded key patterns; the first match wins.
+_OTHER_FILES: tuple[tuple[str, str], ...] = (
+    (r"^ip_adapter_proj_model\.|^double_blocks\.\d+\.processor\.", "an XLabs IP-Adapter for FLUX"),
+    (
+        r"^control_model\.|controlnet_cond_embedding\.|input_hint_block\.|controlnet_down_blocks\.",
+        "a ControlNet",
+    ),
+    (r"lora_up|lora_down|\.lora_A\.|\.lora_B\.|^lora_unet_|_lora\.(down|up)\.weight$", "a LoRA"),
+    (
+        r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.|^conditioner\.",
+        "a full checkpoint",
+    ),
+    (r"^down_blocks\..*attn2\.to_k\.|^input_blocks\.\d+", "a UNet"),
+    (r"^double_blocks\.|^joint_blocks\.|^transformer_blocks\.", "a diffusion transformer"),
+    (r"^vision_model\.|^visual\.|^visual_projection", "an image encoder (CLIP vision)"),
+    (r"^text_model\.|^transformer\.text_model", "a text encoder"),
+    (r"^encoder\.conv_in\.|^decoder\.conv_in\.", "a VAE"),
+    (r"^adapter\.body\.|^body\.\d+\.", "a T2I-Adapter"),
+    (r"^emb_params$|^string_to_param|^clip_[gl]$", "a textual inversion embedding"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPlan:
+    """Where each published tensor is in the file: published key -> key in the file."""
+
+    layout: str
+    image_proj: dict[str, str]
+    ip_adapter: dict[str, str]
+
+
+def looks_like(keys: Iterable[str]) -> str:
+    """What a set of tensor names looks like, for error messages: "a LoRA", "a ControlNet", ..."""
+    names = list(keys)
+    for pattern, description in _OTHER_FILES:
+        if any(re.search(pattern, name) for name in names):
+            return description
+    if not names:
+        return "an empty file (no tensors)"
+    return f"something unknown (its first key is {names[0]!r})"
+
+
+def plan_keys(keys: Iterable[str], origin: str) -> KeyPlan:
+    """Find `image_proj` and `ip_adapter` in a file's keys, whatever its layout, and name them as published.
+
+    Layouts: "flat" (`image_proj.*`, `ip_adapter.*`, also a nested .bin after flattening), "trainer"
+    (`image_proj_model.*`, `adapter_modules.*`) and "training-dump" (the trainer's whole state with
+    `unet.*`, where the K/V may survive only under `unet.<processor>.to_k_ip.weight`; reference/trainers.md
+    1.3). A DDP prefix `module.` is dropped.
+
+    Raises AdapterError, saying what the file looks like, when one of the two parts is missing.
+    """
+    names = {key.removeprefix("state_dict.").removeprefix("module."): key for key in keys}
+    image_proj = _with_prefix(names, IMAGE_PROJ_PREFIXES)
+    listed = _with_prefix(names, IP_ADAPTER_PREFIXES)
+    rescued = {
+        name.removeprefix("unet."): key
+        for name, key in names.items()
+        if name.startswith("unet.") and _ADAPTER_TENSOR.search(name)
+    }
+    # LoRA tensors alone are an old diffusers LoRA, which has the names of a FaceID dump.
+    if not image_proj and not listed and not any("to_k_ip" in name for name in rescued):
+        raise AdapterError(
+            f"{origin}: looks like {looks_like(names)}, not an IP-Adapter. Expected keys that start with "
+            "'image_proj.' and 'ip_adapter.'. Choose an IP-Adapter file."
+        )
+    ip_adapter = _number_layers(rescued, names, origin) | _number_layers(listed, names, origin)
+    if not ip_adapter:
+        raise AdapterError(
+            f"{origin}: holds an image projector of {len(image_proj)} tensors and 0 'ip_adapter' tensors: "
+            "the export "
+            "came out empty. Convert the training checkpoint that still has 'unet.' keys instead."
+        )
+    if not image_proj:
+        raise AdapterError(
+            f"{origin}: holds {len(ip_adapter)} 'ip_adapter' tensors and 0 'image_proj' tensors. "
+            "Both parts are needed; export the adapter again with its image projector."
+        )
+    return KeyPlan(_layout(names), image_proj, ip_adapter)
+
+
+def _with_prefix(names: dict[str, str], prefixes: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, key in names.items():
+        for prefix in prefixes:
+            if name.startswith(prefix):
+                found[name.removeprefix(prefix)] = key
+    return found
+
+
+def _layout(names: dict[str, str]) -> str:
+    if any(name.startswith("unet.") for name in names):
+        return "training-dump"
+    if any(name.startswith(("image_proj_model.", "adapter_modules.")) for name in names):
+        return "trainer"
+    return "flat"
+
+
+def _number_layers(found: dict[str, str], names: dict[str, str], origin: str) -> dict[str, str]:
+    """Replace processor names by ids ("down_blocks...attn2.processor" -> "1") and normalise ids ("001" ->
+    "1").
+    """
+    numbered: dict[str, str] = {}
+    ids: dict[str, int] = {}
+    for name, key in found.items():
+        head, _, rest = name.partition(".")
+        if head.isdecimal():
+            numbered[f"{int(head)}.{rest}"] = key
+            continue
+        attention = _ATTENTION.match(name)
+        if attention is None or not _ADAPTER_TENSOR.search(name):
+            numbered[name] = key  # infer_spec names it as unexpected
+            continue
+        ids = ids or attention_ids(_attention_names(names))
+        tensor = name.removeprefix(attention.group(1)).removeprefix(".processor").removeprefix(".")
+        id = ids.get(attention.group(1))
+        numbered[name if id is None else f"{id}.{tensor}"] = key
+    if len(numbered) != len(found):
+        raise AdapterError(
+            f"{origin}: {len(found)} adapter tensors have only {len(numbered)} distinct layer ids."
+        )
+    return numbered
+
+
+def _attention_names(names: Iterable[str]) -> list[str]:
+    """Every attention module that the file mentions, with or without the prefix of the adapter part."""
+    bare = (name.removeprefix("ip_adapter.").removeprefix("adapter_modules.") for name in names)
+    matches = (_ATTENTION.match(name) for name in bare)
+    return sorted({match.group(1) for match in matches if match})

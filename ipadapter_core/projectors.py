@@ -1,0 +1,296 @@
+"""Image features -> image tokens. Parameter names are those of the published files, so no key mapping is
+needed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import AdapterError
+from .operations import Operations
+
+Device = torch.device | str | None
+Dtype = torch.dtype | None
+
+
+class ImageProjection(nn.Module):
+    """Base: one Linear to all tokens, then LayerNorm (paper section 3.2.1). image_embeds [B, E] -> [B, T,
+    D].
+    """
+
+    def __init__(
+        self,
+        image_width: int,
+        context_width: int,
+        tokens: int = 4,
+        *,
+        operations: Operations = nn,
+        device: Device = None,
+        dtype: Dtype = None,
+    ) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.proj = operations.Linear(image_width, tokens * context_width, device=device, dtype=dtype)
+        self.norm = operations.LayerNorm(context_width, device=device, dtype=dtype)
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        return self.norm(self.proj(image_embeds).unflatten(-1, (self.tokens, -1)))
+
+
+class FullProjection(nn.Module):
+    """Full face: every encoder token through one MLP. hidden states [B, T, E] -> [B, T, D], T = 257 for
+    ViT-H at 224.
+    """
+
+    def __init__(
+        self,
+        image_width: int,
+        context_width: int,
+        hidden_width: int | None = None,
+        *,
+        operations: Operations = nn,
+        device: Device = None,
+        dtype: Dtype = None,
+    ) -> None:
+        super().__init__()
+        hidden = hidden_width or image_width
+        self.proj = nn.Sequential(
+            operations.Linear(image_width, hidden, device=device, dtype=dtype),
+            nn.GELU(),
+            operations.Linear(hidden, context_width, device=device, dtype=dtype),
+            operations.LayerNorm(context_width, device=device, dtype=dtype),
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.proj(hidden_states)
+
+
+class FaceIDProjection(nn.Module):
+    """FaceID and portrait: an MLP from the face embedding to all tokens. face_embeds [B, F] -> [B, T, D].
+
+    Several faces [B, n, F] become n * T tokens.
+    """
+
+    def __init__(
+        self,
+        face_width: int,
+        context_width: int,
+        tokens: int = 4,
+        hidden_width: int | None = None,
+        *,
+        operations: Operations = nn,
+        device: Device = None,
+        dtype: Dtype = None,
+    ) -> None:
+        super().__init__()
+        hidden = hidden_width or 2 * face_width
+        self.tokens = tokens
+        self.proj = nn.Sequential(
+            operations.Linear(face_width, hidden, device=device, dtype=dtype),
+            nn.GELU(),
+            operations.Linear(hidden, tokens * context_width, device=device, dtype=dtype),
+        )
+        self.norm = operations.LayerNorm(context_width, device=device, dtype=dtype)
+
+    def forward(self, face_embeds: Tensor) -> Tensor:
+        tokens = self.norm(self.proj(face_embeds).unflatten(-1, (self.tokens, -1)))
+        return tokens.flatten(1, -2)
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to the image features and to themselves. x [B, L, d], latents [B, T, d] -> [B, T, d]."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dim_head: int,
+        *,
+        operations: Operations = nn,
+        device: Device = None,
+        dtype: Dtype = None,
+    ) -> None:
+        super().__init__()
+        inner = heads * dim_head
+        self.heads = heads
+        self.norm1 = operations.LayerNorm(width, device=device, dtype=dtype)
+        self.norm2 = operations.LayerNorm(width, device=device, dtype=dtype)
+        self.to_q = operations.Linear(width, inner, bias=False, device=device, dtype=dtype)
+        self.to_kv = operations.Linear(width, 2 * inner, bias=False, device=device, dtype=dtype)
+        self.to_out = operations.Linear(inner, width, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        normed = self.norm2(latents)
+        both = torch.cat([self.norm1(x), normed], dim=1)
+        query = self._split(self.to_q(normed))
+        key, value = (self._split(part) for part in self.to_kv(both).chunk(2, dim=-1))
+        # 1/sqrt(d) once equals the d^-1/4 on each side of the original up to rounding.
+        out = F.scaled_dot_product_attention(query, key, value)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+
+def feed_forward(
+    width: int,
+    multiple: int = 4,
+    *,
+    operations: Operations = nn,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> nn.Sequential:
+    """LayerNorm, Linear, GELU, Linear; no biases. [B, T, d] -> [B, T, d]."""
+    return nn.Sequential(
+        operations.LayerNorm(width, device=device, dtype=dtype),
+        operations.Linear(width, multiple * width, bias=False, device=device, dtype=dtype),
+        nn.GELU(),
+        operations.Linear(multiple * width, width, bias=False, device=device, dtype=dtype),
+    )
+
+
+class PerceiverResampler(nn.Module):
+    """The common part of plus and FaceID-plus: latents refined by image features.
+
+    `resample`: latents [B, T, d], image features [B, L, E] -> [B, T, D].
+    """
+
+    def __init__(
+        self,
+        image_width: int,
+        context_width: int,
+        *,
+        width: int,
+        depth: int = 4,
+        heads: int = 12,
+        dim_head: int = 64,
+        operations: Operations = nn,
+        device: Device = None,
+        dtype: Dtype = None,
+    ) -> None:
+        super().__init__()
+        self.proj_in = operations.Linear(image_width, width, device=device, dtype=dtype)
+        self.proj_out = operations.Linear(width, context_width, device=device, dtype=dtype)
+        self.norm_out = operations.LayerNorm(context_width, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(
+                        width, heads, dim_head, operations=operations, device=device, dtype=dtype
+                    ),
+                    feed_forward(width, operations=operations, device=device, dtype=dtype),
+                ]
+            )
+            for _ in range(depth)
+        )
+
+    def resample(self, latents: Tensor, features: Tensor) -> Tensor:
+        x = self.proj_in(features)
+        for layer in self.layers:
+            attention, mlp = layer.children()
+            latents = attention(x, latents) + latents
+            latents = mlp(latents) + latents
+        return self.norm_out(self.proj_out(latents))
+
+
+class Resampler(PerceiverResampler):
+    """Plus: learned queries read the penultimate hidden states. [B, L, E] -> [B, T, D]; [B, E] counts as L
+    = 1.
+    """
+
+    def __init__(
+        self,
+        image_width: int,
+        context_width: int,
+        tokens: int = 16,
+        *,
+        width: int,
+        depth: int = 4,
+        heads: int = 12,
+        dim_head: int = 64,
+        operations: Operations = nn,
+        device: Device = None,
+        dtype: Dtype = None,
+    ) -> None:
+        super().__init__(
+            image_width,
+            context_width,
+            width=width,
+            depth=depth,
+            heads=heads,
+            dim_head=dim_head,
+            operations=operations,
+            device=device,
+            dtype=dtype,
+        )
+        self.latents = nn.Parameter(torch.empty(1, tokens, width, device=device, dtype=dtype))
+        if not self.latents.is_meta:
+            nn.init.normal_(self.latents, std=width**-0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features.unsqueeze(1) if features.ndim == 2 else features
+        # A raw Parameter is not cast by comfy.ops, so it follows the input by hand.
+        latents = self.latents.to(device=features.device, dtype=features.dtype)
+        return self.resample(latents.expand(features.shape[0], -1, -1), features)
+
+
+class FaceIDPlusProjection(nn.Module):
+    """FaceID-plus: face tokens are the latents of a resampler over CLIP features of the face crop.
+
+    face_embeds [B, F], clip_features [B, L, E] -> [B, T, D]. v2 (`shortcut`) returns
+    face tokens + shortcut_scale * resampled, v1 the resampled tokens alone. Both versions have the same keys,
+    so `shortcut` None means that the file did not say; `forward` then raises AdapterError instead of
+    guessing.
+    """
+
+    def __init__(
+        self,
+        face_width: int,
+        image_width: int,
+        context_width: int,
+        tokens: int = 4,
+        *,
+        hidden_width: int | None = None,
+        depth: int = 4,
+        heads: int | None = None,
+        dim_head: int = 64,
+        shortcut: bool | None = None,
+        shortcut_scale: float = 1.0,
+        operations: Operations = nn,
+        device: Device = None,
+        dtype: Dtype = None,
+    ) -> None:
+        super().__init__()
+        hidden = hidden_width or 2 * face_width
+        self.tokens = tokens
+        self.shortcut = shortcut
+        self.shortcut_scale = shortcut_scale
+        self.proj = nn.Sequential(
+            operations.Linear(face_width, hidden, device=device, dtype=dtype),
+            nn.GELU(),
+            operations.Linear(hidden, tokens * context_width, device=device, dtype=dtype),
+        )
+        self.norm = operations.LayerNorm(context_width, device=device, dtype=dtype)
+        self.perceiver_resampler = PerceiverResampler(
+            image_width,
+            context_width,
+            width=context_width,
+            depth=depth,
+            heads=heads or context_width // dim_head,
+            dim_head=dim_head,
+            operations=operations,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, face_embeds: Tensor, clip_features: Tensor) -> Tensor:
+        if self.shortcut is None:
+            raise AdapterError(
+                "This FaceID-plus file does not say whether it is v1 or v2 (their keys are the same). "
+                "Set shortcut=True for a 'plusv2' file, shortcut=False for v1."
+            )
+        face_tokens = self.norm(self.proj(face_embeds).unflatten(-1, (self.tokens, -1)))
+        resampled = self.perceiver_resampler.resample(face_tokens, clip_features)
+        return face_tokens + self.shortcut_scale * resampled if self.shortcut else resampled

@@ -1,0 +1,231 @@
+"""What an adapter is: a frozen description that builds its modules and names its encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from .errors import AdapterError
+
+Kind = Literal["base", "plus", "full", "faceid", "faceid-plus", "portrait"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Feature = Literal[
+    "image_embeds", "penultimate_hidden_states", "face_embeds", "face_embeds+penultimate_hidden_states"
+]
+
+# Safetensors metadata that this library writes and reads; every other host ignores them.
+METADATA_KIND = "ipadapter.kind"
+METADATA_BASE_FAMILY = "ipadapter.base_family"
+METADATA_SHORTCUT = "ipadapter.shortcut"  # "true" is FaceID-plus v2, "false" v1
+METADATA_ENCODER = "ipadapter.encoder"  # free text, such as a repository id
+METADATA_NEGATIVE = "ipadapter.negative"  # "zeros" or "black": the picture of the unconditional branch
+METADATA_TOKENS = "ipadapter.tokens"
+METADATA_DIM_HEAD = "ipadapter.dim_head"
+
+# Cross-attention widths in id order (down, up, mid), from reference/weight_keys.json.
+SD15_WIDTHS = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
+SDXL_WIDTHS = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
+FAMILIES: Mapping[str, tuple[int, tuple[int, ...]]] = {
+    "sd15": (768, SD15_WIDTHS),
+    "sd2": (1024, SD15_WIDTHS),
+    "sdxl": (2048, SDXL_WIDTHS),
+}
+FAMILY_NAMES: Mapping[str, str] = {"sd15": "SD1.5", "sd2": "SD2", "sdxl": "SDXL"}
+
+_EMBEDS_ENCODERS = {768: "CLIP ViT-L/14", 1024: "CLIP ViT-H/14", 1280: "OpenCLIP ViT-bigG/14"}
+_HIDDEN_ENCODERS = {1024: "CLIP ViT-L/14", 1280: "CLIP ViT-H/14", 1664: "OpenCLIP ViT-bigG/14"}
+# Only Kolors' resampler is as wide as its context; its encoder is ViT-L/14 at 336 pixels.
+_KOLORS_WIDTH = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """Everything about an adapter but its weights.
+
+    Widths are channels. `hidden_width` is the MLP's inner width (full, faceid*), `resampler_width` the
+    resampler's (plus, faceid-plus); `depth`, `heads` and `dim_head` belong to the resampler and are None
+    without one. `layer_widths` has one entry per cross-attention layer in id order. `shortcut`
+    (faceid-plus: True is v2) is None where the file does not say. `unnormalised` asks for raw face
+    embeddings (portrait with a resampler).
+    """
+
+    kind: Kind
+    family: str
+    context_width: int
+    tokens: int
+    image_width: int | None
+    face_width: int | None
+    hidden_width: int | None
+    resampler_width: int | None
+    depth: int | None
+    heads: int | None
+    dim_head: int | None
+    layer_widths: tuple[int, ...]
+    lora_rank: int | None = None
+    shortcut: bool | None = None
+    unnormalised: bool = False
+    encoder_id: str | None = None
+    negative: str = "zeros"
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """The odd ids of the cross-attention layers: 1, 3, 5, ..."""
+        return tuple(range(1, 2 * len(self.layer_widths), 2))
+
+    @property
+    def feature(self) -> Feature:
+        """Which encoder output `IPAdapter.encode` takes; two of them, in this order, for faceid-plus."""
+        features: dict[Kind, Feature] = {
+            "base": "image_embeds",
+            "plus": "penultimate_hidden_states",
+            "full": "penultimate_hidden_states",
+            "faceid": "face_embeds",
+            "portrait": "face_embeds",
+            "faceid-plus": "face_embeds+penultimate_hidden_states",
+        }
+        return features[self.kind]
+
+    @property
+    def encoder(self) -> str:
+        """The encoder to use: what the file's metadata says, else a guess from the feature widths."""
+        if self.encoder_id:
+            return self.encoder_id
+        names: list[str] = []
+        if self.face_width is not None:
+            embedding = "raw embedding" if self.unnormalised else "normed_embedding"
+            names.append(f"InsightFace ArcFace ({embedding}, {self.face_width})")
+        if self.image_width is not None:
+            names.append(self._image_encoder(self.image_width))
+        return " and ".join(names)
+
+    def _image_encoder(self, width: int) -> str:
+        known = _EMBEDS_ENCODERS if self.kind == "base" else _HIDDEN_ENCODERS
+        name = known.get(width, f"an unknown image encoder of width {width}")
+        kolors = width == 1024 and self.resampler_width == self.context_width == _KOLORS_WIDTH
+        return f"{name} at 336 pixels" if kolors else name
+
+    @property
+    def family_name(self) -> str:
+        """For messages: "SDXL", or the context width of an unknown family."""
+        return FAMILY_NAMES.get(self.family, f"a model of context {self.context_width}")
+
+    def describe(self) -> str:
+        """One line for people, such as "plus adapter for SDXL: 16 tokens of 2048 from ..."."""
+        parts = [f"{self.tokens} tokens of {self.context_width} from {self.feature} ({self.encoder})"]
+        if self.depth is not None:
+            parts.append(f"resampler of depth {self.depth} with {self.heads} heads of {self.dim_head}")
+        parts.append(f"{len(self.layer_widths)} layers")
+        if self.lora_rank is not None:
+            parts.append(f"LoRA of rank {self.lora_rank}")
+        if self.kind == "faceid-plus":
+            parts.append({True: "v2 (shortcut)", False: "v1", None: "v1 or v2 unknown"}[self.shortcut])
+        return f"{self.kind} adapter for {self.family_name}: {', '.join(parts)}"
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+def family_of(context_width: int, layer_widths: Sequence[int]) -> str:
+    """ "sd15", "sd2" or "sdxl" when both the context width and every layer width match, else
+    "context-<width>".
+    """
+    for family, (context, widths) in FAMILIES.items():
+        if context == context_width and widths == tuple(layer_widths):
+            return family
+    return f"context-{context_width}"
+
+
+def new_spec(
+    kind: Kind,
+    layer_widths: Sequence[int],
+    context_width: int,
+    *,
+    image_width: int | None = None,
+    tokens: int | None = None,
+    face_width: int = 512,
+    depth: int = 4,
+    dim_head: int = 64,
+    resampler_width: int | None = None,
+    lora_rank: int | None = 128,
+    shortcut: bool | None = None,
+    encoder_id: str | None = None,
+) -> AdapterSpec:
+    """The spec of a new adapter, with the published defaults for what is left out (reference/trainers.md 4).
+
+    `image_width` defaults to ViT-H/14: 1024 for base, 1280 for the others. A resampler is `resampler_width`
+    wide (default: 1280 for SDXL, else the context width) and has resampler_width / dim_head heads;
+    FaceID-plus always uses the context width. `lora_rank` counts for faceid and faceid-plus only.
+
+    Raises AdapterError for an unknown kind, or widths that do not divide into heads.
+    """
+    if kind not in KINDS:
+        raise AdapterError(f"Unknown adapter kind {kind!r}. Use one of: {', '.join(KINDS)}.")
+    family = family_of(context_width, layer_widths)
+    face = kind in ("faceid", "faceid-plus", "portrait")
+    image = kind not in ("faceid", "portrait")
+    resampled = kind in ("plus", "faceid-plus")
+    default_width = 1280 if family == "sdxl" and kind == "plus" else context_width
+    width = (resampler_width or default_width) if kind == "plus" else context_width
+    if resampled and width % dim_head:
+        raise AdapterError(
+            f"A resampler of width {width} does not divide into heads of {dim_head}. Change dim_head."
+        )
+    image_width = image_width or (1024 if kind == "base" else 1280)
+    counts: dict[Kind, int] = {
+        "base": 4,
+        "plus": 16,
+        "full": 257,
+        "faceid": 4,
+        "faceid-plus": 4,
+        "portrait": 16,
+    }
+    hidden: dict[Kind, int] = {
+        "full": image_width,
+        **dict.fromkeys(("faceid", "faceid-plus", "portrait"), 2 * face_width),
+    }
+    return AdapterSpec(
+        kind=kind,
+        family=family,
+        context_width=context_width,
+        tokens=tokens or counts[kind],
+        image_width=image_width if image else None,
+        face_width=face_width if face else None,
+        hidden_width=hidden.get(kind),
+        resampler_width=width if resampled else None,
+        depth=depth if resampled else None,
+        heads=width // dim_head if resampled else None,
+        dim_head=dim_head if resampled else None,
+        layer_widths=tuple(layer_widths),
+        lora_rank=lora_rank if kind in ("faceid", "faceid-plus") else None,
+        shortcut=shortcut if kind == "faceid-plus" else None,
+        encoder_id=encoder_id,
+    )
+
+
+def spec_metadata(spec: AdapterSpec) -> dict[str, str]:
+    """The metadata that lets `infer_spec` return this spec from the saved file."""
+    metadata = {
+        METADATA_KIND: spec.kind,
+        METADATA_BASE_FAMILY: spec.family,
+        METADATA_NEGATIVE: spec.negative,
+        METADATA_TOKENS: str(spec.tokens),
+    }
+    if spec.dim_head is not None:
+        metadata[METADATA_DIM_HEAD] = str(spec.dim_head)
+    if spec.shortcut is not None:
+        metadata[METADATA_SHORTCUT] = str(spec.shortcut).lower()
+    if spec.encoder_id:
+        metadata[METADATA_ENCODER] = spec.encoder_id
+    return metadata
+
+
+def with_shortcut(spec: AdapterSpec, shortcut: bool | None) -> AdapterSpec:
+    """The spec with the shortcut that the user chose; None keeps what the file says."""
+    if shortcut is None:
+        return spec
+    if spec.kind != "faceid-plus":
+        raise AdapterError(
+            f"shortcut={shortcut} is for faceid-plus adapters; this is a {spec.kind} adapter. Leave it out."
+        )
+    return replace(spec, shortcut=shortcut)

@@ -1,0 +1,182 @@
+"""Tensors of a file by name, read only when asked for."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import AdapterError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorInfo(NamedTuple):
+    """What a file's header says about one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class TensorFile(NamedTuple):
+    """The names, shapes and dtypes in a file, and how to read one tensor of it."""
+
+    infos: Mapping[str, TensorInfo]
+    read: Callable[[str], Tensor]
+    metadata: Mapping[str, str]
+
+
+class TensorMap(Mapping[str, Tensor]):
+    """Published key -> tensor. Shapes and dtypes are known at once; a tensor is read, and checked, on access.
+
+    Raises AdapterError on access when the tensor holds NaN or infinity, naming the file and the key.
+    """
+
+    def __init__(self, file: TensorFile, keys: Mapping[str, str], origin: str) -> None:
+        """`keys` maps each published key to its key in `file`; `origin` names the file in errors."""
+        self._file = file
+        self._keys = dict(keys)
+        self._origin = origin
+        self.shapes: Mapping[str, tuple[int, ...]] = {k: file.infos[s].shape for k, s in keys.items()}
+        self.dtypes: Mapping[str, torch.dtype] = {k: file.infos[s].dtype for k, s in keys.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor = self._file.read(self._keys[key])
+        if not _is_finite(tensor):
+            raise AdapterError(
+                f"{self._origin}: the tensor {key} holds NaN or infinity. The file is damaged or its "
+                "training "
+                "diverged. Download it again, or export an earlier checkpoint."
+            )
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys  # Mapping's own version would read the tensor
+
+    def __repr__(self) -> str:
+        return f"TensorMap({len(self)} tensors of {self._origin})"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    # One pass without temporaries; NaN propagates to both ends.
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def file_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> TensorFile:
+    """A TensorFile over tensors that are already in memory (meta tensors too)."""
+    infos = {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    return TensorFile(infos, tensors.__getitem__, metadata or {})
+
+
+def read_safetensors(path: Path) -> TensorFile:
+    """Open a safetensors file: its header is read, its tensors are memory-mapped.
+
+    Raises AdapterError when the header is not valid or the file is shorter than the header says.
+    """
+    infos, metadata = _read_header(path)
+    try:
+        handle: Any = safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path}: damaged safetensors file ({error}). Download it again.") from error
+    return TensorFile(infos, cast("Callable[[str], Tensor]", handle.get_tensor), metadata)
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise AdapterError(
+                f"{path}: not a safetensors file (its header would be {length} bytes, the limit is "
+                f"{MAX_HEADER_BYTES}). Choose an IP-Adapter .safetensors or .bin file."
+            )
+        if size < 8 + length:
+            raise _truncated(path, size, 8 + length)
+        raw = stream.read(length)
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        metadata: dict[str, str] = dict(header.pop("__metadata__", None) or {})
+        infos = {
+            key: TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]]) for key, entry in header.items()
+        }
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise AdapterError(
+            f"{path}: the safetensors header is damaged ({error!r}). Download it again."
+        ) from error
+    if size < 8 + length + end:
+        raise _truncated(path, size, 8 + length + end)
+    return infos, metadata
+
+
+def _truncated(path: Path, size: int, expected: int) -> AdapterError:
+    return AdapterError(
+        f"{path}: truncated: it has {size} bytes, its header says {expected}. Download it again."
+    )
+
+
+def read_pickle(path: Path, *, is_zip: bool) -> TensorFile:
+    """Open a PyTorch .bin without running code from it; nested dicts become dotted keys.
+
+    Only `torch.load(weights_only=True)` touches the pickle. Raises AdapterError when the file holds anything
+    but tensors in dicts, or is damaged.
+    """
+    try:
+        content: Any = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        holds = f"Python objects ({found.group(1)})" if found else "something else than tensors"
+        raise AdapterError(
+            f"{path}: the pickle holds {holds}, which could run code; nothing was executed. "
+            "Expected a dict of tensors. Convert it to safetensors where you trust it, or get another copy."
+        ) from error
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = str(error).split("\n", 1)[0]
+        raise AdapterError(
+            f"{path}: truncated or not a PyTorch file ({path.stat().st_size} bytes; {reason}). Download it "
+            "again."
+        ) from error
+    return file_from_tensors(_flatten(content, path))
+
+
+def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path}: holds one {type(content).__name__}; expected a dict of tensors.")
+    tensors: dict[str, Tensor] = {}
+    for key, value in cast("dict[Any, Any]", content).items():
+        if isinstance(value, Tensor):
+            tensors[str(key)] = value.detach()
+        elif isinstance(value, dict):
+            tensors.update({f"{key}.{inner}": tensor for inner, tensor in _flatten(value, path).items()})
+    return tensors

@@ -1,0 +1,383 @@
+"""Inside diffusers: three implementations agree, and the UNet is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ipadapter_core as ic
+
+Pairs = Sequence[ic.KeyValue]
+
+
+class HandProcessor:
+    """The equation of the paper written out: softmax(QK'/sqrt d)V + weight * softmax(QK_i'/sqrt d)V_i."""
+
+    def __init__(
+        self, pair: ic.KeyValue | None, weight: float = 1.0, masks: dict[int, Tensor] | None = None
+    ) -> None:
+        self.pair, self.weight, self.masks = pair, weight, masks
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **_: Any
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = attn.to_q(hidden_states)
+        out = self.attend(query, attn.to_k(context), attn.to_v(context), attn.heads)
+        if self.pair is not None:
+            mask = 1.0 if self.masks is None else self.masks[query.shape[1]]
+            out = out + self.weight * mask * self.attend(query, *self.pair, attn.heads)
+        return attn.to_out[0](out)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
+        scores = torch.einsum("bnhd,bthd->bhnt", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhnt,bthd->bnhd", scores.softmax(-1), v).flatten(2)
+
+
+@torch.no_grad()
+def run(unet: Any, latents: Tensor, text: Tensor, **kwargs: Any) -> Tensor:
+    return unet(latents, 500, encoder_hidden_states=text, **kwargs).sample
+
+
+def run_by_hand(unet: Any, pairs: Pairs, latents: Tensor, text: Tensor, **kwargs: Any) -> Tensor:
+    before = dict(unet.attn_processors)
+    cross = iter(pairs)  # registration order is id order
+    hand = {n: HandProcessor(next(cross) if ".attn2." in n else None, **kwargs) for n in before}
+    unet.set_attn_processor(dict(hand))
+    out = run(unet, latents, text)
+    unet.set_attn_processor(before)
+    return out
+
+
+def state_for_diffusers(adapter: ic.IPAdapter) -> dict[str, dict[str, Tensor]]:
+    return {
+        "image_proj": dict(adapter.projector.state_dict()),
+        "ip_adapter": dict(adapter.layers.state_dict()),
+    }
+
+
+def run_in_diffusers(
+    unet: Any, adapter: ic.IPAdapter, given: Tensor, latents: Tensor, text: Tensor, weight: float
+) -> Tensor:
+    unet._load_ip_adapter_weights([state_for_diffusers(adapter)], low_cpu_mem_usage=False)
+    for processor in unet.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = [weight]
+    return run(unet, latents, text, added_cond_kwargs={"image_embeds": [given.unsqueeze(1)]})
+
+
+def run_injected(unet: Any, pairs: Pairs | None, latents: Tensor, text: Tensor, **application: Any) -> Tensor:
+    with ic.inject(unet, ic.AdapterApplication(pairs, **application)):
+        return run(unet, latents, text)
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_three_way_parity(
+    new_unet: Any, layout: str, kind: str, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
+) -> None:
+    unet = new_unet(layout).requires_grad_(False)
+    adapter = new_adapter(unet, kind)
+    (given,) = features(adapter)
+    pairs = adapter(given)
+    ours = run_injected(unet, pairs, latents, text, weight=0.7)
+    by_hand = run_by_hand(unet, pairs, latents, text, weight=0.7)
+    plain = run(unet, latents, text)
+    theirs = run_in_diffusers(unet, adapter, given, latents, text, 0.7)
+    torch.testing.assert_close(ours, by_hand, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert apart(ours, plain) > 1e-2  # the image matters, so the equality above means something
+
+
+def test_parity_sees_swapped_keys_and_layers(
+    unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
+) -> None:
+    """The oracle is not blind (reference/peers.md 0.10): each of these mistakes must show."""
+    adapter = new_adapter(unet)
+    pairs = list(adapter(*features(adapter)))
+    right = run_by_hand(unet, pairs, latents, text)
+    same = [i for i in range(1, len(pairs)) if pairs[i].key.shape == pairs[i - 1].key.shape]
+    wrongs = {"K and V swapped": [ic.KeyValue(v, k) for k, v in pairs]}
+    wrongs["K and V swapped in the last layer"] = [*pairs[:-1], ic.KeyValue(pairs[-1].value, pairs[-1].key)]
+    for i in (same[0], same[-1]):
+        wrongs[f"layers {i - 1} and {i} swapped"] = [*pairs[: i - 1], pairs[i], pairs[i - 1], *pairs[i + 1 :]]
+    for name, wrong in wrongs.items():
+        assert apart(run_injected(unet, wrong, latents, text), right) > 1e-4, name
+    torch.testing.assert_close(run_injected(unet, pairs, latents, text), right, atol=1e-5, rtol=1e-5)
+
+
+def test_every_layer_is_used(
+    unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
+) -> None:
+    """Zeroing the values of any one layer changes the output, the middle block (last ids) included."""
+    adapter = new_adapter(unet)
+    pairs = list(adapter(*features(adapter)))
+    whole = run_injected(unet, pairs, latents, text)
+    for i in (0, 1, len(pairs) // 2, len(pairs) - 1):
+        without = [*pairs[:i], ic.KeyValue(pairs[i].key, 0 * pairs[i].value), *pairs[i + 1 :]]
+        assert apart(run_injected(unet, without, latents, text), whole) > 1e-6, i
+
+
+def test_eject_leaves_the_unet_as_it_was(
+    unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
+) -> None:
+    adapter = new_adapter(unet, "faceid")
+    pairs = adapter(*features(adapter))
+    before, text_before, out_before = dict(unet.attn_processors), repr(unet), run(unet, latents, text)
+    for _ in range(2):
+        run_injected(unet, pairs, latents, text, lora=adapter.lora)
+        after = unet.attn_processors
+        assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+        assert repr(unet) == text_before
+        assert torch.equal(run(unet, latents, text), out_before)
+        assert not unet._forward_pre_hooks
+    with pytest.raises(RuntimeError, match=r"boom"), ic.inject(unet, ic.AdapterApplication(pairs)):
+        raise RuntimeError("boom")
+    assert all(unet.attn_processors[name] is before[name] for name in before)
+
+
+def test_weight_zero_is_the_plain_unet_bit_by_bit(
+    unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
+) -> None:
+    adapter = new_adapter(unet)
+    pairs = adapter(*features(adapter))
+    plain = run(unet, latents, text)
+    assert torch.equal(run_injected(unet, pairs, latents, text, weight=0.0), plain)
+    assert torch.equal(run_injected(unet, pairs, latents, text, weight=[0.0] * len(pairs)), plain)
+    with ic.inject(unet, ic.AdapterApplication()):  # no key_values yet
+        assert torch.equal(run(unet, latents, text), plain)
+
+
+@pytest.fixture
+def sd15(unets: Any) -> Any:
+    return unets["sd15"]
+
+
+@pytest.fixture
+def case(sd15: Any, new_adapter: Any, features: Any) -> tuple[ic.IPAdapter, Pairs]:
+    adapter = new_adapter(sd15)
+    return adapter, adapter(*features(adapter))
+
+
+def test_nested_injections(
+    sd15: Any, case: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
+) -> None:
+    _, pairs = case
+    other = new_adapter(sd15, seed=9)
+    more = other(*features(other, seed=10))
+    before = dict(sd15.attn_processors)
+    one, two = ic.AdapterApplication(pairs, 0.5, name="one"), ic.AdapterApplication(more, 0.8, name="two")
+    with ic.inject(sd15, [one, two]):
+        together = run(sd15, latents, text)
+    first = ic.inject(sd15, one)
+    alone, middle = run(sd15, latents, text), dict(sd15.attn_processors)
+    second = ic.inject(sd15, two)
+    torch.testing.assert_close(run(sd15, latents, text), together, atol=1e-6, rtol=1e-6)
+    with pytest.raises(ic.AdapterError, match=r"Injection\(one\) cannot be ejected: Injection\(two\)"):
+        first.eject()
+    second.eject()
+    assert all(sd15.attn_processors[name] is middle[name] for name in middle)
+    assert torch.equal(run(sd15, latents, text), alone)
+    first.eject()
+    first.eject()  # nothing left to do
+    assert all(sd15.attn_processors[name] is before[name] for name in before)
+
+
+def test_eject_names_foreign_processors(sd15: Any, case: Any) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    before = dict(sd15.attn_processors)
+    injection = ic.inject(sd15, ic.AdapterApplication(case[1], name="mine"))
+    ours = dict(sd15.attn_processors)
+    sd15.set_attn_processor(AttnProcessor())
+    with pytest.raises(ic.AdapterError, match=r"Injection\(mine\).*AttnProcessor was put on top"):
+        injection.eject()
+    sd15.set_attn_processor(ours)
+    injection.eject()
+    assert all(sd15.attn_processors[name] is before[name] for name in before)
+
+
+def test_over_diffusers_own_adapter(
+    new_unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
+) -> None:
+    """Stacked on an adapter that diffusers loaded, ours adds its term; ejected, theirs is untouched."""
+    unet = new_unet("sd15").requires_grad_(False)
+    theirs, ours = new_adapter(unet), new_adapter(unet, seed=8)
+    (given,) = features(theirs)
+    both = [ic.AdapterApplication(theirs(given)), ic.AdapterApplication(ours(given))]
+    with ic.inject(unet, both):
+        expected = run(unet, latents, text)
+    run_in_diffusers(unet, theirs, given, latents, text, 1.0)
+    before = dict(unet.attn_processors)
+    extra = {"added_cond_kwargs": {"image_embeds": [given.unsqueeze(1)]}}
+    with ic.inject(unet, both[1]):
+        torch.testing.assert_close(run(unet, latents, text, **extra), expected, atol=1e-5, rtol=1e-5)
+    assert all(unet.attn_processors[name] is before[name] for name in before)
+
+
+def test_cached_keys_equal_fresh_ones(
+    sd15: Any, case: Any, features: Any, latents: Tensor, text: Tensor
+) -> None:
+    adapter, cached = case
+    application = ic.AdapterApplication(cached)
+    with ic.inject(sd15, application):
+        for step in range(3):
+            x = latents * (1 + step)
+            application.key_values = cached
+            kept = run(sd15, x, text)
+            application.key_values = adapter(*features(adapter))
+            assert torch.equal(run(sd15, x, text), kept)
+
+
+def test_several_images(sd15: Any, case: Any, features: Any, latents: Tensor, text: Tensor) -> None:
+    """Concatenated tokens share one softmax (reference/peers.md 2.10)."""
+    adapter, one = case
+    tokens = adapter.encode(*features(adapter))
+    twice = adapter.keys_values(torch.cat([tokens, tokens], dim=1))
+    expected = run_injected(sd15, one, latents, text)
+    torch.testing.assert_close(run_injected(sd15, twice, latents, text), expected, atol=1e-5, rtol=1e-5)
+    other = adapter.encode(*features(adapter, seed=11))
+    both = adapter.keys_values(torch.cat([tokens, other], dim=1))
+    by_hand = run_by_hand(sd15, both, latents, text)
+    torch.testing.assert_close(run_injected(sd15, both, latents, text), by_hand, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_and_roles(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
+    _, pairs = case
+    negative, positive = ([ic.KeyValue(k[i : i + 1], v[i : i + 1]) for k, v in pairs] for i in (0, 1))
+    x, states = latents.repeat(2, 1, 1, 1), text.repeat(2, 1, 1)
+    roles = run_injected(sd15, pairs, x, states)  # [negative, positive] over a batch of four
+    torch.testing.assert_close(roles[:2], run_injected(sd15, negative, latents, text), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(roles[2:], run_injected(sd15, positive, latents, text), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ic.AdapterError, match=r"face: 2 rows of image keys for a UNet batch of 3"):
+        run_injected(sd15, pairs, x[:3], states[:3], name="face")
+
+
+def test_weights_per_layer_and_per_row(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
+    _, pairs = case
+    weights = [0.1 * i for i in range(len(pairs))]
+    scaled = [ic.KeyValue(k, w * v) for (k, v), w in zip(pairs, weights, strict=True)]
+    expected = run_injected(sd15, scaled, latents, text)
+    torch.testing.assert_close(
+        run_injected(sd15, pairs, latents, text, weight=weights), expected, atol=1e-5, rtol=1e-5
+    )
+    rows = torch.tensor([0.0, 0.5])
+    out = run_injected(sd15, pairs, latents, text, weight=rows)
+    torch.testing.assert_close(out[0], run(sd15, latents, text)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        out[1], run_injected(sd15, pairs, latents, text, weight=0.5)[1], atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("size", [(8, 8), (10, 14)])
+def test_mask_on_the_true_grid(sd15: Any, case: Any, text: Tensor, size: tuple[int, int]) -> None:
+    _, pairs = case
+    x = torch.randn(2, 4, *size)
+    h, w = size
+    soft = torch.rand(1, 20, 30)
+    grids = [(h, w)]
+    while len(grids) < 4:
+        grids.append((-(-grids[-1][0] // 2), -(-grids[-1][1] // 2)))
+    masks = {a * b: ic.resize_mask(soft, (a, b)) for a, b in grids}
+    expected = run_by_hand(sd15, pairs, x, text, masks=masks)
+    application = ic.AdapterApplication(pairs, mask=soft)
+    with ic.inject(sd15, application):
+        torch.testing.assert_close(run(sd15, x, text), expected, atol=1e-5, rtol=1e-5)
+        application.mask = torch.ones(3, 3)  # another mask takes effect at once
+        torch.testing.assert_close(
+            run(sd15, x, text), run_by_hand(sd15, pairs, x, text), atol=1e-5, rtol=1e-5
+        )
+        application.mask = torch.zeros(3, 3)
+        masked_out = run(sd15, x, text)
+    torch.testing.assert_close(masked_out, run(sd15, x, text), atol=1e-6, rtol=1e-6)
+
+
+def test_lora_equals_merged_weights(
+    new_unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
+) -> None:
+    unet, merged = (new_unet("sd15").requires_grad_(False) for _ in range(2))
+    adapter = new_adapter(unet, "faceid")
+    for parameter in adapter.lora.parameters():
+        parameter.mul_(0.3)
+    pairs = adapter(*features(adapter))
+    for id, name in enumerate(merged.attn_processors):
+        attention = merged.get_submodule(name.removesuffix(".processor"))
+        for part in ("to_q", "to_k", "to_v", "to_out"):
+            linear = attention.to_out[0] if part == "to_out" else getattr(attention, part)
+            update = adapter.lora.part(id, part)
+            linear.weight.add_(0.6 * update.up.weight @ update.down.weight)
+    expected = run_injected(merged, pairs, latents, text)
+    ours = run_injected(unet, pairs, latents, text, lora=adapter.lora, lora_weight=0.6)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+    assert apart(ours, run_injected(unet, pairs, latents, text)) > 1e-3
+    # Injected in two steps, the image attention of the first still sees the LoRA's query.
+    with ic.inject(unet, ic.AdapterApplication(pairs)):
+        stacked = run_injected(unet, None, latents, text, lora=adapter.lora, lora_weight=0.6)
+    torch.testing.assert_close(stacked, expected, atol=1e-5, rtol=1e-4)
+
+
+def train_step(
+    unet: Any, adapter: ic.IPAdapter, given: tuple[Tensor, ...], latents: Tensor, text: Tensor
+) -> list[Tensor]:
+    application = ic.AdapterApplication(lora=adapter.lora)
+    with ic.inject(unet, application):
+        application.key_values = adapter(*given)
+        unet(latents, 500, encoder_hidden_states=text).sample.square().mean().backward()
+    gradients = [p.grad.clone() for p in adapter.parameters() if p.grad is not None]
+    adapter.zero_grad(set_to_none=True)
+    return gradients
+
+
+def test_training_with_gradient_checkpointing(
+    new_unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
+) -> None:
+    unet = new_unet("sd15").requires_grad_(False).train()
+    adapter = new_adapter(unet, "faceid")
+    for parameter in adapter.parameters():
+        parameter.data.mul_(0.2)
+    adapter.requires_grad_(True)
+    given = features(adapter)
+    plain = train_step(unet, adapter, given, latents, text)
+    unet.enable_gradient_checkpointing()
+    checkpointed = train_step(unet, adapter, given, latents, text)
+    assert len(plain) == len(list(adapter.parameters()))  # every weight learns, LoRA and all layers included
+    assert all(gradient.abs().max() > 0 for gradient in plain)
+    for a, b in zip(plain, checkpointed, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_half_precision_unet(new_unet: Any, case: Any, latents: Tensor, text: Tensor) -> None:
+    """fp32 keys follow the queries of a bf16 UNet."""
+    unet = new_unet("sd15").to(torch.bfloat16)
+    expected = run_injected(new_unet("sd15"), case[1], latents, text)
+    out = run_injected(unet, case[1], latents.bfloat16(), text.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, atol=0.15, rtol=0.15)
+
+
+def test_what_does_not_fit_is_refused_before_anything_changes(
+    unets: Any, case: Any, new_adapter: Any
+) -> None:
+    adapter, pairs = case
+    before = dict(unets["sdxl"].attn_processors)
+    face = new_adapter(unets["sd15"], "faceid")
+    lora = face.lora
+    for application, message in (
+        (ic.AdapterApplication(pairs, name="sd15.bin"), "sd15.bin: has 16 layers, the UNet has 70"),
+        (ic.AdapterApplication(weight=[1.0] * 3), "3 weights for 70 layers"),
+        (ic.AdapterApplication(lora=lora), "LoRA has 32 layers, the UNet 140"),
+    ):
+        with pytest.raises(ic.AdapterError, match=message):
+            ic.inject(unets["sdxl"], application)
+    assert all(unets["sdxl"].attn_processors[name] is before[name] for name in before)
+    with pytest.raises(ic.AdapterError, match=r"is made for"):
+        ic.check_compatible(replace(adapter.spec, context_width=99), ic.diffusers_sites(unets["sd15"]))
