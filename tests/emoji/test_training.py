@@ -1,0 +1,127 @@
+"""The scripts that train the stack: resumable, and each part learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ipadapter_trainer.emoji.clip import MAX_TOKENS, clip_losses, new_clip, tokenize, train_tokenizer
+from ipadapter_trainer.emoji.judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity
+from ipadapter_trainer.emoji.loop import fit, load_ema
+from ipadapter_trainer.emoji.pictures import EmojiPictures, load_pictures
+from ipadapter_trainer.emoji.vae import SD15_SCALING, augment, encode, fold_scaling, new_vae, vae_losses
+from torch import Tensor, nn
+
+from ipadapter_core.assets import emoji_folder
+
+
+@pytest.fixture(scope="module")
+def some() -> EmojiPictures:
+    return load_pictures(emoji_folder() / "pictures.zip", "train").subset(range(0, 60))
+
+
+def _toy(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    x = torch.randn(8, 4, generator=generator)
+    return {"loss": (nn.functional.dropout(model(x), 0.3) - x.sum(-1, keepdim=True)).square().mean()}
+
+
+def test_fit_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    def start() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Linear(4, 1)
+
+    whole = fit(start(), _toy, checkpoint=tmp_path / "whole.pt", steps=30, learning_rate=1e-2)
+    fit(start(), _toy, checkpoint=tmp_path / "parts.pt", steps=12, learning_rate=1e-2)
+    parts = fit(start(), _toy, checkpoint=tmp_path / "parts.pt", steps=30, learning_rate=1e-2)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(load_ema(start(), tmp_path / "whole.pt").parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fit_stops_after_its_minutes(tmp_path: Path) -> None:
+    fit(nn.Linear(4, 1), _toy, checkpoint=tmp_path / "x.pt", steps=10**9, minutes=0.005, learning_rate=1e-2)
+    assert 0 < torch.load(tmp_path / "x.pt", weights_only=True)["step"] < 10**6
+
+
+def test_load_ema_names_the_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="train this part first"):
+        load_ema(nn.Linear(1, 1), tmp_path / "vae.pt")
+
+
+def test_the_autoencoder_learns(some: EmojiPictures, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae, losses = new_vae(), vae_losses(some, batch_size=4)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return losses(vae, torch.Generator().manual_seed(5))["loss"].item()
+
+    before = loss()
+    fit(vae, losses, checkpoint=tmp_path / "vae.pt", steps=25, learning_rate=1e-3, warmup=5)
+    assert loss() < 0.8 * before
+
+
+@torch.no_grad()
+def test_folding_the_scale_changes_latents_not_pictures(some: EmojiPictures) -> None:
+    torch.manual_seed(0)
+    vae = new_vae().eval()
+    before = vae.decode(vae.encode(some.images[:4].float() / 127.5 - 1).latent_dist.mean).sample
+    std = vae.encode(some.images[:4].float() / 127.5 - 1).latent_dist.std
+    gain = fold_scaling(vae, some)
+    latents = encode(vae, some.images)
+    posterior = vae.encode(some.images[:4].float() / 127.5 - 1).latent_dist
+    assert (latents.std() * SD15_SCALING).item() == pytest.approx(1.0, abs=1e-3)
+    torch.testing.assert_close(vae.decode(posterior.mean).sample, before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(posterior.std, gain * std, atol=1e-4, rtol=1e-4)
+
+
+def test_augment_keeps_white_outside_and_is_seeded(some: EmojiPictures) -> None:
+    pixels = torch.full((16, 3, 64, 64), -1.0)
+    once, again = (augment(pixels, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(once, again)
+    assert set(once.unique().tolist()) == {-1.0, 1.0}
+
+
+def test_any_ascii_prompt_has_tokens(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["red heart, noto style", "blue heart, flat style"], tmp_path / "tokenizer")
+    ids = tokenize(tokenizer, ["red heart", "", "~zebra (42%)!"])
+    assert ids.shape == (3, MAX_TOKENS)
+    assert (ids[:, 0] == tokenizer.bos_token_id).all()
+    words = tokenizer.tokenize("~zebra (42%)!")
+    assert "".join(words).replace("</w>", "") == "~zebra(42%)!"
+    assert tokenizer.unk_token not in words
+
+
+def test_clip_learns_to_match(some: EmojiPictures, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(list(some.captions), tmp_path / "tokenizer")
+    clip, losses = new_clip(tokenizer), clip_losses(some, tokenizer, concepts=6)
+    first = losses(clip, torch.Generator().manual_seed(5))["loss"].item()
+    fit(clip, losses, checkpoint=tmp_path / "clip.pt", steps=30, learning_rate=1e-3, warmup=5)
+    assert losses(clip, torch.Generator().manual_seed(5))["loss"].item() < 0.8 * first
+
+
+def test_histogram_tells_colours_apart_and_ignores_the_background() -> None:
+    pixels = torch.ones(3, 3, 64, 64)
+    pixels[0, 1:, :32] = -1.0  # half red
+    pixels[1, 1:, :8] = -1.0  # an eighth red
+    pixels[2, :2, :32] = -1.0  # half blue
+    histogram = colour_histogram(pixels)
+    similarity = histogram_similarity(histogram, histogram)
+    torch.testing.assert_close(histogram.sum(-1), torch.ones(3))
+    assert similarity[0, 1] == pytest.approx(1.0)
+    assert similarity[0, 2] == pytest.approx(0.0)
+
+
+def test_closer_to_own_counts_pairs() -> None:
+    assert closer_to_own(torch.eye(5)) == 1.0
+    assert closer_to_own(-torch.eye(5)) == 0.0
+    assert closer_to_own(torch.zeros(5, 5)) == 0.5
+    random = torch.rand(400, 400, generator=torch.Generator().manual_seed(0))
+    assert closer_to_own(random) == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_classifier_has_one_output_a_style() -> None:
+    assert StyleClassifier()(torch.zeros(2, 3, 64, 64)).shape == (2, 5)

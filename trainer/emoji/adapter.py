@@ -1,0 +1,118 @@
+"""What the emoji adapter is trained on: a picture of itself without text, or one of its style with its caption.
+
+The pairs teach the division of labour that an image prompt is for: alone, the picture says everything;
+beside a text, the text says what and the picture says how. Self-pairs alone teach copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ipadapter_core import AdapterApplication, IPAdapter, inject
+
+from ..base_model import BaseModel
+from ..engine import TrainingBatch, denoising_loss, new_adapter
+from ..features import Features, encode_clip_images, encode_pixels, encode_prompts
+from .clip import normalize, zoom
+from .loop import fit
+from .pictures import STYLE_NAMES, EmojiPictures, to_pixels
+from .vae import augment
+
+BATCH, LEARNING_RATE = 64, 1e-3
+SELF_PAIRS = 0.5  # share of the examples whose reference is the picture itself, without text
+IMAGE_DROPOUT = BOTH_DROPOUT = 0.05  # the original's shares
+
+
+@dataclass(frozen=True, eq=False)
+class EmojiFeatures:
+    """The frozen models' outputs for N pictures and their mirror images, computed once.
+
+    ``latents`` [2, N, 4, 8, 8], ``text_states`` [N, 16, D], ``no_text`` [1, 16, D], ``image_embeds`` [V, N, E]:
+    V views of each picture, differently shifted and scaled, so that the adapter learns more than N points. ``styles`` [N].
+    """
+
+    latents: Tensor
+    text_states: Tensor
+    no_text: Tensor
+    image_embeds: Tensor
+    styles: Tensor
+
+    @cached_property
+    def rows_of_style(self) -> tuple[Tensor, ...]:
+        """The pictures of each style."""
+        return tuple((self.styles == style).nonzero().flatten() for style in range(len(STYLE_NAMES)))
+
+
+def encode_emoji(base_model: BaseModel, pictures: EmojiPictures, seed: int = 0, views: int = 4) -> EmojiFeatures:
+    """Run the frozen models over all pictures once."""
+    generator = torch.Generator().manual_seed(seed)
+    mirrored = pictures.images.flip(-1)
+    latents = [_chunked(encode_pixels, base_model, to_pixels(images)) for images in (pictures.images, mirrored)]
+    pixels = to_pixels(pictures.images)
+    seen = [pixels] + [zoom(augment(pixels, generator), generator) for _ in range(views - 1)]
+    return EmojiFeatures(
+        latents=torch.stack(latents),
+        text_states=encode_prompts(base_model, pictures.captions),
+        no_text=encode_prompts(base_model, [""]),
+        image_embeds=torch.stack([_chunked(encode_clip_images, base_model, normalize(view)) for view in seen]),
+        styles=pictures.style_ids,
+    )
+
+
+def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> TrainingBatch:
+    """One training batch; everything random comes from ``generator``."""
+    rows = torch.randint(len(features.styles), (batch_size,), generator=generator)
+    alone = torch.rand(batch_size, generator=generator) < SELF_PAIRS
+    of_style = [features.rows_of_style[style] for style in features.styles[rows].tolist()]
+    others = torch.stack([of[torch.randint(len(of), (), generator=generator)] for of in of_style])
+    view = torch.randint(len(features.image_embeds), (batch_size,), generator=generator)
+    mirrored = torch.randint(2, (batch_size,), generator=generator)
+    draw = torch.rand(batch_size, generator=generator)
+    without_text = alone | (draw < BOTH_DROPOUT)
+    batch = Features(
+        latents=features.latents[mirrored, rows],
+        text_states=torch.where(without_text[:, None, None], features.no_text, features.text_states[rows]),
+        image_embeds=features.image_embeds[view, torch.where(alone, rows, others)],
+    )
+    return batch, draw < IMAGE_DROPOUT + BOTH_DROPOUT
+
+
+def emoji_batches(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> Iterator[TrainingBatch]:
+    """Endless training batches."""
+    while True:
+        yield draw_batch(features, batch_size, generator)
+
+
+def fit_adapter(
+    base_model: BaseModel, pictures: EmojiPictures, *, checkpoint: Path, steps: int, minutes: float, seed: int = 0
+) -> IPAdapter:
+    """Train an adapter of the base kind, keys and values starting from the UNet's own; resumes from ``checkpoint``."""
+    features = encode_emoji(base_model, pictures, seed)
+    torch.manual_seed(seed)
+    adapter, application = new_adapter(base_model), AdapterApplication()
+
+    def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        assert isinstance(model, IPAdapter)
+        batch, drop_image = draw_batch(features, BATCH, generator)
+        loss = denoising_loss(base_model, model, application, batch, drop_image_embeds=drop_image, generator=generator)
+        return {"loss": loss}
+
+    with inject(base_model.unet, application):
+        fit(
+            adapter, losses, checkpoint=checkpoint, steps=steps, minutes=minutes, learning_rate=LEARNING_RATE, seed=seed
+        )
+    return adapter
+
+
+def _pick(rows: Tensor, generator: torch.Generator) -> Tensor:
+    return rows[torch.randint(len(rows), (), generator=generator)]
+
+
+def _chunked(encode, base_model: BaseModel, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    return torch.cat([encode(base_model, chunk) for chunk in rows.split(64)])

@@ -1,0 +1,139 @@
+"""The stack's CLIP: a text encoder, its tokenizer and a vision encoder, trained together contrastively."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from .loop import LossFunction
+from .pictures import STYLE_NAMES, EmojiPictures
+from .vae import augment
+
+MAX_TOKENS = 16
+WIDTH = 128
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def train_tokenizer(texts: list[str], folder: Path, size: int = 2048) -> CLIPTokenizer:
+    """Learn a byte-pair vocabulary from the captions and save it as CLIP's vocab.json and merges.txt."""
+    tokenizer = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Every printable ASCII character is in the alphabet: no prompt is ever unknown.
+    alphabet = [chr(c) for c in range(33, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    learned = json.loads(tokenizer.to_str())["model"]
+    vocabulary = dict(learned["vocab"])
+    for token in [*alphabet, *(c + "</w>" for c in alphabet), START, END]:
+        vocabulary.setdefault(token, len(vocabulary))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    tokenizer_ = CLIPTokenizer.from_pretrained(str(folder), model_max_length=MAX_TOKENS)
+    tokenizer_.save_pretrained(str(folder))
+    return tokenizer_
+
+
+def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A small CLIP over 64 px pictures in 16 px patches; random weights."""
+    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4}
+    text = {
+        **shared,
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 3,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "projection_dim": WIDTH,
+    }
+    vision = {**shared, "num_hidden_layers": 4, "image_size": 64, "patch_size": 16, "projection_dim": WIDTH}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 [B, 3, 64, 64] or float in [-1, 1] -> CLIP's normalised ``pixel_values``."""
+    unit = images.float() / 255 if images.dtype == torch.uint8 else (images + 1) / 2
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return (unit - mean) / std
+
+
+def styled_caption(caption: str, style: str) -> str:
+    """The caption that also says how: "victory hand, noto style"."""
+    return f"{caption}, {style} style"
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """int64 [B, 16], padded with the end token as SD1.5 does."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int = 44, pairs: int = 64) -> LossFunction:
+    """Three contrasts, each for something that an image prompt has to carry.
+
+    ``text``: picture against caption (CLIP, arXiv 2103.00020); a batch holds each drawn concept in all its styles,
+    so the concept alone does not win. ``style``: picture against the five captions that name only a style.
+    ``image``: some of the pictures against another crop of themselves (SLIP, arXiv 2112.12750), which keeps what
+    captions do not say, colours and shapes above all. No colour is changed in the crops.
+    """
+    captions = [styled_caption(c, s) for c, s in zip(pictures.captions, pictures.styles, strict=True)]
+    styled = tokenize(tokenizer, captions)
+    style_only = tokenize(tokenizer, [f"{style} style" for style in STYLE_NAMES])
+    styles = pictures.style_ids
+    pixels = pictures.images.float() / 127.5 - 1
+    rows_of: dict[str, list[int]] = {}
+    for row, concept in enumerate(pictures.concepts):
+        rows_of.setdefault(concept, []).append(row)
+    groups = list(rows_of.values())
+
+    def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        assert isinstance(model, CLIPModel)
+        drawn = torch.randperm(len(groups), generator=generator)[:concepts].tolist()
+        rows = torch.tensor([row for group in drawn for row in groups[group]])
+        again = torch.randperm(len(rows), generator=generator)[:pairs]
+        views = [augment(pixels[rows], generator), zoom(augment(pixels[rows[again]], generator), generator)]
+        output = model(input_ids=torch.cat([styled[rows], style_only]), pixel_values=normalize(torch.cat(views)))
+        scale = model.logit_scale.exp().clamp(max=50)
+        images, others = output.image_embeds.split([len(rows), len(again)])
+        texts, named = output.text_embeds.split([len(rows), len(style_only)])
+        text = contrast(images, texts, scale)
+        style = F.cross_entropy(scale * images @ named.T, styles[rows])
+        image = contrast(images[again], others, torch.tensor(10.0))
+        return {
+            "loss": text + style + 0.5 * image,
+            "text": text.detach(),
+            "style": style.detach(),
+            "image": image.detach(),
+        }
+
+    return losses
+
+
+def contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE of matching rows of a and b, both [B, D] and of unit length."""
+    logits = scale * a @ b.T
+    target = torch.arange(len(a))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def zoom(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Scale each picture by 0.8 to 1.25 about a random centre, white outside."""
+    scale = 0.8 + 0.45 * torch.rand(len(pixels), generator=generator)
+    shift = 0.2 * torch.rand(len(pixels), 2, generator=generator) - 0.1
+    theta = torch.zeros(len(pixels), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = scale
+    theta[:, :, 2] = shift
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels - 1, grid, align_corners=False) + 1

@@ -1,0 +1,96 @@
+"""Who judges the generated pictures: a style classifier, colour histograms, and the stack's own CLIP.
+
+The classifier is trained on the training pictures alone and is no part of what generates; its accuracy on real held-out
+pictures is reported beside every number it gives.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .loop import LossFunction
+from .pictures import STYLE_NAMES, EmojiPictures, to_pixels
+from .vae import augment
+
+
+class StyleClassifier(nn.Sequential):
+    """A small convolutional network: pixels [B, 3, 64, 64] in [-1, 1] -> logits [B, 5] over ``STYLE_NAMES``."""
+
+    def __init__(self, width: int = 32) -> None:
+        layers: list[nn.Module] = []
+        channels = 3
+        for scale in (1, 2, 4, 6):
+            layers += [
+                nn.Conv2d(channels, scale * width, 3, stride=2, padding=1),
+                nn.GroupNorm(8, scale * width),
+                nn.SiLU(),
+            ]
+            layers += [nn.Conv2d(scale * width, scale * width, 3, padding=1, groups=scale), nn.SiLU()]
+            channels = scale * width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, len(STYLE_NAMES)))
+
+
+def classifier_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int = 64) -> LossFunction:
+    """Cross-entropy on real pictures and on their round trips through the autoencoder, half each.
+
+    The round trips keep the classifier from reading the autoencoder's softness, which every generated picture has,
+    as a style.
+    """
+    real = to_pixels(pictures.images)
+    soft = round_trip(vae, real)
+    labels = pictures.style_ids
+
+    def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(pictures), (batch_size,), generator=generator)
+        half = batch_size // 2
+        pixels = augment(torch.cat([real[rows[:half]], soft[rows[half:]]]), generator)
+        logits = model(pixels)
+        accuracy = (logits.argmax(-1) == labels[rows]).float().mean()
+        return {"loss": F.cross_entropy(logits, labels[rows]), "accuracy": accuracy}
+
+    return losses
+
+
+@torch.no_grad()
+def round_trip(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] as the autoencoder gives them back."""
+    return torch.cat([vae.decode(vae.encode(chunk).latent_dist.mean).sample for chunk in pixels.split(64)]).clamp(-1, 1)
+
+
+@torch.no_grad()
+def judge_styles(classifier: StyleClassifier, pixels: Tensor) -> Tensor:
+    """int64 [N]: the style of each picture, pixels in [-1, 1]."""
+    return torch.cat([classifier(chunk).argmax(-1) for chunk in pixels.split(64)])
+
+
+def colour_histogram(pixels: Tensor, bins: int = 4) -> Tensor:
+    """Joint RGB histogram [N, bins**3] of pixels in [-1, 1], each row summing to 1; the white background is left out.
+
+    The background is the same in every picture and would only dilute the distances.
+    """
+    unit = ((pixels.clamp(-1, 1) + 1) / 2).flatten(2)
+    index = (unit * bins).long().clamp(max=bins - 1)
+    index = (index[:, 0] * bins + index[:, 1]) * bins + index[:, 2]
+    ink = (unit.amin(dim=1) < 0.94).float()
+    counts = torch.zeros(len(pixels), bins**3).scatter_add_(1, index, ink)
+    return counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
+
+
+def histogram_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Histogram intersection in [0, 1] of every row of a [N, K] with every row of b [M, K]: [N, M]."""
+    return torch.minimum(a[:, None], b[None]).sum(-1)
+
+
+def closer_to_own(similarity: Tensor) -> float:
+    """Share of (own, other) pairs in which row i is more similar to column i than to another column; a tie counts half.
+
+    ``similarity`` [N, N]: row = generated picture, column = reference. The mean over all others is the probability that
+    a random other one loses; 0.5 is chance.
+    """
+    own = similarity.diagonal()[:, None]
+    wins = (own > similarity).float() + 0.5 * (own == similarity).float()
+    others = ~torch.eye(len(similarity), dtype=torch.bool)
+    return wins[others].mean().item()

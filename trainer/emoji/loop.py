@@ -1,0 +1,116 @@
+"""The loop that trains every part of the stack: seeded, resumable at any checkpoint, with a progress bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+# Takes the model and a generator that decides everything random of the batch; returns named losses, "loss" among them.
+LossFunction = Callable[[nn.Module, torch.Generator], dict[str, Tensor]]
+
+
+def fit(
+    model: nn.Module,
+    losses: LossFunction,
+    *,
+    checkpoint: Path,
+    steps: int,
+    minutes: float = float("inf"),
+    learning_rate: float,
+    weight_decay: float = 0.01,
+    warmup: int = 100,
+    seed: int = 0,
+    save_every_s: float = 120.0,
+    before_step: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
+    """Train until ``steps`` in all (earlier runs count) or ``minutes`` of this run; returns the model with EMA weights.
+
+    The learning rate is constant after the warm-up and the weights are averaged, so a later, longer run continues
+    from the checkpoint as if it had never stopped. Only parameters that require a gradient are trained.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
+    ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    step = _resume(checkpoint, parameters, optimizer, ema, generator)
+    start = saved = time.monotonic()
+    model.train()
+    bar = tqdm(total=steps, initial=step, desc=checkpoint.stem, unit="step", dynamic_ncols=True, mininterval=5.0)
+    while step < steps and time.monotonic() - start < 60 * minutes:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / warmup)
+        if before_step is not None:
+            before_step(model)
+        terms = losses(model, generator)
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        ema.step(parameters)
+        step += 1
+        bar.update()
+        if step % 20 == 0:
+            bar.set_postfix({name: f"{value.item():.4f}" for name, value in terms.items()}, refresh=False)
+        if time.monotonic() - saved > save_every_s:
+            _save(checkpoint, parameters, optimizer, ema, generator, step)
+            saved = time.monotonic()
+    bar.close()
+    _save(checkpoint, parameters, optimizer, ema, generator, step)
+    ema.copy_to(parameters)
+    return model.eval()
+
+
+def load_ema(model: nn.Module, checkpoint: Path) -> nn.Module:
+    """Put the averaged weights of a checkpoint into ``model`` (whose trained parameters must be the same)."""
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"{checkpoint} does not exist: train this part first")
+    state = torch.load(checkpoint, weights_only=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter, value in zip(parameters, state["ema"]["shadow_params"], strict=True):
+        parameter.data.copy_(value)
+    return model.eval()
+
+
+def steps_done(checkpoint: Path) -> int:
+    """How many steps a checkpoint has seen, all runs together."""
+    return int(torch.load(checkpoint, weights_only=True)["step"])
+
+
+def _save(
+    file: Path, parameters: list[nn.Parameter], optimizer: Any, ema: EMAModel, generator: torch.Generator, step: int
+) -> None:
+    state = {
+        "parameters": [p.detach() for p in parameters],
+        "optimizer": optimizer.state_dict(),
+        "ema": ema.state_dict(),
+        "generator": generator.get_state(),
+        "global_generator": torch.get_rng_state(),
+        "step": step,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(file)  # a kill leaves the last good checkpoint
+
+
+def _resume(
+    file: Path, parameters: list[nn.Parameter], optimizer: Any, ema: EMAModel, generator: torch.Generator
+) -> int:
+    if not file.is_file():
+        return 0
+    state = torch.load(file, weights_only=True)
+    for parameter, value in zip(parameters, state["parameters"], strict=True):
+        parameter.data.copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    ema.load_state_dict(state["ema"])
+    generator.set_state(state["generator"])
+    torch.set_rng_state(state["global_generator"])
+    return int(state["step"])

@@ -1,0 +1,175 @@
+"""Measure how well an adapter steers the emoji model, on held-out concepts with fixed seeds, and write a JSON.
+
+    python -m ipadapter_trainer.emoji.quality --output quality.json
+
+Two situations: a picture alone, and a picture with the text of another concept. Each is generated with the adapter and
+without (weight 0), from the same noise; the control asks the same questions about references that are shuffled, so that
+nothing but the picture that was given can answer them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from ipadapter_core import IPAdapter, load_adapter
+from ipadapter_core.assets import emoji_folder
+
+from ..base_model import BaseModel, load_base_model
+from ..generate import generate
+from .build import caption
+from .clip import normalize, tokenize
+from .concepts import TEXT_CONCEPTS
+from .judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity, judge_styles
+from .pictures import EmojiPictures, load_pictures, to_pixels
+
+PROMPTS = 64
+STEPS, GUIDANCE = 25, 3.0
+WEIGHT_ALONE, WEIGHT_WITH_TEXT = 1.0, 1.0
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Everything that looks at a picture and says what it sees."""
+
+    base_model: BaseModel
+    classifier: StyleClassifier
+    text_projection: Tensor
+
+    @torch.no_grad()
+    def image_embeds(self, pixels: Tensor) -> Tensor:
+        """Pixels [N, 3, 64, 64] in [-1, 1] -> unit CLIP embeddings [N, D]."""
+        return F.normalize(self.base_model.image_encoder(normalize(pixels)).image_embeds, dim=-1)
+
+    @torch.no_grad()
+    def concepts(self, pixels: Tensor) -> Tensor:
+        """int64 [N]: which of the sixteen text concepts each picture shows, by CLIP against their names."""
+        ids = tokenize(self.base_model.tokenizer, [caption(concept) for concept in TEXT_CONCEPTS])
+        pooled = self.base_model.text_encoder(ids).pooler_output
+        texts = F.normalize(pooled @ self.text_projection.T, dim=-1)
+        return (self.image_embeds(pixels) @ texts.T).argmax(-1)
+
+    def closeness(self, generated: Tensor, references: Tensor) -> dict[str, float]:
+        """Probability that a generated picture is closer to its own reference than to a random other one."""
+        histograms = histogram_similarity(colour_histogram(generated), colour_histogram(references))
+        embeds = self.image_embeds(generated) @ self.image_embeds(references).T
+        return {"closer_by_histogram": closer_to_own(histograms), "closer_by_clip": closer_to_own(embeds)}
+
+
+def load_judges(base_model: BaseModel, file: Path) -> Judges:
+    """Read judges.safetensors."""
+    state = {key: value.float() for key, value in load_file(file).items()}
+    classifier = StyleClassifier()
+    prefix = "style_classifier."
+    classifier.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+    return Judges(base_model, classifier.eval(), state["text_projection.weight"])
+
+
+def choose_references(pictures: EmojiPictures, count: int = PROMPTS, seed: int = 0) -> list[int]:
+    """Distinct held-out concepts in a seeded order, each in a seeded one of its styles."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen: dict[str, int] = {}
+    for row in torch.randperm(len(pictures), generator=generator).tolist():
+        chosen.setdefault(pictures.concepts[row], row)
+    return list(chosen.values())[:count]
+
+
+def evaluate(base_model: BaseModel, adapter: IPAdapter, judges: Judges, pictures: EmojiPictures, seed: int = 0) -> dict:
+    """Generate both situations with and without the adapter and let the judges answer."""
+    rows = choose_references(pictures, seed=seed)
+    references, styles = to_pixels(pictures.images[rows]), pictures.style_ids[rows]
+    embeds = base_model.image_encoder(normalize(references)).image_embeds.detach()
+    wanted = torch.arange(len(rows)) % len(TEXT_CONCEPTS)
+    prompts = [caption(TEXT_CONCEPTS[i]) for i in wanted.tolist()]
+    shuffled = torch.arange(len(rows)).roll(1)
+
+    def run(texts: list[str], weight: float) -> Tensor:
+        return generate(
+            base_model,
+            adapter,
+            prompts=texts,
+            image_embeds=embeds,
+            weight=weight,
+            steps=STEPS,
+            guidance=GUIDANCE,
+            seed=seed,
+        )
+
+    def style(pixels: Tensor, order: Tensor) -> float:
+        return _share(judge_styles(judges.classifier, pixels) == styles[order])
+
+    def alone(pixels: Tensor, order: Tensor) -> dict[str, float]:
+        return {**judges.closeness(pixels, references[order]), "style": style(pixels, order)}
+
+    def with_text(pixels: Tensor, order: Tensor) -> dict[str, float]:
+        return {"style": style(pixels, order), "concept": _share(judges.concepts(pixels) == wanted)}
+
+    own = torch.arange(len(rows))
+    result: dict[str, object] = {}
+    for name, ask, texts, weight in (
+        ("image_only", alone, [""] * len(rows), WEIGHT_ALONE),
+        ("image_and_text", with_text, prompts, WEIGHT_WITH_TEXT),
+    ):
+        steered = run(texts, weight)
+        result[name] = {
+            "weight": weight,
+            "adapter": ask(steered, own),
+            "weight_0": ask(run(texts, 0.0), own),
+            "shuffled_references": ask(steered, shuffled),
+        }
+    return result
+
+
+def judge_the_judges(judges: Judges, held_out: EmojiPictures, train: EmojiPictures) -> dict[str, float]:
+    """How often the judges are right on real pictures: styles on all held-out ones, concepts on the sixteen."""
+    styles = judge_styles(judges.classifier, to_pixels(held_out.images))
+    rows = [i for i, concept in enumerate(train.concepts) if concept in TEXT_CONCEPTS]
+    truth = torch.tensor([TEXT_CONCEPTS.index(train.concepts[i]) for i in rows])
+    return {
+        "style_on_real_held_out": _share(styles == held_out.style_ids),
+        "concept_on_real": _share(judges.concepts(to_pixels(train.images[rows])) == truth),
+    }
+
+
+def _share(hits: Tensor) -> float:
+    return hits.float().mean().item()
+
+
+def measure(adapter_file: Path, seed: int = 0) -> dict[str, object]:
+    """The whole table for one adapter file over the bundled model."""
+    folder = emoji_folder()
+    base_model = load_base_model(folder / "model")
+    judges = load_judges(base_model, folder / "judges.safetensors")
+    held_out = load_pictures(folder / "pictures.zip", "held_out")
+    train = load_pictures(folder / "pictures.zip", "train")
+    return {
+        "prompts": PROMPTS,
+        "seed": seed,
+        "sampler": f"{DDIMScheduler.__name__}, {STEPS} steps, guidance {GUIDANCE}",
+        "judges": judge_the_judges(judges, held_out, train),
+        **evaluate(base_model, load_adapter(adapter_file, dtype=torch.float32), judges, held_out, seed),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", type=Path, help="adapter file (default: the bundled one)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
+    arguments = parser.parse_args()
+    result = measure(arguments.adapter or emoji_folder() / "adapter.safetensors", arguments.seed)
+    text = json.dumps(result, indent=2) + "\n"
+    arguments.output.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

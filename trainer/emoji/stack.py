@@ -1,0 +1,88 @@
+"""Put the trained parts together: the checkpoints of a work folder become one diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from .clip import MAX_TOKENS, new_clip
+from .judges import StyleClassifier
+from .loop import load_ema
+from .pictures import EmojiPictures
+from .unet import new_scheduler, new_unet
+from .vae import fold_scaling, new_vae
+
+
+def load_vae(work: Path, pictures: EmojiPictures) -> AutoencoderKL:
+    """The trained autoencoder with SD1.5's scaling factor folded in."""
+    vae = load_ema(new_vae(), work / "vae.pt")
+    assert isinstance(vae, AutoencoderKL)
+    fold_scaling(vae, pictures)
+    return vae.requires_grad_(False)
+
+
+def load_clip(work: Path) -> tuple[CLIPModel, CLIPTokenizer]:
+    """The trained CLIP and its tokenizer."""
+    tokenizer = CLIPTokenizer.from_pretrained(str(work / "tokenizer"), model_max_length=MAX_TOKENS)
+    clip = load_ema(new_clip(tokenizer), work / "clip.pt")
+    assert isinstance(clip, CLIPModel)
+    return clip.requires_grad_(False), tokenizer
+
+
+def load_unet(work: Path) -> UNet2DConditionModel:
+    """The trained UNet."""
+    unet = load_ema(new_unet(), work / "unet.pt")
+    assert isinstance(unet, UNet2DConditionModel)
+    return unet.requires_grad_(False)
+
+
+def export(work: Path, pictures: EmojiPictures, folder: Path) -> None:
+    """Write ``folder``/model as diffusers loads it (fp16) and ``folder``/judges beside it."""
+    clip, tokenizer = load_clip(work)
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_encoder.load_state_dict(clip.text_model.state_dict())
+    image_encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
+    image_encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
+    image_encoder.visual_projection.load_state_dict(clip.visual_projection.state_dict())
+    pipeline = StableDiffusionPipeline(
+        vae=load_vae(work, pictures),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=load_unet(work).to(memory_format=torch.contiguous_format),
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=new_image_processor(),
+        image_encoder=image_encoder,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(folder / "model")
+    # The tokenizer remembers the folder it was read from; nobody else has that folder.
+    file = folder / "model" / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings.pop("name_or_path", None)
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_judges(work, clip, folder / "judges.safetensors")
+
+
+def save_judges(work: Path, clip: CLIPModel, file: Path) -> None:
+    """The style classifier and CLIP's text projection, which no generation needs, in one file."""
+    classifier = load_ema(StyleClassifier(), work / "judge.pt")
+    state = {f"style_classifier.{key}": value.half() for key, value in classifier.state_dict().items()}
+    state["text_projection.weight"] = clip.text_projection.weight.detach().half()
+    save_file(state, file)
+
+
+def new_image_processor() -> CLIPImageProcessorPil:
+    """CLIP's preprocessing at 64 px."""
+    return CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})

@@ -1,0 +1,155 @@
+"""Train the emoji stack, part by part, from the pictures alone; every part resumes where it was.
+
+    python -m ipadapter_trainer.emoji.train vae clip --work work/emoji --minutes 20
+    python -m ipadapter_trainer.emoji.train judge unet --work work/emoji --minutes 60
+    python -m ipadapter_trainer.emoji.train export --work work/emoji --output assets/emoji
+    python -m ipadapter_trainer.emoji.train adapter --work work/emoji --output assets/emoji --minutes 15
+
+Running a part again with more steps or minutes continues it. A part that is trained further makes those after it stale:
+the UNet learns the latents of one autoencoder and the states of one text encoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ipadapter_core.assets import emoji_folder
+
+from .pictures import EmojiPictures, load_pictures
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the command line asked for; ``train`` are the pictures to train on."""
+
+    train: EmojiPictures
+    work: Path
+    output: Path
+    steps: int
+    minutes: float
+
+
+def train_vae(run: Run) -> None:
+    from .loop import fit
+    from .vae import new_vae, vae_losses
+
+    fit(
+        new_vae(),
+        vae_losses(run.train),
+        checkpoint=run.work / "vae.pt",
+        steps=run.steps,
+        minutes=run.minutes,
+        learning_rate=1e-3,
+    )
+
+
+def train_clip(run: Run) -> None:
+    from .clip import clip_losses, new_clip, styled_caption, train_tokenizer
+    from .loop import fit
+
+    texts = [styled_caption(c, s) for c, s in zip(run.train.captions, run.train.styles, strict=True)]
+    tokenizer = train_tokenizer(texts, run.work / "tokenizer")
+    fit(
+        new_clip(tokenizer),
+        clip_losses(run.train, tokenizer),
+        checkpoint=run.work / "clip.pt",
+        steps=run.steps,
+        minutes=run.minutes,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+    )
+
+
+def train_judge(run: Run) -> None:
+    from .judges import StyleClassifier, classifier_losses
+    from .loop import fit
+    from .stack import load_vae
+
+    fit(
+        StyleClassifier(),
+        classifier_losses(run.train, load_vae(run.work, run.train)),
+        checkpoint=run.work / "judge.pt",
+        steps=run.steps,
+        minutes=run.minutes,
+        learning_rate=2e-3,
+    )
+
+
+def train_unet(run: Run) -> None:
+    import torch
+
+    from .loop import fit
+    from .stack import load_clip, load_vae
+    from .unet import new_unet, unet_losses
+
+    clip, tokenizer = load_clip(run.work)
+    losses = unet_losses(run.train, load_vae(run.work, run.train), clip.text_model, tokenizer)
+    fit(
+        new_unet().to(memory_format=torch.channels_last),
+        losses,
+        checkpoint=run.work / "unet.pt",
+        steps=run.steps,
+        minutes=run.minutes,
+        learning_rate=5e-4,
+    )
+
+
+def train_adapter(run: Run) -> None:
+    """The bundled adapter, over the exported model, by the same loss as ``ipadapter train``."""
+    from ..base_model import load_base_model
+    from ..provenance import export_adapter, provenance
+    from .adapter import BATCH, fit_adapter
+    from .loop import steps_done
+
+    base_model = load_base_model(run.output / "model")
+    checkpoint = run.work / "adapter.pt"
+    adapter = fit_adapter(base_model, run.train, checkpoint=checkpoint, steps=run.steps, minutes=run.minutes)
+    steps = steps_done(checkpoint)
+    metadata = provenance(base_model, steps=steps, images_seen=steps * BATCH, seed=0)
+    export_adapter(run.output / "adapter.safetensors", adapter, metadata)
+
+
+def export_stack(run: Run) -> None:
+    from .stack import export
+
+    export(run.work, run.train, run.output)
+
+
+PARTS: dict[str, Callable[[Run], None]] = {
+    "vae": train_vae,
+    "clip": train_clip,
+    "judge": train_judge,
+    "unet": train_unet,
+    "export": export_stack,
+    "adapter": train_adapter,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=PARTS, help="what to do, in this order")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
+    parser.add_argument("--pictures", type=Path, help="pictures.zip of the builder (default: the bundled one)")
+    parser.add_argument(
+        "--output", type=Path, help="folder that export and adapter write to (default: the bundled one)"
+    )
+    parser.add_argument("--steps", type=int, default=1_000_000, help="steps of a part in all, earlier runs counted in")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop a part after this long")
+    arguments = parser.parse_args()
+    pictures = arguments.pictures or emoji_folder() / "pictures.zip"
+    run = Run(
+        train=load_pictures(pictures, "train"),
+        work=arguments.work,
+        output=arguments.output or emoji_folder(),
+        steps=arguments.steps,
+        minutes=arguments.minutes,
+    )
+    for part in arguments.parts:
+        PARTS[part](run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The stack's UNet: SD1.5's sixteen cross-attention layers at a hundredth of its size, over 8x8 latents."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .clip import WIDTH, styled_caption, tokenize
+from .loop import LossFunction
+from .pictures import EmojiPictures
+from .vae import encode
+
+NO_TEXT, PLAIN = 0.1, 0.55  # shares of the batch without text, and with a caption that names no style
+
+
+def new_unet() -> UNet2DConditionModel:
+    """SD1.5's layout, four levels of two layers; random weights. Channels are multiples of SD's 32 norm groups."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(64, 96, 128, 128),
+        layers_per_block=2,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # heads a layer: the name is diffusers' well-known slip
+        norm_num_groups=32,
+    )
+
+
+def new_scheduler() -> DDPMScheduler:
+    """SD1.5's noise schedule with the v target, which a small model learns faster at high noise (arXiv 2202.00512)."""
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def text_states(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """[N, 16, 128]: the last hidden states that condition the UNet."""
+    ids = tokenize(tokenizer, texts)
+    return torch.cat([text_encoder(chunk).last_hidden_state for chunk in ids.split(256)])
+
+
+def unet_losses(
+    pictures: EmojiPictures,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    batch_size: int = 64,
+) -> LossFunction:
+    """Plain v-prediction MSE over uniform timesteps; latents and text states are computed once, here."""
+    latents = torch.stack([encode(vae, pictures.images), encode(vae, pictures.images.flip(-1))])
+    latents = latents * vae.config.scaling_factor
+    styled = [styled_caption(c, s) for c, s in zip(pictures.captions, pictures.styles, strict=True)]
+    states = torch.stack(
+        [
+            text_states(text_encoder, tokenizer, [""]).expand(len(pictures), -1, -1),
+            text_states(text_encoder, tokenizer, list(pictures.captions)),
+            text_states(text_encoder, tokenizer, styled),
+        ]
+    )
+    scheduler = new_scheduler()
+
+    def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(pictures), (batch_size,), generator=generator)
+        clean = latents[torch.randint(2, (batch_size,), generator=generator), rows]
+        draw = torch.rand(batch_size, generator=generator)
+        context = states[(draw > NO_TEXT).long() + (draw > NO_TEXT + (1 - NO_TEXT) * PLAIN).long(), rows]
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(scheduler.config["num_train_timesteps"], (batch_size,), generator=generator)
+        noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        target = scheduler.get_velocity(clean, noise, timesteps)
+        return {"loss": F.mse_loss(model(noisy, timesteps, context).sample, target)}
+
+    return losses

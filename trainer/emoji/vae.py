@@ -1,0 +1,111 @@
+"""The stack's autoencoder: 64 px <-> 8x8 latents of 4 channels, in the layout of SD1.5's AutoencoderKL."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .loop import LossFunction
+from .pictures import EmojiPictures, to_pixels
+
+KL_WEIGHT = 2e-4
+SD15_SCALING = 0.18215  # every SD1.5 tool multiplies latents by this
+
+
+def new_vae() -> AutoencoderKL:
+    """A small f8 autoencoder; random weights around an identity path (see ``open_identity_path``)."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,  # narrow groups would normalise each picture's colours away
+        sample_size=64,
+        scaling_factor=SD15_SCALING,
+    )
+    open_identity_path(vae)
+    return vae
+
+
+@torch.no_grad()
+def open_identity_path(vae: AutoencoderKL) -> None:
+    """Let colours pass from pixels to latents to pixels at step 0: residual branches start at zero, the rest near
+    identity.
+
+    From the default initialisation a small autoencoder spends its first thousands of steps finding that path.
+    """
+    for name, module in vae.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        if name.endswith("conv2"):  # the last convolution of a residual branch
+            nn.init.zeros_(module.weight)
+        elif not name.endswith("conv1"):
+            identity = nn.init.dirac_(torch.empty_like(module.weight))
+            module.weight.mul_(0.3).add_(identity)
+
+
+def _edges(image: Tensor) -> tuple[Tensor, Tensor]:
+    return image.diff(dim=-1), image.diff(dim=-2)
+
+
+def vae_losses(pictures: EmojiPictures, batch_size: int = 8) -> LossFunction:
+    """Absolute errors of the pixels, of their edges, and of the mean colour of each latent's 8x8 cell, plus a small KL.
+
+    The edges keep outlines sharp; the cells make the latents carry colour from the start, which pixel errors alone find
+    only after thousands of steps.
+    """
+
+    def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(pictures), (batch_size,), generator=generator)
+        pixels = augment(to_pixels(pictures.images[rows]), generator)
+        posterior = model.encode(pixels).latent_dist  # type: ignore[operator]
+        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        output = model.decode(latents).sample  # type: ignore[operator]
+        pixel, cell = F.l1_loss(output, pixels), F.l1_loss(F.avg_pool2d(output, 8), F.avg_pool2d(pixels, 8))
+        edge = sum(F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(pixels), strict=True))
+        kl = posterior.kl().mean() / latents[0].numel()
+        return {
+            "loss": pixel + 2 * cell + edge + KL_WEIGHT * kl,
+            "l1": pixel.detach(),
+            "cell": cell.detach(),
+            "kl": kl.detach(),
+        }
+
+    return losses
+
+
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror half of the pictures and shift each by up to 4 px over its white background."""
+    mirrored = torch.rand(len(pixels), generator=generator) < 0.5
+    pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+    padded = F.pad(pixels, (4, 4, 4, 4), value=1.0)
+    offsets = torch.randint(9, (len(pixels), 2), generator=generator).tolist()
+    return torch.stack([p[:, y : y + 64, x : x + 64] for p, (y, x) in zip(padded, offsets, strict=True)])
+
+
+@torch.no_grad()
+def fold_scaling(vae: AutoencoderKL, pictures: EmojiPictures) -> float:
+    """Rescale the latent space inside the weights so that latents times 0.18215 have unit variance; returns the gain.
+
+    The posterior is scaled with it, so reconstructions do not change, and tools that assume SD1.5's constant work.
+    """
+    latents = encode(vae, pictures.images[:: max(1, len(pictures) // 512)])
+    gain = 1.0 / (latents.std().item() * SD15_SCALING)
+    mean, log_variance = slice(0, 4), slice(4, 8)
+    vae.quant_conv.weight[mean] *= gain
+    vae.quant_conv.bias[mean] *= gain
+    vae.quant_conv.bias[log_variance] += 2 * math.log(gain)
+    vae.post_quant_conv.weight /= gain
+    return gain
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tensor:
+    """uint8 images [N, 3, 64, 64] -> posterior means [N, 4, 8, 8], not yet multiplied by the scaling factor."""
+    chunks = images.split(batch_size)
+    return torch.cat([vae.encode(to_pixels(chunk)).latent_dist.mean for chunk in chunks])
