@@ -34,7 +34,8 @@ class EmojiFeatures:
     """The frozen models' outputs for N pictures and their mirror images, computed once.
 
     ``latents`` [2, N, 4, 8, 8], ``text_states`` [N, 16, D], ``no_text`` [1, 16, D], ``image_embeds`` [V, N, E]:
-    V views of each picture, differently shifted and scaled, so that the adapter learns more than N points. ``styles`` [N].
+    V views of each picture, differently shifted and scaled, so that the adapter learns more than N points.
+    ``styles`` [N].
     """
 
     latents: Tensor
@@ -58,8 +59,8 @@ def encode_emoji(base_model: BaseModel, pictures: EmojiPictures, seed: int = 0, 
     seen = [pixels] + [zoom(augment(pixels, generator), generator) for _ in range(views - 1)]
     return EmojiFeatures(
         latents=torch.stack(latents),
-        text_states=encode_prompts(base_model, pictures.captions),
-        no_text=encode_prompts(base_model, [""]),
+        text_states=encode_prompts(base_model, pictures.captions).cpu(),
+        no_text=encode_prompts(base_model, [""]).cpu(),
         image_embeds=torch.stack([_chunked(encode_clip_images, base_model, normalize(view)) for view in seen]),
         styles=pictures.style_ids,
     )
@@ -115,4 +116,4 @@ def _pick(rows: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _chunked(encode, base_model: BaseModel, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    return torch.cat([encode(base_model, chunk) for chunk in rows.split(64)])
+    return torch.cat([encode(base_model, chunk).cpu() for chunk in rows.split(64)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from .loop import LossFunction
+from .loop import LossFunction, device_of
 from .pictures import STYLE_NAMES, EmojiPictures
 from .vae import augment
 
@@ -66,7 +66,7 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 def normalize(images: Tensor) -> Tensor:
     """uint8 [B, 3, 64, 64] or float in [-1, 1] -> CLIP's normalised ``pixel_values``."""
     unit = images.float() / 255 if images.dtype == torch.uint8 else (images + 1) / 2
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     return (unit - mean) / std
 
 
@@ -104,13 +104,15 @@ def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int
         rows = torch.tensor([row for group in drawn for row in groups[group]])
         again = torch.randperm(len(rows), generator=generator)[:pairs]
         views = [augment(pixels[rows], generator), zoom(augment(pixels[rows[again]], generator), generator)]
-        output = model(input_ids=torch.cat([styled[rows], style_only]), pixel_values=normalize(torch.cat(views)))
+        device = device_of(model)
+        ids = torch.cat([styled[rows], style_only]).to(device)
+        output = model(input_ids=ids, pixel_values=normalize(torch.cat(views).to(device)))
         scale = model.logit_scale.exp().clamp(max=50)
         images, others = output.image_embeds.split([len(rows), len(again)])
         texts, named = output.text_embeds.split([len(rows), len(style_only)])
         text = contrast(images, texts, scale)
-        style = F.cross_entropy(scale * images @ named.T, styles[rows])
-        image = contrast(images[again], others, torch.tensor(10.0))
+        style = F.cross_entropy(scale * images @ named.T, styles[rows].to(device))
+        image = contrast(images[again], others, 10.0)
         return {
             "loss": text + style + 0.5 * image,
             "text": text.detach(),
@@ -121,10 +123,10 @@ def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int
     return losses
 
 
-def contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+def contrast(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
     """Symmetric InfoNCE of matching rows of a and b, both [B, D] and of unit length."""
     logits = scale * a @ b.T
-    target = torch.arange(len(a))
+    target = torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .loop import LossFunction
+from .loop import LossFunction, device_of
 from .pictures import STYLE_NAMES, EmojiPictures, to_pixels
 from .vae import augment
 
@@ -47,9 +47,10 @@ def classifier_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: i
         rows = torch.randint(len(pictures), (batch_size,), generator=generator)
         half = batch_size // 2
         pixels = augment(torch.cat([real[rows[:half]], soft[rows[half:]]]), generator)
-        logits = model(pixels)
-        accuracy = (logits.argmax(-1) == labels[rows]).float().mean()
-        return {"loss": F.cross_entropy(logits, labels[rows]), "accuracy": accuracy}
+        truth = labels[rows].to(device_of(model))
+        logits = model(pixels.to(truth.device))
+        accuracy = (logits.argmax(-1) == truth).float().mean()
+        return {"loss": F.cross_entropy(logits, truth), "accuracy": accuracy}
 
     return losses
 

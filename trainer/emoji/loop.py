@@ -33,8 +33,9 @@ def fit(
     """Train until ``steps`` in all (earlier runs count) or ``minutes`` of this run; returns the model with EMA weights.
 
     The learning rate is constant after the warm-up and the weights are averaged, so a later, longer run continues
-    from the checkpoint as if it had never stopped. Only parameters that require a gradient are trained.
+    from the checkpoint as if it had never stopped. Only parameters that require a gradient are trained, on the GPU when there is one.
     """
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
     ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
@@ -65,14 +66,19 @@ def fit(
     bar.close()
     _save(checkpoint, parameters, optimizer, ema, generator, step)
     ema.copy_to(parameters)
-    return model.eval()
+    return model.cpu().eval()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; batches are drawn on the CPU, so that every device sees the same ones, and go there."""
+    return next(model.parameters()).device
 
 
 def load_ema(model: nn.Module, checkpoint: Path) -> nn.Module:
     """Put the averaged weights of a checkpoint into ``model`` (whose trained parameters must be the same)."""
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} does not exist: train this part first")
-    state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter, value in zip(parameters, state["ema"]["shadow_params"], strict=True):
         parameter.data.copy_(value)
@@ -81,7 +87,7 @@ def load_ema(model: nn.Module, checkpoint: Path) -> nn.Module:
 
 def steps_done(checkpoint: Path) -> int:
     """How many steps a checkpoint has seen, all runs together."""
-    return int(torch.load(checkpoint, weights_only=True)["step"])
+    return int(torch.load(checkpoint, weights_only=True, map_location="cpu")["step"])
 
 
 def _save(
@@ -106,11 +112,12 @@ def _resume(
 ) -> int:
     if not file.is_file():
         return 0
-    state = torch.load(file, weights_only=True)
+    state = torch.load(file, weights_only=True, map_location="cpu")
     for parameter, value in zip(parameters, state["parameters"], strict=True):
         parameter.data.copy_(value)
     optimizer.load_state_dict(state["optimizer"])
     ema.load_state_dict(state["ema"])
+    ema.to(parameters[0].device)
     generator.set_state(state["generator"])
     torch.set_rng_state(state["global_generator"])
     return int(state["step"])

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ipadapter_core import IPAdapter, load_adapter
-from ipadapter_core.assets import emoji_folder
+from ipadapter_core.assets import MODEL, emoji_folder
 
 from ..base_model import BaseModel, load_base_model
 from ..generate import generate
@@ -146,7 +146,7 @@ def _share(hits: Tensor) -> float:
 def measure(adapter_file: Path, seed: int = 0) -> dict[str, object]:
     """The whole table for one adapter file over the bundled model."""
     folder = emoji_folder()
-    base_model = load_base_model(folder / "model")
+    base_model = load_base_model(folder / MODEL)
     judges = load_judges(base_model, folder / "judges.safetensors")
     held_out = load_pictures(folder / "pictures.zip", "held_out")
     train = load_pictures(folder / "pictures.zip", "train")

@@ -16,6 +16,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ipadapter_core.assets import MODEL
+
 from .clip import MAX_TOKENS, new_clip
 from .judges import StyleClassifier
 from .loop import load_ema
@@ -48,7 +50,7 @@ def load_unet(work: Path) -> UNet2DConditionModel:
 
 
 def export(work: Path, pictures: EmojiPictures, folder: Path) -> None:
-    """Write ``folder``/model as diffusers loads it (fp16) and ``folder``/judges beside it."""
+    """Write ``folder``/emoji-model as diffusers loads it (fp16) and ``folder``/judges beside it."""
     clip, tokenizer = load_clip(work)
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
@@ -66,9 +68,9 @@ def export(work: Path, pictures: EmojiPictures, folder: Path) -> None:
         image_encoder=image_encoder,
         requires_safety_checker=False,
     )
-    pipeline.to(dtype=torch.float16).save_pretrained(folder / "model")
+    pipeline.to(dtype=torch.float16).save_pretrained(folder / MODEL)
     # The tokenizer remembers the folder it was read from; nobody else has that folder.
-    file = folder / "model" / "tokenizer" / "tokenizer_config.json"
+    file = folder / MODEL / "tokenizer" / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings.pop("name_or_path", None)
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ipadapter_core.assets import emoji_folder
+from ipadapter_core.assets import MODEL, emoji_folder
 
 from .pictures import EmojiPictures, load_pictures
 
@@ -99,12 +99,15 @@ def train_unet(run: Run) -> None:
 
 def train_adapter(run: Run) -> None:
     """The bundled adapter, over the exported model, by the same loss as ``ipadapter train``."""
+    import torch
+
     from ..base_model import load_base_model
     from ..provenance import export_adapter, provenance
     from .adapter import BATCH, fit_adapter
     from .loop import steps_done
 
-    base_model = load_base_model(run.output / "model")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base_model = load_base_model(run.output / MODEL, device=device)
     checkpoint = run.work / "adapter.pt"
     adapter = fit_adapter(base_model, run.train, checkpoint=checkpoint, steps=run.steps, minutes=run.minutes)
     steps = steps_done(checkpoint)

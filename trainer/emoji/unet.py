@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .clip import WIDTH, styled_caption, tokenize
-from .loop import LossFunction
+from .loop import LossFunction, device_of
 from .pictures import EmojiPictures
 from .vae import encode
 
@@ -74,6 +74,8 @@ def unet_losses(
         context = states[(draw > NO_TEXT).long() + (draw > NO_TEXT + (1 - NO_TEXT) * PLAIN).long(), rows]
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(scheduler.config["num_train_timesteps"], (batch_size,), generator=generator)
+        device = device_of(model)
+        clean, noise, timesteps, context = (x.to(device) for x in (clean, noise, timesteps, context))
         noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
         target = scheduler.get_velocity(clean, noise, timesteps)
         return {"loss": F.mse_loss(model(noisy, timesteps, context).sample, target)}

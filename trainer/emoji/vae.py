@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .loop import LossFunction
+from .loop import LossFunction, device_of
 from .pictures import EmojiPictures, to_pixels
 
 KL_WEIGHT = 2e-4
@@ -62,9 +62,10 @@ def vae_losses(pictures: EmojiPictures, batch_size: int = 8) -> LossFunction:
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(pictures), (batch_size,), generator=generator)
-        pixels = augment(to_pixels(pictures.images[rows]), generator)
+        pixels = augment(to_pixels(pictures.images[rows]), generator).to(device_of(model))
         posterior = model.encode(pixels).latent_dist  # type: ignore[operator]
-        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        latents = posterior.mean + posterior.std * noise.to(posterior.mean)
         output = model.decode(latents).sample  # type: ignore[operator]
         pixel, cell = F.l1_loss(output, pixels), F.l1_loss(F.avg_pool2d(output, 8), F.avg_pool2d(pixels, 8))
         edge = sum(F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(pixels), strict=True))

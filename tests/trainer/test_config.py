@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ipadapter_trainer.config import TrainConfig, load_config, make_config, options_text
+from ipadapter_trainer.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.toml"))
+MINIMAL: dict[str, Any] = {"base_model": "m", "data": "d", "output": "o", "steps": 10}
+
+
+def test_the_defaults_are_the_papers_recipe() -> None:
+    config = make_config(MINIMAL)
+    assert (config.learning_rate, config.weight_decay, config.tokens) == (1e-4, 0.01, 4)
+    assert (config.text_dropout, config.image_dropout, config.both_dropout) == (0.05, 0.05, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rat": 1}, ["unknown key 'learning_rat'", "'learning_rate'"]),
+        ({"zzz": 1}, ["unknown key 'zzz'", "--options"]),
+        ({"learning_rate": "fast"}, ["learning_rate = 'fast'", "a number"]),
+        ({"batch_size": "2.5"}, ["batch_size = '2.5'", "a whole number"]),
+        ({"batch_size": 0}, ["batch_size = 0", "at least 1"]),
+        ({"learning_rate": 0}, ["learning_rate = 0", "more than 0"]),
+        ({"flip": "perhaps"}, ["flip = 'perhaps'", "true or false"]),
+        ({"resolution": 500}, ["resolution = 500", "a multiple of 8"]),
+        ({"mixed_precision": "fp16"}, ["mixed_precision = 'fp16'", "'no'", "'bf16'"]),
+        ({"kind": "plus"}, ["kind = 'plus'", "'base'"]),
+        ({"steps": None}, ["either steps or epochs"]),
+        ({"epochs": 2}, ["either steps or epochs"]),
+        ({"text_dropout": 0.9, "image_dropout": 0.2}, ["1.15", "at most 1"]),
+        ({"data_root": "x"}, ["data_root", "'d'"]),
+        ({"data": 3}, ["data = 3", "a path"]),
+    ],
+)
+def test_a_mistake_is_named_with_what_was_expected(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_config({**MINIMAL, **changes})
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"base_model is missing.*data is missing.*stepz"):
+        make_config({"output": "o", "stepz": 1})
+
+
+def test_overrides_win_over_the_file_and_can_unset(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('base_model = "m"\ndata = "~/d"\noutput = "o"\nsteps = 5\n')
+    config = load_config(file, ["steps=none", "epochs=1.5", "flip=true", "learning_rate=2e-5"])
+    assert (config.steps, config.epochs, config.flip, config.learning_rate) == (None, 1.5, True, 2e-5)
+    assert config.data == Path("~/d").expanduser()
+
+
+@pytest.mark.parametrize("override", ["steps", "=3"])
+def test_an_override_needs_key_and_value(override: str) -> None:
+    with pytest.raises(ConfigError, match="key=value"):
+        load_config(None, [override])
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml: no such config file"):
+        load_config(tmp_path / "absent.toml")
+    (tmp_path / "bad.toml").write_text("steps = = 3")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not valid TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configs_are_valid_and_open_with_their_command(file: Path) -> None:
+    assert load_config(file).kind == "base"
+    assert f"ipadapter train configs/{file.name}" in "".join(file.read_text().splitlines()[:4])
+
+
+def test_configs_are_shipped() -> None:
+    assert CONFIGS
+
+
+def test_every_key_is_described() -> None:
+    text = options_text()
+    for name, field in TrainConfig.model_fields.items():
+        assert field.description
+        assert f"{name} (" in text

@@ -1,0 +1,294 @@
+"""Whole trainings: exact resume, checkpoints that survive a kill, and files that every host loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ipadapter_trainer.base_model import BaseModel, load_base_model
+from ipadapter_trainer.checkpoints import ADAPTER_FILE, STATE_FILE, checkpoint_folders
+from ipadapter_trainer.config import make_config
+from ipadapter_trainer.errors import CheckpointError, ConfigError, DivergedError
+from ipadapter_trainer.features import encode_prompts
+from ipadapter_trainer.generate import generate, initial_latents
+from ipadapter_trainer.provenance import BASE_MODEL, DATA_SIZE, PREDICTION_TYPE, STEPS
+from ipadapter_trainer.train import train
+from safetensors.torch import load_file
+
+from ipadapter_core import AdapterApplication, inject, load_adapter
+
+Losses = list[tuple[int, float]]
+
+
+def run(settings: dict[str, Any], **changes: Any) -> tuple[dict[str, torch.Tensor], Losses]:
+    losses: Losses = []
+    file = train(make_config({**settings, **changes}), on_progress=lambda p: losses.append((p.step, p.loss.item())))
+    return load_file(file), losses
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_accumulation": 2, "flip": True}, {"mixed_precision": "bf16"}],
+    ids=["plain", "accumulated", "bf16"],
+)
+def test_a_resumed_training_is_the_uninterrupted_one(
+    settings: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Bit for bit: 6 steps against 4 + 2, the draws crossing into another epoch."""
+    settings = {**settings, **changes}
+    whole, losses = run(settings, output=tmp_path / "whole")
+    _, first = run(settings, output=tmp_path / "parts", steps=4)
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    torch.manual_seed(12345)  # whatever the new process did before
+    rest, second = run(settings, output=tmp_path / "parts")
+    assert first + second == losses
+    assert [step for step, _ in second] == [5, 6]
+    assert whole.keys() == rest.keys()
+    for name, weight in whole.items():
+        assert torch.equal(weight, rest[name])
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
+
+
+def test_another_seed_is_another_training(settings: dict[str, Any], tmp_path: Path) -> None:
+    _, losses = run(settings, steps=1)
+    _, again = run(settings, steps=1, output=tmp_path / "again")
+    _, other = run(settings, steps=1, output=tmp_path / "other", seed=1)
+    assert losses == again != other
+
+
+def test_checkpoints_rotate_and_are_adapter_files(settings: dict[str, Any]) -> None:
+    weights, _ = run(settings, save_every=1, keep_checkpoints=2)
+    output = Path(settings["output"])
+    assert [f.name for f in checkpoint_folders(output)] == ["checkpoint-000005", "checkpoint-000006"]
+    assert sorted(p.name for p in output.iterdir()) == [
+        "adapter.safetensors",
+        "checkpoint-000005",
+        "checkpoint-000006",
+        "log.jsonl",
+    ]
+    newest = load_file(output / "checkpoint-000006" / ADAPTER_FILE)
+    assert all(torch.equal(weights[name], newest[name]) for name in weights)
+
+
+def test_a_log_is_cut_back_to_the_checkpoint(settings: dict[str, Any]) -> None:
+    run(settings, steps=2)
+    log = Path(settings["output"]) / "log.jsonl"
+    with log.open("a") as stream:
+        stream.write('{"step": 3, "loss": 9.0, "images_per_second": 1.0}\n{"step": 4, "lo')
+    run(settings, steps=3)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[2]["loss"] != 9.0
+
+
+def test_epochs_are_counted_in_pictures(settings: dict[str, Any]) -> None:
+    _, losses = run(settings, steps=None, epochs=0.5)
+    assert [step for step, _ in losses] == [1, 2]  # 3 of 6 pictures, 2 a step
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 7}, "seed was 0 and is now 7"),
+        ({"tokens": 8}, "tokens was 4 and is now 8"),
+        ({"resolution": 32}, "resolution was 64 and is now 32"),
+        ({"resume": False}, "already holds checkpoint-000001"),
+    ],
+)
+def test_another_training_does_not_resume(settings: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    run(settings, steps=1)
+    with pytest.raises(CheckpointError, match=words):
+        run(settings, **changes)
+
+
+def test_another_base_or_data_set_does_not_resume(settings: dict[str, Any], v_model: BaseModel) -> None:
+    run(settings, steps=1)
+    (Path(settings["data"]) / "red.txt").write_text("another caption")
+    with pytest.raises(CheckpointError, match=r"data was '\w+' and is now.*init_from="):
+        run(settings)
+    v_folder = Path(v_model.unet.config["_name_or_path"]).parent
+    with pytest.raises(CheckpointError, match=r"base_model was .*tiny-sd15.* is now .*tiny-v"):
+        run(settings, base_model=v_folder)
+
+
+def test_a_damaged_checkpoint_says_what_to_do(settings: dict[str, Any]) -> None:
+    run(settings, steps=1)
+    (folder,) = checkpoint_folders(Path(settings["output"]))
+    (folder / STATE_FILE).write_bytes(b"PK\x03\x04 half of it")
+    with pytest.raises(CheckpointError, match=r"damaged.*Delete"):
+        run(settings)
+
+
+def test_the_learning_rate_may_change_at_a_resume(settings: dict[str, Any], tmp_path: Path) -> None:
+    run(settings, steps=1)
+    before = load_file(checkpoint_folders(Path(settings["output"]))[-1] / ADAPTER_FILE)
+    after, _ = run(settings, steps=2, learning_rate=1e-9)
+    assert all((after[name] - before[name]).abs().max() < 1e-6 for name in before)
+
+
+def test_a_diverged_training_saves_nothing(settings: dict[str, Any]) -> None:
+    with pytest.raises(DivergedError, match="lower learning_rate"):
+        run(settings, learning_rate=1e30, max_grad_norm=0, steps=4)
+    assert checkpoint_folders(Path(settings["output"])) == []
+
+
+def test_unfit_settings_are_refused_before_the_weights_are_read(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        run(settings, output=tmp_path / "file")
+
+
+def test_broken_pictures_are_counted_and_reported(settings: dict[str, Any]) -> None:
+    (Path(settings["data"]) / "red.png").write_text("not a picture")
+    said: list[str] = []
+    train(make_config(settings), say=said.append)
+    assert any(line.startswith("1 pictures could not be read") and "red.png" in line for line in said)
+
+
+KILLED_WHILE_SAVING = """
+import os, sys, torch
+import ipadapter_trainer.checkpoints as checkpoints
+from ipadapter_trainer.config import make_config
+from ipadapter_trainer.train import train
+import json
+whole, calls = torch.save, []
+def half(state, stream):
+    calls.append(1)
+    if len(calls) < 2:
+        return whole(state, stream)
+    stream.write(b"PK\\x03\\x04 half of it")
+    stream.flush()
+    os._exit(9)
+torch.save = half
+train(make_config(json.loads(sys.argv[1])))
+"""
+
+
+def test_a_kill_while_saving_leaves_the_last_good_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
+    whole, losses = run(settings, output=tmp_path / "whole")
+    arguments = json.dumps({**settings, "save_every": 2})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_SAVING, arguments],
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == 9, killed.stderr.decode()
+    output = Path(settings["output"])
+    assert [f.name for f in checkpoint_folders(output)] == ["checkpoint-000002"]
+    rest, second = run(settings)
+    assert second == losses[2:]
+    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    assert not list(output.glob(".unfinished*"))
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an exported adapter that has moved away from where it began."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("trained")
+    data = folder / "data"
+    data.mkdir()
+    Image.new("RGB", (64, 64), "red").save(data / "a.png")
+    (data / "a.txt").write_text("red")
+    settings = {"base_model": model_folder, "data": data, "output": folder / "run", "resolution": 64}
+    train(make_config({**settings, "steps": 3, "batch_size": 2, "workers": 0, "learning_rate": 1e-2}))
+    return folder / "run"
+
+
+def test_the_export_carries_its_provenance(trained: Path) -> None:
+    adapter = load_adapter(trained / ADAPTER_FILE)
+    assert adapter.spec.kind == "base"
+    assert adapter.metadata[BASE_MODEL] == "tiny-sd15"
+    assert adapter.metadata[PREDICTION_TYPE] == "epsilon"
+    assert (adapter.metadata[STEPS], adapter.metadata[DATA_SIZE]) == ("3", "1")
+    assert not any(str(trained.parent) in value for value in adapter.metadata.values())
+
+
+def test_diffusers_loads_the_export_and_says_the_same(trained: Path, model_folder: Path, base_model: BaseModel) -> None:
+    """The published layout as diffusers' own loader reads it, one forward pass in each."""
+    pipeline = diffusers_pipeline(load_base_model(model_folder), trained)
+    generator = torch.Generator().manual_seed(0)
+    latents, embeds = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 24, generator=generator)
+    text, time = encode_prompts(base_model, ["a red square", ""]), torch.tensor([300, 700])
+    with torch.no_grad():
+        theirs = pipeline.unet(latents, time, text, added_cond_kwargs={"image_embeds": [embeds[:, None]]}).sample
+        key_values = load_adapter(trained / ADAPTER_FILE)(embeds)
+        with inject(base_model.unet, AdapterApplication(key_values)):
+            ours = base_model.unet(latents, time, text).sample
+        plain = base_model.unet(latents, time, text).sample
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(ours, plain, atol=1e-3)
+
+
+def test_diffusers_pipeline_makes_the_same_picture(trained: Path, model_folder: Path, base_model: BaseModel) -> None:
+    """Text and image prompt, guidance and its zero image, four steps: our short loop against the pipeline."""
+    from diffusers import DDIMScheduler
+
+    model = load_base_model(model_folder)
+    pipeline = diffusers_pipeline(model, trained)
+    pipeline.scheduler = DDIMScheduler.from_config(
+        model.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+    )
+    pipeline.set_ip_adapter_scale(0.7)
+    pipeline.set_progress_bar_config(disable=True)
+    embeds = torch.randn(1, 24, generator=torch.Generator().manual_seed(0))
+    theirs = pipeline(
+        "a red square",
+        negative_prompt="blue",
+        ip_adapter_image_embeds=[torch.stack([torch.zeros_like(embeds), embeds])],
+        latents=initial_latents(model, 1, 5, 64),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        output_type="pt",
+    ).images
+    ours = generate(
+        base_model,
+        load_adapter(trained / ADAPTER_FILE),
+        prompts=["a red square"],
+        negative_prompt="blue",
+        image_embeds=embeds,
+        weight=0.7,
+        steps=4,
+        guidance=3.0,
+        seed=5,
+    )
+    torch.testing.assert_close(ours / 2 + 0.5, theirs, atol=1e-4, rtol=1e-4)
+
+
+def diffusers_pipeline(model: BaseModel, folder: Path) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        unet=model.unet,
+        scheduler=model.scheduler,
+        safety_checker=None,
+        feature_extractor=model.image_processor,
+        image_encoder=model.image_encoder,
+        requires_safety_checker=False,
+    )
+    pipeline.load_ip_adapter(str(folder), subfolder="", weight_name=ADAPTER_FILE, local_files_only=True)
+    return pipeline
+
+
+def test_a_finished_training_only_exports_again(settings: dict[str, Any]) -> None:
+    weights, _ = run(settings, steps=2)
+    said: list[str] = []
+    again = train(make_config({**settings, "steps": 1}), say=said.append)
+    assert any("2 steps are done already" in line for line in said)
+    assert all(torch.equal(weight, weights[name]) for name, weight in load_file(again).items())
+    assert load_adapter(again).metadata[STEPS] == "2"

@@ -1,0 +1,167 @@
+"""`ipadapter demo`: train an adapter for two minutes on real pictures, then show and measure what it does."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ipadapter_core import IPAdapter, load_adapter
+from ipadapter_core.assets import MODEL, emoji_folder
+
+from .base_model import BaseModel, load_base_model
+from .emoji.adapter import emoji_batches, encode_emoji
+from .emoji.clip import normalize
+from .emoji.pictures import EmojiPictures, load_pictures, to_pixels
+from .emoji.quality import GUIDANCE, Judges, choose_references, load_judges
+from .engine import check_loss, new_adapter, new_optimizer, train_steps
+from .features import encode_clip_images
+from .generate import generate
+from .pictures import to_pictures
+from .provenance import export_adapter, provenance
+
+TRAINING_PICTURES = 1500  # of 6,000: encoding them all would take the time that training needs
+BATCH, LEARNING_RATE = (
+    32,
+    2e-3,
+)  # a tiny adapter in two minutes, not a real one in days: 20 times the usual rate
+STEPS = 20
+ROWS, MEASURED = 6, 32
+OTHER_TEXT = "rocket"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the picture: its title and how its pictures are made."""
+
+    title: str
+    text: str
+    weight: float
+
+
+COLUMNS = (
+    Column("weight 0", "", 0.0),
+    Column("weight 0.5", "", 0.5),
+    Column("weight 1", "", 1.0),
+    Column(f'1 + "{OTHER_TEXT}"', OTHER_TEXT, 1.0),
+)
+
+
+def demo(output: Path, adapter: str | None = None, minutes: float = 2.0, seed: int = 0) -> None:
+    """Train (or load ``adapter``: a file, or "bundled"), draw the picture, print the measured closeness."""
+    started = time.monotonic()
+    folder = emoji_folder()
+    base_model = load_base_model(folder / MODEL)
+    held_out = load_pictures(folder / "pictures.zip", "held_out")
+    if adapter is None:
+        trained = train_demo_adapter(base_model, load_pictures(folder / "pictures.zip", "train"), minutes, seed)
+        file = output.with_suffix(".safetensors")
+        metadata = provenance(base_model, steps=trained.steps, images_seen=trained.images, seed=seed)
+        export_adapter(file, trained.adapter, metadata)
+        print(f"Saved the adapter: {file} ({trained.steps} steps, {trained.images} pictures seen)")
+        chosen = trained.adapter
+    else:
+        chosen = load_adapter(folder / "adapter.safetensors" if adapter == "bundled" else Path(adapter))
+        chosen = chosen.float()
+    judges = load_judges(base_model, folder / "judges.safetensors")
+    rows = choose_references(held_out, MEASURED, seed)
+    pictures = to_pixels(held_out.images[rows])
+    embeds = encode_clip_images(base_model, normalize(pictures))
+    alone = {weight: _generate(base_model, chosen, embeds, "", weight, seed) for weight in (0.0, 1.0)}
+    columns = [
+        alone[c.weight][:ROWS]
+        if c.weight in alone and not c.text
+        else _generate(base_model, chosen, embeds[:ROWS], c.text, c.weight, seed)
+        for c in COLUMNS
+    ]
+    draw_grid(pictures[:ROWS], columns).save(output)
+    report(judges, pictures, alone)
+    print(f"Picture: {output.resolve()} ({time.monotonic() - started:.0f} s in all)")
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter, its optimizer steps and the pictures it saw."""
+
+    adapter: IPAdapter
+    steps: int
+    images: int
+
+
+def train_demo_adapter(base_model: BaseModel, pictures: EmojiPictures, minutes: float, seed: int) -> TrainedAdapter:
+    """Train for ``minutes``, the encoding of the pictures included; the steps adapt to the machine."""
+    deadline = time.monotonic() + 60 * minutes
+    generator = torch.Generator().manual_seed(seed)
+    some = pictures.subset(torch.randperm(len(pictures), generator=generator)[:TRAINING_PICTURES].tolist())
+    print(f"Encoding {len(some)} pictures once ...", flush=True)
+    features = encode_emoji(base_model, some, seed, views=2)
+    torch.manual_seed(seed)
+    adapter = new_adapter(base_model)
+    optimizer = new_optimizer(adapter, LEARNING_RATE)
+    parameters = sum(p.numel() for p in adapter.parameters())
+    print(f"Training {parameters / 1e6:.2f} M parameters; the {base_model.name} UNet stays frozen.", flush=True)
+    began, images, smooth, step = time.monotonic(), 0, None, 0
+    training = train_steps(
+        base_model,
+        adapter,
+        emoji_batches(features, BATCH, generator),
+        optimizer=optimizer,
+        generator=generator,
+        steps=1_000_000,
+    )
+    with closing(training), tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+        for progress in training:
+            now, step = time.monotonic(), progress.step
+            images += progress.images
+            loss = check_loss(step, progress.loss.item())
+            smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
+            done = min(1.0, (now - began) / max(deadline - began, 1e-9))
+            bar.set_postfix_str(f"step {step}, loss {smooth:.4f}, {images / (now - began):.0f} images/s", refresh=False)
+            bar.update(100 * done - bar.n)
+            if done >= 1:
+                break
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, 4 * (1 - done))  # falls in the last quarter
+    return TrainedAdapter(adapter.requires_grad_(False).eval(), step, images)
+
+
+def _generate(base_model: BaseModel, adapter: IPAdapter, embeds: Tensor, text: str, weight: float, seed: int) -> Tensor:
+    return generate(
+        base_model,
+        adapter,
+        prompts=[text],
+        image_embeds=embeds,
+        weight=weight,
+        steps=STEPS,
+        guidance=GUIDANCE,
+        seed=seed,
+    )
+
+
+def report(judges: Judges, references: Tensor, generated: dict[float, Tensor]) -> None:
+    """Print how often a generated picture is closer to its own reference than to another one, with and without."""
+    print(f"Closer to its own image prompt than to another one ({len(references)} held-out prompts, chance is 50 %):")
+    for weight, title in ((0.0, "without adapter"), (1.0, "with adapter")):
+        closeness = judges.closeness(generated[weight], references)
+        by_colour, by_clip = closeness["closer_by_histogram"], closeness["closer_by_clip"]
+        print(f"  {title:16} by colour {by_colour:4.0%}   by the vision model {by_clip:4.0%}")
+
+
+def draw_grid(prompts: Tensor, columns: list[Tensor], scale: int = 2, gap: int = 8, header: int = 28) -> Image.Image:
+    """One row a prompt, one column a setting, titles on top; pixels [R, 3, 64, 64] in [-1, 1]."""
+    titles = ("image prompt", *(column.title for column in COLUMNS))
+    side = prompts.shape[-1] * scale
+    grid = Image.new("RGB", (len(titles) * (side + gap) + gap, header + len(prompts) * (side + gap)), "white")
+    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(size=14)
+    for x, (title, pixels) in enumerate(zip(titles, (prompts, *columns), strict=True)):
+        left = gap + x * (side + gap)
+        pen.text((left + side / 2, header / 2), title, fill="black", font=font, anchor="mm")
+        for y, picture in enumerate(to_pictures(pixels)):
+            grid.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, header + y * (side + gap)))
+    pen.line([(side + 1.5 * gap, gap), (side + 1.5 * gap, grid.height - gap)], fill="lightgrey")
+    return grid

@@ -1,0 +1,102 @@
+"""`ipadapter inspect`: what an adapter file is, read from its header alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ipadapter_core import AdapterSpec, infer_spec, read_checkpoint, shortcut_hint
+
+
+@dataclass(frozen=True)
+class Description:
+    """An adapter file. `bytes` is its size, `dtypes` the distinct ones, `layout` that of its keys."""
+
+    file: str
+    bytes: int
+    layout: str
+    spec: AdapterSpec
+    parameters: int
+    dtypes: tuple[str, ...]
+    metadata: Mapping[str, str]
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values for `json.dumps`."""
+        spec = self.spec
+        return {
+            "file": self.file,
+            "bytes": self.bytes,
+            "layout": self.layout,
+            "kind": spec.kind,
+            "family": spec.family,
+            "context_width": spec.context_width,
+            "encoder": spec.encoder,
+            "feature": spec.feature,
+            "image_width": spec.image_width,
+            "face_width": spec.face_width,
+            "tokens": spec.tokens,
+            "layers": len(spec.layer_widths),
+            "layer_widths": list(spec.layer_widths),
+            "lora_rank": spec.lora_rank,
+            "shortcut": spec.shortcut,
+            "parameters": self.parameters,
+            "dtypes": list(self.dtypes),
+            "metadata": dict(self.metadata),
+        }
+
+    def as_text(self) -> str:
+        """A table for people."""
+        spec = self.spec
+        rows = [
+            ("file", f"{self.file} ({self.bytes / 1e6:.1f} MB, {self.layout} layout)"),
+            ("kind", spec.kind + self._version()),
+            ("for", f"{spec.family_name} (text of {spec.context_width})"),
+            ("encoder", f"{spec.encoder}: {spec.feature}"),
+            ("tokens", str(spec.tokens)),
+            ("layers", f"{len(spec.layer_widths)} cross-attention layers, {_runs(spec.layer_widths)} wide"),
+            ("LoRA", "none" if spec.lora_rank is None else f"rank {spec.lora_rank}"),
+            ("parameters", f"{self.parameters / 1e6:.2f} M in {', '.join(self.dtypes)}"),
+        ]
+        rows += [(key, value) for key, value in sorted(self.metadata.items())]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _version(self) -> str:
+        if self.spec.kind != "faceid-plus":
+            return ""
+        if self.spec.shortcut is not None:
+            return " v2" if self.spec.shortcut else " v1"
+        hint = shortcut_hint(self.file)
+        guess = "" if hint is None else f"; the name suggests {'v2' if hint else 'v1'}"
+        return f" (v1 or v2: the file does not say{guess})"
+
+
+def describe(path: Path) -> Description:
+    """Read a file's header; weights stay on disk.
+
+    Raises AdapterError, which says what the file is, when it is not an adapter.
+    """
+    checkpoint = read_checkpoint(path)
+    parts = (checkpoint.image_proj, checkpoint.ip_adapter)
+    return Description(
+        file=str(path),
+        bytes=Path(path).stat().st_size,
+        layout=checkpoint.layout,
+        spec=infer_spec(checkpoint),
+        parameters=sum(math.prod(shape) for part in parts for shape in part.shapes.values()),
+        dtypes=tuple(sorted({str(d).removeprefix("torch.") for part in parts for d in part.dtypes.values()})),
+        metadata=checkpoint.metadata,
+    )
+
+
+def _runs(widths: tuple[int, ...]) -> str:
+    """(320, 320, 640) -> "2x320, 1x640", in id order."""
+    runs: list[list[int]] = []
+    for width in widths:
+        if runs and runs[-1][1] == width:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, width])
+    return ", ".join(f"{count}x{width}" for count, width in runs)

@@ -1,0 +1,29 @@
+"""What the user can put right: every message names the thing, what was found, what was expected and what to
+do.
+"""
+
+from __future__ import annotations
+
+
+class TrainerError(ValueError):
+    """Base class; the command line prints the message alone and exits with status 2."""
+
+
+class ConfigError(TrainerError):
+    """An unknown key, a value of the wrong type, or settings that exclude each other."""
+
+
+class BaseModelError(TrainerError):
+    """A base model folder that is incomplete or of a kind that is not supported."""
+
+
+class DataError(TrainerError):
+    """A data set without usable pictures or captions."""
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint that is incomplete or belongs to another training."""
+
+
+class DivergedError(TrainerError):
+    """The loss is no longer a number."""
