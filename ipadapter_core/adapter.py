@@ -108,20 +108,14 @@ class IPAdapter(nn.Module):
         like = next(self.projector.parameters())
         if spec.face_width is not None:
             batch = 1 if image_features is None else image_features.shape[0]
-            zeros = torch.zeros(
-                batch, spec.face_width, device=device or like.device, dtype=dtype or like.dtype
-            )
+            zeros = torch.zeros(batch, spec.face_width, device=device or like.device, dtype=dtype or like.dtype)
             return (
-                self.encode(zeros)
-                if spec.image_width is None
-                else self.encode(zeros, cast("Tensor", image_features))
+                self.encode(zeros) if spec.image_width is None else self.encode(zeros, cast("Tensor", image_features))
             )
         if image_features is not None:
             return self.encode(image_features)
         return self.encode(
-            torch.zeros(
-                1, cast("int", spec.image_width), device=device or like.device, dtype=dtype or like.dtype
-            )
+            torch.zeros(1, cast("int", spec.image_width), device=device or like.device, dtype=dtype or like.dtype)
         )
 
     def keys_values(self, tokens: Tensor) -> tuple[KeyValue, ...]:
@@ -143,9 +137,7 @@ def load_adapter(
 
     Raises AdapterError, see `read_checkpoint` and `infer_spec`; also for weights that hold NaN or infinity.
     """
-    return adapter_from_checkpoint(
-        read_checkpoint(path), operations=operations, dtype=dtype, shortcut=shortcut
-    )
+    return adapter_from_checkpoint(read_checkpoint(path), operations=operations, dtype=dtype, shortcut=shortcut)
 
 
 def adapter_from_checkpoint(
@@ -191,9 +183,7 @@ def export_state(adapter: IPAdapter) -> dict[str, Tensor]:
     return state
 
 
-def save_adapter(
-    path: str | os.PathLike[str], adapter: IPAdapter, metadata: Mapping[str, str] | None = None
-) -> None:
+def save_adapter(path: str | os.PathLike[str], adapter: IPAdapter, metadata: Mapping[str, str] | None = None) -> None:
     """Write a .safetensors file that every IP-Adapter host loads. It appears whole or not at all.
 
     The spec goes into the header (`spec_metadata`); `metadata` adds provenance and wins on equal keys.
@@ -203,9 +193,7 @@ def save_adapter(
     """
     target = Path(path)
     if target.suffix != ".safetensors":
-        raise AdapterError(
-            f"{target}: adapters are saved as .safetensors. Change the suffix {target.suffix!r}."
-        )
+        raise AdapterError(f"{target}: adapters are saved as .safetensors. Change the suffix {target.suffix!r}.")
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in export_state(adapter).items()}
     for key, tensor in state.items():
         if not torch.isfinite(tensor).all():
@@ -213,9 +201,7 @@ def save_adapter(
     # Written beside the target, so that the replacement is atomic (one file system).
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        save_file(
-            state, str(temporary), metadata={**spec_metadata(_current_spec(adapter)), **(metadata or {})}
-        )
+        save_file(state, str(temporary), metadata={**spec_metadata(_current_spec(adapter)), **(metadata or {})})
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.replace(target)

@@ -7,6 +7,7 @@ from pathlib import Path
 from .errors import AdapterError
 
 # In a checkout and under custom_nodes `assets` lies beside this package; a wheel installs it as `ipadapter_assets`.
+MODEL = "emoji-model"  # the diffusers folder inside `emoji_folder()`
 _FOLDERS = ("assets", "ipadapter_assets")
 
 

@@ -87,8 +87,7 @@ def image_attention(
         )
     if key.shape[0] not in (1, batch):
         raise AdapterError(
-            f"Image attention: {key.shape[0]} rows of image keys for a batch of {batch}. Pass 1 row or "
-            f"{batch} rows."
+            f"Image attention: {key.shape[0]} rows of image keys for a batch of {batch}. Pass 1 row or {batch} rows."
         )
     scaled, left = scale_keys_values(KeyValue(key.to(query.dtype), value.to(query.dtype)), weight, scaling)
     out = attend(
@@ -107,9 +106,7 @@ def image_attention(
 def _scale_mean(value: Tensor, rows: Tensor | float, images: int) -> Tensor:
     """Scale each image's mean value and leave the differences between its tokens as they are."""
     if value.shape[1] % images:
-        raise AdapterError(
-            f"{value.shape[1]} image tokens do not divide into {images} images. Check `images`."
-        )
+        raise AdapterError(f"{value.shape[1]} image tokens do not divide into {images} images. Check `images`.")
     batch, tokens, channels = value.shape
     per_image = value.reshape(batch, images, tokens // images, channels)
     mean = per_image.mean(dim=2, keepdim=True).expand_as(per_image).reshape(value.shape)

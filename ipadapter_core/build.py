@@ -93,9 +93,7 @@ class _Required:
     def __call__(self, field: str) -> int:
         value = cast("int | None", getattr(self._spec, field))
         if value is None:
-            raise AdapterError(
-                f"A {self._spec.kind} adapter needs {field}, which is None in its spec. Set it."
-            )
+            raise AdapterError(f"A {self._spec.kind} adapter needs {field}, which is None in its spec. Set it.")
         return value
 
 
@@ -183,8 +181,7 @@ def assign(module: nn.Module, tensors: TensorMap, origin: str, dtype: torch.dtyp
     extra = [] if shared else [name for name in tensors if name not in wanted]
     if extra:
         raise AdapterError(
-            f"{origin}: {len(extra)} unexpected tensors, the first is {extra[0]}. "
-            "This adapter is not supported."
+            f"{origin}: {len(extra)} unexpected tensors, the first is {extra[0]}. This adapter is not supported."
         )
     state = {name: tensors[name] if dtype is None else tensors[name].to(dtype) for name in wanted}
     module.load_state_dict(state, strict=True, assign=True)

@@ -98,9 +98,7 @@ def _open(path: Path) -> TensorFile:
         return read_safetensors(path)
     for magic, description in _MAGIC:
         if start.lstrip().startswith(magic):
-            raise AdapterError(
-                f"{path}: looks like {description}. Choose an IP-Adapter .safetensors or .bin file."
-            )
+            raise AdapterError(f"{path}: looks like {description}. Choose an IP-Adapter .safetensors or .bin file.")
     if start.startswith((_ZIP, _PICKLE)):
         return read_pickle(path, is_zip=start.startswith(_ZIP))
     raise AdapterError(

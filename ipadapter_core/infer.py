@@ -59,8 +59,7 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
         projector = _infer_projector(checkpoint.image_proj.shapes, metadata.get(METADATA_KIND), origin)
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise AdapterError(
-            f"{origin}: the image projector is incomplete or has unexpected shapes ({error}). Export the "
-            "adapter again."
+            f"{origin}: the image projector is incomplete or has unexpected shapes ({error}). Export the adapter again."
         ) from error
     if projector.context_width != context_width:
         raise AdapterError(

@@ -49,9 +49,7 @@ def _check_ids(keys: Mapping[int, object], values: Mapping[int, object], origin:
     ):
         unpaired = sorted(set(one) - set(other))
         if unpaired:
-            raise AdapterError(
-                f"{origin}: layer {unpaired[0]} has {has} but no {lacks}. Download or export it again."
-            )
+            raise AdapterError(f"{origin}: layer {unpaired[0]} has {has} but no {lacks}. Download or export it again.")
     if not keys:
         raise AdapterError(f"{origin}: has 0 image keys (to_k_ip). Download or export it again.")
     expected = range(1, 2 * len(keys), 2)

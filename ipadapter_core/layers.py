@@ -74,9 +74,7 @@ def _id_order(name: str) -> tuple[int, list[int]]:
     for stage, prefix in enumerate(_STAGES):
         if name.startswith(prefix):
             return stage, [int(number) for number in re.findall(r"\d+", name)]
-    raise AdapterError(
-        f"The attention layer {name!r} is in none of {', '.join(_STAGES)}. Only UNets are supported."
-    )
+    raise AdapterError(f"The attention layer {name!r} is in none of {', '.join(_STAGES)}. Only UNets are supported.")
 
 
 def diffusers_sites(unet: nn.Module) -> tuple[Site, ...]:
@@ -87,9 +85,7 @@ def diffusers_sites(unet: nn.Module) -> tuple[Site, ...]:
     modules = named_modules(unet)
     table = layer_table(cast("Mapping[str, Any]", getattr(unet, "attn_processors", {})))
     if not table:
-        raise AdapterError(
-            f"{type(unet).__name__} has no cross-attention layers. Pass a UNet2DConditionModel."
-        )
+        raise AdapterError(f"{type(unet).__name__} has no cross-attention layers. Pass a UNet2DConditionModel.")
     transformers = sorted({_transformer(layer.name) for layer in table}, key=_execution_order)
     sites: list[Site] = []
     for layer in table:
@@ -155,14 +151,10 @@ def cross_attention_sites(diffusion_model: Any) -> tuple[Site, ...]:
         to_k = blocks[stage, number][i].attn2.to_k
         name = f"{stage}.{number}.{i}.attn2"
         sites.append(
-            Site(
-                id, name, int(to_k.out_features), int(to_k.in_features), executed.index((stage, number)), key
-            )
+            Site(id, name, int(to_k.out_features), int(to_k.in_features), executed.index((stage, number)), key)
         )
     if not sites:
-        raise AdapterError(
-            f"{type(diffusion_model).__name__} has no cross-attention layers. Use an SD or SDXL model."
-        )
+        raise AdapterError(f"{type(diffusion_model).__name__} has no cross-attention layers. Use an SD or SDXL model.")
     return tuple(sites)
 
 
@@ -226,8 +218,7 @@ def init_from_unet(layers: ImageKeyValueLayers, unet: nn.Module) -> None:
     sites = diffusers_sites(unet)
     if len(sites) != len(layers.layer_ids):
         raise AdapterError(
-            f"The adapter has {len(layers.layer_ids)} layers, the UNet {len(sites)}. Build the adapter for "
-            "this UNet."
+            f"The adapter has {len(layers.layer_ids)} layers, the UNet {len(sites)}. Build the adapter for this UNet."
         )
     modules = named_modules(unet)
     for site, pair in zip(sites, layers.pairs(), strict=True):

@@ -132,9 +132,7 @@ def _number_layers(found: dict[str, str], names: dict[str, str], origin: str) ->
         id = ids.get(attention.group(1))
         numbered[name if id is None else f"{id}.{tensor}"] = key
     if len(numbered) != len(found):
-        raise AdapterError(
-            f"{origin}: {len(found)} adapter tensors have only {len(numbered)} distinct layer ids."
-        )
+        raise AdapterError(f"{origin}: {len(found)} adapter tensors have only {len(numbered)} distinct layer ids.")
     return numbered
 
 

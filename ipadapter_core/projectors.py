@@ -177,9 +177,7 @@ class PerceiverResampler(nn.Module):
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [
-                    PerceiverAttention(
-                        width, heads, dim_head, operations=operations, device=device, dtype=dtype
-                    ),
+                    PerceiverAttention(width, heads, dim_head, operations=operations, device=device, dtype=dtype),
                     feed_forward(width, operations=operations, device=device, dtype=dtype),
                 ]
             )

@@ -10,9 +10,7 @@ from .errors import AdapterError
 
 Kind = Literal["base", "plus", "full", "faceid", "faceid-plus", "portrait"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-Feature = Literal[
-    "image_embeds", "penultimate_hidden_states", "face_embeds", "face_embeds+penultimate_hidden_states"
-]
+Feature = Literal["image_embeds", "penultimate_hidden_states", "face_embeds", "face_embeds+penultimate_hidden_states"]
 
 # Safetensors metadata that this library writes and reads; every other host ignores them.
 METADATA_KIND = "ipadapter.kind"
@@ -168,9 +166,7 @@ def new_spec(
     default_width = 1280 if family == "sdxl" and kind == "plus" else context_width
     width = (resampler_width or default_width) if kind == "plus" else context_width
     if resampled and width % dim_head:
-        raise AdapterError(
-            f"A resampler of width {width} does not divide into heads of {dim_head}. Change dim_head."
-        )
+        raise AdapterError(f"A resampler of width {width} does not divide into heads of {dim_head}. Change dim_head.")
     image_width = image_width or (1024 if kind == "base" else 1280)
     counts: dict[Kind, int] = {
         "base": 4,

@@ -127,23 +127,17 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         header: dict[str, Any] = json.loads(raw)
         metadata: dict[str, str] = dict(header.pop("__metadata__", None) or {})
-        infos = {
-            key: TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]]) for key, entry in header.items()
-        }
+        infos = {key: TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]]) for key, entry in header.items()}
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise AdapterError(
-            f"{path}: the safetensors header is damaged ({error!r}). Download it again."
-        ) from error
+        raise AdapterError(f"{path}: the safetensors header is damaged ({error!r}). Download it again.") from error
     if size < 8 + length + end:
         raise _truncated(path, size, 8 + length + end)
     return infos, metadata
 
 
 def _truncated(path: Path, size: int, expected: int) -> AdapterError:
-    return AdapterError(
-        f"{path}: truncated: it has {size} bytes, its header says {expected}. Download it again."
-    )
+    return AdapterError(f"{path}: truncated: it has {size} bytes, its header says {expected}. Download it again.")
 
 
 def read_pickle(path: Path, *, is_zip: bool) -> TensorFile:
@@ -164,8 +158,7 @@ def read_pickle(path: Path, *, is_zip: bool) -> TensorFile:
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).split("\n", 1)[0]
         raise AdapterError(
-            f"{path}: truncated or not a PyTorch file ({path.stat().st_size} bytes; {reason}). Download it "
-            "again."
+            f"{path}: truncated or not a PyTorch file ({path.stat().st_size} bytes; {reason}). Download it again."
         ) from error
     return file_from_tensors(_flatten(content, path))
 

@@ -100,12 +100,8 @@ class Injection:
         for attention, _, processor in self._replaced:
             found = attention.processor
             if found is not processor:
-                other = (
-                    repr(found.injection) if isinstance(found, ImageAttnProcessor) else type(found).__name__
-                )
-                raise AdapterError(
-                    f"{self!r} cannot be ejected: {other} was put on top of it. Eject {other} first."
-                )
+                other = repr(found.injection) if isinstance(found, ImageAttnProcessor) else type(found).__name__
+                raise AdapterError(f"{self!r} cannot be ejected: {other} was put on top of it. Eject {other} first.")
         for attention, original, _ in self._replaced:
             attention.set_processor(original)
         self._hook.remove()
@@ -177,9 +173,7 @@ class ImageAttnProcessor:
             key, value = (
                 _rows(part, query.shape[0], application.name) for part in application.key_values[self.id // 2]
             )
-            mask = (
-                None if application.mask is None else application.layer_mask(_grid(injection, query), query)
-            )
+            mask = None if application.mask is None else application.layer_mask(_grid(injection, query), query)
             term = image_attention(query, key, value, heads, weight=weight, mask=mask)
             total = term if total is None else total + term
         return total
@@ -195,9 +189,7 @@ class _AttentionView:
         self._processor = processor
         self._query: Tensor | None = None
         adapted = [
-            (a.lora, a.lora_weight)
-            for a, _ in processor.applications
-            if a.lora is not None and a.lora_weight != 0
+            (a.lora, a.lora_weight) for a, _ in processor.applications if a.lora is not None and a.lora_weight != 0
         ]
         projections: dict[str, Projection] = {part: getattr(attn, part) for part in LORA_PARTS[:3]}
         projections["to_out"] = attn.to_out[0]
@@ -253,11 +245,7 @@ def _check_fit(application: AdapterApplication, sites: Sequence[Site]) -> None:
         expected = [site.width for site in sites]
         if widths != expected:
             at = next((i for i, (a, b) in enumerate(zip(widths, expected, strict=False)) if a != b), None)
-            detail = (
-                f"layer {2 * at + 1} is {widths[at]} wide, the UNet's {expected[at]}"
-                if at is not None
-                else ""
-            )
+            detail = f"layer {2 * at + 1} is {widths[at]} wide, the UNet's {expected[at]}" if at is not None else ""
             raise AdapterError(
                 f"{name}: has {len(widths)} layers, the UNet has "
                 f"{len(expected)}{'; ' + detail if detail else ''}. "
@@ -290,7 +278,5 @@ def _rows(x: Tensor, batch: int, name: str) -> Tensor:
 
 def _grid(injection: Injection, query: Tensor) -> tuple[int, int]:
     if injection.latent_size is None:
-        raise AdapterError(
-            "A mask needs the latent's size: call the UNet itself (`unet(...)`), not `unet.forward`."
-        )
+        raise AdapterError("A mask needs the latent's size: call the UNet itself (`unet(...)`), not `unet.forward`.")
     return level_grid(injection.latent_size, query.shape[1])

@@ -91,9 +91,7 @@ def weight_layout(sites: Sequence[Site]) -> str:
     for name in ("sd15", "sdxl"):
         if _LAYOUTS[name].transformers == count:
             return name
-    raise AdapterError(
-        f"Weight types know UNets of 16 (SD1.5) or 11 (SDXL) transformers; this one has {count}."
-    )
+    raise AdapterError(f"Weight types know UNets of 16 (SD1.5) or 11 (SDXL) transformers; this one has {count}.")
 
 
 def layer_weights(
@@ -125,9 +123,7 @@ def layer_weights(
     )
 
 
-def _plain(
-    weight_type: str, layout: _UNetLayout, index: int, weight: float, weight_composition: float
-) -> float:
+def _plain(weight_type: str, layout: _UNetLayout, index: int, weight: float, weight_composition: float) -> float:
     """The weight of a layer whose branches are not swapped."""
     style = weight if index in layout.style else 0.0
     share = layout.composition.get(index, 0.0)
@@ -144,9 +140,7 @@ def _plain(
     return weight * _factor(weight_type, layout, index)
 
 
-def _swapped(
-    weight_type: str, layout: _UNetLayout, index: int, weight: float, boost: float
-) -> LayerWeight | None:
+def _swapped(weight_type: str, layout: _UNetLayout, index: int, weight: float, boost: float) -> LayerWeight | None:
     """The swapped layers of the "precise" types: composition layers for style, all others for composition."""
     share = layout.composition.get(index)
     if weight_type == "style transfer precise" and share is not None:

@@ -39,8 +39,7 @@ def test_key_order_does_not_matter(tmp_path: Path, unets: Any, new_adapter: Any,
     torch.save({key: state[key] for key in keys}, tmp_path / "a.bin")
     expected, found = adapter(*features(adapter)), ic.load_adapter(tmp_path / "a.bin")(*features(adapter))
     assert all(
-        torch.equal(a.key, b.key) and torch.equal(a.value, b.value)
-        for a, b in zip(expected, found, strict=True)
+        torch.equal(a.key, b.key) and torch.equal(a.value, b.value) for a, b in zip(expected, found, strict=True)
     )
 
 
@@ -52,9 +51,7 @@ def test_dtype_is_the_files_unless_asked(tmp_path: Path, unets: Any, new_adapter
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
-def test_a_full_disk_leaves_the_old_file_and_no_half_file(
-    tmp_path: Path, unets: Any, new_adapter: Any
-) -> None:
+def test_a_full_disk_leaves_the_old_file_and_no_half_file(tmp_path: Path, unets: Any, new_adapter: Any) -> None:
     import resource
 
     path = tmp_path / "a.safetensors"
@@ -92,9 +89,7 @@ def test_the_header_holds_the_provenance(tmp_path: Path, unets: Any, new_adapter
     assert metadata[ic.METADATA_BASE_FAMILY] == "context-24"
 
 
-def test_faceid_plus_does_not_guess_its_version(
-    tmp_path: Path, unets: Any, new_adapter: Any, features: Any
-) -> None:
+def test_faceid_plus_does_not_guess_its_version(tmp_path: Path, unets: Any, new_adapter: Any, features: Any) -> None:
     adapter = new_adapter(unets["sd15"], "faceid-plus")
     path = tmp_path / "a.safetensors"
     ic.save_adapter(path, adapter)
@@ -159,9 +154,7 @@ def test_init_from_unet(unet: Any) -> None:
     ic.init_from_unet(adapter.layers, unet)
     for site, (to_k, to_v) in zip(sites, adapter.layers.pairs(), strict=True):
         attention = unet.get_submodule(site.name)
-        assert torch.equal(to_k.weight, attention.to_k.weight) and torch.equal(
-            to_v.weight, attention.to_v.weight
-        )
+        assert torch.equal(to_k.weight, attention.to_k.weight) and torch.equal(to_v.weight, attention.to_v.weight)
         assert to_k.weight.requires_grad and to_k.weight.data_ptr() != attention.to_k.weight.data_ptr()
 
 
@@ -183,15 +176,11 @@ def test_operations_of_the_host(tmp_path: Path, unets: Any, new_adapter: Any, fe
 
     class Cast(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.linear(
-                x, self.weight.to(x), None if self.bias is None else self.bias.to(x)
-            )
+            return torch.nn.functional.linear(x, self.weight.to(x), None if self.bias is None else self.bias.to(x))
 
     class CastNorm(torch.nn.LayerNorm):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.layer_norm(
-                x, self.normalized_shape, self.weight.to(x), self.bias.to(x)
-            )
+            return torch.nn.functional.layer_norm(x, self.normalized_shape, self.weight.to(x), self.bias.to(x))
 
     class ManualCast:
         Linear = Cast

@@ -70,10 +70,7 @@ def test_mean_of_several_images_is_taken_per_image() -> None:
 
 def test_keys_follow_the_querys_dtype() -> None:
     q, k = torch.randn(1, 4, 8).bfloat16(), torch.randn(1, 2, 8)
-    assert (
-        ic.image_attention(q, k, k, 2, weight=torch.tensor([0.5]), mask=torch.ones(1, 4, 1)).dtype
-        == torch.bfloat16
-    )
+    assert ic.image_attention(q, k, k, 2, weight=torch.tensor([0.5]), mask=torch.ones(1, 4, 1)).dtype == torch.bfloat16
 
 
 def test_another_attention_function_may_be_passed() -> None:
@@ -143,17 +140,13 @@ def test_level_grid_of_the_sizes_that_others_guess_wrong() -> None:
 
 
 @fast
-@given(
-    batch=small, tokens=small, image=small, context=small, length=small, depth=st.integers(1, 2), heads=small
-)
+@given(batch=small, tokens=small, image=small, context=small, length=small, depth=st.integers(1, 2), heads=small)
 def test_projector_shapes(
     batch: int, tokens: int, image: int, context: int, length: int, depth: int, heads: int
 ) -> None:
     states, embeds, face = torch.randn(batch, length, image), torch.randn(batch, image), torch.randn(batch, 3)
     plus = ic.Resampler(image, context, tokens, width=4 * heads, depth=depth, heads=heads, dim_head=4)
-    face_plus = ic.FaceIDPlusProjection(
-        3, image, context, tokens, depth=depth, heads=heads, dim_head=4, shortcut=True
-    )
+    face_plus = ic.FaceIDPlusProjection(3, image, context, tokens, depth=depth, heads=heads, dim_head=4, shortcut=True)
     assert ic.ImageProjection(image, context, tokens)(embeds).shape == (batch, tokens, context)
     assert ic.FullProjection(image, context)(states).shape == (batch, length, context)
     assert plus(states).shape == (batch, tokens, context)

@@ -74,9 +74,7 @@ def test_shapes_and_dtypes_without_reading(tmp_path: Path, state: dict[str, Tens
     assert "3.to_k_ip.weight" in checkpoint.ip_adapter and len(checkpoint.ip_adapter) == 6
 
 
-def test_safetensors_is_recognised_whatever_its_header_length(
-    tmp_path: Path, state: dict[str, Tensor]
-) -> None:
+def test_safetensors_is_recognised_whatever_its_header_length(tmp_path: Path, state: dict[str, Tensor]) -> None:
     """The length comes first; its low byte is that of a pickle (0x80) or of '<' in some files."""
     path = tmp_path / "a.safetensors"
     save_file(state, path)
@@ -136,9 +134,7 @@ def training_dump(unet: Any, adapter: ic.IPAdapter) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["base", "faceid"])
-def test_rescue_of_a_training_dump(
-    tmp_path: Path, layout: str, new_unet: Any, new_adapter: Any, kind: str
-) -> None:
+def test_rescue_of_a_training_dump(tmp_path: Path, layout: str, new_unet: Any, new_adapter: Any, kind: str) -> None:
     unet = new_unet(layout)
     adapter = new_adapter(unet, kind)
     dump = training_dump(unet, adapter)
@@ -303,9 +299,7 @@ def put(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Ten
 
 def shift_ids(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """InstantX numbers its FLUX layers 0, 1, 2."""
-    return {
-        k.replace("r.1.", "r.0.").replace("r.3.", "r.1.").replace("r.5.", "r.2."): v for k, v in state.items()
-    }
+    return {k.replace("r.1.", "r.0.").replace("r.3.", "r.1.").replace("r.5.", "r.2."): v for k, v in state.items()}
 
 
 V3 = "ip_adapter.3.to_v_ip.weight"
@@ -349,9 +343,7 @@ def test_broken_adapter(tmp_path: Path, state: dict[str, Tensor], name: str) -> 
         ic.load_adapter(tmp_path / "broken.safetensors")
 
 
-def test_not_finite_weights_are_found_when_read_and_not_before(
-    tmp_path: Path, state: dict[str, Tensor]
-) -> None:
+def test_not_finite_weights_are_found_when_read_and_not_before(tmp_path: Path, state: dict[str, Tensor]) -> None:
     bad = {k: v.clone() for k, v in state.items()}
     bad[V3][3, 4] = float("nan")
     save_file(bad, tmp_path / "nan.safetensors")

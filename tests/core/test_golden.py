@@ -106,9 +106,7 @@ def test_scaling_modes(golden: Path, scaling: ic.Scaling, weight: float) -> None
     at_once = ic.image_attention(query, *pair, 4, weight=weight, scaling=scaling)
     torch.testing.assert_close(at_once, expected, atol=1e-5, rtol=1e-5)
     scaled, left = ic.scale_keys_values(pair, torch.full((4,), weight), scaling)
-    torch.testing.assert_close(
-        ic.image_attention(query, *scaled, 4, weight=left), expected, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(ic.image_attention(query, *scaled, 4, weight=left), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_soft_mask(golden: Path) -> None:
@@ -126,9 +124,7 @@ def test_weight_types(golden: Path, family: str) -> None:
         weights = ic.layer_weights(weight_type, family, 1.0, weight_composition=0.5, boost=0.75)
         # Positive tokens read 1 and negative tokens 3.
         found = [[w.positive, 3 * w.negative + w.positive_into_negative] for w in weights]
-        torch.testing.assert_close(
-            torch.tensor(found), torch.tensor(rows), atol=2e-6, rtol=0, msg=weight_type
-        )
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(rows), atol=2e-6, rtol=0, msg=weight_type)
 
 
 def test_weight_types_refuse_what_they_do_not_know() -> None:
@@ -140,6 +136,4 @@ def test_weight_types_refuse_what_they_do_not_know() -> None:
 
 def test_boost_defaults_to_the_weight() -> None:
     for weight_type in ("style transfer precise", "composition precise"):
-        assert ic.layer_weights(weight_type, "sdxl", 0.6) == ic.layer_weights(
-            weight_type, "sdxl", 0.6, boost=0.6
-        )
+        assert ic.layer_weights(weight_type, "sdxl", 0.6) == ic.layer_weights(weight_type, "sdxl", 0.6, boost=0.6)

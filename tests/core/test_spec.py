@@ -68,12 +68,8 @@ def test_published_variant(family: str, variant: str) -> None:
     assert new == spec
 
 
-def resampler(
-    width: int, image: int, context: int, *, depth: int, inner: int, tokens: int = 16
-) -> dict[str, Any]:
-    spec = ic.new_spec(
-        "plus", [8, 16], context, image_width=image, tokens=tokens, depth=depth, resampler_width=width
-    )
+def resampler(width: int, image: int, context: int, *, depth: int, inner: int, tokens: int = 16) -> dict[str, Any]:
+    spec = ic.new_spec("plus", [8, 16], context, image_width=image, tokens=tokens, depth=depth, resampler_width=width)
     spec = replace(spec, heads=inner // 64, dim_head=64)
     projector = ic.build_projector(spec, device="meta")
     layers = ic.build_layers(spec, device="meta")
@@ -106,9 +102,7 @@ def base(tokens: int, context: int = 768, widths: tuple[int, ...] = ic.FAMILIES[
     shapes = {"proj.weight": [tokens * context, 1024], "proj.bias": [tokens * context]}
     shapes |= {"norm.weight": [context], "norm.bias": [context]}
     layers = {f"{2 * i + 1}.to_{p}_ip.weight": [w, context] for i, w in enumerate(widths) for p in "kv"}
-    return {f"image_proj.{k}": s for k, s in shapes.items()} | {
-        f"ip_adapter.{k}": s for k, s in layers.items()
-    }
+    return {f"image_proj.{k}": s for k, s in shapes.items()} | {f"ip_adapter.{k}": s for k, s in layers.items()}
 
 
 def test_sixteen_token_base_adapter() -> None:
@@ -175,7 +169,5 @@ def test_spec_survives_the_header(kind: ic.Kind) -> None:
 def test_wrong_pairing_is_refused() -> None:
     sites = [ic.Site(2 * i + 1, "", w, 768, i) for i, w in enumerate(ic.FAMILIES["sd15"][1])]
     ic.check_compatible(infer(base(4)), sites)
-    with pytest.raises(
-        ic.AdapterError, match=r"x is made for SDXL \(context 2048.*is SD1.5 \(768.*SD1.5 adapter"
-    ):
+    with pytest.raises(ic.AdapterError, match=r"x is made for SDXL \(context 2048.*is SD1.5 \(768.*SD1.5 adapter"):
         ic.check_compatible(infer(shapes_of("sdxl", "plus")), sites, "x")

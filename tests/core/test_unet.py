@@ -18,14 +18,10 @@ Pairs = Sequence[ic.KeyValue]
 class HandProcessor:
     """The equation of the paper written out: softmax(QK'/sqrt d)V + weight * softmax(QK_i'/sqrt d)V_i."""
 
-    def __init__(
-        self, pair: ic.KeyValue | None, weight: float = 1.0, masks: dict[int, Tensor] | None = None
-    ) -> None:
+    def __init__(self, pair: ic.KeyValue | None, weight: float = 1.0, masks: dict[int, Tensor] | None = None) -> None:
         self.pair, self.weight, self.masks = pair, weight, masks
 
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **_: Any
-    ) -> Tensor:
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **_: Any) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query = attn.to_q(hidden_states)
         out = self.attend(query, attn.to_k(context), attn.to_v(context), attn.heads)
@@ -115,9 +111,7 @@ def test_parity_sees_swapped_keys_and_layers(
     torch.testing.assert_close(run_injected(unet, pairs, latents, text), right, atol=1e-5, rtol=1e-5)
 
 
-def test_every_layer_is_used(
-    unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
-) -> None:
+def test_every_layer_is_used(unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor) -> None:
     """Zeroing the values of any one layer changes the output, the middle block (last ids) included."""
     adapter = new_adapter(unet)
     pairs = list(adapter(*features(adapter)))
@@ -224,9 +218,7 @@ def test_over_diffusers_own_adapter(
     assert all(unet.attn_processors[name] is before[name] for name in before)
 
 
-def test_cached_keys_equal_fresh_ones(
-    sd15: Any, case: Any, features: Any, latents: Tensor, text: Tensor
-) -> None:
+def test_cached_keys_equal_fresh_ones(sd15: Any, case: Any, features: Any, latents: Tensor, text: Tensor) -> None:
     adapter, cached = case
     application = ic.AdapterApplication(cached)
     with ic.inject(sd15, application):
@@ -267,15 +259,11 @@ def test_weights_per_layer_and_per_row(sd15: Any, case: Any, latents: Tensor, te
     weights = [0.1 * i for i in range(len(pairs))]
     scaled = [ic.KeyValue(k, w * v) for (k, v), w in zip(pairs, weights, strict=True)]
     expected = run_injected(sd15, scaled, latents, text)
-    torch.testing.assert_close(
-        run_injected(sd15, pairs, latents, text, weight=weights), expected, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(run_injected(sd15, pairs, latents, text, weight=weights), expected, atol=1e-5, rtol=1e-5)
     rows = torch.tensor([0.0, 0.5])
     out = run_injected(sd15, pairs, latents, text, weight=rows)
     torch.testing.assert_close(out[0], run(sd15, latents, text)[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        out[1], run_injected(sd15, pairs, latents, text, weight=0.5)[1], atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(out[1], run_injected(sd15, pairs, latents, text, weight=0.5)[1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (10, 14)])
@@ -293,9 +281,7 @@ def test_mask_on_the_true_grid(sd15: Any, case: Any, text: Tensor, size: tuple[i
     with ic.inject(sd15, application):
         torch.testing.assert_close(run(sd15, x, text), expected, atol=1e-5, rtol=1e-5)
         application.mask = torch.ones(3, 3)  # another mask takes effect at once
-        torch.testing.assert_close(
-            run(sd15, x, text), run_by_hand(sd15, pairs, x, text), atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(run(sd15, x, text), run_by_hand(sd15, pairs, x, text), atol=1e-5, rtol=1e-5)
         application.mask = torch.zeros(3, 3)
         masked_out = run(sd15, x, text)
     torch.testing.assert_close(masked_out, run(sd15, x, text), atol=1e-6, rtol=1e-6)
@@ -364,9 +350,7 @@ def test_half_precision_unet(new_unet: Any, case: Any, latents: Tensor, text: Te
     torch.testing.assert_close(out.float(), expected, atol=0.15, rtol=0.15)
 
 
-def test_what_does_not_fit_is_refused_before_anything_changes(
-    unets: Any, case: Any, new_adapter: Any
-) -> None:
+def test_what_does_not_fit_is_refused_before_anything_changes(unets: Any, case: Any, new_adapter: Any) -> None:
     adapter, pairs = case
     before = dict(unets["sdxl"].attn_processors)
     face = new_adapter(unets["sd15"], "faceid")

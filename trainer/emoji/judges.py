@@ -16,21 +16,30 @@ from .pictures import STYLE_NAMES, EmojiPictures, to_pixels
 from .vae import augment
 
 
-class StyleClassifier(nn.Sequential):
-    """A small convolutional network: pixels [B, 3, 64, 64] in [-1, 1] -> logits [B, 5] over ``STYLE_NAMES``."""
+class StyleClassifier(nn.Module):
+    """A small convolutional network: pixels [B, 3, 64, 64] in [-1, 1] -> logits [B, 5] over ``STYLE_NAMES``.
 
-    def __init__(self, width: int = 32) -> None:
-        layers: list[nn.Module] = []
-        channels = 3
-        for scale in (1, 2, 4, 6):
-            layers += [
-                nn.Conv2d(channels, scale * width, 3, stride=2, padding=1),
-                nn.GroupNorm(8, scale * width),
-                nn.SiLU(),
-            ]
-            layers += [nn.Conv2d(scale * width, scale * width, 3, padding=1, groups=scale), nn.SiLU()]
-            channels = scale * width
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, len(STYLE_NAMES)))
+    The mean of every stage reaches the output: a style is a palette (the first stage) as much as a way to shade and to
+    outline (the later ones). Norms are over all channels, since narrower ones would take the colours away.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 96)) -> None:
+        super().__init__()
+        stages: list[nn.Module] = []
+        for index, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
+            convolution = nn.Conv2d(before, width, 3, stride=1 if index == 0 else 2, padding=1)
+            stages.append(
+                nn.Sequential(convolution, nn.SiLU(), nn.Conv2d(width, width, 1), nn.GroupNorm(1, width), nn.SiLU())
+            )
+        self.stages = nn.ModuleList(stages)
+        self.head = nn.Sequential(nn.Linear(sum(widths), 128), nn.SiLU(), nn.Linear(128, len(STYLE_NAMES)))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        means: list[Tensor] = []
+        for stage in self.stages:
+            pixels = stage(pixels)
+            means.append(pixels.mean(dim=(-1, -2)))
+        return self.head(torch.cat(means, dim=-1))
 
 
 def classifier_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int = 64) -> LossFunction:

@@ -33,7 +33,8 @@ def fit(
     """Train until ``steps`` in all (earlier runs count) or ``minutes`` of this run; returns the model with EMA weights.
 
     The learning rate is constant after the warm-up and the weights are averaged, so a later, longer run continues
-    from the checkpoint as if it had never stopped. Only parameters that require a gradient are trained, on the GPU when there is one.
+    from the checkpoint as if it had never stopped. Only parameters that require a gradient are trained,
+    on the GPU when there is one.
     """
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,127 @@
+"""The bundled model: standard tools load it, it is small, and the demo and the quality table run on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from ipadapter_trainer.base_model import BaseModel, load_base_model
+from ipadapter_trainer.demo import COLUMNS, ROWS, demo, train_demo_adapter
+from ipadapter_trainer.emoji.adapter import draw_batch, encode_emoji
+from ipadapter_trainer.emoji.pictures import STYLE_NAMES, load_pictures, to_pixels
+from ipadapter_trainer.emoji.quality import Judges, choose_references, judge_the_judges, load_judges
+from ipadapter_trainer.features import encode_pixels
+from PIL import Image
+
+from ipadapter_core import diffusers_sites, load_adapter
+from ipadapter_core.assets import MODEL, emoji_folder
+
+FOLDER = emoji_folder()
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def base_model() -> BaseModel:
+    return load_base_model(FOLDER / MODEL)
+
+
+@pytest.fixture(scope="module")
+def judges(base_model: BaseModel) -> Judges:
+    return load_judges(base_model, FOLDER / "judges.safetensors")
+
+
+def test_the_model_is_small_and_has_the_sd15_layout(base_model: BaseModel) -> None:
+    size = sum(file.stat().st_size for file in (FOLDER / MODEL).rglob("*") if file.is_file())
+    assert size <= 40 * MEGABYTE
+    assert not list((FOLDER / MODEL).rglob("*.bin"))
+    assert len(diffusers_sites(base_model.unet)) == 16
+    assert base_model.vae.config["latent_channels"] == 4
+    assert base_model.vae.config["scaling_factor"] == 0.18215
+    assert base_model.latent_scale == 8
+
+
+def test_diffusers_loads_the_model_and_the_adapter_and_draws() -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER / MODEL, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_ip_adapter(str(FOLDER), subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
+    held_out = load_pictures(FOLDER / "pictures.zip", "held_out")
+    prompt = Image.fromarray(held_out.images[0].permute(1, 2, 0).numpy())
+    generator = torch.Generator().manual_seed(0)
+    image = pipeline(
+        "", ip_adapter_image=prompt, height=64, width=64, num_inference_steps=4, generator=generator
+    ).images[0]
+    assert image.size == (64, 64)
+    assert image.getextrema() != ((0, 0),) * 3
+
+
+@torch.no_grad()
+def test_the_autoencoder_gives_pictures_back(base_model: BaseModel) -> None:
+    held_out = load_pictures(FOLDER / "pictures.zip", "held_out")
+    pixels = to_pixels(held_out.images[::20])
+    latents = encode_pixels(base_model, pixels)
+    assert latents.shape[1:] == (4, 8, 8)
+    assert 0.8 < latents.std() < 1.2
+    output = base_model.vae.decode(latents / base_model.vae.config["scaling_factor"]).sample
+    assert (output - pixels).abs().mean() < 0.15  # the mean picture is at 0.5
+
+
+def test_the_bundled_adapter_is_of_the_base_kind() -> None:
+    adapter = load_adapter(FOLDER / "adapter.safetensors")
+    assert (adapter.spec.kind, adapter.spec.tokens, len(adapter.spec.layer_ids)) == ("base", 4, 16)
+    assert adapter.metadata["ipadapter.base_model"] == MODEL
+
+
+def test_the_judges_know_real_pictures(judges: Judges) -> None:
+    held_out, train = (load_pictures(FOLDER / "pictures.zip", split) for split in ("held_out", "train"))
+    published = json.loads((FOLDER / "quality.json").read_text(encoding="utf-8"))["judges"]
+    measured = judge_the_judges(judges, held_out, train)
+    assert measured == pytest.approx(published, abs=0.005)
+
+
+def test_references_are_distinct_held_out_concepts_and_fixed() -> None:
+    held_out = load_pictures(FOLDER / "pictures.zip", "held_out")
+    rows = choose_references(held_out)
+    assert rows == choose_references(held_out)
+    assert rows != choose_references(held_out, seed=1)
+    assert len({held_out.concepts[row] for row in rows}) == 64
+
+
+def test_batches_pair_a_picture_with_itself_or_with_its_style(base_model: BaseModel) -> None:
+    some = load_pictures(FOLDER / "pictures.zip", "train").subset(range(0, 40))
+    features = encode_emoji(base_model, some, views=1)
+    batch, drop_image = draw_batch(features, 512, torch.Generator().manual_seed(0))
+    embeds = features.image_embeds[0]
+    reference = (batch.image_embeds[:, None] - embeds[None]).abs().sum(-1).argmin(-1)
+    target = torch.stack([
+        (batch.latents[:, None] - latents[None]).abs().sum((-1, -2, -3)) for latents in features.latents
+    ]).amin(0).argmin(-1)  # fmt: skip
+    assert (features.styles[reference] == features.styles[target]).all()
+    without_text = (batch.text_states == features.no_text).flatten(1).all(-1)
+    alone = reference == target
+    assert (reference == target)[without_text].float().mean() > 0.9
+    assert 0.4 < without_text.float().mean() < 0.65
+    assert 0.05 < drop_image.float().mean() < 0.16
+    assert 0.45 < alone.float().mean() < 0.65
+    assert len(STYLE_NAMES) == len(features.rows_of_style)
+
+
+def test_demo_training_lowers_the_loss_and_ends_in_time(base_model: BaseModel) -> None:
+    before = list(base_model.unet.attn_processors.values())
+    some = load_pictures(FOLDER / "pictures.zip", "train").subset(range(0, 64))
+    trained = train_demo_adapter(base_model, some, minutes=0.1, seed=0)
+    assert trained.steps >= 1
+    assert trained.images == 32 * trained.steps
+    assert list(base_model.unet.attn_processors.values()) == before
+
+
+def test_demo_with_the_bundled_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo(tmp_path / "demo.png", adapter="bundled", minutes=2.0, seed=0)
+    printed = capsys.readouterr().out
+    assert "with adapter" in printed
+    assert str(tmp_path / "demo.png") in printed
+    with Image.open(tmp_path / "demo.png") as picture:
+        side = 128 + 8
+        assert picture.size == ((len(COLUMNS) + 1) * side + 8, 28 + ROWS * side)
