@@ -60,8 +60,8 @@ class IPAdapter(nn.Module):
         widths = [width for width in (self.spec.face_width, self.spec.image_width) if width is not None]
         if len(features) != len(widths):
             raise AdapterError(
-                f"This {self.spec.kind} adapter takes {len(widths)} features ({self.spec.feature}), "
-                f"{len(features)} were given. Use {self.spec.encoder}."
+                f"This {self.spec.kind} adapter takes {len(widths)} features ({self.spec.feature}), {len(features)} "
+                f"were given. Use {self.spec.encoder}."
             )
         for feature, width in zip(features, widths, strict=True):
             if feature.shape[-1] != width:
@@ -71,14 +71,12 @@ class IPAdapter(nn.Module):
                 )
         if self.spec.kind == "base" and features[0].ndim != 2:
             raise AdapterError(
-                f"The features have shape {tuple(features[0].shape)}, this base adapter takes [B, "
-                f"{widths[0]}]: "
-                "the encoder's image_embeds, not its hidden states."
+                f"The features have shape {tuple(features[0].shape)}, this base adapter takes [B, {widths[0]}]: the "
+                "encoder's image_embeds, not its hidden states."
             )
         if self.spec.kind in ("plus", "full") and features[0].ndim != 3:
             raise AdapterError(
-                f"The features have shape {tuple(features[0].shape)}, this {self.spec.kind} adapter takes "
-                "[B, L, "
+                f"The features have shape {tuple(features[0].shape)}, this {self.spec.kind} adapter takes [B, L, "
                 f"{widths[0]}]: the encoder's penultimate hidden states, not its image_embeds."
             )
         return cast("Tensor", self.projector(*features))
@@ -101,9 +99,8 @@ class IPAdapter(nn.Module):
         spec = self.spec
         if spec.feature != "image_embeds" and spec.image_width is not None and image_features is None:
             raise AdapterError(
-                f"The negative tokens of a {spec.kind} adapter need the penultimate hidden states "
-                f"[B, L, {spec.image_width}] of an image of zero pixel values. Encode it with "
-                f"{spec.encoder} and pass it."
+                f"The negative tokens of a {spec.kind} adapter need the penultimate hidden states [B, L, "
+                f"{spec.image_width}] of an image of zero pixel values. Encode it with {spec.encoder} and pass it."
             )
         like = next(self.projector.parameters())
         if spec.face_width is not None:

@@ -81,9 +81,8 @@ def image_attention(
     batch, _, channels = query.shape
     if channels % heads or key.shape[-1] != channels or value.shape != key.shape:
         raise AdapterError(
-            f"Image attention: queries are {channels} wide with {heads} heads, keys are {tuple(key.shape)} "
-            "and "
-            f"values {tuple(value.shape)}. They must share their width; use the layer that has this id."
+            f"Image attention: queries are {channels} wide with {heads} heads, keys are {tuple(key.shape)} and values "
+            f"{tuple(value.shape)}. They must share their width; use the layer that has this id."
         )
     if key.shape[0] not in (1, batch):
         raise AdapterError(

@@ -173,8 +173,8 @@ def assign(module: nn.Module, tensors: TensorMap, origin: str, dtype: torch.dtyp
     for name, shape in wanted.items():
         if tensors.shapes.get(name) != shape:
             raise AdapterError(
-                f"{origin}: the tensor {name} is {tensors.shapes.get(name, 'missing')}, expected {shape}. "
-                "Download or export the adapter again."
+                f"{origin}: the tensor {name} is {tensors.shapes.get(name, 'missing')}, expected {shape}. Download or "
+                "export the adapter again."
             )
     # K/V layers and LoRA are two modules over one part of the file; infer_spec has checked its keys.
     shared = isinstance(module, (ImageKeyValueLayers, LoraLayers))

@@ -102,8 +102,8 @@ def _open(path: Path) -> TensorFile:
     if start.startswith((_ZIP, _PICKLE)):
         return read_pickle(path, is_zip=start.startswith(_ZIP))
     raise AdapterError(
-        f"{path}: neither safetensors nor a PyTorch file (it starts with {start[:8]!r}). "
-        "Choose an IP-Adapter .safetensors or .bin file."
+        f"{path}: neither safetensors nor a PyTorch file (it starts with {start[:8]!r}). Choose an IP-Adapter "
+        ".safetensors or .bin file."
     )
 
 
@@ -112,7 +112,6 @@ def _check_dtypes(origin: str, file: TensorFile, plan: KeyPlan) -> None:
         dtype = file.infos[key].dtype
         if dtype not in WEIGHT_DTYPES:
             raise AdapterError(
-                f"{origin}: the tensor {name} is {dtype}; expected one of "
-                f"{', '.join(map(str, WEIGHT_DTYPES))}. "
+                f"{origin}: the tensor {name} is {dtype}; expected one of {', '.join(map(str, WEIGHT_DTYPES))}. "
                 "Convert the file to float16 or float32."
             )

@@ -25,6 +25,6 @@ def check_compatible(spec: AdapterSpec, sites: Sequence[Site], name: str = "The 
     detail = f"context {spec.context_width}, {len(spec.layer_widths)} layers"
     use = f"Use an {FAMILY_NAMES[family]} adapter." if family in FAMILY_NAMES else "Use an adapter made for this model."
     raise AdapterError(
-        f"{name} is made for {spec.family_name} ({detail}); the connected model is {model} "
-        f"({context}, {len(widths)} layers). {use}"
+        f"{name} is made for {spec.family_name} ({detail}); the connected model is {model} ({context}, {len(widths)} "
+        f"layers). {use}"
     )

@@ -64,9 +64,8 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
     if projector.context_width != context_width:
         raise AdapterError(
             f"{origin}: the image projector makes tokens of {projector.context_width}, the layers take "
-            f"{context_width}. "
-            "The two parts belong to different adapters, or this is a Kolors FaceID file, which is not "
-            "supported."
+            f"{context_width}. The two parts belong to different adapters, or this is a Kolors FaceID file, which is "
+            "not supported."
         )
     kind = _kind(projector, lora_rank, metadata, origin)
     family = family_of(context_width, widths)
@@ -135,9 +134,8 @@ def _infer_projector(shapes: Shapes, claimed: str | None, origin: str) -> _Proje
         tokens = _ratio(shapes["proj.2.weight"][0], context, origin)
         return _Projector("faceid", context, tokens, face_width=face_width, hidden_width=hidden)
     raise AdapterError(
-        f"{origin}: unknown image projector with keys {', '.join(sorted(shapes)[:4])}, ...; expected a "
-        "base, plus, full, "
-        "FaceID or FaceID-plus projector. This adapter is not supported."
+        f"{origin}: unknown image projector with keys {', '.join(sorted(shapes)[:4])}, ...; expected a base, plus, "
+        "full, FaceID or FaceID-plus projector. This adapter is not supported."
     )
 
 
@@ -164,8 +162,8 @@ def _depth(shapes: Shapes, prefix: str) -> int:
 def _ratio(rows: int, context_width: int, origin: str) -> int:
     if rows % context_width:
         raise AdapterError(
-            f"{origin}: the projector makes {rows} numbers, which are no whole tokens of {context_width}. "
-            "Export it again."
+            f"{origin}: the projector makes {rows} numbers, which are no whole tokens of {context_width}. Export it "
+            "again."
         )
     return rows // context_width
 
@@ -180,9 +178,8 @@ def _kind(projector: _Projector, lora_rank: int | None, metadata: Mapping[str, s
     if projector.kind == "faceid" and claimed in ("faceid", "portrait"):
         return cast("Kind", claimed)  # the same keys, so only the metadata can tell
     raise AdapterError(
-        f"{origin}: its metadata says {METADATA_KIND}={claimed!r}, its tensors are those of a {kind} "
-        "adapter. "
-        "Correct the metadata or export it again."
+        f"{origin}: its metadata says {METADATA_KIND}={claimed!r}, its tensors are those of a {kind} adapter. Correct "
+        "the metadata or export it again."
     )
 
 
@@ -191,8 +188,7 @@ def _check_family(family: str, metadata: Mapping[str, str], origin: str) -> None
     known = claimed is not None and (claimed in FAMILIES or claimed.startswith("context-"))
     if known and claimed != family:
         raise AdapterError(
-            f"{origin}: its metadata says {METADATA_BASE_FAMILY}={claimed!r}, its layers are those of "
-            f"{family!r}. "
+            f"{origin}: its metadata says {METADATA_BASE_FAMILY}={claimed!r}, its layers are those of {family!r}. "
             "Correct the metadata or export it again."
         )
 
@@ -203,8 +199,7 @@ def _heads(inner: int | None, metadata: Mapping[str, str], origin: str) -> tuple
     dim_head = _integer(METADATA_DIM_HEAD, metadata, origin) or _DIM_HEAD
     if inner % dim_head:
         raise AdapterError(
-            f"{origin}: the resampler's attention is {inner} wide, which does not divide into heads of "
-            f"{dim_head}. "
+            f"{origin}: the resampler's attention is {inner} wide, which does not divide into heads of {dim_head}. "
             f"Put the right {METADATA_DIM_HEAD} into the file's metadata."
         )
     return inner // dim_head, dim_head
@@ -217,8 +212,8 @@ def _tokens(kind: Kind, tokens: int, metadata: Mapping[str, str], origin: str) -
     if kind == "full":  # one token per patch: the encoder's resolution decides, not the weights
         return claimed
     raise AdapterError(
-        f"{origin}: its metadata says {METADATA_TOKENS}={claimed}, its projector makes {tokens} tokens. "
-        "Correct the metadata or export it again."
+        f"{origin}: its metadata says {METADATA_TOKENS}={claimed}, its projector makes {tokens} tokens. Correct the "
+        "metadata or export it again."
     )
 
 
@@ -237,8 +232,7 @@ def _shortcut(kind: Kind, metadata: Mapping[str, str], origin: str) -> bool | No
         return None
     if kind != "faceid-plus" or claimed not in ("true", "false"):
         raise AdapterError(
-            f"{origin}: its metadata says {METADATA_SHORTCUT}={claimed!r} and it is a {kind} adapter; "
-            "expected 'true' "
+            f"{origin}: its metadata says {METADATA_SHORTCUT}={claimed!r} and it is a {kind} adapter; expected 'true' "
             "or 'false' on a faceid-plus adapter only. Correct the metadata."
         )
     return claimed == "true"

@@ -24,8 +24,7 @@ def infer_layers(shapes: Shapes, origin: str) -> tuple[tuple[int, ...], int, int
             lora[name] = shape
         else:
             raise AdapterError(
-                f"{origin}: unexpected tensor ip_adapter.{name} {list(shape)}; expected "
-                "'<id>.to_k_ip.weight', "
+                f"{origin}: unexpected tensor ip_adapter.{name} {list(shape)}; expected '<id>.to_k_ip.weight', "
                 "'<id>.to_v_ip.weight' or '<id>.to_q_lora...'. This adapter is not for SD1.5, SD2 or SDXL."
             )
     keys, values = sides["k"], sides["v"]
@@ -34,8 +33,7 @@ def infer_layers(shapes: Shapes, origin: str) -> tuple[tuple[int, ...], int, int
     for id, shape in keys.items():
         if len(shape) != 2 or values[id] != shape or shape[1] != context_width:
             raise AdapterError(
-                f"{origin}: layer {id} has to_k_ip {list(shape)} and to_v_ip {list(values[id])}; expected "
-                "two of "
+                f"{origin}: layer {id} has to_k_ip {list(shape)} and to_v_ip {list(values[id])}; expected two of "
                 f"[width, {context_width}]. The file mixes different adapters; download or export it again."
             )
     widths = tuple(keys[id][0] for id in sorted(keys))
@@ -57,8 +55,8 @@ def _check_ids(keys: Mapping[int, object], values: Mapping[int, object], origin:
         return
     if any(id % 2 == 0 for id in keys):
         raise AdapterError(
-            f"{origin}: the layer ids are {sorted(keys)[:4]}..., expected odd ids 1, 3, 5, ... "
-            "Even ids are used by adapters for FLUX and SD3, which are not supported."
+            f"{origin}: the layer ids are {sorted(keys)[:4]}..., expected odd ids 1, 3, 5, ... Even ids are used by "
+            "adapters for FLUX and SD3, which are not supported."
         )
     missing = next(id for id in range(1, max(keys) + 1, 2) if id not in keys)
     raise AdapterError(
@@ -82,7 +80,7 @@ def _infer_lora(lora: Shapes, widths: tuple[int, ...], context_width: int, origi
                 name = f"{id}.to_{part}_lora.{side}.weight"
                 if lora.get(name) != shape:
                     raise AdapterError(
-                        f"{origin}: the LoRA tensor {name} is {lora.get(name, 'missing')}, expected {shape}. "
-                        "Download or export it again."
+                        f"{origin}: the LoRA tensor {name} is {lora.get(name, 'missing')}, expected {shape}. Download "
+                        "or export it again."
                     )
     return rank

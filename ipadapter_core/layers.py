@@ -136,8 +136,7 @@ def cross_attention_sites(diffusion_model: Any) -> tuple[Site, ...]:
     if not all(hasattr(diffusion_model, part) for part in ("input_blocks", "middle_block", "output_blocks")):
         raise AdapterError(
             f"{type(diffusion_model).__name__} is not a UNet (it has no input_blocks, middle_block and "
-            "output_blocks). "
-            "IP-Adapters fit SD1.5, SD2 and SDXL models."
+            "output_blocks). IP-Adapters fit SD1.5, SD2 and SDXL models."
         )
     inputs = [_transformer_blocks(block) for block in diffusion_model.input_blocks]
     outputs = [_transformer_blocks(block) for block in diffusion_model.output_blocks]
@@ -227,8 +226,7 @@ def init_from_unet(layers: ImageKeyValueLayers, unet: nn.Module) -> None:
             weight = cast("Tensor", target.weight)
             if weight.shape != source.weight.shape:
                 raise AdapterError(
-                    f"Layer {site.id} ({site.name}): the adapter's weight is {tuple(weight.shape)}, the "
-                    "UNet's "
+                    f"Layer {site.id} ({site.name}): the adapter's weight is {tuple(weight.shape)}, the UNet's "
                     f"{tuple(source.weight.shape)}. Build the adapter for this UNet."
                 )
             weight.copy_(source.weight)

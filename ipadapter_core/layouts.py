@@ -83,14 +83,13 @@ def plan_keys(keys: Iterable[str], origin: str) -> KeyPlan:
     ip_adapter = _number_layers(rescued, names, origin) | _number_layers(listed, names, origin)
     if not ip_adapter:
         raise AdapterError(
-            f"{origin}: holds an image projector of {len(image_proj)} tensors and 0 'ip_adapter' tensors: "
-            "the export "
+            f"{origin}: holds an image projector of {len(image_proj)} tensors and 0 'ip_adapter' tensors: the export "
             "came out empty. Convert the training checkpoint that still has 'unet.' keys instead."
         )
     if not image_proj:
         raise AdapterError(
-            f"{origin}: holds {len(ip_adapter)} 'ip_adapter' tensors and 0 'image_proj' tensors. "
-            "Both parts are needed; export the adapter again with its image projector."
+            f"{origin}: holds {len(ip_adapter)} 'ip_adapter' tensors and 0 'image_proj' tensors. Both parts are "
+            "needed; export the adapter again with its image projector."
         )
     return KeyPlan(_layout(names), image_proj, ip_adapter)
 

@@ -43,8 +43,7 @@ def level_grid(size: tuple[int, int], queries: int) -> tuple[int, int]:
         height, width = (height + 1) // 2, (width + 1) // 2
     if height * width != queries:
         raise AdapterError(
-            f"A layer with {queries} queries is no level of a {size[0]}x{size[1]} latent "
-            f"(the nearest is {height}x{width}). Pass masks only to UNets that halve their grid at each "
-            "level."
+            f"A layer with {queries} queries is no level of a {size[0]}x{size[1]} latent (the nearest is "
+            f"{height}x{width}). Pass masks only to UNets that halve their grid at each level."
         )
     return height, width

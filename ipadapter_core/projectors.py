@@ -286,8 +286,8 @@ class FaceIDPlusProjection(nn.Module):
     def forward(self, face_embeds: Tensor, clip_features: Tensor) -> Tensor:
         if self.shortcut is None:
             raise AdapterError(
-                "This FaceID-plus file does not say whether it is v1 or v2 (their keys are the same). "
-                "Set shortcut=True for a 'plusv2' file, shortcut=False for v1."
+                "This FaceID-plus file does not say whether it is v1 or v2 (their keys are the same). Set "
+                "shortcut=True for a 'plusv2' file, shortcut=False for v1."
             )
         face_tokens = self.norm(self.proj(face_embeds).unflatten(-1, (self.tokens, -1)))
         resampled = self.perceiver_resampler.resample(face_tokens, clip_features)

@@ -66,8 +66,7 @@ class TensorMap(Mapping[str, Tensor]):
         tensor = self._file.read(self._keys[key])
         if not _is_finite(tensor):
             raise AdapterError(
-                f"{self._origin}: the tensor {key} holds NaN or infinity. The file is damaged or its "
-                "training "
+                f"{self._origin}: the tensor {key} holds NaN or infinity. The file is damaged or its training "
                 "diverged. Download it again, or export an earlier checkpoint."
             )
         return tensor
@@ -152,8 +151,8 @@ def read_pickle(path: Path, *, is_zip: bool) -> TensorFile:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         holds = f"Python objects ({found.group(1)})" if found else "something else than tensors"
         raise AdapterError(
-            f"{path}: the pickle holds {holds}, which could run code; nothing was executed. "
-            "Expected a dict of tensors. Convert it to safetensors where you trust it, or get another copy."
+            f"{path}: the pickle holds {holds}, which could run code; nothing was executed. Expected a dict of "
+            "tensors. Convert it to safetensors where you trust it, or get another copy."
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).split("\n", 1)[0]

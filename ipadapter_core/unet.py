@@ -247,20 +247,18 @@ def _check_fit(application: AdapterApplication, sites: Sequence[Site]) -> None:
             at = next((i for i, (a, b) in enumerate(zip(widths, expected, strict=False)) if a != b), None)
             detail = f"layer {2 * at + 1} is {widths[at]} wide, the UNet's {expected[at]}" if at is not None else ""
             raise AdapterError(
-                f"{name}: has {len(widths)} layers, the UNet has "
-                f"{len(expected)}{'; ' + detail if detail else ''}. "
+                f"{name}: has {len(widths)} layers, the UNet has {len(expected)}{'; ' + detail if detail else ''}. "
                 "Use an adapter for this base model."
             )
     if isinstance(application.weight, Sequence) and len(application.weight) != len(sites):
         raise AdapterError(
-            f"{name}: {len(application.weight)} weights for {len(sites)} layers. Pass one weight per "
-            "layer, or one number."
+            f"{name}: {len(application.weight)} weights for {len(sites)} layers. Pass one weight per layer, or one "
+            "number."
         )
     if application.lora is not None and len(list(application.lora.children())) != 2 * len(sites):
         raise AdapterError(
-            f"{name}: its LoRA has {len(list(application.lora.children()))} layers, the UNet "
-            f"{2 * len(sites)}. "
-            "Use an adapter for this base model."
+            f"{name}: its LoRA has {len(list(application.lora.children()))} layers, the UNet {2 * len(sites)}. Use an "
+            "adapter for this base model."
         )
 
 
@@ -271,8 +269,8 @@ def _rows(x: Tensor, batch: int, name: str) -> Tensor:
     if x.shape[0] == 2 and batch % 2 == 0:
         return torch.repeat_interleave(x, batch // 2, dim=0)
     raise AdapterError(
-        f"{name}: {x.shape[0]} rows of image keys for a UNet batch of {batch}. Pass 1, 2 (negative, "
-        f"positive) or {batch}."
+        f"{name}: {x.shape[0]} rows of image keys for a UNet batch of {batch}. Pass 1, 2 (negative, positive) or "
+        f"{batch}."
     )
 
 

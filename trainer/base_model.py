@@ -129,8 +129,7 @@ def load_base_model(
     if unet.config["in_channels"] != vae.config["latent_channels"]:
         raise BaseModelError(
             f"{folder}: the UNet takes {unet.config['in_channels']} channels, the VAE makes "
-            f"{vae.config['latent_channels']}: an inpainting or depth model. Use the plain text-to-image "
-            "model."
+            f"{vae.config['latent_channels']}: an inpainting or depth model. Use the plain text-to-image model."
         )
     for module in (unet, vae, text_encoder, encoder):
         module.requires_grad_(False).eval().to(device)
@@ -165,8 +164,7 @@ def _check_folders(folder: Path, encoder_folder: Path) -> None:
             raise BaseModelError(f"{folder}: {part} is missing (found: {found}). Use a complete diffusers folder.")
     if not encoder_folder.is_dir():
         raise BaseModelError(
-            f"{encoder_folder}: no image encoder there (found in {folder.name}: {found}). Set image_encoder "
-            "to the "
+            f"{encoder_folder}: no image encoder there (found in {folder.name}: {found}). Set image_encoder to the "
             f"folder of a CLIPVisionModelWithProjection; published adapters use {_VIT_H}."
         )
 

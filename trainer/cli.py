@@ -73,8 +73,7 @@ def train_command(
         files = [a for a in given if "=" not in a]
         if not given or len(files) > 1 or (files and given[0] != files[0]):
             raise ConfigError(
-                "Write `ipadapter train [CONFIG.toml] [key=value ...]`: at most one file, and it comes "
-                "first. "
+                "Write `ipadapter train [CONFIG.toml] [key=value ...]`: at most one file, and it comes first. "
                 "`ipadapter train --options` lists the keys."
             )
         config = load_config(Path(files[0]) if files else None, [a for a in given if "=" in a])

@@ -35,9 +35,8 @@ class TrainConfig(BaseModel):
     output: Path = Field(description="Folder of the checkpoints, the log and, at the end, adapter.safetensors.")
     image_encoder: Path | None = Field(
         None,
-        description="Folder of a CLIPVisionModelWithProjection; default: image_encoder inside base_model. "
-        "Users "
-        "of the adapter need the same encoder.",
+        description="Folder of a CLIPVisionModelWithProjection; default: image_encoder inside base_model. Users of "
+        "the adapter need the same encoder.",
     )
     data_root: Path | None = Field(
         None, description="Folder that file names in a JSON list are relative to; default: the list's folder."
@@ -52,9 +51,8 @@ class TrainConfig(BaseModel):
     )
     init_from: Path | None = Field(
         None,
-        description="An adapter file to start from instead of a new one; choose a learning rate of 1e-5 to "
-        "2e-5 "
-        "with it.",
+        description="An adapter file to start from instead of a new one; choose a learning rate of 1e-5 to 2e-5 with "
+        "it.",
     )
     resolution: int = Field(
         512,
@@ -95,8 +93,7 @@ class TrainConfig(BaseModel):
     both_dropout: float = Field(0.05, ge=0, le=1, description="Share of pictures without caption and embedding.")
     mixed_precision: Literal["no", "bf16"] = Field(
         "no",
-        description="no: all in float32. bf16: the frozen base in bfloat16, half the memory and much faster "
-        "on a "
+        description="no: all in float32. bf16: the frozen base in bfloat16, half the memory and much faster on a "
         "GPU; the adapter stays in float32.",
     )
     seed: int = Field(
@@ -133,8 +130,8 @@ class TrainConfig(BaseModel):
         dropout = self.text_dropout + self.image_dropout + self.both_dropout
         if dropout > 1:
             raise ValueError(
-                f"text_dropout + image_dropout + both_dropout is {dropout:g}, but they are shares of one "
-                "whole (at most 1)"
+                f"text_dropout + image_dropout + both_dropout is {dropout:g}, but they are shares of one whole (at "
+                "most 1)"
             )
         if self.data_root is not None and self.data.suffix not in (".json", ".jsonl"):
             raise ValueError(f"data_root belongs to a .json or .jsonl list, but data is {str(self.data)!r}")

@@ -1,11 +1,11 @@
 """The training of an image adapter against a frozen UNet: a fresh adapter, its loss, and the loop.
 
-    adapter = new_adapter(base_model) optimizer = new_optimizer(adapter, learning_rate=1e-4) for progress in
-    train_steps(base_model, adapter, batches, optimizer=optimizer, generator=generator, steps=1000):
+    adapter = new_adapter(base_model)
+    optimizer = new_optimizer(adapter, learning_rate=1e-4)
+    for progress in train_steps(base_model, adapter, batches, optimizer=optimizer, generator=generator, steps=1000):
         ...
 
-`batches` are pairs of `Features` and the rows whose image is dropped, from wherever: encoded on the fly, or
-cached.
+`batches` are pairs of `Features` and the rows whose image is dropped, from wherever: encoded on the fly, or cached.
 """
 
 from __future__ import annotations
@@ -195,9 +195,8 @@ def check_loss(step: int, loss: float) -> float:
     """
     if not math.isfinite(loss):
         raise DivergedError(
-            f"The loss is {loss} at step {step}: the training diverged. Resume from an earlier checkpoint "
-            "with a lower "
-            "learning_rate."
+            f"The loss is {loss} at step {step}: the training diverged. Resume from an earlier checkpoint with a "
+            "lower learning_rate."
         )
     return loss
 

@@ -84,8 +84,7 @@ def _from_folder(folder: Path) -> list[Example]:
     pairs = [(p, c) for p in pictures if (c := _caption_file(p, captions)) is not None]
     if not pairs:
         raise DataError(
-            f"{folder}: found {len(pictures)} pictures and {len(captions)} captions, but no picture with a "
-            "caption. "
+            f"{folder}: found {len(pictures)} pictures and {len(captions)} captions, but no picture with a caption. "
             "Put cat.txt beside cat.png, or a metadata.jsonl into the folder."
         )
     if len(pairs) < len(pictures):

@@ -152,8 +152,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda line: None)
     )
     if accelerator.num_processes > 1:
         raise ConfigError(
-            f"{accelerator.num_processes} processes were launched; this version trains in one. Start it "
-            "plainly, with "
+            f"{accelerator.num_processes} processes were launched; this version trains in one. Start it plainly, with "
             "`ipadapter train`."
         )
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
@@ -244,7 +243,6 @@ def save(training: Training, step: int) -> Path:
 def _check_resolution(config: TrainConfig, base_model: BaseModel) -> None:
     if config.resolution % base_model.latent_scale:
         raise ConfigError(
-            f"resolution = {config.resolution}: expected a multiple of {base_model.latent_scale}, the pixels "
-            "per latent "
-            f"of {base_model.name}."
+            f"resolution = {config.resolution}: expected a multiple of {base_model.latent_scale}, the pixels per "
+            f"latent of {base_model.name}."
         )
