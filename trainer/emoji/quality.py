@@ -26,10 +26,10 @@ from ipadapter_core.assets import MODEL, emoji_folder
 from ..base_model import BaseModel, load_base_model
 from ..generate import generate
 from .build import caption
-from .clip import normalize, tokenize
+from .clip import normalize, styled_caption, tokenize
 from .concepts import TEXT_CONCEPTS
 from .judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity, judge_styles
-from .pictures import EmojiPictures, load_pictures, to_pixels
+from .pictures import STYLE_NAMES, EmojiPictures, load_pictures, to_pixels
 
 PROMPTS = 64
 STEPS, GUIDANCE = 25, 3.0
@@ -51,11 +51,15 @@ class Judges:
 
     @torch.no_grad()
     def concepts(self, pixels: Tensor) -> Tensor:
-        """int64 [N]: which of the sixteen text concepts each picture shows, by CLIP against their names."""
-        ids = tokenize(self.base_model.tokenizer, [caption(concept) for concept in TEXT_CONCEPTS])
-        pooled = self.base_model.text_encoder(ids).pooler_output
+        """int64 [N]: which of the sixteen text concepts each picture shows, by CLIP against their captions.
+
+        A concept is the mean of its captions in all styles, so that no style draws pictures to a concept.
+        """
+        captions = [styled_caption(caption(c), style) for c in TEXT_CONCEPTS for style in STYLE_NAMES]
+        pooled = self.base_model.text_encoder(tokenize(self.base_model.tokenizer, captions)).pooler_output
         texts = F.normalize(pooled @ self.text_projection.T, dim=-1)
-        return (self.image_embeds(pixels) @ texts.T).argmax(-1)
+        concepts = texts.unflatten(0, (len(TEXT_CONCEPTS), len(STYLE_NAMES))).mean(dim=1)
+        return (self.image_embeds(pixels) @ F.normalize(concepts, dim=-1).T).argmax(-1)
 
     def closeness(self, generated: Tensor, references: Tensor) -> dict[str, float]:
         """Probability that a generated picture is closer to its own reference than to a random other one."""

@@ -34,12 +34,22 @@ def load_vae(work: Path, pictures: EmojiPictures) -> AutoencoderKL:
     return vae.requires_grad_(False)
 
 
-def load_clip(work: Path) -> tuple[CLIPModel, CLIPTokenizer]:
-    """The trained CLIP and its tokenizer."""
+def load_clip(work: Path, with_vision: bool = True) -> tuple[CLIPModel, CLIPTokenizer]:
+    """The trained CLIP and its tokenizer; with the vision tower that was trained on alone, when there is one."""
     tokenizer = CLIPTokenizer.from_pretrained(str(work / "tokenizer"), model_max_length=MAX_TOKENS)
     clip = load_ema(new_clip(tokenizer), work / "clip.pt")
     assert isinstance(clip, CLIPModel)
+    if with_vision and (work / "vision.pt").is_file():
+        load_ema(only_vision(clip), work / "vision.pt")
     return clip.requires_grad_(False), tokenizer
+
+
+def only_vision(clip: CLIPModel) -> CLIPModel:
+    """Let only the vision tower and its projection be trained."""
+    clip.requires_grad_(False)
+    clip.vision_model.requires_grad_(True)
+    clip.visual_projection.requires_grad_(True)
+    return clip
 
 
 def load_unet(work: Path) -> UNet2DConditionModel:

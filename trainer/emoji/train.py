@@ -63,6 +63,24 @@ def train_clip(run: Run) -> None:
     )
 
 
+def train_vision(run: Run) -> None:
+    """Go on with CLIP's vision tower alone; the text tower, which the UNet knows, stays (LiT, arXiv 2111.07991)."""
+    from .clip import clip_losses
+    from .loop import fit
+    from .stack import load_clip, only_vision
+
+    clip, tokenizer = load_clip(run.work, with_vision=False)
+    fit(
+        only_vision(clip),
+        clip_losses(run.train, tokenizer),
+        checkpoint=run.work / "vision.pt",
+        steps=run.steps,
+        minutes=run.minutes,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+    )
+
+
 def train_judge(run: Run) -> None:
     from .judges import StyleClassifier, classifier_losses
     from .loop import fit
@@ -124,6 +142,7 @@ def export_stack(run: Run) -> None:
 PARTS: dict[str, Callable[[Run], None]] = {
     "vae": train_vae,
     "clip": train_clip,
+    "vision": train_vision,
     "judge": train_judge,
     "unet": train_unet,
     "export": export_stack,
