@@ -11,8 +11,11 @@ from diffusers import StableDiffusionPipeline
 from ipadapter_trainer.base_model import BaseModel, load_base_model
 from ipadapter_trainer.demo import COLUMNS, ROWS, demo, train_demo_adapter
 from ipadapter_trainer.emoji.adapter import draw_batch, encode_emoji
+from ipadapter_trainer.emoji.loop import fit, steps_done
 from ipadapter_trainer.emoji.pictures import STYLE_NAMES, load_pictures, to_pixels
 from ipadapter_trainer.emoji.quality import Judges, choose_references, judge_the_judges, load_judges
+from ipadapter_trainer.emoji.stack import load_clip, load_unet, load_vae, unpack
+from ipadapter_trainer.emoji.unet import new_unet, unet_losses
 from ipadapter_trainer.features import encode_pixels
 from PIL import Image
 
@@ -125,3 +128,17 @@ def test_demo_with_the_bundled_adapter(tmp_path: Path, capsys: pytest.CaptureFix
     with Image.open(tmp_path / "demo.png") as picture:
         side = 128 + 8
         assert picture.size == ((len(COLUMNS) + 1) * side + 8, 28 + ROWS * side)
+
+
+def test_unpacked_weights_are_the_shipped_ones_and_train_on(tmp_path: Path) -> None:
+    unpack(FOLDER, tmp_path)
+    some = load_pictures(FOLDER / "pictures.zip", "train").subset(range(0, 64))
+    shipped = load_base_model(FOLDER / MODEL)
+    unet, vae, (clip, tokenizer) = load_unet(tmp_path), load_vae(tmp_path, some), load_clip(tmp_path)
+    for ours, theirs in zip(unet.parameters(), shipped.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(clip.text_model.parameters(), shipped.text_encoder.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    losses = unet_losses(some, vae, clip.text_model, tokenizer, batch_size=8)
+    fit(new_unet(), losses, checkpoint=tmp_path / "unet.pt", steps=2, learning_rate=1e-4)
+    assert steps_done(tmp_path / "unet.pt") == 2

@@ -39,7 +39,7 @@ def fit(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
-    ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    ema = _new_ema(parameters)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     step = _resume(checkpoint, parameters, optimizer, ema, generator)
@@ -70,6 +70,14 @@ def fit(
     return model.cpu().eval()
 
 
+def start_from(model: nn.Module, checkpoint: Path, seed: int = 0) -> None:
+    """Write a checkpoint of step 0 that holds the model's weights, for ``fit`` to go on from."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters)
+    ema = _new_ema(parameters)
+    _save(checkpoint, parameters, optimizer, ema, torch.Generator().manual_seed(seed), 0)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model is; batches are drawn on the CPU, so that every device sees the same ones, and go there."""
     return next(model.parameters()).device
@@ -89,6 +97,10 @@ def load_ema(model: nn.Module, checkpoint: Path) -> nn.Module:
 def steps_done(checkpoint: Path) -> int:
     """How many steps a checkpoint has seen, all runs together."""
     return int(torch.load(checkpoint, weights_only=True, map_location="cpu")["step"])
+
+
+def _new_ema(parameters: list[nn.Parameter]) -> EMAModel:
+    return EMAModel(parameters, decay=0.9995, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
 
 
 def _save(
@@ -116,7 +128,8 @@ def _resume(
     state = torch.load(file, weights_only=True, map_location="cpu")
     for parameter, value in zip(parameters, state["parameters"], strict=True):
         parameter.data.copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
+    if state["step"] > 0:  # else there is nothing in it, and the settings are those of this run
+        optimizer.load_state_dict(state["optimizer"])
     ema.load_state_dict(state["ema"])
     ema.to(parameters[0].device)
     generator.set_state(state["generator"])

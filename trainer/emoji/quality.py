@@ -30,6 +30,7 @@ from .clip import normalize, styled_caption, tokenize
 from .concepts import TEXT_CONCEPTS
 from .judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity, judge_styles
 from .pictures import STYLE_NAMES, EmojiPictures, load_pictures, to_pixels
+from .stack import style_classifier_state
 
 PROMPTS = 64
 STEPS, GUIDANCE = 25, 3.0
@@ -70,11 +71,10 @@ class Judges:
 
 def load_judges(base_model: BaseModel, file: Path) -> Judges:
     """Read judges.safetensors."""
-    state = {key: value.float() for key, value in load_file(file).items()}
+    state = load_file(file)
     classifier = StyleClassifier()
-    prefix = "style_classifier."
-    classifier.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
-    return Judges(base_model, classifier.eval(), state["text_projection.weight"])
+    classifier.load_state_dict(style_classifier_state(state))
+    return Judges(base_model, classifier.eval(), state["text_projection.weight"].float())
 
 
 def choose_references(pictures: EmojiPictures, count: int = PROMPTS, seed: int = 0) -> list[int]:

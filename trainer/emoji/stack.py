@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
@@ -20,7 +21,7 @@ from ipadapter_core.assets import MODEL
 
 from .clip import MAX_TOKENS, new_clip
 from .judges import StyleClassifier
-from .loop import load_ema
+from .loop import load_ema, start_from
 from .pictures import EmojiPictures
 from .unet import new_scheduler, new_unet
 from .vae import fold_scaling, new_vae
@@ -85,6 +86,31 @@ def export(work: Path, pictures: EmojiPictures, folder: Path) -> None:
     settings.pop("name_or_path", None)
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_judges(work, clip, folder / "judges.safetensors")
+
+
+def unpack(folder: Path, work: Path) -> None:
+    """The reverse of ``export``: checkpoints of step 0 from the shipped weights, for anyone to train them further."""
+    model = folder / MODEL
+    judges = load_file(folder / "judges.safetensors")
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    tokenizer.save_pretrained(work / "tokenizer")
+    clip, classifier = new_clip(tokenizer), StyleClassifier()
+    clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
+    image_encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder")
+    clip.vision_model.load_state_dict(image_encoder.vision_model.state_dict())
+    clip.visual_projection.load_state_dict(image_encoder.visual_projection.state_dict())
+    clip.text_projection.load_state_dict({"weight": judges["text_projection.weight"]})
+    classifier.load_state_dict(style_classifier_state(judges))
+    start_from(clip, work / "clip.pt")
+    start_from(classifier, work / "judge.pt")
+    start_from(AutoencoderKL.from_pretrained(model / "vae"), work / "vae.pt")
+    start_from(UNet2DConditionModel.from_pretrained(model / "unet"), work / "unet.pt")
+
+
+def style_classifier_state(judges: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The style classifier's float32 state out of the tensors of judges.safetensors."""
+    prefix = "style_classifier."
+    return {key[len(prefix) :]: value.float() for key, value in judges.items() if key.startswith(prefix)}
 
 
 def save_judges(work: Path, clip: CLIPModel, file: Path) -> None:

@@ -5,7 +5,8 @@
     python -m ipadapter_trainer.emoji.train export --work work/emoji --output assets/emoji
     python -m ipadapter_trainer.emoji.train adapter --work work/emoji --output assets/emoji --minutes 15
 
-Running a part again with more steps or minutes continues it. A part that is trained further makes those after it stale:
+Running a part again with more steps or minutes continues it; ``unpack`` makes checkpoints from the shipped weights,
+for whoever has no others. A part that is trained further makes those after it stale:
 the UNet learns the latents of one autoencoder and the states of one text encoder.
 """
 
@@ -139,7 +140,14 @@ def export_stack(run: Run) -> None:
     export(run.work, run.train, run.output)
 
 
+def unpack_stack(run: Run) -> None:
+    from .stack import unpack
+
+    unpack(run.output, run.work)
+
+
 PARTS: dict[str, Callable[[Run], None]] = {
+    "unpack": unpack_stack,
     "vae": train_vae,
     "clip": train_clip,
     "vision": train_vision,
