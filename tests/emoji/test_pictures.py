@@ -35,7 +35,7 @@ def _icons(folder: Path, package: str, colour: str, names: tuple[str, ...]) -> N
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
     folder = tmp_path / "@iconify-json"
-    names = ("red-heart", "blue-heart", "victory-hand", "hand-medium-skin-tone")
+    names = ("red-heart", "blue-heart", "pizza", "hand-medium-skin-tone")  # pizza is held out
     for style, colour in zip(STYLES[:4], ("#f00", "#0f0", "#00f", "#ff0"), strict=True):
         _icons(folder, style.package, colour, names)
     _icons(folder, "fxemoji", "#0ff", ("redheart", "somethingelse"))
@@ -49,7 +49,7 @@ def test_build_renders_common_concepts_in_every_style(packages: Path, tmp_path: 
         sum(counts.values()) == 4 * 3 + 1
     )  # three concepts in four styles, skin tones left out, one more from the fifth
     train, held_out = load_pictures(output, "train"), load_pictures(output, "held_out")
-    assert (len(train), len(held_out)) == (counts["train"], counts["held_out"])
+    assert (len(train), len(held_out)) == (counts["train"], counts["held_out"]) == (9, 4)
     heart = to_pixels(train.images[[train.find("red-heart", style) for style in STYLE_NAMES]])
     colours = heart[:, :, 32, 32]
     expected = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [-1, 1, 1]])
@@ -66,6 +66,17 @@ def test_build_is_reproducible(packages: Path, tmp_path: Path) -> None:
 def test_build_names_the_missing_package(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="npm install @iconify-json/fluent-emoji"):
         build(tmp_path, tmp_path / "pictures.zip")
+
+
+def test_an_empty_split_is_named(packages: Path, tmp_path: Path) -> None:
+    output = tmp_path / "pictures.zip"
+    build(packages, output)
+    with zipfile.ZipFile(output) as archive:
+        rows = archive.read("metadata.jsonl").decode().replace("held_out", "elsewhere")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("metadata.jsonl", rows)
+    with pytest.raises(ValueError, match=r"other\.zip: no pictures in split 'held_out' \(13 in all\)"):
+        load_pictures(tmp_path / "other.zip", "held_out")
 
 
 def test_an_icon_that_is_not_square_is_centred() -> None:

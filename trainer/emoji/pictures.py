@@ -56,10 +56,15 @@ class EmojiPictures:
 
 
 def load_pictures(file: Path, split: Split) -> EmojiPictures:
-    """Decode one split of ``pictures.zip`` (about a second for 6,000 pictures)."""
+    """Decode one split of ``pictures.zip`` (about a second for 6,000 pictures).
+
+    Raises ValueError when the split has none.
+    """
     with zipfile.ZipFile(file) as archive:
-        rows = [json.loads(line) for line in archive.read("metadata.jsonl").splitlines()]
-        rows = [row for row in rows if row["split"] == split]
+        every = [json.loads(line) for line in archive.read("metadata.jsonl").splitlines()]
+        rows = [row for row in every if row["split"] == split]
+        if not rows:
+            raise ValueError(f"{file}: no pictures in split {split!r} ({len(every)} in all). Build the zip again.")
         images = [np.asarray(Image.open(io.BytesIO(archive.read(row["file_name"]))).convert("RGB")) for row in rows]
     return EmojiPictures(
         images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -80,6 +81,8 @@ def export(work: Path, pictures: EmojiPictures, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder / MODEL)
+    for name in ("vocab.json", "merges.txt"):  # for readers that know no tokenizer.json
+        shutil.copy(work / "tokenizer" / name, folder / MODEL / "tokenizer" / name)
     # The tokenizer remembers the folder it was read from; nobody else has that folder.
     file = folder / MODEL / "tokenizer" / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
@@ -93,7 +96,7 @@ def unpack(folder: Path, work: Path) -> None:
     model = folder / MODEL
     judges = load_file(folder / "judges.safetensors")
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
-    tokenizer.save_pretrained(work / "tokenizer")
+    shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
     clip, classifier = new_clip(tokenizer), StyleClassifier()
     clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
     image_encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder")
