@@ -198,7 +198,10 @@ def save_adapter(path: str | os.PathLike[str], adapter: IPAdapter, metadata: Map
     # Written beside the target, so that the replacement is atomic (one file system).
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files that their owner alone can read
         save_file(state, str(temporary), metadata={**spec_metadata(_current_spec(adapter)), **(metadata or {})})
+        temporary.chmod(mode)
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.replace(target)

@@ -88,7 +88,10 @@ def image_attention(
         raise AdapterError(
             f"Image attention: {key.shape[0]} rows of image keys for a batch of {batch}. Pass 1 row or {batch} rows."
         )
-    scaled, left = scale_keys_values(KeyValue(key.to(query.dtype), value.to(query.dtype)), weight, scaling)
+    # Checked here because even a cast to the same dtype is a call, in every layer of every step.
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        key, value = key.to(query.dtype), value.to(query.dtype)
+    scaled, left = scale_keys_values(KeyValue(key, value), weight, scaling)
     out = attend(
         _split_heads(query, heads, batch),
         _split_heads(scaled.key, heads, batch),
@@ -121,4 +124,5 @@ def _per_row(weight: float | Tensor, like: Tensor) -> Tensor | float:
 
 def _split_heads(x: Tensor, heads: int, batch: int) -> Tensor:
     """[B or 1, T, H*d] -> [B, H, T, d]; a single row is broadcast without a copy."""
-    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2).expand(batch, -1, -1, -1)
+    split = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+    return split if x.shape[0] == batch else split.expand(batch, -1, -1, -1)

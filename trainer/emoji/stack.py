@@ -81,6 +81,7 @@ def export(work: Path, pictures: EmojiPictures, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder / MODEL)
+    _prefix_keys(folder / MODEL / "text_encoder" / "model.safetensors", "text_model.")
     for name in ("vocab.json", "merges.txt"):  # for readers that know no tokenizer.json
         shutil.copy(work / "tokenizer" / name, folder / MODEL / "tokenizer" / name)
     # The tokenizer remembers the folder it was read from; nobody else has that folder.
@@ -89,6 +90,12 @@ def export(work: Path, pictures: EmojiPictures, folder: Path) -> None:
     settings.pop("name_or_path", None)
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_judges(work, clip, folder / "judges.safetensors")
+
+
+def _prefix_keys(file: Path, prefix: str) -> None:
+    """Give every tensor the name that SD1.5's files have; newer transformers write shorter ones, and read both."""
+    state = {key if key.startswith(prefix) else prefix + key: value for key, value in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
 
 
 def unpack(folder: Path, work: Path) -> None:

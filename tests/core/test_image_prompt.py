@@ -1,0 +1,218 @@
+"""Cropping, combining, the branches of guidance and the search for an encoder: node logic that needs no ComfyUI."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ipadapter_core import FAMILIES, AdapterError, KeyValue, LayerWeight, image_attention, new_spec
+from ipadapter_core.branches import chunk_branches, fold_weights, names_by_uuid, row_branches
+from ipadapter_core.encoders import ImageEncoder, encoder_fits, find_encoder, read_encoder
+from ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, combine_features, crop_image, join_tokens
+
+
+def ramp(height, width):
+    """A picture whose red channel is the row and whose green channel the column, in 0..1."""
+    rows = torch.linspace(0, 1, height).view(1, height, 1).expand(1, height, width)
+    columns = torch.linspace(0, 1, width).view(1, 1, width).expand(1, height, width)
+    return torch.stack([rows, columns, torch.zeros_like(rows)], dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("crop", "row", "column"),
+    [("center", 0.5, 0.5), ("top", 0.25, 0.5), ("bottom", 0.75, 0.5), ("left", 0.5, 0.5), ("right", 0.5, 0.5)],
+)
+def test_crops_of_a_tall_picture(crop, row, column):
+    seen = crop_image(ramp(128, 64), 32, crop)
+    assert seen.shape == (1, 32, 32, 3)
+    assert seen[..., 0].mean().item() == pytest.approx(row, abs=0.02)
+    assert seen[..., 1].mean().item() == pytest.approx(column, abs=0.02)
+
+
+@pytest.mark.parametrize(("crop", "column"), [("left", 0.25), ("right", 0.75), ("top", 0.5)])
+def test_crops_of_a_wide_picture(crop, column):
+    assert crop_image(ramp(64, 128), 32, crop)[..., 1].mean().item() == pytest.approx(column, abs=0.02)
+
+
+def test_pad_and_stretch():
+    padded = crop_image(ramp(64, 128), 32, "pad")
+    torch.testing.assert_close(padded[0, 2, 5], torch.tensor(CLIP_MEAN), atol=1e-2, rtol=0)
+    stretched = crop_image(ramp(64, 128), 32, "stretch")
+    assert stretched[..., 1].min() < 0.05 and stretched[..., 1].max() > 0.95
+
+
+def test_alpha_is_dropped_and_the_range_kept():
+    picture = torch.rand(2, 50, 40, 4)
+    seen = crop_image(picture, 24)
+    assert seen.shape == (2, 24, 24, 3)
+    assert seen.min() >= 0.0 and seen.max() <= 1.0
+    same = torch.rand(1, 24, 24, 3)
+    assert torch.equal(crop_image(same, 24), same)
+
+
+def test_mask_hides_behind_the_mean_colour():
+    picture = torch.rand(2, 32, 32, 3)
+    mask = torch.zeros(1, 8, 8)
+    mask[..., :4] = 1.0
+    seen = crop_image(picture, 32, mask=mask)
+    assert torch.equal(seen[:, :, :12], picture[:, :, :12])
+    torch.testing.assert_close(seen[:, :, 20:], torch.tensor(CLIP_MEAN).expand(2, 32, 12, 3))
+
+
+def test_bad_pictures_and_methods_are_refused():
+    with pytest.raises(AdapterError, match="Unknown crop"):
+        crop_image(torch.rand(1, 8, 8, 3), 4, "middle")
+    with pytest.raises(AdapterError, match="3 channels"):
+        crop_image(torch.rand(8, 8, 3), 4)
+    with pytest.raises(AdapterError, match="Unknown combine"):
+        combine_features(torch.rand(2, 8), "mix")
+
+
+def test_combine_features():
+    x = torch.tensor([[1.0, 4.0], [3.0, 0.0], [2.0, 2.0]])
+    want = {
+        "concat": x,
+        "add": [[6.0, 6.0]],
+        "subtract": [[1.0 - 2.5, 4.0 - 1.0]],
+        "average": [[2.0, 2.0]],
+        "norm average": [[6 / 14**0.5 / 3, 6 / 20**0.5 / 3]],
+        "max": [[3.0, 4.0]],
+        "min": [[1.0, 0.0]],
+    }
+    assert set(want) == set(COMBINES)
+    for combine, expected in want.items():
+        torch.testing.assert_close(combine_features(x, combine), torch.as_tensor(expected))
+        assert torch.equal(combine_features(x[:1], combine), x[:1])
+
+
+def test_join_tokens_repeats_the_shorter_side_without_changing_its_attention():
+    positive, negative = torch.randn(3, 4, 8), torch.randn(2, 4, 8)
+    left, right, images = join_tokens(positive, negative)
+    assert images == 6 and left.shape == right.shape == (1, 24, 8)
+    query = torch.randn(1, 5, 8)
+    for joined, alone in ((left, positive), (right, negative)):
+        row = alone.flatten(0, 1)[None]
+        torch.testing.assert_close(
+            image_attention(query, joined, joined, 2), image_attention(query, row, row, 2), atol=1e-6, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("scaling", ["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"])
+def test_folded_weights_equal_weighted_attention(scaling):
+    positive = KeyValue(torch.randn(1, 6, 16), torch.randn(1, 6, 16))
+    negative = KeyValue(torch.randn(1, 6, 16), torch.randn(1, 6, 16))
+    query = torch.randn(2, 5, 16)
+    folded = fold_weights(positive, negative, LayerWeight(0.7), scaling, images=1)
+    got = image_attention(query, *folded, 4)
+    for row, pair in enumerate((positive, negative)):
+        want = image_attention(query[row : row + 1], *pair, 4, weight=0.7, scaling=scaling)
+        torch.testing.assert_close(got[row : row + 1], want, atol=1e-5, rtol=1e-5)
+
+
+def test_swapped_weights_act_in_the_negative_branch_only():
+    positive = KeyValue(torch.randn(1, 6, 16), torch.randn(1, 6, 16))
+    negative = KeyValue(torch.randn(1, 6, 16), torch.randn(1, 6, 16))
+    folded = fold_weights(positive, negative, LayerWeight(0.5, swapped=True), "K+mean(V) w/ C penalty")
+    assert not folded.value[0].any()
+    query = torch.randn(1, 5, 16)
+    got = image_attention(query, folded.key[1:], folded.value[1:], 4)
+    want = image_attention(query, *positive, 4, weight=0.5, scaling="K+mean(V) w/ C penalty")
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert fold_weights(positive, negative, LayerWeight(0.0)) is None
+
+
+def test_branches_by_name_and_by_index():
+    names = names_by_uuid(
+        {
+            "negative": [{"uuid": "n"}, {"uuid": "both"}],
+            "middle": [{"uuid": "m"}],
+            "positive": [{"uuid": "p"}, {"uuid": "both"}],
+        }
+    )
+    assert chunk_branches([0, 1, 2], ["n", "m", "p"], names) == (1, 0, 0)
+    assert chunk_branches([0], ["n"], names) == (1,)
+    assert chunk_branches([1, 0], ["both", "both"], names) == (1, 0)
+    assert chunk_branches([1, 0, 0], None, None) == (1, 0, 0)
+    assert chunk_branches([2, 0], ["x", "y"], names) == (1, 0)
+    assert row_branches((1, 0), 6) == [1, 1, 1, 0, 0, 0]
+    with pytest.raises(AdapterError, match="5 rows"):
+        row_branches((1, 0), 5)
+
+
+def vision_file(path, hidden, embeds, tokens, openai=False):
+    if openai:
+        tensors = {
+            "visual.class_embedding": torch.zeros(hidden),
+            "visual.positional_embedding": torch.zeros(tokens, hidden),
+            "visual.proj": torch.zeros(hidden, embeds),
+        }
+    else:
+        tensors = {
+            "vision_model.embeddings.class_embedding": torch.zeros(hidden),
+            "vision_model.embeddings.position_embedding.weight": torch.zeros(tokens, hidden),
+            "visual_projection.weight": torch.zeros(embeds, hidden),
+        }
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
+def published(tmp_path):
+    """The three published encoders by shape, under names that say nothing; two other files beside them."""
+    (tmp_path / "0.safetensors").write_bytes(b"no model")
+    save_file({"encoder.weight": torch.zeros(2)}, tmp_path / "1.safetensors")
+    return {
+        "none": [tmp_path / "0.safetensors", tmp_path / "1.safetensors"],
+        "L": vision_file(tmp_path / "2.safetensors", 1024, 768, 257),
+        "H": vision_file(tmp_path / "3.safetensors", 1280, 1024, 257),
+        "bigG": vision_file(tmp_path / "4.safetensors", 1664, 1280, 257, openai=True),
+    }
+
+
+def adapter_spec(kind, width, family="sd15"):
+    context, widths = FAMILIES[family]
+    return new_spec(kind, widths, context, image_width=width)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "encoder"),
+    [
+        ("base", 1024, "H"),
+        ("base", 1280, "bigG"),
+        ("base", 768, "L"),
+        ("plus", 1280, "H"),
+        ("plus", 1664, "bigG"),
+        ("full", 1280, "H"),
+    ],
+)
+def test_find_encoder(published, kind, width, encoder):
+    files = [*published["none"], published["L"], published["H"], published["bigG"]]
+    assert find_encoder(adapter_spec(kind, width), files) == published[encoder]
+
+
+def test_no_encoder_names_what_there_is_and_what_to_download(published):
+    with pytest.raises(AdapterError) as error:
+        find_encoder(
+            adapter_spec("plus", 1280), [*published["none"], published["L"]], name="x", folder="models/clip_vision"
+        )
+    text = str(error.value)
+    for words in (
+        "x",
+        "hidden states of 1280",
+        "2.safetensors (hidden states of 1024",
+        "ViT-H-14",
+        "models/clip_vision",
+    ):
+        assert words in text
+    with pytest.raises(AdapterError, match="holds no file"):
+        find_encoder(adapter_spec("base", 1280), [])
+
+
+def test_read_encoder(published, tmp_path):
+    assert read_encoder(published["bigG"]) == ImageEncoder(1664, 1280, 257)
+    assert read_encoder(published["none"][0]) is None
+    assert read_encoder(tmp_path / "missing.safetensors") is None
+    at_336 = ImageEncoder(1280, 1024, 577)
+    assert encoder_fits(adapter_spec("plus", 1280), at_336)
+    assert not encoder_fits(adapter_spec("full", 1280), at_336)
