@@ -1,0 +1,1 @@
+"""ComfyUI nodes: the only code here that imports comfy."""

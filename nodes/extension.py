@@ -1,0 +1,15 @@
+"""The list of nodes that ComfyUI asks for."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply import ApplyIPAdapter
+from .demo import LoadIPAdapterDemo
+from .encode import EncodeImagePrompt
+from .load import LoadIPAdapter
+
+
+class IPAdapterKitExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadIPAdapter, EncodeImagePrompt, ApplyIPAdapter, LoadIPAdapterDemo]

@@ -1,0 +1,104 @@
+"""What runs inside a cross-attention layer: the text attention as before, plus the attention to the image tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.ldm.modules.attention
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ipadapter_core import AdapterError, KeyValue, image_attention
+from .steps import Step, step_of
+
+Options = dict[str, Any]
+Replacement = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SitePatch:
+    """The replacement of one attn2 (ComfyUI's `attn2_replace`); immutable, and it holds tensors only.
+
+    `here` has the keys and values of both branches, [2, T, C], with every weight inside, where the model is;
+    `home` the same where they were computed. `previous` is what stood in this place before, from any pack;
+    None is ComfyUI's own attention. `key` finds this adapter's step in the options.
+    """
+
+    key: str
+    here: KeyValue
+    home: KeyValue
+    previous: Replacement | None = None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+        """query [B, N, C], text key and value [B, T, C] -> [B, N, C], before `to_out`."""
+        text = (self.previous or text_attention)(query, key, value, options)
+        step = step_of(self.key, options, query)
+        # ComfyUI drops the guards of compiled graphs on transformer_options: a branch on a step's value would be
+        # frozen into the graph. There the gate, a tensor, says the same.
+        if not step.active and not torch.compiler.is_compiling():
+            return text
+        return text + self.image_term(query, step, options)
+
+    def image_term(self, query: Tensor, step: Step, options: Options) -> Tensor:
+        """The attention of query [B, N, C] to the image tokens of each row's branch."""
+        upcast = options.get("attn_precision") == torch.float32
+        pair = self.here if self.here.key.device == query.device else self._on(query.device)
+        return image_attention(
+            query,
+            pair.key.index_select(0, step.rows),
+            pair.value.index_select(0, step.rows),
+            options["n_heads"],
+            mask=step.gate(options, query),
+            attend=_attend_in_fp32 if upcast else F.scaled_dot_product_attention,
+        )
+
+    def to(self, target: Any, *_: Any, **__: Any) -> SitePatch:
+        """A patch on another device; a dtype changes nothing, keys and values follow the query's."""
+        previous = self.previous.to(target) if hasattr(self.previous, "to") else self.previous
+        here = self._on(target) if isinstance(target, torch.device | str | int) else self.here
+        return self if here is self.here and previous is self.previous else replace(self, here=here, previous=previous)
+
+    def _on(self, target: torch.device | str | int) -> KeyValue:
+        device = torch.device(target)
+        for pair in (self.here, self.home):
+            if pair.key.device == device:
+                return pair
+        return KeyValue(*(part.to(device, non_blocking=True) for part in self.home))
+
+    def models(self) -> list[Any]:
+        """The model patchers that a patch of another pack needs loaded; ours needs none."""
+        return self.previous.models() if hasattr(self.previous, "models") else []
+
+    def cleanup(self) -> None:
+        """After sampling: passed on to a patch of another pack."""
+        if hasattr(self.previous, "cleanup"):
+            self.previous.cleanup()
+
+    def add(self, *_: Any, **__: Any) -> None:
+        """ComfyUI_IPAdapter_plus asks the patch it finds to take in its own. This one never changes, so say it."""
+        raise AdapterError(
+            "Another pack (ComfyUI_IPAdapter_plus?) wants to change the attention after Apply IP Adapter. Connect "
+            "its nodes before Apply IP Adapter: model loader, its nodes, Apply IP Adapter, sampler."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SitePatch:
+        return self  # ComfyUI before 0.14 deep-copies patches whenever a model is cloned
+
+
+def text_attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+    """What CrossAttention itself would have done, with the model's attention override and precision."""
+    return comfy.ldm.modules.attention.optimized_attention(
+        query,
+        key,
+        value,
+        heads=options["n_heads"],
+        attn_precision=options.get("attn_precision"),
+        transformer_options=options,
+    )
+
+
+def _attend_in_fp32(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query.float(), key.float(), value.float()).to(query.dtype)

@@ -1,0 +1,251 @@
+"""A real ComfyUI, named by COMFYUI_PATH, in this process on the CPU; without it these tests are skipped."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+COMFYUI = os.environ.get("COMFYUI_PATH", "")
+PACK = "pack_of_any_name"
+WIDTH, CONTEXT, EMBEDS = 32, 64, 48  # channels of the tiny UNet's first level, of its text, of the image features
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of ComfyUI, imported with --cpu and with temporary folders for what it writes."""
+    if not COMFYUI:
+        pytest.skip("COMFYUI_PATH is not set: these tests need a ComfyUI checkout and its requirements")
+    folder = Path(COMFYUI).resolve()
+    sys.path.insert(0, str(folder))
+    # ComfyUI's default attention of the CPU asks for free memory in every call, which breaks compiled graphs.
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--use-pytorch-cross-attention"]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args
+        import folder_paths
+
+        import nodes  # noqa: F401
+    finally:
+        sys.argv = arguments
+    out = tmp_path_factory.mktemp("comfyui")
+    folder_paths.models_dir = str(out / "models")
+    folder_paths.set_temp_directory(str(out / "temp"))
+    folder_paths.set_output_directory(str(out / "output"))
+    for name in ("ipadapter", "clip_vision"):
+        (out / "models" / name).mkdir(parents=True)
+    folder_paths.folder_names_and_paths["clip_vision"] = ([str(out / "models" / "clip_vision")], {".safetensors"})
+    return folder
+
+
+def import_pack(name: str = PACK) -> ModuleType:
+    """The pack as a package of this name."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def pack(comfyui: Path) -> SimpleNamespace:
+    """The node classes and the pack's modules."""
+    entry = import_pack()
+    extension = asyncio.run(entry.comfy_entrypoint())
+    classes = asyncio.run(extension.get_node_list())
+    modules = {
+        name.removeprefix(f"{PACK}.").rpartition(".")[2]: module
+        for name, module in list(sys.modules.items())
+        if name.startswith((f"{PACK}.nodes.", f"{PACK}.ipadapter_core."))
+    }
+    core = sys.modules[f"{PACK}.ipadapter_core"]
+    return SimpleNamespace(**modules, **{cls.__name__: cls for cls in classes}, classes=classes, core=core)
+
+
+def randomise(module: torch.nn.Module, seed: int, scale: float = 0.08) -> None:
+    """Small random weights: ComfyUI's modules start uninitialised."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(False)
+        noise = torch.randn(parameter.shape, generator=generator) * scale
+        parameter.copy_(noise + 1.0 if "norm" in name and name.endswith("weight") else noise)
+
+
+def new_model(family: str = "sd15", width: int = WIDTH, seed: int = 0) -> Any:
+    """A tiny random UNet in the shape of SD1.5 or SDXL, as a MODEL."""
+    import comfy.model_base
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    shapes = {
+        "sd15": {
+            "channel_mult": [1, 2, 4, 4],
+            "num_res_blocks": [2] * 4,
+            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+            "transformer_depth_middle": 1,
+            "transformer_depth_output": [1] * 9 + [0] * 3,
+            "use_linear_in_transformer": False,
+            "adm_in_channels": None,
+        },
+        "sdxl": {
+            "channel_mult": [1, 2, 4],
+            "num_res_blocks": [2] * 3,
+            "transformer_depth": [0, 0, 2, 2, 10, 10],
+            "transformer_depth_middle": 10,
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+            "use_linear_in_transformer": True,
+            "adm_in_channels": 2816,
+            "num_classes": "sequential",
+        },
+    }
+    config = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": width,
+        "context_dim": CONTEXT,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "use_temporal_attention": False,
+        "use_temporal_resblock": False,
+        **shapes[family],
+    }
+    supported = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family](config)
+    supported.unet_config.update(num_heads=2, num_head_channels=-1)
+    supported.set_inference_dtype(torch.float32, None)
+    base = {"sd15": comfy.model_base.BaseModel, "sdxl": comfy.model_base.SDXL}[family]
+    device = torch.device("cpu")
+    model = base(supported, model_type=comfy.model_base.ModelType.EPS, device=device)
+    randomise(model.diffusion_model, seed)
+    model.eval()
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+
+
+def new_adapter(pack: SimpleNamespace, model: Any, seed: int = 1, kind: str = "base", name: str = "a") -> Any:
+    """A random adapter that fits the model, as Load IP Adapter gives it."""
+    import comfy.ops
+
+    sites = pack.core.cross_attention_sites(model.get_model_object("diffusion_model"))
+    widths = [site.width for site in sites]
+    options = {"resampler_width": CONTEXT, "dim_head": 16, "depth": 1} if kind == "plus" else {}
+    spec = pack.core.new_spec(kind, widths, sites[0].context_width, image_width=EMBEDS, tokens=4, **options)
+    adapter = pack.core.init_adapter(spec, operations=comfy.ops.manual_cast)
+    randomise(adapter, seed, scale=0.3)
+    return pack.types.manage(f"{name}.safetensors", adapter.eval())
+
+
+def new_prompt(pack: SimpleNamespace, ip_adapter: Any, seed: int = 2, images: int = 1, weight: float = 1.0) -> Any:
+    """An image prompt of random features."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(images, EMBEDS, generator=generator)
+    return pack.encode.project(ip_adapter, features, None, weight)
+
+
+def conds(batch_width: int = CONTEXT, seed: int = 3) -> tuple[Any, Any]:
+    """Positive and negative CONDITIONING of random text states."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [
+        [[torch.randn(1, 7, batch_width, generator=generator), {"pooled_output": torch.zeros(1, 1280)}]]
+        for _ in range(2)
+    ]
+    return made[0], made[1]
+
+
+def sample(
+    model: Any,
+    *,
+    size: tuple[int, int] = (16, 16),
+    batch: int = 1,
+    steps: int = 2,
+    cfg: float = 4.0,
+    positive: Any = None,
+    negative: Any = None,
+) -> torch.Tensor:
+    """The latents that ComfyUI's KSampler makes, always from the same noise."""
+    import comfy.sample
+
+    text = conds()
+    latent = torch.zeros(batch, 4, *size)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(4))
+    return comfy.sample.sample(
+        model, noise, steps, cfg, "euler", "normal", positive or text[0], negative or text[1], latent, seed=5
+    )
+
+
+@pytest.fixture(scope="session")
+def world(pack: SimpleNamespace) -> SimpleNamespace:
+    """Builders for the tests, and one tiny SD1.5 with an adapter and a prompt."""
+
+    def apply(model: Any, ip_adapter: Any, prompt: Any, **options: Any) -> Any:
+        return pack.ApplyIPAdapter.execute(model, ip_adapter, prompt, **options).args[0]
+
+    with torch.inference_mode():
+        model = new_model()
+        adapter = new_adapter(pack, model)
+        prompt = new_prompt(pack, adapter)
+        base = sample(model)
+    return SimpleNamespace(
+        model=model,
+        adapter=adapter,
+        prompt=prompt,
+        base=base,
+        apply=apply,
+        randomise=randomise,
+        sample=sample,
+        conds=conds,
+        new_model=new_model,
+        new_adapter=lambda *a, **k: new_adapter(pack, *a, **k),
+        new_prompt=lambda *a, **k: new_prompt(pack, *a, **k),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    """Nodes run under inference mode."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def spy() -> Callable[[Any], list[dict[str, Any]]]:
+    """Record the options of every attn2 call of a model; returns the growing list."""
+
+    def attach(model: Any) -> list[dict[str, Any]]:
+        calls: list[dict[str, Any]] = []
+
+        def patch(n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, options: dict[str, Any]) -> Any:
+            calls.append(options)
+            return n, context, value
+
+        model.set_model_attn2_patch(patch)
+        return calls
+
+    return attach
+
+
+@pytest.fixture
+def copy_pack() -> Callable[[Path], Path]:
+    """Copy what a user installs into a folder."""
+
+    def copy(folder: Path) -> Path:
+        shutil.copy(ROOT / "__init__.py", (folder.mkdir(parents=True, exist_ok=True) or folder) / "__init__.py")
+        for part in ("nodes", "ipadapter_core", "web", "locales"):
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        return folder
+
+    return copy

@@ -1,0 +1,297 @@
+"""Apply IP Adapter on tiny random UNets, sampled by ComfyUI itself."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+
+def patches(model):
+    return model.model_options["transformer_options"]["patches_replace"]["attn2"]
+
+
+@pytest.mark.parametrize(("family", "count"), [("sd15", 16), ("sdxl", 70)])
+def test_every_site_fires(pack, world, monkeypatch, family, count):
+    model = world.new_model(family)
+    adapter = world.new_adapter(model)
+    fired = []
+    original = pack.patch.SitePatch.image_term
+
+    def image_term(self, query, step, options):
+        fired.append((*options["block"], options["block_index"]))
+        return original(self, query, step, options)
+
+    monkeypatch.setattr(pack.patch.SitePatch, "image_term", image_term)
+    patched = world.apply(model, adapter, world.new_prompt(adapter))
+    base, changed = world.sample(model, steps=1), world.sample(patched, steps=1)
+    assert len(set(fired)) == len(patches(patched)) == count
+    assert sum(block[0] == "middle" for block in set(fired)) == {"sd15": 1, "sdxl": 10}[family]
+    assert not torch.equal(base, changed)
+    assert torch.isfinite(changed).all()
+
+
+def test_weight_zero_is_no_adapter(world):
+    patched = world.apply(world.model, world.adapter, world.prompt, weight=0.0)
+    assert torch.equal(world.sample(patched), world.base)
+    silent = world.new_prompt(world.adapter, weight=0.0)
+    assert torch.equal(world.sample(world.apply(world.model, world.adapter, silent)), world.base)
+
+
+def test_the_input_model_stays_as_it_was(world):
+    before = copy.copy(world.model.model_options["transformer_options"])
+    first = world.sample(world.apply(world.model, world.adapter, world.prompt))
+    assert world.model.model_options["transformer_options"] == before
+    assert not world.model.wrappers
+    assert torch.equal(world.sample(world.model), world.base)
+    assert torch.equal(world.sample(world.apply(world.model, world.adapter, world.prompt)), first)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 13), (24, 16), (7, 18)])
+def test_masks_of_one_and_zero(world, size):
+    patched = world.apply(world.model, world.adapter, world.prompt)
+    ones = world.apply(world.model, world.adapter, world.prompt, attn_mask=torch.ones(1, 50, 70))
+    zeros = world.apply(world.model, world.adapter, world.prompt, attn_mask=torch.zeros(1, 50, 70))
+    # A resized mask of ones is one up to rounding.
+    torch.testing.assert_close(world.sample(ones, size=size), world.sample(patched, size=size), atol=1e-3, rtol=1e-4)
+    assert torch.equal(world.sample(zeros, size=size), world.sample(world.model, size=size))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 13)])
+def test_a_half_mask_acts_on_its_half_of_every_grid(pack, world, monkeypatch, size):
+    terms = []
+    original = pack.patch.SitePatch.image_term
+
+    def image_term(self, query, step, options):
+        term = original(self, query, step, options)
+        terms.append(term.unflatten(1, tuple(options["activations_shape"][-2:])))
+        return term
+
+    monkeypatch.setattr(pack.patch.SitePatch, "image_term", image_term)
+    mask = torch.zeros(1, 144, 144)
+    mask[..., 72:] = 1.0
+    world.sample(world.apply(world.model, world.adapter, world.prompt, attn_mask=mask), size=size, steps=1)
+    assert len(terms) >= 16
+    for term in terms:
+        width = term.shape[2]
+        assert not term[:, :, : (width - 1) // 2].any()
+        assert term[:, :, width // 2 + 1 :].abs().sum(-1).all()
+
+
+def test_a_batch_of_masks_gives_each_picture_its_own(world):
+    masks = torch.stack([torch.zeros(16, 16), torch.ones(16, 16)])
+    patched = world.apply(world.model, world.adapter, world.prompt)
+    both = world.sample(world.apply(world.model, world.adapter, world.prompt, attn_mask=masks), batch=2)
+    torch.testing.assert_close(both[0], world.sample(world.model, batch=2)[0], atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(both[1], world.sample(patched, batch=2)[1], atol=1e-3, rtol=1e-4)
+
+
+def test_windows(world):
+    always = world.sample(world.apply(world.model, world.adapter, world.prompt), steps=4)
+    base = world.sample(world.model, steps=4)
+
+    def window(start, end):
+        patched = world.apply(world.model, world.adapter, world.prompt, start_at=start, end_at=end)
+        return world.sample(patched, steps=4)
+
+    late, early = window(0.5, 1.0), window(0.0, 0.5)
+    assert not torch.equal(late, base) and not torch.equal(late, always)
+    assert not torch.equal(early, base) and not torch.equal(early, always)
+    assert torch.equal(window(0.0, 0.0), base)
+    assert torch.equal(window(0.6, 0.4), base)
+    assert torch.equal(window(0.0, 1.0), always)
+
+
+def test_a_window_counts_the_steps_in_it(pack, world, monkeypatch):
+    active = []
+    original = pack.steps.Application._is_active
+
+    def is_active(self, *args):
+        active.append(original(self, *args))
+        return active[-1]
+
+    monkeypatch.setattr(pack.steps.Application, "_is_active", is_active)
+    world.sample(world.apply(world.model, world.adapter, world.prompt, start_at=0.3, end_at=0.7), steps=10)
+    per_step = active if len(active) == 10 else active[::2]
+    assert per_step.count(True) in (3, 4, 5)
+    assert not per_step[0] and not per_step[-1]
+
+
+def test_batches(world):
+    patched = world.apply(world.model, world.adapter, world.prompt)
+    both = world.sample(patched, batch=3)
+    assert both.shape[0] == 3
+    assert not torch.equal(both[0], both[1])
+    torch.testing.assert_close(both[:1], world.sample(patched), atol=1e-3, rtol=1e-3)
+
+
+def test_several_pictures_and_cfg_one(world):
+    prompt = world.new_prompt(world.adapter, images=3)
+    assert prompt.positive.shape == prompt.negative.shape == (1, 12, 64)
+    patched = world.apply(world.model, world.adapter, prompt)
+    assert not torch.equal(world.sample(patched, cfg=1.0), world.sample(world.model, cfg=1.0))
+
+
+def test_two_adapters_add_up_in_both_orders(world):
+    other = world.new_adapter(world.model, seed=9, name="b")
+    prompt = world.new_prompt(other, seed=8)
+
+    def first_then_second():
+        return world.sample(world.apply(world.apply(world.model, world.adapter, world.prompt), other, prompt))
+
+    one = first_then_second()
+    two = world.sample(world.apply(world.apply(world.model, other, prompt), world.adapter, world.prompt))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+    alone = world.sample(world.apply(world.model, world.adapter, world.prompt))
+    assert not torch.allclose(one, alone, atol=1e-3)
+    assert torch.equal(first_then_second(), one)
+    assert torch.equal(world.sample(world.model), world.base)
+
+
+def test_each_application_has_its_own_window(world):
+    twice = world.apply(world.model, world.adapter, world.prompt, end_at=0.0)
+    twice = world.apply(twice, world.adapter, world.prompt)
+    torch.testing.assert_close(
+        world.sample(twice), world.sample(world.apply(world.model, world.adapter, world.prompt)), atol=0, rtol=0
+    )
+    assert len(twice.wrappers["apply_model"]) == 2
+
+
+def test_foreign_patches_are_kept(world, spy):
+    """attn2_patch runs before; an attn2_replace of a whole transformer (a pair key) is called by ours."""
+    replaced = []
+
+    def foreign(query, key, value, options):
+        replaced.append(options["block"])
+        return query * 0.5
+
+    model = world.model.clone()
+    calls = spy(model)
+    model.set_model_attn2_replace(foreign, "input", 4)
+    alone = world.sample(model, steps=1)
+    once = len(replaced)
+    patched = world.apply(model, world.adapter, world.prompt)
+    assert not torch.equal(world.sample(patched, steps=1), alone)
+    assert len(replaced) == 2 * once > 0
+    assert len(calls) == 2 * 16 * once
+    silent = world.apply(model, world.adapter, world.prompt, attn_mask=torch.zeros(1, 8, 8))
+    assert torch.equal(world.sample(silent, steps=1), alone)
+
+
+def test_clones_share_the_tensors(world):
+    patched = world.apply(world.model, world.adapter, world.prompt)
+    clone = patched.clone().clone()
+    for key, patch in patches(patched).items():
+        assert patches(clone)[key] is patch
+        assert copy.deepcopy(patch) is patch
+    assert torch.equal(world.sample(clone), world.sample(patched))
+
+
+def test_patches_follow_devices_and_ignore_dtypes(pack, world):
+    patch = next(iter(patches(world.apply(world.model, world.adapter, world.prompt)).values()))
+    assert patch.to(torch.float16) is patch
+    assert patch.to(torch.device("cpu")) is patch
+    moved = patch.to(torch.device("meta"))
+    assert moved is not patch and moved.here.key.device.type == "meta"
+    assert patch.here.key.device.type == "cpu"
+    back = moved.to(torch.device("cpu"))
+    assert back.here.key is patch.home.key
+
+
+@pytest.mark.parametrize("scaling", ["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"])
+def test_scalings(world, scaling):
+    patched = world.apply(world.model, world.adapter, world.prompt, weight=0.7, embeds_scaling=scaling)
+    assert not torch.equal(world.sample(patched), world.base)
+
+
+def test_every_weight_type_runs(pack, world):
+    counts = {}
+    for weight_type in pack.core.WEIGHT_TYPES:
+        patched = world.apply(world.model, world.adapter, world.prompt, weight=0.8, weight_type=weight_type)
+        counts[weight_type] = len(patches(patched))
+        assert torch.isfinite(world.sample(patched, steps=1)).all()
+    assert counts["linear"] == 16
+    assert counts["style transfer"] == 11
+    assert counts["composition"] == 2
+
+
+def test_adapter_of_half_precision(pack, world):
+    """An fp16 file on an fp32 model: keys and values are computed in fp32."""
+    adapter = world.new_adapter(world.model)
+    adapter.adapter.half()
+    patched = world.apply(world.model, adapter, world.new_prompt(adapter))
+    torch.testing.assert_close(
+        world.sample(patched), world.sample(world.apply(world.model, world.adapter, world.prompt)), atol=0.02, rtol=0.02
+    )
+    assert next(iter(patches(patched).values())).here.key.dtype is torch.float32
+
+
+def test_bytes_held_are_the_keys_and_values_only(world):
+    patched = world.apply(world.model, world.adapter, world.prompt)
+    held = sum(part.nbytes for patch in patches(patched).values() for part in patch.here)
+    widths = world.adapter.spec.layer_widths
+    assert held == 2 * 2 * 4 * 4 * sum(widths)  # K and V, both branches, 4 tokens, 4 bytes
+
+
+def test_patches_of_other_packs_are_still_looked_after(pack, world):
+    """ComfyUI moves, loads and cleans up patches; ours passes that on to the one it stands on."""
+
+    class Foreign:
+        device, cleaned = "cpu", 0
+
+        def __call__(self, query, key, value, options):
+            return query
+
+        def to(self, device):
+            moved = Foreign()
+            moved.device = str(device)
+            return moved
+
+        def models(self):
+            return ["patcher"]
+
+        def cleanup(self):
+            self.cleaned += 1
+
+    model = world.model.clone()
+    foreign = Foreign()
+    model.set_model_attn2_replace(foreign, "middle", 0, 0)
+    patch = patches(world.apply(model, world.adapter, world.prompt))["middle", 0, 0]
+    foreign = patch.previous  # a copy of it where clones copy patches
+    assert isinstance(foreign, Foreign)
+    assert patch.to(torch.device("meta")).previous.device == "meta"
+    assert foreign.device == "cpu"
+    assert patch.models() == ["patcher"]
+    patch.cleanup()
+    assert foreign.cleaned == 1
+    with pytest.raises(pack.core.AdapterError, match="before Apply IP Adapter"):
+        patch.add(foreign)
+
+
+def test_a_grid_that_no_level_has(world):
+    """Nodes that shrink the activations for a while: the mask is resized for them."""
+
+    def shrink(h, options):
+        return torch.nn.functional.interpolate(h, scale_factor=0.6) if options["block"] == ("input", 3) else h
+
+    model = world.model.clone()
+    model.set_model_input_block_patch(shrink)
+    model.set_model_output_block_patch(
+        lambda h, skip, options: (torch.nn.functional.interpolate(h, skip.shape[-2:]), skip)
+    )
+    ones = world.apply(model, world.adapter, world.prompt, attn_mask=torch.ones(1, 8, 8))
+    plain = world.apply(model, world.adapter, world.prompt)
+    torch.testing.assert_close(world.sample(ones), world.sample(plain), atol=1e-3, rtol=1e-3)
+
+
+def test_a_window_of_frames_takes_its_own_masks(world):
+    """AnimateDiff samples some frames at a time and says which in `ad_params`."""
+    masks = torch.stack([torch.zeros(16, 16), torch.ones(16, 16)])
+    patched = world.apply(world.model, world.adapter, world.prompt, attn_mask=masks)
+    options = patched.model_options["transformer_options"]
+    options["ad_params"] = {"sub_idxs": [1]}
+    unmasked = world.sample(world.apply(world.model, world.adapter, world.prompt))
+    torch.testing.assert_close(world.sample(patched), unmasked, atol=1e-3, rtol=1e-4)
+    options["ad_params"] = {"sub_idxs": None}
+    assert torch.equal(world.sample(patched), world.base)

@@ -1,0 +1,117 @@
+"""Encode Image Prompt with a tiny CLIP vision model of ComfyUI's own class."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def encoder(world, tmp_path_factory):
+    """32 px pictures in 16 px patches: 5 tokens of 48, projected to 48."""
+    import comfy.clip_vision
+
+    config = tmp_path_factory.mktemp("vision") / "config.json"
+    settings = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "image_size": 32,
+        "patch_size": 16,
+        "projection_dim": 48,
+        "num_channels": 3,
+        "hidden_act": "quick_gelu",
+    }
+    config.write_text(json.dumps(settings))
+    with torch.inference_mode():
+        encoder = comfy.clip_vision.ClipVisionModel(str(config))
+        world.randomise(encoder.model, seed=31)
+    return encoder
+
+
+@pytest.fixture
+def pictures():
+    return torch.rand(3, 40, 64, 3, generator=torch.Generator().manual_seed(32))
+
+
+@pytest.fixture(scope="module")
+def plus(world):
+    with torch.inference_mode():
+        return world.new_adapter(world.model, kind="plus", name="plus")
+
+
+def encode(pack, *args, **options):
+    return pack.EncodeImagePrompt.execute(*args, **options)
+
+
+def test_base_and_plus(pack, world, encoder, plus, pictures):
+    for adapter in (world.adapter, plus):
+        prompt = encode(pack, adapter, encoder, pictures[:1]).args[0]
+        assert prompt.positive.shape == prompt.negative.shape == (1, 4, 64)
+        assert not torch.allclose(prompt.positive, prompt.negative)
+        patched = world.apply(world.model, adapter, prompt)
+        assert not torch.equal(world.sample(patched), world.base)
+
+
+def test_center_is_comfyuis_own_preprocessing(pack, world, encoder, pictures):
+    prompt = encode(pack, world.adapter, encoder, pictures[:1]).args[0]
+    own = world.adapter.adapter.encode(encoder.encode_image(pictures[:1])["image_embeds"])
+    torch.testing.assert_close(prompt.positive, own, atol=1e-4, rtol=1e-4)
+
+
+def test_the_negative_of_training(pack, world, encoder, plus, pictures):
+    """base: the projection of zeros. plus: the encoding of zero pixel values, which a black image is not."""
+    base = encode(pack, world.adapter, encoder, pictures[:1]).args[0]
+    torch.testing.assert_close(base.negative, world.adapter.adapter.encode(torch.zeros(1, 48)))
+    states = encoder.model(pixel_values=torch.zeros(1, 3, 32, 32), intermediate_output=-2)[1]
+    trained = encode(pack, plus, encoder, pictures[:1]).args[0]
+    torch.testing.assert_close(trained.negative, plus.adapter.encode(states))
+    black = encode(pack, plus, encoder, pictures[:1], negative="black image").args[0]
+    given = encode(pack, plus, encoder, pictures[:1], image_negative=torch.zeros(1, 9, 9, 3)).args[0]
+    assert not torch.allclose(black.negative, trained.negative)
+    torch.testing.assert_close(black.negative, given.negative)
+
+
+def test_combine(pack, world, encoder, pictures):
+    joined = encode(pack, world.adapter, encoder, pictures).args[0]
+    assert joined.positive.shape == joined.negative.shape == (1, 12, 64) and joined.images == 3
+    seen = {"concat": joined.positive[:, :4]}
+    for combine in ("add", "subtract", "average", "norm average", "max", "min"):
+        prompt = encode(pack, world.adapter, encoder, pictures, combine=combine).args[0]
+        assert prompt.positive.shape == (1, 4, 64) and prompt.images == 1
+        assert not any(torch.allclose(prompt.positive, other) for other in seen.values())
+        seen[combine] = prompt.positive
+    one = encode(pack, world.adapter, encoder, pictures[:1]).args[0]
+    torch.testing.assert_close(joined.positive[:, :4], one.positive, atol=1e-4, rtol=1e-4)
+
+
+def test_several_negative_pictures(pack, world, encoder, pictures):
+    prompt = encode(pack, world.adapter, encoder, pictures, image_negative=pictures[:2]).args[0]
+    assert prompt.positive.shape == prompt.negative.shape == (1, 24, 64) and prompt.images == 6
+
+
+def test_mask_and_weight(pack, world, encoder, pictures):
+    whole = encode(pack, world.adapter, encoder, pictures[:1]).args[0]
+    seen = encode(pack, world.adapter, encoder, pictures[:1], mask=torch.ones(1, 7, 9), weight=0.5).args[0]
+    torch.testing.assert_close(seen.positive, whole.positive, atol=1e-3, rtol=1e-3)
+    hidden = encode(pack, world.adapter, encoder, pictures[:1], mask=torch.zeros(1, 7, 9)).args[0]
+    assert not torch.allclose(hidden.positive, whole.positive)
+    half = world.apply(world.model, world.adapter, whole, weight=0.5)
+    torch.testing.assert_close(
+        world.sample(world.apply(world.model, world.adapter, seen)), world.sample(half), atol=5e-2, rtol=1e-2
+    )
+
+
+@pytest.mark.parametrize("crop", ["center", "top", "bottom", "left", "right", "pad", "stretch"])
+def test_the_preview_shows_the_crop(pack, world, encoder, pictures, crop):
+    import folder_paths
+    from PIL import Image
+
+    output = encode(pack, world.adapter, encoder, pictures[:1], crop=crop)
+    shown = output.ui.as_dict()["images"][0]
+    with Image.open(f"{folder_paths.get_temp_directory()}/{shown['filename']}") as image:
+        assert image.size == (32, 32)

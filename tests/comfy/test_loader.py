@@ -1,0 +1,24 @@
+"""ComfyUI's own loader, from a folder of any name, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+
+def test_any_folder_name(comfyui, copy_pack, tmp_path, caplog):
+    import nodes
+
+    folder = copy_pack(tmp_path / "my packs v1.2" / "some-folder")
+    before = set(nodes.NODE_CLASS_MAPPINGS)
+    with caplog.at_level(logging.WARNING):
+        assert asyncio.run(nodes.load_custom_node(str(folder)))
+    added = set(nodes.NODE_CLASS_MAPPINGS) - before
+    try:
+        assert added == {"LoadIPAdapter", "EncodeImagePrompt", "ApplyIPAdapter", "LoadIPAdapterDemo"}
+        assert "Error" not in caplog.text and "Cannot import" not in caplog.text
+        for name in added:
+            assert nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1()["category"] == "image prompt"
+    finally:
+        for name in added:
+            del nodes.NODE_CLASS_MAPPINGS[name]

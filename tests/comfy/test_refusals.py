@@ -1,0 +1,112 @@
+"""Wrong pairings are refused before sampling, by a message that names both sides and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+
+def refuse(pack, call, *words):
+    with pytest.raises(pack.core.AdapterError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_a_diffusion_transformer(pack, world):
+    class Flux(torch.nn.Module):
+        pass
+
+    model = world.model.clone()
+    model.add_object_patch("diffusion_model", Flux())
+    refuse(pack, lambda: world.apply(model, world.adapter, world.prompt), "Flux is not a UNet", "SD1.5, SD2 and SDXL")
+
+
+def test_a_real_diffusion_transformer(pack, world):
+    """ComfyUI's own MMDiT (SD3)."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+
+    model = world.model.clone()
+    mmdit = OpenAISignatureMMDITWrapper(
+        input_size=None,
+        depth=1,
+        pos_embed_max_size=8,
+        num_patches=64,
+        adm_in_channels=16,
+        context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 16, "out_features": 64}},
+        device="cpu",
+        operations=comfy.ops.disable_weight_init,
+    )
+    model.add_object_patch("diffusion_model", mmdit)
+    refuse(pack, lambda: world.apply(model, world.adapter, world.prompt), "is not a UNet")
+
+
+def test_another_family(pack, world):
+    sdxl = world.new_model("sdxl")
+    refuse(
+        pack,
+        lambda: world.apply(sdxl, world.adapter, world.prompt),
+        "a.safetensors is made for",
+        "16 layers",
+        "the connected model is",
+        "70 layers",
+    )
+
+
+def test_published_families_by_name(pack, world):
+    """The widths of the published models decide, not the tiny ones of these tests."""
+    core = pack.core
+    context, widths = core.FAMILIES["sdxl"]
+    sdxl = core.new_spec("base", widths, context)
+    sites = [core.Site(2 * i + 1, str(i), w, 768, i) for i, w in enumerate(core.FAMILIES["sd15"][1])]
+    refuse(
+        pack,
+        lambda: core.check_compatible(sdxl, sites, "ip-adapter_sdxl_vit-h.safetensors"),
+        "ip-adapter_sdxl_vit-h.safetensors is made for SDXL (context 2048",
+        "SD1.5 (768",
+        "Use an SD1.5 adapter",
+    )
+
+
+def test_another_width(pack, world):
+    wide = world.new_model(width=64)
+    refuse(pack, lambda: world.apply(wide, world.adapter, world.prompt), "is made for", "the connected model is")
+
+
+def test_a_prompt_of_another_adapter(pack, world):
+    other = world.new_adapter(world.model, seed=9, name="b")
+    refuse(
+        pack,
+        lambda: world.apply(world.model, other, world.prompt),
+        "a.safetensors",
+        "b.safetensors",
+        "Connect the same Load IP Adapter",
+    )
+
+
+def test_another_encoder(pack, world):
+    class Encoder:
+        image_size = 32
+        image_mean = (0.5, 0.5, 0.5)
+
+        def encode_image(self, image, crop=True):
+            return {
+                "image_embeds": torch.zeros(len(image), 17),
+                "penultimate_hidden_states": torch.zeros(len(image), 5, 19),
+            }
+
+    refuse(
+        pack,
+        lambda: pack.EncodeImagePrompt.execute(world.adapter, Encoder(), torch.zeros(1, 40, 40, 3)),
+        "image_embeds of 17",
+        "a.safetensors takes image_embeds of 48",
+        "models/clip_vision",
+    )
+
+
+def test_face_adapters_are_refused_at_load(pack, world):
+    spec = dataclasses.replace(world.adapter.spec, kind="faceid", face_width=512, image_width=None)
+    refuse(pack, lambda: pack.load._check_supported("f.bin", spec), "f.bin is a faceid adapter", "512", "Use a base")
