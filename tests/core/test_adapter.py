@@ -50,13 +50,13 @@ def test_dtype_is_the_files_unless_asked(tmp_path: Path, unets: Any, new_adapter
     assert {p.dtype for p in ic.load_adapter(path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
 def test_others_may_read_the_file_as_the_umask_says(tmp_path: Path, unets: Any, new_adapter: Any) -> None:
     (tmp_path / "any-file").touch()
     ic.save_adapter(tmp_path / "a.safetensors", new_adapter(unets["sd15"]))
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "any-file").stat().st_mode
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
 def test_a_full_disk_leaves_the_old_file_and_no_half_file(tmp_path: Path, unets: Any, new_adapter: Any) -> None:
     import resource
 
