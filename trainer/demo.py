@@ -67,8 +67,8 @@ def demo(output: Path, adapter: str | None = None, minutes: float = 2.0, seed: i
         print(f"Saved the adapter: {file} ({trained.steps} steps, {trained.images} pictures seen)")
         chosen = trained.adapter
     else:
-        chosen = load_adapter(folder / "adapter.safetensors" if adapter == "bundled" else Path(adapter))
-        chosen = chosen.float()
+        file = folder / "adapter.safetensors" if adapter == "bundled" else Path(adapter)
+        chosen = load_adapter(file, dtype=torch.float32)
     judges = load_judges(base_model, folder / "judges.safetensors")
     rows = choose_references(held_out, MEASURED, seed)
     pictures = to_pixels(held_out.images[rows])

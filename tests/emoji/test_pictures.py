@@ -6,6 +6,7 @@ import json
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ipadapter_trainer.emoji.build import (
@@ -18,7 +19,8 @@ from ipadapter_trainer.emoji.build import (
     twin_group,
 )
 from ipadapter_trainer.emoji.concepts import TEXT_CONCEPTS
-from ipadapter_trainer.emoji.pictures import STYLE_NAMES, load_pictures, to_pixels, to_uint8
+from ipadapter_trainer.emoji.pictures import STYLE_NAMES, load_pictures, to_pixels
+from ipadapter_trainer.pictures import to_pictures
 
 from ipadapter_core.assets import emoji_folder
 
@@ -121,4 +123,5 @@ def test_find_names_what_is_missing() -> None:
 
 def test_pixels_and_bytes_round_trip() -> None:
     images = torch.arange(256, dtype=torch.uint8).repeat(48).view(1, 3, 64, 64)
-    assert torch.equal(to_uint8(to_pixels(images)), images)
+    (picture,) = to_pictures(to_pixels(images))
+    assert torch.equal(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1), images[0])

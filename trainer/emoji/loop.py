@@ -28,7 +28,6 @@ def fit(
     warmup: int = 100,
     seed: int = 0,
     save_every_s: float = 120.0,
-    before_step: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Train until ``steps`` in all (earlier runs count) or ``minutes`` of this run; returns the model with EMA weights.
 
@@ -49,8 +48,6 @@ def fit(
     while step < steps and time.monotonic() - start < 60 * minutes:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / warmup)
-        if before_step is not None:
-            before_step(model)
         terms = losses(model, generator)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()

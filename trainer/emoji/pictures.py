@@ -77,8 +77,3 @@ def load_pictures(file: Path, split: Split) -> EmojiPictures:
 def to_pixels(images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] -> float32 in [-1, 1], the range of the VAE."""
     return images.float() / 127.5 - 1.0
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Float pixels in [-1, 1] -> uint8."""
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -24,6 +24,7 @@ from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL, emoji_folder
 
 from ..base_model import BaseModel, load_base_model
+from ..features import encode_clip_images
 from ..generate import generate
 from .build import caption
 from .clip import normalize, styled_caption, tokenize
@@ -48,7 +49,7 @@ class Judges:
     @torch.no_grad()
     def image_embeds(self, pixels: Tensor) -> Tensor:
         """Pixels [N, 3, 64, 64] in [-1, 1] -> unit CLIP embeddings [N, D]."""
-        return F.normalize(self.base_model.image_encoder(normalize(pixels)).image_embeds, dim=-1)
+        return F.normalize(encode_clip_images(self.base_model, normalize(pixels)), dim=-1)
 
     @torch.no_grad()
     def concepts(self, pixels: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def evaluate(base_model: BaseModel, adapter: IPAdapter, judges: Judges, pictures
     """Generate both situations with and without the adapter and let the judges answer."""
     rows = choose_references(pictures, seed=seed)
     references, styles = to_pixels(pictures.images[rows]), pictures.style_ids[rows]
-    embeds = base_model.image_encoder(normalize(references)).image_embeds.detach()
+    embeds = encode_clip_images(base_model, normalize(references))
     wanted = torch.arange(len(rows)) % len(TEXT_CONCEPTS)
     prompts = [caption(TEXT_CONCEPTS[i]) for i in wanted.tolist()]
     shuffled = torch.arange(len(rows)).roll(1)

@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPModel,
     CLIPTextModel,
     CLIPTokenizer,
@@ -20,6 +19,7 @@ from transformers import (
 
 from ipadapter_core.assets import MODEL
 
+from ..base_model import CLIPImageProcessor
 from .clip import MAX_TOKENS, new_clip
 from .judges import StyleClassifier
 from .loop import load_ema, start_from
@@ -131,6 +131,6 @@ def save_judges(work: Path, clip: CLIPModel, file: Path) -> None:
     save_file(state, file)
 
 
-def new_image_processor() -> CLIPImageProcessorPil:
+def new_image_processor() -> CLIPImageProcessor:
     """CLIP's preprocessing at 64 px."""
-    return CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    return CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
