@@ -21,7 +21,7 @@ from ..engine import TrainingBatch, denoising_loss, new_adapter
 from ..features import Features, encode_clip_images, encode_pixels, encode_prompts
 from .clip import normalize, zoom
 from .loop import fit
-from .pictures import STYLE_NAMES, EmojiPictures, to_pixels
+from .pictures import STYLE_NAMES, EmojiPictures, pick, to_pixels
 from .vae import augment
 
 BATCH, LEARNING_RATE = 64, 1e-3
@@ -71,7 +71,7 @@ def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Genera
     rows = torch.randint(len(features.styles), (batch_size,), generator=generator)
     alone = torch.rand(batch_size, generator=generator) < SELF_PAIRS
     of_style = [features.rows_of_style[style] for style in features.styles[rows].tolist()]
-    others = torch.stack([of[torch.randint(len(of), (), generator=generator)] for of in of_style])
+    others = torch.stack([pick(rows, generator) for rows in of_style])
     view = torch.randint(len(features.image_embeds), (batch_size,), generator=generator)
     mirrored = torch.randint(2, (batch_size,), generator=generator)
     draw = torch.rand(batch_size, generator=generator)
@@ -109,10 +109,6 @@ def fit_adapter(
             adapter, losses, checkpoint=checkpoint, steps=steps, minutes=minutes, learning_rate=LEARNING_RATE, seed=seed
         )
     return adapter
-
-
-def _pick(rows: Tensor, generator: torch.Generator) -> Tensor:
-    return rows[torch.randint(len(rows), (), generator=generator)]
 
 
 def _chunked(encode, base_model: BaseModel, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

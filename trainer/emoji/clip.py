@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from .loop import LossFunction, device_of
-from .pictures import STYLE_NAMES, EmojiPictures
+from .pictures import STYLE_NAMES, EmojiPictures, pick, to_pixels
 from .vae import augment
 
 MAX_TOKENS = 16
@@ -47,7 +47,10 @@ def train_tokenizer(texts: list[str], folder: Path, size: int = 2048) -> CLIPTok
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A small CLIP over 64 px pictures in 16 px patches; random weights."""
+    """A small CLIP over 64 px pictures; random weights.
+
+    Patches of 8 px: a style is in outlines and shading, which larger patches show only to a longer training.
+    """
     shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4}
     text = {
         **shared,
@@ -59,7 +62,7 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         "pad_token_id": tokenizer.pad_token_id,
         "projection_dim": WIDTH,
     }
-    vision = {**shared, "num_hidden_layers": 4, "image_size": 64, "patch_size": 16, "projection_dim": WIDTH}
+    vision = {**shared, "num_hidden_layers": 4, "image_size": 64, "patch_size": 8, "projection_dim": WIDTH}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
 
@@ -80,39 +83,47 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
 
-def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int = 44, pairs: int = 64) -> LossFunction:
+def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int = 24, pairs: int = 48) -> LossFunction:
     """Three contrasts, each for something that an image prompt has to carry.
 
     ``text``: picture against caption (CLIP, arXiv 2103.00020); a batch holds each drawn concept in all its styles,
-    so the concept alone does not win. ``style``: picture against the five captions that name only a style.
-    ``image``: some of the pictures against another crop of themselves (SLIP, arXiv 2112.12750), which keeps what
-    captions do not say, colours and shapes above all. No colour is changed in the crops.
+    so the concept alone does not win. ``style``: pictures, parts of pictures and patchworks of one style against the
+    five captions that name only a style, so that the concept cannot stand for it. ``image``: some of the pictures
+    against a part of themselves (SLIP, arXiv 2112.12750), which keeps what captions do not say, colours and shapes
+    above all. No colour is ever changed.
     """
     captions = [styled_caption(c, s) for c, s in zip(pictures.captions, pictures.styles, strict=True)]
     styled = tokenize(tokenizer, captions)
     style_only = tokenize(tokenizer, [f"{style} style" for style in STYLE_NAMES])
     styles = pictures.style_ids
-    pixels = pictures.images.float() / 127.5 - 1
+    pixels = to_pixels(pictures.images)
     rows_of: dict[str, list[int]] = {}
     for row, concept in enumerate(pictures.concepts):
         rows_of.setdefault(concept, []).append(row)
     groups = list(rows_of.values())
+    same_style = [(styles == style).nonzero().flatten() for style in range(len(STYLE_NAMES))]
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, CLIPModel)
         drawn = torch.randperm(len(groups), generator=generator)[:concepts].tolist()
         rows = torch.tensor([row for group in drawn for row in groups[group]])
         again = torch.randperm(len(rows), generator=generator)[:pairs]
-        views = [augment(pixels[rows], generator), zoom(augment(pixels[rows[again]], generator), generator)]
+        others = torch.stack([pick(same_style[style], generator) for style in styles[rows[again]].tolist()])
+        views = [
+            augment(pixels[rows], generator),
+            zoom(augment(pixels[rows[again]], generator), generator, smallest=0.5),
+            patchwork(augment(pixels[rows[again]], generator), augment(pixels[others], generator), generator),
+        ]
         device = device_of(model)
         ids = torch.cat([styled[rows], style_only]).to(device)
         output = model(input_ids=ids, pixel_values=normalize(torch.cat(views).to(device)))
         scale = model.logit_scale.exp().clamp(max=50)
-        images, others = output.image_embeds.split([len(rows), len(again)])
+        whole, parts, _ = output.image_embeds.split([len(rows), len(again), len(again)])
         texts, named = output.text_embeds.split([len(rows), len(style_only)])
-        text = contrast(images, texts, scale)
-        style = F.cross_entropy(scale * images @ named.T, styles[rows].to(device))
-        image = contrast(images[again], others, 10.0)
+        text = contrast(whole, texts, scale)
+        truth = styles[torch.cat([rows, rows[again], rows[again]])].to(device)
+        style = F.cross_entropy(scale * output.image_embeds @ named.T, truth)
+        image = contrast(whole[again], parts, 10.0)
         return {
             "loss": text + style + 0.5 * image,
             "text": text.detach(),
@@ -130,12 +141,19 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def zoom(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Scale each picture by 0.8 to 1.25 about a random centre, white outside."""
-    scale = 0.8 + 0.45 * torch.rand(len(pixels), generator=generator)
-    shift = 0.2 * torch.rand(len(pixels), 2, generator=generator) - 0.1
+def zoom(pixels: Tensor, generator: torch.Generator, smallest: float = 0.8) -> Tensor:
+    """Show a window of ``smallest`` to 1.25 times each picture's sides, near its centre; white outside."""
+    side = smallest + (1.25 - smallest) * torch.rand(len(pixels), 1, generator=generator)
+    room = (1 - side).clamp(min=0.1)
     theta = torch.zeros(len(pixels), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = scale
-    theta[:, :, 2] = shift
+    theta[:, 0, 0] = theta[:, 1, 1] = side[:, 0]
+    theta[:, :, 2] = room * (2 * torch.rand(len(pixels), 2, generator=generator) - 1)
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
+
+
+def patchwork(pixels: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """The left or right part of each picture, and the rest from another (CutMix, arXiv 1905.04899)."""
+    width = pixels.shape[-1]
+    edges = torch.randint(width // 4, 3 * width // 4, (len(pixels), 1, 1, 1), generator=generator)
+    return torch.where(torch.arange(width) < edges, pixels, others)

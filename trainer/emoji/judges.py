@@ -11,8 +11,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .clip import patchwork, zoom
 from .loop import LossFunction, device_of
-from .pictures import STYLE_NAMES, EmojiPictures, to_pixels
+from .pictures import STYLE_NAMES, EmojiPictures, pick, to_pixels
 from .vae import augment
 
 
@@ -23,15 +24,19 @@ class StyleClassifier(nn.Module):
     outline (the later ones). Norms are over all channels, since narrower ones would take the colours away.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 96)) -> None:
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 64, 96)) -> None:
         super().__init__()
-        stages: list[nn.Module] = []
-        for index, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
-            convolution = nn.Conv2d(before, width, 3, stride=1 if index == 0 else 2, padding=1)
-            stages.append(
-                nn.Sequential(convolution, nn.SiLU(), nn.Conv2d(width, width, 1), nn.GroupNorm(1, width), nn.SiLU())
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(before, width, 3, stride=1 if index == 0 else 2, padding=1),
+                nn.GroupNorm(1, width),
+                nn.SiLU(),
+                nn.Conv2d(width, width, 1) if index == 0 else nn.Conv2d(width, width, 3, padding=1),
+                nn.GroupNorm(1, width),
+                nn.SiLU(),
             )
-        self.stages = nn.ModuleList(stages)
+            for index, (before, width) in enumerate(zip((3, *widths), widths, strict=False))
+        )
         self.head = nn.Sequential(nn.Linear(sum(widths), 128), nn.SiLU(), nn.Linear(128, len(STYLE_NAMES)))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -43,21 +48,28 @@ class StyleClassifier(nn.Module):
 
 
 def classifier_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int = 64) -> LossFunction:
-    """Cross-entropy on real pictures and on their round trips through the autoencoder, half each.
+    """Cross-entropy on real pictures and on their round trips through the autoencoder, half each, whole and in parts.
 
     The round trips keep the classifier from reading the autoencoder's softness, which every generated picture has,
-    as a style.
+    as a style; patchworks of two pictures of a style keep it from reading what is drawn.
     """
     real = to_pixels(pictures.images)
     soft = round_trip(vae, real)
     labels = pictures.style_ids
+    same_style = [(labels == style).nonzero().flatten() for style in range(len(STYLE_NAMES))]
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(pictures), (batch_size,), generator=generator)
         half = batch_size // 2
-        pixels = augment(torch.cat([real[rows[:half]], soft[rows[half:]]]), generator)
-        truth = labels[rows].to(device_of(model))
-        logits = model(pixels.to(truth.device))
+        rows = torch.randint(len(pictures), (half,), generator=generator)
+        others = torch.stack([pick(same_style[style], generator) for style in labels[rows].tolist()])
+        views = []
+        for source in (real, soft):
+            whole = zoom(augment(source[rows], generator), generator)
+            mixed = patchwork(whole, augment(source[others], generator), generator)
+            parts = torch.rand(half, 1, 1, 1, generator=generator) < 0.5
+            views.append(torch.where(parts, mixed, whole))
+        truth = labels[rows].repeat(2).to(device_of(model))
+        logits = model(torch.cat(views).to(truth.device))
         accuracy = (logits.argmax(-1) == truth).float().mean()
         return {"loss": F.cross_entropy(logits, truth), "accuracy": accuracy}
 

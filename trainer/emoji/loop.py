@@ -35,7 +35,7 @@ def fit(
     from the checkpoint as if it had never stopped. Only parameters that require a gradient are trained,
     on the GPU when there is one.
     """
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)  # faster convolutions
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
     ema = _new_ema(parameters)
@@ -64,7 +64,7 @@ def fit(
     bar.close()
     _save(checkpoint, parameters, optimizer, ema, generator, step)
     ema.copy_to(parameters)
-    return model.cpu().eval()
+    return model.to("cpu", memory_format=torch.contiguous_format).eval()
 
 
 def start_from(model: nn.Module, checkpoint: Path, seed: int = 0) -> None:

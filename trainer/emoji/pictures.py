@@ -77,3 +77,8 @@ def load_pictures(file: Path, split: Split) -> EmojiPictures:
 def to_pixels(images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] -> float32 in [-1, 1], the range of the VAE."""
     return images.float() / 127.5 - 1.0
+
+
+def pick(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """One of ``rows`` [N], as a 0-d tensor."""
+    return rows[torch.randint(len(rows), (), generator=generator)]

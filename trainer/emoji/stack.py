@@ -25,14 +25,17 @@ from .judges import StyleClassifier
 from .loop import load_ema, start_from
 from .pictures import EmojiPictures
 from .unet import new_scheduler, new_unet
-from .vae import fold_scaling, new_vae
+from .vae import fold_scaling, new_vae, only_decoder
 
 
-def load_vae(work: Path, pictures: EmojiPictures) -> AutoencoderKL:
-    """The trained autoencoder with SD1.5's scaling factor folded in."""
+def load_vae(work: Path, pictures: EmojiPictures, with_decoder: bool = True) -> AutoencoderKL:
+    """The trained autoencoder with SD1.5's scaling factor folded in; with the decoder that was trained on alone, when
+    there is one."""
     vae = load_ema(new_vae(), work / "vae.pt")
     assert isinstance(vae, AutoencoderKL)
     fold_scaling(vae, pictures)
+    if with_decoder and (work / "decoder.pt").is_file():
+        load_ema(only_decoder(vae), work / "decoder.pt")
     return vae.requires_grad_(False)
 
 

@@ -47,6 +47,23 @@ def train_vae(run: Run) -> None:
     )
 
 
+def train_decoder(run: Run) -> None:
+    """Go on with the autoencoder's decoder alone; the latents, which the UNet knows, stay."""
+    from .loop import fit
+    from .stack import load_vae
+    from .vae import decoder_losses, only_decoder
+
+    vae = load_vae(run.work, run.train, with_decoder=False)
+    fit(
+        only_decoder(vae),
+        decoder_losses(run.train, vae),
+        checkpoint=run.work / "decoder.pt",
+        steps=run.steps,
+        minutes=run.minutes,
+        learning_rate=5e-4,
+    )
+
+
 def train_clip(run: Run) -> None:
     from .clip import clip_losses, new_clip, styled_caption, train_tokenizer
     from .loop import fit
@@ -98,8 +115,6 @@ def train_judge(run: Run) -> None:
 
 
 def train_unet(run: Run) -> None:
-    import torch
-
     from .loop import fit
     from .stack import load_clip, load_vae
     from .unet import new_unet, unet_losses
@@ -107,7 +122,7 @@ def train_unet(run: Run) -> None:
     clip, tokenizer = load_clip(run.work)
     losses = unet_losses(run.train, load_vae(run.work, run.train), clip.text_model, tokenizer)
     fit(
-        new_unet().to(memory_format=torch.channels_last),
+        new_unet(),
         losses,
         checkpoint=run.work / "unet.pt",
         steps=run.steps,
@@ -149,6 +164,7 @@ def unpack_stack(run: Run) -> None:
 PARTS: dict[str, Callable[[Run], None]] = {
     "unpack": unpack_stack,
     "vae": train_vae,
+    "decoder": train_decoder,
     "clip": train_clip,
     "vision": train_vision,
     "judge": train_judge,

@@ -13,7 +13,7 @@ from .loop import LossFunction, device_of
 from .pictures import EmojiPictures
 from .vae import encode
 
-NO_TEXT, PLAIN = 0.1, 0.55  # shares of the batch without text, and with a caption that names no style
+NO_TEXT, PLAIN = 0.1, 0.4  # shares of the batch without text, and with a caption that names no style
 
 
 def new_unet() -> UNet2DConditionModel:

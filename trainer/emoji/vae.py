@@ -66,16 +66,36 @@ def vae_losses(pictures: EmojiPictures, batch_size: int = 8) -> LossFunction:
         posterior = model.encode(pixels).latent_dist  # type: ignore[operator]
         noise = torch.randn(posterior.mean.shape, generator=generator)
         latents = posterior.mean + posterior.std * noise.to(posterior.mean)
-        output = model.decode(latents).sample  # type: ignore[operator]
-        pixel, cell = F.l1_loss(output, pixels), F.l1_loss(F.avg_pool2d(output, 8), F.avg_pool2d(pixels, 8))
-        edge = sum(F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(pixels), strict=True))
+        terms = _reconstruction(model.decode(latents).sample, pixels)  # type: ignore[operator]
         kl = posterior.kl().mean() / latents[0].numel()
-        return {
-            "loss": pixel + 2 * cell + edge + KL_WEIGHT * kl,
-            "l1": pixel.detach(),
-            "cell": cell.detach(),
-            "kl": kl.detach(),
-        }
+        return {**terms, "loss": terms["loss"] + KL_WEIGHT * kl, "kl": kl.detach()}
+
+    return losses
+
+
+def _reconstruction(output: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+    pixel, cell = F.l1_loss(output, pixels), F.l1_loss(F.avg_pool2d(output, 8), F.avg_pool2d(pixels, 8))
+    edge = sum(F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(pixels), strict=True))
+    return {"loss": pixel + 2 * cell + edge, "l1": pixel.detach(), "cell": cell.detach()}
+
+
+def only_decoder(vae: AutoencoderKL) -> AutoencoderKL:
+    """Let only the decoder be trained: the latents, which a UNet has learned, stay as they are."""
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    return vae
+
+
+def decoder_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int = 8) -> LossFunction:
+    """The reconstruction of ``vae_losses`` alone, from latents that are computed once, here."""
+    pixels = torch.cat([to_pixels(pictures.images), to_pixels(pictures.images.flip(-1))])
+    latents = torch.cat([encode(vae, pictures.images), encode(vae, pictures.images.flip(-1))])
+
+    def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(latents), (batch_size,), generator=generator)
+        device = device_of(model)
+        return _reconstruction(model.decode(latents[rows].to(device)).sample, pixels[rows].to(device))  # type: ignore[operator]
 
     return losses
 
