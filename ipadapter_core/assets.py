@@ -8,6 +8,7 @@ from .errors import AdapterError
 
 # In a checkout and under custom_nodes `assets` lies beside this package; a wheel installs it as `ipadapter_assets`.
 MODEL = "emoji-model"  # the diffusers folder inside `emoji_folder()`
+PROMPTS = "prompts"  # a few pictures beside it that no part of it was trained on
 _FOLDERS = ("assets", "ipadapter_assets")
 
 

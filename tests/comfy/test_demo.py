@@ -13,7 +13,7 @@ def stack(pack):
     with torch.inference_mode():
         return dict(
             zip(
-                ("model", "clip", "vae", "clip_vision", "ip_adapter"),
+                ("model", "clip", "vae", "clip_vision", "ip_adapter", "image"),
                 pack.LoadIPAdapterDemo.execute().args,
                 strict=True,
             )
@@ -39,6 +39,17 @@ def test_a_picture(stack, pack, world):
     assert drawn.shape == (1, 64, 64, 3)
     assert drawn.std() > 0.02
     assert not torch.equal(drawn, stack["vae"].decode(sample(stack, world, stack["model"])))
+
+
+def test_the_bundled_pictures(pack):
+    names = pack.demo.list_pictures()
+    assert len(names) == 6
+    for name in names:
+        picture = pack.LoadIPAdapterDemo.execute(name).args[-1]
+        assert picture.shape == (1, 64, 64, 3)
+        assert picture.min() >= 0.0 and picture.max() == 1.0 and picture.std() > 0.1
+    with pytest.raises(pack.core.AdapterError, match=r"'\.\./secret'.*crab_fluent"):
+        pack.demo.load_picture("../secret")
 
 
 def test_it_has_sixteen_sites(stack, pack):

@@ -19,10 +19,11 @@ from ipadapter_trainer.emoji.build import (
     twin_group,
 )
 from ipadapter_trainer.emoji.concepts import TEXT_CONCEPTS
-from ipadapter_trainer.emoji.pictures import STYLE_NAMES, load_pictures, to_pixels
+from ipadapter_trainer.emoji.pictures import STYLE_NAMES, load_pictures, save_prompts, to_pixels
 from ipadapter_trainer.pictures import to_pictures
+from PIL import Image
 
-from ipadapter_core.assets import emoji_folder
+from ipadapter_core.assets import PROMPTS, emoji_folder
 
 PICTURES = emoji_folder() / "pictures.zip"
 
@@ -125,3 +126,12 @@ def test_pixels_and_bytes_round_trip() -> None:
     images = torch.arange(256, dtype=torch.uint8).repeat(48).view(1, 3, 64, 64)
     (picture,) = to_pictures(to_pixels(images))
     assert torch.equal(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1), images[0])
+
+
+def test_the_bundled_prompts_are_the_held_out_pictures(tmp_path: Path) -> None:
+    save_prompts(PICTURES, tmp_path)
+    made = sorted(tmp_path.iterdir())
+    shipped = sorted((emoji_folder() / PROMPTS).iterdir())
+    assert [file.name for file in made] == [file.name for file in shipped]
+    for one, other in zip(made, shipped, strict=True):
+        assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))

@@ -1,8 +1,9 @@
-"""The sixteen concepts that are asked for by text in the quality table. They are always in the training split."""
+"""The concepts with a part of their own: those asked for by text, and the image prompts that ComfyUI offers."""
 
 from __future__ import annotations
 
-# Distinct in shape, each in every style, none a look-alike of another.
+# Asked for by text in the quality table: always in the training split, distinct in shape, each in every style, none a
+# look-alike of another.
 TEXT_CONCEPTS = (
     "airplane",
     "banana",
@@ -20,4 +21,14 @@ TEXT_CONCEPTS = (
     "rocket",
     "star",
     "umbrella",
+)
+
+# (concept, style) of the held-out pictures that Load IP Adapter Demo offers: no model has seen them.
+PROMPT_PICTURES = (
+    ("crab", "fluent"),
+    ("desert-island", "fxemoji"),
+    ("exploding-head", "flat"),
+    ("large-blue-diamond", "fluent"),
+    ("lizard", "twemoji"),
+    ("pineapple", "noto"),
 )

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .build import STYLES
+from .concepts import PROMPT_PICTURES
 
 Split = Literal["train", "held_out"]
 STYLE_NAMES = tuple(style.name for style in STYLES)
@@ -72,6 +73,15 @@ def load_pictures(file: Path, split: Split) -> EmojiPictures:
         concepts=tuple(row["concept"] for row in rows),
         styles=tuple(row["style"] for row in rows),
     )
+
+
+def save_prompts(file: Path, folder: Path) -> None:
+    """Write the held-out ``PROMPT_PICTURES`` of ``pictures.zip`` as PNG, for hosts without the whole of it."""
+    held_out = load_pictures(file, "held_out")
+    folder.mkdir(parents=True, exist_ok=True)
+    for concept, style in PROMPT_PICTURES:
+        pixels = held_out.images[held_out.find(concept, style)].permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{concept}_{style}.png", optimize=True)
 
 
 def to_pixels(images: Tensor) -> Tensor:

@@ -17,15 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ipadapter_core.assets import MODEL, emoji_folder
+from ipadapter_core.assets import MODEL, PROMPTS, emoji_folder
 
-from .pictures import EmojiPictures, load_pictures
+from .pictures import EmojiPictures, load_pictures, save_prompts
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the command line asked for; ``train`` are the pictures to train on."""
+    """What the command line asked for; ``train`` are the pictures of the file ``pictures`` to train on."""
 
+    pictures: Path
     train: EmojiPictures
     work: Path
     output: Path
@@ -153,6 +154,7 @@ def export_stack(run: Run) -> None:
     from .stack import export
 
     export(run.work, run.train, run.output)
+    save_prompts(run.pictures, run.output / PROMPTS)
 
 
 def unpack_stack(run: Run) -> None:
@@ -187,6 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pictures = arguments.pictures or emoji_folder() / "pictures.zip"
     run = Run(
+        pictures=pictures,
         train=load_pictures(pictures, "train"),
         work=arguments.work,
         output=arguments.output or emoji_folder(),
