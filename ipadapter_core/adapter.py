@@ -88,7 +88,7 @@ class IPAdapter(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Tokens [B, T, D] of the unconditional branch, as in training (reference/peers.md 2.2 and 2.3).
+        """Tokens [B, T, D] of the unconditional branch, as in training.
 
         base, faceid, portrait: the projection of zeros (not zero tokens), B = 1. plus, full and faceid-plus
         need `image_features` [B, L, E]: the encoding of zero pixel values (zeros AFTER the encoder's

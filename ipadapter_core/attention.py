@@ -41,8 +41,7 @@ def scale_keys_values(
     concatenated along T, `images` is their count, because the mean of "K+mean(V)" is taken per image.
 
     Returns the scaled pair and the weight that is left for the attention's output: all of it for "V only"
-    (exact: attention is linear in V), 1.0 for the other modes. Modes as in ComfyUI_IPAdapter_plus
-    (reference/ipadapter_plus.md 2.4).
+    (exact: attention is linear in V), 1.0 for the other modes. Modes as in ComfyUI_IPAdapter_plus.
 
     Raises AdapterError for an unknown mode, or when T is not a multiple of `images`.
     """

@@ -1,8 +1,7 @@
 """Which attention layer has which id, and the image keys and values of each.
 
 Published files number the layers by their place in diffusers' `unet.attn_processors`: down blocks, up
-blocks, then the middle. Self-attention takes the even ids, cross-attention the odd ones
-(reference/trainers.md 4).
+blocks, then the middle. Self-attention takes the even ids, cross-attention the odd ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The LoRA that FaceID files carry for every attention layer (reference/peers.md 2.19)."""
+"""The LoRA that FaceID files carry for every attention layer."""
 
 from __future__ import annotations
 

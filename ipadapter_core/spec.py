@@ -21,7 +21,7 @@ METADATA_NEGATIVE = "ipadapter.negative"  # "zeros" or "black": the picture of t
 METADATA_TOKENS = "ipadapter.tokens"
 METADATA_DIM_HEAD = "ipadapter.dim_head"
 
-# Cross-attention widths in id order (down, up, mid), from reference/weight_keys.json.
+# Cross-attention widths in id order (down, up, mid), as in the published files.
 SD15_WIDTHS = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
 SDXL_WIDTHS = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
 FAMILIES: Mapping[str, tuple[int, tuple[int, ...]]] = {
@@ -149,7 +149,7 @@ def new_spec(
     shortcut: bool | None = None,
     encoder_id: str | None = None,
 ) -> AdapterSpec:
-    """The spec of a new adapter, with the published defaults for what is left out (reference/trainers.md 4).
+    """The spec of a new adapter, with the published defaults for what is left out.
 
     `image_width` defaults to ViT-H/14: 1024 for base, 1280 for the others. A resampler is `resampler_width`
     wide (default: 1280 for SDXL, else the context width) and has resampler_width / dim_head heads;

@@ -1,6 +1,4 @@
-"""The weight types of ComfyUI_IPAdapter_plus: one weight per transformer of the UNet
-(reference/ipadapter_plus.md 2.2).
-"""
+"""The weight types of ComfyUI_IPAdapter_plus: one weight per transformer of the UNet."""
 
 from __future__ import annotations
 

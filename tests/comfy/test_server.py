@@ -16,6 +16,7 @@ import pytest
 import torch
 
 GRAPH = Path(__file__).parent / "demo.api.json"
+EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "workflows").glob("*.api.json"))
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
@@ -104,6 +105,25 @@ def test_the_demo_graph_runs(server):
     assert entry["status"]["status_str"] == "success", entry["status"]
     assert len(entry["outputs"]["9"]["images"]) == 4
     assert len(entry["outputs"]["3"]["images"]) == 1  # the preview of the crop
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name.removesuffix(".api.json"))
+def test_the_example_workflows_run(server, file):
+    """Those that need no download, as they are; the others stop at the first file that is not there."""
+    address, _ = server
+    graph = json.loads(file.read_text())
+    if any(node["class_type"] == "CheckpointLoaderSimple" for node in graph.values()):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            run(address, graph)
+        message = refused.value.read().decode()
+        assert "ip-adapter-plus_sd15.safetensors" in message and "v1-5-pruned-emaonly-fp16.safetensors" in message
+        return
+    entry = run(address, graph)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    previews = [number for number, node in graph.items() if node["class_type"] == "PreviewImage"]
+    assert previews
+    for number in previews:
+        assert len(entry["outputs"][number]["images"]) == 4
 
 
 def test_the_second_run_is_cached(server):

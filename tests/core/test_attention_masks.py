@@ -178,7 +178,7 @@ def test_diffusers_sites(unet: Any, layout: str) -> None:
     assert [f"{site.name}.processor" for site in sites] == names[1::2]
     assert {site.context_width for site in sites} == {24}
     assert ic.weight_layout(sites) == layout
-    # InstantStyle's names (reference/peers.md 2.7): SDXL style is transformer 6, layout is transformer 3.
+    # InstantStyle's names: SDXL style is transformer 6, layout is transformer 3.
     if layout == "sdxl":
         indices = {site.name.split(".transformer_blocks")[0]: site.transformer_index for site in sites}
         assert indices["up_blocks.0.attentions.1"] == 6
@@ -261,7 +261,7 @@ def test_comfy_sites(family: str, context: int) -> None:
     assert sites[0].block == (("input", 4, 0) if family == "sdxl" else ("input", 1, 0))
     assert ic.weight_layout(sites) == family
     first = {site.transformer_index: site.block[:2] for site in sites if site.block}
-    if family == "sdxl":  # reference/peers.md 2.7
+    if family == "sdxl":  # InstantStyle's two blocks
         assert (first[6], first[3], first[4]) == (("output", 1), ("input", 8), ("middle", 0))
     else:
         assert (first[6], first[7]) == (("middle", 0), ("output", 3))

@@ -138,7 +138,7 @@ def test_rescue_of_a_training_dump(tmp_path: Path, layout: str, new_unet: Any, n
     unet = new_unet(layout)
     adapter = new_adapter(unet, kind)
     dump = training_dump(unet, adapter)
-    assert not any(key.startswith("adapter_modules.") for key in dump)  # reference/trainers.md 1.3, defect 1
+    assert not any(key.startswith("adapter_modules.") for key in dump)  # what the original's converter would look for
     keys = list(dump)
     random.Random(0).shuffle(keys)
     save_file({key: dump[key].contiguous() for key in keys}, tmp_path / "model.safetensors")

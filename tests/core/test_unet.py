@@ -97,7 +97,7 @@ def test_three_way_parity(
 def test_parity_sees_swapped_keys_and_layers(
     unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
 ) -> None:
-    """The oracle is not blind (reference/peers.md 0.10): each of these mistakes must show."""
+    """The oracle is not blind: each of these mistakes must show."""
     adapter = new_adapter(unet)
     pairs = list(adapter(*features(adapter)))
     right = run_by_hand(unet, pairs, latents, text)
@@ -231,7 +231,7 @@ def test_cached_keys_equal_fresh_ones(sd15: Any, case: Any, features: Any, laten
 
 
 def test_several_images(sd15: Any, case: Any, features: Any, latents: Tensor, text: Tensor) -> None:
-    """Concatenated tokens share one softmax (reference/peers.md 2.10)."""
+    """Concatenated tokens share one softmax."""
     adapter, one = case
     tokens = adapter.encode(*features(adapter))
     twice = adapter.keys_values(torch.cat([tokens, tokens], dim=1))
