@@ -61,7 +61,8 @@ def plan_keys(keys: Iterable[str], origin: str) -> KeyPlan:
 
     Layouts: "flat" (`image_proj.*`, `ip_adapter.*`, also a nested .bin after flattening), "trainer"
     (`image_proj_model.*`, `adapter_modules.*`) and "training-dump" (the trainer's whole state with
-    `unet.*`, where the K/V may survive only under `unet.<processor>.to_k_ip.weight`). A DDP prefix `module.` is dropped.
+    `unet.*`, where the K/V may survive only under `unet.<processor>.to_k_ip.weight`). A DDP prefix
+    `module.` is dropped.
 
     Raises AdapterError, saying what the file looks like, when one of the two parts is missing.
     """
