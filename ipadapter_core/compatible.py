@@ -20,6 +20,12 @@ def check_compatible(spec: AdapterSpec, sites: Sequence[Site], name: str = "The 
     context = sites[0].context_width if sites else 0
     if widths == spec.layer_widths and context == spec.context_width:
         return
+    if context == spec.context_width and len(widths) == len(spec.layer_widths):
+        at = next(i for i, (a, b) in enumerate(zip(widths, spec.layer_widths, strict=True)) if a != b)
+        raise AdapterError(
+            f"{name} is made for another width: its layer {2 * at + 1} is {spec.layer_widths[at]} wide, the connected "
+            f"model's {widths[at]}. Use an adapter made for this model."
+        )
     family = family_of(context, widths)
     model = FAMILY_NAMES.get(family, "another model")
     detail = f"context {spec.context_width}, {len(spec.layer_widths)} layers"

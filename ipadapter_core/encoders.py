@@ -35,6 +35,11 @@ _DOWNLOADS = {
 # The hidden width of the encoder whose image_embeds have this width.
 _HIDDEN_OF_EMBEDS = {1024: 1280, 1280: 1664, 768: 1024}
 
+# Tokens of the encoders that published plus adapters were trained with: ViT-L/14, ViT-H/14 and ViT-bigG/14 at 224
+# pixels. The same models at a higher resolution have the same widths.
+_PUBLISHED_TOKENS = {1024: 257, 1280: 257, 1664: 257}
+_KOLORS_TOKENS = 577  # ViT-L/14 at 336 pixels
+
 
 @dataclass(frozen=True, slots=True)
 class ImageEncoder:
@@ -80,7 +85,9 @@ def encoder_fits(spec: AdapterSpec, encoder: ImageEncoder) -> bool:
         return encoder.embeds_width == spec.image_width
     if spec.kind == "full":
         return (encoder.hidden_width, encoder.tokens) == (spec.image_width, spec.tokens)
-    return encoder.hidden_width == spec.image_width
+    published = _PUBLISHED_TOKENS.get(encoder.hidden_width, encoder.tokens)
+    wanted = _KOLORS_TOKENS if spec.is_kolors else published
+    return encoder.hidden_width == spec.image_width and encoder.tokens == wanted
 
 
 def find_encoder(
@@ -98,7 +105,7 @@ def find_encoder(
         if encoder is not None and encoder_fits(spec, encoder):
             return file
         seen.append(f"{file.name} ({encoder.describe() if encoder else 'not a CLIP vision .safetensors file'})")
-    found = f"{len(seen)} files were looked at: {'; '.join(seen)}" if seen else "The folder holds no file"
+    found = f"Looked at: {'; '.join(seen)}" if seen else "The folder holds no file"
     raise AdapterError(
         f"No image encoder for {name}. It needs {needed_features(spec)} ({spec.encoder}). {found}. "
         f"Download {download_hint(spec)}, and put it into {folder or 'models/clip_vision'}."

@@ -100,8 +100,12 @@ class AdapterSpec:
     def _image_encoder(self, width: int) -> str:
         known = _EMBEDS_ENCODERS if self.kind == "base" else _HIDDEN_ENCODERS
         name = known.get(width, f"an unknown image encoder of width {width}")
-        kolors = width == 1024 and self.resampler_width == self.context_width == _KOLORS_WIDTH
-        return f"{name} at 336 pixels" if kolors else name
+        return f"{name} at 336 pixels" if self.is_kolors else name
+
+    @property
+    def is_kolors(self) -> bool:
+        """Whether it is made for Kolors, whose UNet has SDXL's shapes but another text encoder."""
+        return self.image_width == 1024 and self.resampler_width == self.context_width == _KOLORS_WIDTH
 
     @property
     def family_name(self) -> str:

@@ -60,13 +60,18 @@ class LoadIPAdapterDemo(io.ComfyNode):
             demo_model.load_vae(folder / "vae"),
             load_image_encoder(folder / "image_encoder"),
             manage("the emoji adapter", adapter),
-            load_picture(picture or list_pictures()[0]),
+            load_picture(picture or next(iter(list_pictures()), "")),
         )
 
 
 def list_pictures() -> list[str]:
-    """The names of the bundled pictures: what, and in which style."""
-    return sorted(file.stem for file in (emoji_folder() / PROMPTS).glob("*.png"))
+    """The names of the bundled pictures: what, and in which style. None when the bundled files are missing: that is
+    said when the node runs, and is no reason for the other nodes not to load.
+    """
+    try:
+        return sorted(file.stem for file in (emoji_folder() / PROMPTS).glob("*.png"))
+    except AdapterError:
+        return []
 
 
 def load_picture(name: str) -> Tensor:

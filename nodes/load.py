@@ -61,7 +61,8 @@ class LoadIPAdapter(io.ComfyNode):
         """Changes when a file is replaced; for auto, when any encoder file is."""
         encoders = list_files(ENCODERS) if clip_vision_name == AUTO else [clip_vision_name]
         files = [(ADAPTERS, ipadapter_name), *((ENCODERS, name) for name in encoders)]
-        return str([_stamp(folder, name) for folder, name in files])
+        # ComfyUI gives None for a name that comes over a wire; the file is then looked at when the node runs.
+        return str([_stamp(folder, name) for folder, name in files if name is not None])
 
     @classmethod
     def execute(cls, ipadapter_name: str, clip_vision_name: str = AUTO) -> io.NodeOutput:
@@ -90,6 +91,11 @@ def load_encoder(name: str, adapter_name: str, spec: AdapterSpec) -> comfy.clip_
 
 
 def _check_supported(name: str, spec: AdapterSpec) -> None:
+    if spec.is_kolors:
+        raise AdapterError(
+            f"{name} is made for Kolors ({spec.encoder}), which these nodes do not support. Use an adapter for SD1.5 "
+            "or SDXL."
+        )
     if spec.face_width is not None:
         raise AdapterError(
             f"{name} is a {spec.kind} adapter: it takes face embeddings of {spec.face_width} ({spec.encoder}), which "

@@ -237,15 +237,15 @@ def spy() -> Callable[[Any], list[dict[str, Any]]]:
     return attach
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def copy_pack() -> Callable[[Path], Path]:
     """Copy what a user installs into a folder."""
 
     def copy(folder: Path) -> Path:
         shutil.copy(ROOT / "__init__.py", (folder.mkdir(parents=True, exist_ok=True) or folder) / "__init__.py")
-        for part in ("nodes", "ipadapter_core", "web", "locales"):
-            if (ROOT / part).is_dir():
-                shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("nodes", "ipadapter_core", "web", "locales", "assets", "example_workflows"):
+            unneeded = shutil.ignore_patterns("__pycache__", "pictures.zip", "judges.safetensors")
+            shutil.copytree(ROOT / part, folder / part, ignore=unneeded)
         return folder
 
     return copy

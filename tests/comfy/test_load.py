@@ -120,3 +120,10 @@ def test_a_replaced_file_runs_again(pack, world, folders):
     folder_paths.filename_list_cache.clear()
     (folders["clip_vision"] / "new.safetensors").write_bytes(b"x")
     assert pack.LoadIPAdapter.fingerprint_inputs("x.safetensors") != second
+
+
+def test_a_name_that_comes_over_a_wire_is_no_reason_to_run_again(pack, folders):
+    """ComfyUI passes None for it; an error here would make the node, and all after it, run with every prompt."""
+    loader = pack.LoadIPAdapter
+    assert loader.fingerprint_inputs(None, "auto") == loader.fingerprint_inputs(None, "auto")
+    assert loader.fingerprint_inputs(None, None)

@@ -4,6 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+
+import pytest
+
+
+def test_missing_bundled_files_take_no_node_away(comfyui, copy_pack, tmp_path, caplog):
+    """Only the demo says that they are missing, and only when it runs."""
+    import nodes
+
+    folder = copy_pack(tmp_path / "without-assets")
+    shutil.rmtree(folder / "assets")
+    before = set(nodes.NODE_CLASS_MAPPINGS)
+    assert asyncio.run(nodes.load_custom_node(str(folder)))
+    added = set(nodes.NODE_CLASS_MAPPINGS) - before
+    try:
+        assert len(added) == 4 and "Error" not in caplog.text
+        with pytest.raises(Exception, match="bundled emoji files are missing"):
+            nodes.NODE_CLASS_MAPPINGS["LoadIPAdapterDemo"].execute()
+    finally:
+        for name in added:
+            del nodes.NODE_CLASS_MAPPINGS[name]
 
 
 def test_any_folder_name(comfyui, copy_pack, tmp_path, caplog):

@@ -73,7 +73,7 @@ def test_published_families_by_name(pack, world):
 
 def test_another_width(pack, world):
     wide = world.new_model(width=64)
-    refuse(pack, lambda: world.apply(wide, world.adapter, world.prompt), "is made for", "the connected model is")
+    refuse(pack, lambda: world.apply(wide, world.adapter, world.prompt), "its layer 1 is 32 wide", "model's 64")
 
 
 def test_a_prompt_of_another_adapter(pack, world):
@@ -110,3 +110,11 @@ def test_another_encoder(pack, world):
 def test_face_adapters_are_refused_at_load(pack, world):
     spec = dataclasses.replace(world.adapter.spec, kind="faceid", face_width=512, image_width=None)
     refuse(pack, lambda: pack.load._check_supported("f.bin", spec), "f.bin is a faceid adapter", "512", "Use a base")
+
+
+def test_kolors_adapters_are_refused_at_load(pack, world):
+    """Their shapes are those of SDXL adapters."""
+    spec = dataclasses.replace(
+        world.adapter.spec, kind="plus", context_width=2048, image_width=1024, resampler_width=2048
+    )
+    refuse(pack, lambda: pack.load._check_supported("k.bin", spec), "k.bin is made for Kolors", "336 pixels")

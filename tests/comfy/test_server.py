@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,20 +16,13 @@ import torch
 
 GRAPH = Path(__file__).parent / "demo.api.json"
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "workflows").glob("*.api.json"))
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 @pytest.fixture(scope="module")
-def server(comfyui, tmp_path_factory):
+def server(comfyui, copy_pack, tmp_path_factory):
     """Address and log of a server with the pack under a name of no meaning."""
-    if not (ASSETS / "emoji" / "adapter.safetensors").is_file():
-        pytest.skip("assets/emoji holds no adapter")
     base = tmp_path_factory.mktemp("server")
-    pack = base / "custom_nodes" / "a-folder"
-    for part in ("nodes", "ipadapter_core", "web", "locales", "assets"):
-        if (source := ASSETS.parent / part).is_dir():
-            shutil.copytree(source, pack / part, ignore=shutil.ignore_patterns("__pycache__", "pictures.zip"))
-    shutil.copy(ASSETS.parent / "__init__.py", pack / "__init__.py")
+    copy_pack(base / "custom_nodes" / "a-folder")
     (base / "input").mkdir()
     write_picture(base / "input" / "reference.png")
     with socket.socket() as probe:

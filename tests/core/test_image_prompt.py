@@ -214,5 +214,7 @@ def test_read_encoder(published, tmp_path):
     assert read_encoder(published["none"][0]) is None
     assert read_encoder(tmp_path / "missing.safetensors") is None
     at_336 = ImageEncoder(1280, 1024, 577)
-    assert encoder_fits(adapter_spec("plus", 1280), at_336)
+    assert not encoder_fits(adapter_spec("plus", 1280), at_336)  # the same widths, another resolution
+    assert encoder_fits(adapter_spec("plus", 1280), ImageEncoder(1280, 1024, 257))
+    assert encoder_fits(adapter_spec("plus", 48), ImageEncoder(48, 32, 10))  # nobody's: the width decides
     assert not encoder_fits(adapter_spec("full", 1280), at_336)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ipadapter_core as ic
+from ipadapter_core.encoders import ImageEncoder, encoder_fits
 
 KEYS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "golden/weight_keys.json").read_text())
 FAMILY = {"sd15": "sd15", "sd21": "sd2", "sdxl": "sdxl"}
@@ -87,6 +88,10 @@ def test_resamplers_of_any_depth_and_heads(depth: int, inner: int) -> None:
 def test_kolors_plus() -> None:
     spec = infer(resampler(2048, 1024, 2048, depth=4, inner=768))
     assert (spec.heads, spec.resampler_width, spec.encoder) == (12, 2048, "CLIP ViT-L/14 at 336 pixels")
+    assert spec.is_kolors
+    assert not infer(resampler(2048, 1280, 2048, depth=4, inner=1280)).is_kolors
+    assert encoder_fits(spec, ImageEncoder(1024, 768, 577))
+    assert not encoder_fits(spec, ImageEncoder(1024, 768, 257))
 
 
 def test_resampler_over_a_face_embedding_is_portrait_unnormalised() -> None:

@@ -6,11 +6,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from ipadapter_trainer.emoji.clip import MAX_TOKENS, clip_losses, new_clip, tokenize, train_tokenizer
-from ipadapter_trainer.emoji.judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity
+from ipadapter_trainer.emoji.clip import (
+    MAX_TOKENS,
+    clip_losses,
+    embed_some_patches,
+    new_clip,
+    normalize,
+    patchwork,
+    tokenize,
+    train_tokenizer,
+)
+from ipadapter_trainer.emoji.judges import (
+    StyleClassifier,
+    classifier_losses,
+    closer_to_own,
+    colour_histogram,
+    histogram_similarity,
+    style_features,
+)
 from ipadapter_trainer.emoji.loop import fit, load_ema
-from ipadapter_trainer.emoji.pictures import EmojiPictures, load_pictures
-from ipadapter_trainer.emoji.vae import SD15_SCALING, augment, encode, fold_scaling, new_vae, vae_losses
+from ipadapter_trainer.emoji.pictures import EmojiPictures, load_pictures, to_pixels
+from ipadapter_trainer.emoji.vae import (
+    SD15_SCALING,
+    augment,
+    decoder_losses,
+    encode,
+    fold_scaling,
+    new_vae,
+    only_decoder,
+    vae_losses,
+)
 from torch import Tensor, nn
 
 from ipadapter_core.assets import emoji_folder
@@ -101,6 +126,56 @@ def test_clip_learns_to_match(some: EmojiPictures, tmp_path: Path) -> None:
     first = losses(clip, torch.Generator().manual_seed(5))["loss"].item()
     fit(clip, losses, checkpoint=tmp_path / "clip.pt", steps=50, learning_rate=1e-3, warmup=5)
     assert losses(clip, torch.Generator().manual_seed(5))["loss"].item() < 0.8 * first
+
+
+@torch.no_grad()
+def test_all_patches_are_the_model_itself_and_half_are_not(some: EmojiPictures, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    clip = new_clip(train_tokenizer(list(some.captions), tmp_path / "tokenizer")).eval()
+    pixel_values = normalize(to_pixels(some.images[:6]))
+    pooled = clip.vision_model(pixel_values=pixel_values).pooler_output
+    whole = nn.functional.normalize(clip.visual_projection(pooled), dim=-1)
+    every, half = (
+        embed_some_patches(clip, pixel_values, torch.Generator().manual_seed(1), share) for share in (1.0, 0.5)
+    )
+    torch.testing.assert_close(every, whole, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(half, whole, atol=1e-3)
+
+
+def test_a_patchwork_is_of_both_pictures() -> None:
+    one, other = torch.zeros(9, 3, 64, 64), torch.ones(9, 3, 64, 64)
+    mixed = patchwork(one, other, torch.Generator().manual_seed(0))
+    assert (mixed[..., :16] == 0).all() and (mixed[..., 48:] == 1).all()
+    assert len(mixed.mean(dim=(1, 2, 3)).unique()) > 3
+
+
+def test_the_decoder_alone_leaves_the_latents(some: EmojiPictures, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = new_vae().eval()
+    before = encode(vae, some.images)
+    losses = decoder_losses(some, vae, batch_size=4)
+    first = losses(vae, torch.Generator().manual_seed(5))["loss"].item()
+    fit(only_decoder(vae), losses, checkpoint=tmp_path / "decoder.pt", steps=25, learning_rate=1e-3, warmup=5)
+    assert torch.equal(encode(vae, some.images), before)
+    assert losses(vae, torch.Generator().manual_seed(5))["loss"].item() < 0.8 * first
+
+
+def test_the_classifier_learns_styles(some: EmojiPictures, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    classifier, losses = StyleClassifier(), classifier_losses(some, new_vae().eval(), batch_size=32)
+    first = losses(classifier, torch.Generator().manual_seed(5))["loss"].item()
+    fit(classifier, losses, checkpoint=tmp_path / "judge.pt", steps=60, learning_rate=2e-3, warmup=5)
+    assert losses(classifier, torch.Generator().manual_seed(5))["loss"].item() < 0.8 * first
+
+
+def test_style_features_are_blind_to_place_and_background() -> None:
+    pixels = torch.ones(3, 3, 64, 64)
+    pixels[0, 1:, 4:12, 4:12] = -1.0
+    pixels[1, 1:, 40:48, 20:28] = -1.0
+    pixels[2, :2, 40:48, 20:28] = -1.0  # another colour
+    one, moved, blue = style_features(pixels)
+    assert torch.equal(one, moved)
+    assert not torch.allclose(one, blue)
 
 
 def test_histogram_tells_colours_apart_and_ignores_the_background() -> None:

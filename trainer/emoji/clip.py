@@ -135,15 +135,17 @@ def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int
     return losses
 
 
-def embed_some_patches(model: CLIPModel, pixel_values: Tensor, generator: torch.Generator) -> Tensor:
-    """Unit image embeddings [B, D] from the class token and a random half of each picture's patches.
+def embed_some_patches(
+    model: CLIPModel, pixel_values: Tensor, generator: torch.Generator, share: float = 0.5
+) -> Tensor:
+    """Unit image embeddings [B, D] from the class token and a random ``share`` of each picture's patches.
 
     Half the work, and a small data set is learned by heart much later (FLIP, arXiv 2212.00794).
     """
     vision = model.vision_model
     tokens = vision.embeddings(pixel_values)
     patches = torch.rand(len(tokens), tokens.shape[1] - 1, generator=generator).argsort(dim=1)
-    kept = 1 + patches[:, : patches.shape[1] // 2].to(tokens.device)
+    kept = 1 + patches[:, : round(share * patches.shape[1])].to(tokens.device)
     chosen = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
     tokens = vision.pre_layrnorm(torch.cat([tokens[:, :1], chosen], dim=1))
     states = vision.encoder(inputs_embeds=tokens).last_hidden_state

@@ -11,65 +11,65 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .clip import patchwork, zoom
 from .loop import LossFunction, device_of
-from .pictures import STYLE_NAMES, EmojiPictures, pick, to_pixels
-from .vae import augment
+from .pictures import STYLE_NAMES, EmojiPictures, to_pixels
+
+WHITE = 0.94  # a pixel whose darkest channel is above is background
+PALETTES = ((6, "ink"), (12, "ink"), (20, "ink"), (8, "outlines"), (8, "surfaces"))  # bins a channel, of which pixels
+STEPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.5)  # between pixels in [-1, 1]
 
 
 class StyleClassifier(nn.Module):
-    """A small convolutional network: pixels [B, 3, 64, 64] in [-1, 1] -> logits [B, 5] over ``STYLE_NAMES``.
+    """A small network over ``style_features``: pixels [B, 3, 64, 64] in [-1, 1] -> logits [B, 5] over ``STYLE_NAMES``.
 
-    The mean of every stage reaches the output: a style is a palette (the first stage) as much as a way to shade and to
-    outline (the later ones). Norms are over all channels, since narrower ones would take the colours away.
+    It cannot see what is drawn, only which colours and edges there are: a convolutional network of this size learns the
+    few thousand pictures by heart before it tells the styles of others as well.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 64, 96)) -> None:
+    def __init__(self, hidden: int = 96) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(before, width, 3, stride=1 if index == 0 else 2, padding=1),
-                nn.GroupNorm(1, width),
-                nn.SiLU(),
-                nn.Conv2d(width, width, 1) if index == 0 else nn.Conv2d(width, width, 3, padding=1),
-                nn.GroupNorm(1, width),
-                nn.SiLU(),
-            )
-            for index, (before, width) in enumerate(zip((3, *widths), widths, strict=False))
+        inputs = sum(bins**3 for bins, _ in PALETTES) + len(STEPS) + 1
+        self.head = nn.Sequential(
+            nn.Dropout(0.2), nn.Linear(inputs, hidden), nn.SiLU(), nn.Dropout(0.3), nn.Linear(hidden, len(STYLE_NAMES))
         )
-        self.head = nn.Sequential(nn.Linear(sum(widths), 128), nn.SiLU(), nn.Linear(128, len(STYLE_NAMES)))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        means: list[Tensor] = []
-        for stage in self.stages:
-            pixels = stage(pixels)
-            means.append(pixels.mean(dim=(-1, -2)))
-        return self.head(torch.cat(means, dim=-1))
+        return self.head(style_features(pixels))
 
 
-def classifier_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int = 64) -> LossFunction:
-    """Cross-entropy on real pictures and on their round trips through the autoencoder, half each, whole and in parts.
+def style_features(pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W] in [-1, 1] -> [B, F], the square roots of shares of the ink.
+
+    Palettes (joint RGB histograms of all ink, of outlines and of surfaces, see ``PALETTES``), and how steep the steps
+    between neighbouring pixels are (``STEPS``): what flat, shaded and outlined drawing leave behind.
+    """
+    unit = (pixels.clamp(-1, 1) + 1) / 2
+    ink = unit.amin(dim=1) < WHITE
+    right = F.pad(pixels.diff(dim=-1).abs().amax(dim=1), (0, 1))
+    below = F.pad(pixels.diff(dim=-2).abs().amax(dim=1), (0, 0, 0, 1))
+    step = torch.maximum(right, below)
+    where = {"ink": ink, "outlines": ink & (step > 0.25), "surfaces": ink & (step < 0.05)}
+    shares = [_palette(unit, where[part], bins) for bins, part in PALETTES]
+    kind = torch.bucketize(step, torch.tensor(STEPS, device=pixels.device))
+    shares.append(_shares(kind, ink, len(STEPS) + 1))
+    return torch.cat(shares, dim=-1).sqrt()
+
+
+def classifier_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int = 128) -> LossFunction:
+    """Cross-entropy on real pictures and on their round trips through the autoencoder, half each.
 
     The round trips keep the classifier from reading the autoencoder's softness, which every generated picture has,
-    as a style; patchworks of two pictures of a style keep it from reading what is drawn.
+    as a style.
     """
     real = to_pixels(pictures.images)
-    soft = round_trip(vae, real)
-    labels = pictures.style_ids
-    same_style = [(labels == style).nonzero().flatten() for style in range(len(STYLE_NAMES))]
+    features = torch.cat([style_features(chunk) for chunk in (*real.split(256), *round_trip(vae, real).split(256))])
+    labels = pictures.style_ids.repeat(2)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        half = batch_size // 2
-        rows = torch.randint(len(pictures), (half,), generator=generator)
-        others = torch.stack([pick(same_style[style], generator) for style in labels[rows].tolist()])
-        views = []
-        for source in (real, soft):
-            whole = zoom(augment(source[rows], generator), generator)
-            mixed = patchwork(whole, augment(source[others], generator), generator)
-            parts = torch.rand(half, 1, 1, 1, generator=generator) < 0.5
-            views.append(torch.where(parts, mixed, whole))
-        truth = labels[rows].repeat(2).to(device_of(model))
-        logits = model(torch.cat(views).to(truth.device))
+        assert isinstance(model, StyleClassifier)
+        rows = torch.randint(len(features), (batch_size,), generator=generator)
+        truth = labels[rows].to(device_of(model))
+        logits = model.head(features[rows].to(truth.device))
         accuracy = (logits.argmax(-1) == truth).float().mean()
         return {"loss": F.cross_entropy(logits, truth), "accuracy": accuracy}
 
@@ -93,11 +93,20 @@ def colour_histogram(pixels: Tensor, bins: int = 4) -> Tensor:
 
     The background is the same in every picture and would only dilute the distances.
     """
-    unit = ((pixels.clamp(-1, 1) + 1) / 2).flatten(2)
+    unit = (pixels.clamp(-1, 1) + 1) / 2
+    return _palette(unit, unit.amin(dim=1) < WHITE, bins)
+
+
+def _palette(unit: Tensor, where: Tensor, bins: int) -> Tensor:
+    """Joint RGB histogram [B, bins**3] of unit [B, 3, H, W] in 0..1, of the pixels ``where`` [B, H, W] is true."""
     index = (unit * bins).long().clamp(max=bins - 1)
-    index = (index[:, 0] * bins + index[:, 1]) * bins + index[:, 2]
-    ink = (unit.amin(dim=1) < 0.94).float()
-    counts = torch.zeros(len(pixels), bins**3).scatter_add_(1, index, ink)
+    return _shares((index[:, 0] * bins + index[:, 1]) * bins + index[:, 2], where, bins**3)
+
+
+def _shares(index: Tensor, where: Tensor, size: int) -> Tensor:
+    """Share of each of ``size`` indices among the places of index [B, H, W] where ``where`` is true: [B, size]."""
+    counts = torch.zeros(len(index), size, device=index.device)
+    counts.scatter_add_(1, index.flatten(1), where.flatten(1).float())
     return counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
 
 

@@ -21,6 +21,8 @@ from ipadapter_core.assets import MODEL, PROMPTS, emoji_folder
 
 from .pictures import EmojiPictures, load_pictures, save_prompts
 
+JUDGE_STEPS = 1000  # after these it only learns the training pictures better
+
 
 @dataclass(frozen=True)
 class Run:
@@ -109,9 +111,10 @@ def train_judge(run: Run) -> None:
         StyleClassifier(),
         classifier_losses(run.train, load_vae(run.work, run.train)),
         checkpoint=run.work / "judge.pt",
-        steps=run.steps,
+        steps=min(run.steps, JUDGE_STEPS),
         minutes=run.minutes,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
+        weight_decay=0.05,
     )
 
 
