@@ -9,3 +9,7 @@ class AdapterError(ValueError):
     The message names the thing, what it holds, what was expected (both numbers) and what to do next,
     so that a host can show it to the user as it is.
     """
+
+
+# Hosts print where a class lives before its message; under ComfyUI that would be a long path, twice.
+AdapterError.__module__ = "ipadapter_core"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -13,23 +14,57 @@ ROOT = Path(__file__).resolve().parents[1]
 NODES = json.loads((ROOT / "tests" / "comfy" / "schema.snapshot.json").read_text(encoding="utf-8"))
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 TWINS = ROOT / "tests" / "workflows"
-HEADINGS = re.compile(r"^\| (`[^|]+`) \|", re.MULTILINE)
+FIRST_CELLS = re.compile(r"^\| (`[^|]+`) \|", re.MULTILINE)
 # Types that come over a wire.
 NO_WIDGET = {"MODEL", "CLIP_VISION", "IMAGE", "MASK", "IP_ADAPTER_MODEL", "IMAGE_PROMPT"}
 
 
+def help_page(node):
+    """The help page in parts, by heading; what comes before the first is under ""."""
+    page = (ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
+    first, *rest = re.split(r"^## (.+)$", page, flags=re.MULTILINE)
+    return {"": first, **dict(zip(rest[::2], rest[1::2], strict=True))}
+
+
+def first_cells(text):
+    return [name for cell in FIRST_CELLS.findall(text) for name in re.findall(r"`([^`]+)`", cell)]
+
+
 @pytest.mark.parametrize("node", NODES)
 def test_the_help_page_is_complete(node):
-    """Every input, output and choice stands in it, in a table or in a sentence; no other input does."""
-    page = (ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
-    assert page.startswith(f"# {NODES[node]['display_name']}\n")
-    inputs, outputs = NODES[node]["inputs"], [name for _, name in NODES[node]["outputs"]]
-    tables = page.split("\n## ")[0]
-    named = {name for cell in HEADINGS.findall(tables) for name in re.findall(r"`([^`]+)`", cell)}
-    assert named == {*inputs, *outputs}
-    for name, described in inputs.items():
-        if name != "picture":  # the pictures speak for themselves
-            assert [c for c in described.get("choices", []) if f"`{c}`" not in page] == []
+    """A table of the inputs and one of the outputs, in the node's order; each combo has a table of its choices."""
+    parts, described = help_page(node), NODES[node]
+    assert parts[""].startswith(f"# {described['display_name']}\n")
+    assert first_cells(parts["Inputs"]) == list(described["inputs"])
+    assert first_cells(parts["Outputs"]) == [name for _, name in described["outputs"]]
+    choices = {name: entry.get("choices", []) for name, entry in described["inputs"].items()}
+    for name, listed in choices.items():
+        if name in parts:
+            assert sorted(first_cells(parts[name])) == sorted(listed)
+        elif name != "picture":  # the pictures speak for themselves
+            assert len(listed) <= 1 and all(f"`{choice}`" in parts["Inputs"] for choice in listed)
+
+
+def said_in_code():
+    """Every text of the nodes and of the core, with "..." for what is filled in."""
+    texts = set()
+    for file in [*(ROOT / "nodes").glob("*.py"), *(ROOT / "ipadapter_core").glob("*.py")]:
+        for found in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(found, ast.JoinedStr):
+                texts.add("".join(part.value if isinstance(part, ast.Constant) else "..." for part in found.values))
+            elif isinstance(found, ast.Constant) and isinstance(found.value, str):
+                texts.add(found.value)
+    return texts
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_messages_of_the_help_page_exist(node):
+    texts = said_in_code()
+    messages = re.findall(r"\*\*(.+?)\*\*", help_page(node)["Messages"])
+    assert messages
+    for message in messages:
+        fragments = [re.escape(fragment.strip()) for fragment in message.split("...")]
+        assert any(re.search(".*".join(fragments), text) for text in texts), message
 
 
 def test_no_help_page_is_left_over():
@@ -64,6 +99,18 @@ class TestWorkflow:
             output, entry = nodes[source]["outputs"][slot], nodes[target]["inputs"][place]
             assert number in output["links"] and entry["link"] == number
             assert output["type"] == entry["type"] == kind
+
+    def test_it_is_the_same_for_everybody(self, file):
+        """A fixed seed, default titles, and nothing of the page or the machine it was made on."""
+        graph = json.loads(file.read_text(encoding="utf-8"))
+        assert graph["extra"] == {}
+        for node in graph["nodes"]:
+            assert "title" not in node and node["mode"] == 0
+            assert set(node["properties"]) <= {"Node name for S&R", "cnr_id", "ver", "models"}
+            assert node.get("widgets_values", []) == list(node.get("widgets_values_named", {}).values())
+            if node["type"] == "KSampler":
+                assert node["widgets_values"][1] == "fixed"
+        assert [node["type"] for node in graph["nodes"]].count("MarkdownNote") == 1
 
     def test_our_nodes_are_as_they_are_today(self, file):
         for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]:

@@ -63,6 +63,14 @@ class Judges:
         concepts = texts.unflatten(0, (len(TEXT_CONCEPTS), len(STYLE_NAMES))).mean(dim=1)
         return (self.image_embeds(pixels) @ F.normalize(concepts, dim=-1).T).argmax(-1)
 
+    @torch.no_grad()
+    def styles_by_encoder(self, pixels: Tensor) -> Tensor:
+        """int64 [N]: which of the styles the image encoder sees, by CLIP against "noto style" and the like."""
+        captions = [f"{style} style" for style in STYLE_NAMES]
+        pooled = self.base_model.text_encoder(tokenize(self.base_model.tokenizer, captions)).pooler_output
+        texts = F.normalize(pooled @ self.text_projection.T, dim=-1)
+        return torch.cat([self.image_embeds(chunk) @ texts.T for chunk in pixels.split(64)]).argmax(-1)
+
     def closeness(self, generated: Tensor, references: Tensor) -> dict[str, float]:
         """Probability that a generated picture is closer to its own reference than to a random other one."""
         histograms = histogram_similarity(colour_histogram(generated), colour_histogram(references))
@@ -118,7 +126,15 @@ def evaluate(base_model: BaseModel, adapter: IPAdapter, judges: Judges, pictures
         return {"style": style(pixels, order), "concept": _share(judges.concepts(pixels) == wanted)}
 
     own = torch.arange(len(rows))
-    result: dict[str, object] = {}
+    in_words = [styled_caption(pictures.captions[row], pictures.styles[row]) for row in rows]
+    every = to_pixels(pictures.images)
+    result: dict[str, object] = {
+        # What an adapter can reach at most with this model: the styles its encoder sees, and those its UNet draws.
+        "limits": {
+            "style_seen_by_the_image_encoder": _share(judges.styles_by_encoder(every) == pictures.style_ids),
+            "style_asked_in_words": style(run(in_words, 0.0), own),
+        }
+    }
     for name, ask, texts, weight in (
         ("image_only", alone, [""] * len(rows), WEIGHT_ALONE),
         ("image_and_text", with_text, prompts, WEIGHT_WITH_TEXT),
