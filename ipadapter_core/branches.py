@@ -83,10 +83,32 @@ def row_branches(branches: Sequence[int], batch: int) -> list[int]:
 
     Raises AdapterError when the batch does not divide into the chunks.
     """
-    if not branches or batch % len(branches):
+    rows = _rows_each(len(branches), batch)
+    return [branch for branch in branches for _ in range(rows)]
+
+
+def grown_rows(declared: Sequence[int], chunks: Sequence[int], before: int, batch: int) -> list[int]:
+    """For each row of a batch that was changed inside a layer, the row of the batch from before that it stands for.
+
+    `chunks` has the index of each chunk of the `before` rows, `declared` that of each chunk of the `batch` rows,
+    as regional prompts declare them: several for one that came in.
+
+    Raises AdapterError when the batch does not divide into what is declared, or an index is new.
+    """
+    rows = _rows_each(len(declared), batch)
+    if not set(declared) <= set(chunks):
         raise AdapterError(
-            f"A batch of {batch} rows does not divide into {len(branches)} conditionings. Another node changes the "
+            f"Another node made conditionings {list(declared)} of {list(chunks)} inside a layer. Connect it after the "
+            "image prompt."
+        )
+    each = before // len(chunks)
+    return [chunks.index(index) * each + row % each for index in declared for row in range(rows)]
+
+
+def _rows_each(chunks: int, batch: int) -> int:
+    if not chunks or batch % chunks:
+        raise AdapterError(
+            f"A batch of {batch} rows does not divide into {chunks} conditionings. Another node changes the "
             "batch; connect it after the image prompt."
         )
-    rows = batch // len(branches)
-    return [branch for branch in branches for _ in range(rows)]
+    return batch // chunks

@@ -17,6 +17,21 @@ def resize_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Raises AdapterError for a mask of another rank or an empty grid.
     """
+    return _resized(mask, grid).flatten(2).transpose(1, 2)
+
+
+def crop_mask(mask: Tensor, size: tuple[int, int], corner: tuple[int, int], area: tuple[int, int]) -> Tensor:
+    """The part of a mask, [B or 1, height, width], over an area (height, width) of a latent of `size`, from its
+    corner (top, left) on.
+
+    Raises AdapterError as `resize_mask` does.
+    """
+    (top, left), (height, width) = corner, area
+    return _resized(mask, size)[:, 0, top : top + height, left : left + width]
+
+
+def _resized(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B or 1, 1, height, width]."""
     if mask.ndim not in (2, 3):
         raise AdapterError(f"A mask of shape {tuple(mask.shape)} was given. Pass [H, W] or [B, H, W].")
     if min(grid) < 1:
@@ -26,7 +41,7 @@ def resize_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
         batched = batched.float()
     if tuple(mask.shape[-2:]) != tuple(grid):
         batched = F.interpolate(batched, size=grid, mode="bilinear", align_corners=False)
-    return batched.flatten(2).transpose(1, 2)
+    return batched
 
 
 def level_grid(size: tuple[int, int], queries: int) -> tuple[int, int]:

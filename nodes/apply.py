@@ -25,9 +25,11 @@ from ..ipadapter_core import (
     weight_layout,
 )
 from ..ipadapter_core.branches import fold_weights
+from .calls import RUN
 from .patch import SitePatch
-from .steps import RUN, Application, start_run
-from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema
+from .run import start_run
+from .steps import Application
+from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, check_mask, node_schema
 
 _KEY = "ip_adapter_kit."
 _Wrappers = comfy.patcher_extension.WrappersMP
@@ -109,13 +111,12 @@ class ApplyIPAdapter(io.ComfyNode):
         sites = cross_attention_sites(model.get_model_object("diffusion_model"))
         check_compatible(ip_adapter.spec, sites, ip_adapter.name)
         _check_prompt(ip_adapter, image_prompt)
+        mask = None if attn_mask is None else check_mask(attn_mask)
         patched = model.clone()
         strength = weight * image_prompt.weight
         weights = layer_weights(weight_type, weight_layout(sites), strength, weight_composition=strength)
         pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, embeds_scaling, inference_dtype(model))
-        if any(pair is not None for pair in pairs):
-            application = Application(_new_key(patched), start_at, end_at, attn_mask)
-            install(patched, application, sites, pairs)
+        install(patched, Application(_new_key(patched), start_at, end_at, mask), sites, pairs)
         return io.NodeOutput(patched)
 
 
@@ -150,6 +151,10 @@ def layer_pairs(
 
 def install(patched: Any, application: Application, sites: Sequence[Site], pairs: Sequence[KeyValue | None]) -> None:
     """Put the patches and wrappers of one application into a model that nobody else holds yet."""
+    if not patched.get_wrappers(_Wrappers.SAMPLER_SAMPLE, RUN):
+        patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
+    if all(pair is None for pair in pairs):
+        return
     before = patched.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
     for site, pair in zip(sites, pairs, strict=True):
         if pair is None:
@@ -159,9 +164,9 @@ def install(patched: Any, application: Application, sites: Sequence[Site], pairs
         previous = before.get((stage, number, index)) or before.get((stage, number))
         patch = SitePatch(application.key, pair, pair, previous)
         patched.set_model_attn2_replace(patch, stage, number, index)
+        # A weight is that of a whole transformer, so ours now stand in all places of that key. See `start_run`.
+        patched.model_options["transformer_options"]["patches_replace"]["attn2"].pop((stage, number), None)
     patched.add_wrapper_with_key(_Wrappers.APPLY_MODEL, application.key, application)
-    if not patched.get_wrappers(_Wrappers.SAMPLER_SAMPLE, RUN):
-        patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
 
 
 def inference_dtype(model: Any) -> torch.dtype:

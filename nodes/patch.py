@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.ldm.modules.attention
 import torch
@@ -46,12 +46,13 @@ class SitePatch:
         """The attention of query [B, N, C] to the image tokens of each row's branch."""
         upcast = options.get("attn_precision") == torch.float32
         pair = self.here if self.here.key.device == query.device else self._on(query.device)
+        rows, gate = step.of(options, query)
         return image_attention(
             query,
-            pair.key.index_select(0, step.rows),
-            pair.value.index_select(0, step.rows),
+            pair.key.index_select(0, rows),
+            pair.value.index_select(0, rows),
             options["n_heads"],
-            mask=step.gate(options, query),
+            mask=gate,
             attend=_attend_in_fp32 if upcast else F.scaled_dot_product_attention,
         )
 
@@ -79,13 +80,18 @@ class SitePatch:
 
     def add(self, *_: Any, **__: Any) -> None:
         """ComfyUI_IPAdapter_plus asks the patch it finds to take in its own. This one never changes, so say it."""
-        raise AdapterError(
-            "Another pack (ComfyUI_IPAdapter_plus?) wants to change the attention after Apply IP Adapter. Connect "
-            "its nodes before Apply IP Adapter: model loader, its nodes, Apply IP Adapter, sampler."
-        )
+        refuse_late_patch()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SitePatch:
         return self  # ComfyUI before 0.14 deep-copies patches whenever a model is cloned
+
+
+def refuse_late_patch() -> NoReturn:
+    """The error for a patch that comes after ours, in a place where it would be without effect."""
+    raise AdapterError(
+        "Another pack (ComfyUI_IPAdapter_plus?) wants to change the attention after Apply IP Adapter. Connect "
+        "its nodes before Apply IP Adapter: model loader, its nodes, Apply IP Adapter, sampler."
+    )
 
 
 def text_attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:

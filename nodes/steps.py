@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,50 +10,51 @@ import torch
 from torch import Tensor
 
 from ..ipadapter_core import resize_mask
-from ..ipadapter_core.branches import chunk_branches, names_by_uuid, row_branches
+from ..ipadapter_core.branches import grown_rows, row_branches
+from ..ipadapter_core.masks import crop_mask
+from .calls import Call, Grid, Options, branches_of, read_call, run_of
 
-RUN = "ip_adapter_kit.run"  # in transformer_options: the Run
-SIGMA = "ip_adapter_kit.sigma"  # the sigma of this call as a number, shared by all adapters
-
-Options = dict[str, Any]
-Grid = tuple[int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One run of a sampler: the names of its conds by uuid, and what was prepared in it (dropped with it)."""
-
-    names: Mapping[Hashable, frozenset[str]]
-    steps: dict[Hashable, Step] = field(default_factory=dict)
-    windows: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
-        return self
+SIGMA = "ip_adapter_kit.sigma"  # in transformer_options: the sigma of this call as a number, shared by all adapters
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """One call of the model. `active`: within the adapter's window. `rows` [B]: the branch of each row.
 
-    `gates` has one [B, N, 1] tensor per grid of the UNet, the mask times the window. They are not needed
-    (`gated` is False) without a mask, except in a compiled graph, see `SitePatch`.
+    `chunks`: which cond of the guider's list each chunk of the batch is. `gates` has one [B, N, 1] tensor per grid
+    of the UNet, the mask times the window, the latent's own grid `size` among them. They are not needed (`gated`
+    is False) without a mask, except in a compiled graph, see `SitePatch`.
     """
 
     active: bool
     rows: Tensor
+    chunks: tuple[int, ...] = (0,)
+    size: Grid = (0, 0)
     gates: Mapping[Grid, Tensor] = field(default_factory=dict)
     gated: bool = False
-    attn_mask: Tensor | None = None
 
-    def gate(self, options: Options, query: Tensor) -> Tensor | None:
-        """What to multiply the image attention of query [B, N, C] with: [B or 1, N, 1], or None for nothing."""
+    def of(self, options: Options, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The branch of each row of query [B, N, C], and what to multiply its image attention with: [B, N, 1], or
+        None for nothing.
+        """
+        gate = self._gate(options)
+        before, batch = self.rows.shape[0], query.shape[0]
+        if batch == before:
+            return self.rows, gate
+        # Regional prompts grow the batch between the wrapper and the layer, and say how in the options.
+        declared = options.get("cond_or_uncond_couple") or options.get("cond_or_uncond") or (0,)
+        sources = _on(torch.tensor(grown_rows(declared, self.chunks, before, batch)), query.device)
+        return self.rows.index_select(0, sources), None if gate is None else gate.index_select(0, sources)
+
+    def _gate(self, options: Options) -> Tensor | None:
         if not self.gated and not (torch.compiler.is_compiling() and self.gates):
             return None
         height, width = options["activations_shape"][-2:]
         if (height, width) in self.gates:
             return self.gates[height, width]
         # A node that shrinks the activations makes grids that no level of the UNet has.
-        return None if self.attn_mask is None else resize_mask(self.attn_mask, (int(height), int(width))).to(query)
+        finest = self.gates[self.size]
+        return resize_mask(finest.reshape(finest.shape[0], *self.size), (int(height), int(width)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +94,13 @@ class Application:
             return True
         if SIGMA not in options:
             options[SIGMA] = float(t.max())
-        first, last = self._window(model_sampling, options.get(RUN))
+        first, last = self._window(model_sampling, options)
         return last <= options[SIGMA] <= first
 
-    def _window(self, model_sampling: Any, run: Run | None) -> tuple[float, float]:
+    def _window(self, model_sampling: Any, options: Options) -> tuple[float, float]:
         """The sigmas of the window's ends, looked up once in a run: the table may lie on the device."""
-        windows = run.windows if isinstance(run, Run) else {}
+        run = run_of(options)
+        windows = {} if run is None else run.windows
         if self.key not in windows:
             ends = (self.start_at, self.end_at)
             windows[self.key] = tuple(float(model_sampling.percent_to_sigma(end)) for end in ends)
@@ -106,33 +108,27 @@ class Application:
 
     def _step(self, active: bool, options: Options, x: Tensor) -> Step:
         """The step, from the run's memory when the same has been before: most steps of a run are alike."""
-        run = options.get(RUN)
-        chunks = tuple(options.get("cond_or_uncond") or (0,))
-        frames = tuple((options.get("ad_params") or {}).get("sub_idxs") or range(x.shape[0] // len(chunks)))
-        branches = _branches(options)
-        same = (self.key, active, x.device, x.dtype, tuple(x.shape), frames, branches)
-        steps = run.steps if isinstance(run, Run) else {}
+        run, call = run_of(options), read_call(options, x)
+        steps = {} if run is None else run.steps
+        same = (self.key, active, call)
         if same not in steps:
-            rows = _on(torch.tensor(row_branches(branches, x.shape[0])), x.device)
-            gates = {grid: self._gate(active, grid, len(chunks), frames, x) for grid in level_grids(x.shape[-2:])}
-            steps[same] = Step(active, rows, gates, self.attn_mask is not None, self.attn_mask)
+            rows = _on(torch.tensor(row_branches(call.branches, call.rows)), call.device)
+            gates = {grid: self._gate(active, grid, call) for grid in level_grids(call.size)}
+            steps[same] = Step(active, rows, call.chunks, call.size, gates, self.attn_mask is not None)
         return steps[same]
 
-    def _gate(self, active: bool, grid: Grid, chunks: int, frames: tuple[int, ...], x: Tensor) -> Tensor:
+    def _gate(self, active: bool, grid: Grid, call: Call) -> Tensor:
         """[B, N, 1]; with several masks, one for each picture of the batch, the last for all that are left."""
-        if self.attn_mask is None or not active:
-            return torch.full((x.shape[0], grid[0] * grid[1], 1), float(active), device=x.device, dtype=x.dtype)
-        mask = resize_mask(self.attn_mask, grid)
-        mask = mask[[min(frame, mask.shape[0] - 1) for frame in frames]]
-        return _on(mask.to(x.dtype), x.device).repeat(chunks, 1, 1)
-
-
-def start_run(executor: Any, guider: Any, sigmas: Tensor, extra_args: Options, *args: Any, **kwargs: Any) -> Any:
-    """SAMPLER_SAMPLE wrapper: note which cond is positive and which negative, for all adapters of the model."""
-    model_options = dict(extra_args.get("model_options") or {})
-    run = Run(names_by_uuid(getattr(guider, "conds", None) or {}))
-    model_options["transformer_options"] = {**model_options.get("transformer_options", {}), RUN: run}
-    return executor(guider, sigmas, {**extra_args, "model_options": model_options}, *args, **kwargs)
+        mask = self.attn_mask
+        if mask is None or not active:
+            shape = (call.rows, grid[0] * grid[1], 1)
+            return torch.full(shape, float(active), device=call.device, dtype=call.dtype)
+        chunks: list[Tensor] = []
+        for corner in call.corners:
+            part = mask if corner is None else crop_mask(mask, call.whole, corner, call.size)
+            resized = resize_mask(part, grid)
+            chunks.append(resized[[min(frame, len(resized) - 1) for frame in call.frames]])
+        return _on(torch.cat(chunks).to(call.dtype), call.device)
 
 
 def step_of(key: str, options: Options, query: Tensor) -> Step:
@@ -140,7 +136,7 @@ def step_of(key: str, options: Options, query: Tensor) -> Step:
     step = options.get(key)
     if isinstance(step, Step):
         return step
-    rows = row_branches(_branches(options), query.shape[0])
+    rows = row_branches(branches_of(options), query.shape[0])
     return Step(True, _on(torch.tensor(rows), query.device))
 
 
@@ -152,12 +148,6 @@ def level_grids(size: Sequence[int], levels: int = 5) -> list[Grid]:
         height, width = (height + 1) // 2, (width + 1) // 2
         grids.append((height, width))
     return grids
-
-
-def _branches(options: Options) -> tuple[int, ...]:
-    run = options.get(RUN)
-    names = run.names if isinstance(run, Run) else None
-    return chunk_branches(options.get("cond_or_uncond") or (0,), options.get("uuids"), names)
 
 
 def _on(tensor: Tensor, device: torch.device) -> Tensor:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import os
 import shutil
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -249,3 +255,76 @@ def copy_pack() -> Callable[[Path], Path]:
         return folder
 
     return copy
+
+
+@dataclass(frozen=True)
+class Server:
+    """A started ComfyUI with the pack in custom_nodes/a-folder."""
+
+    address: str
+    log: Path
+
+    def read(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"{self.address}{path}", timeout=60) as response:
+            return response.read()
+
+    def get(self, path: str) -> Any:
+        return json.loads(self.read(path))
+
+    def run(self, graph: dict[str, Any]) -> Any:
+        """Queue a graph; returns its history entry. urllib's HTTPError when it is refused."""
+        body = json.dumps({"prompt": graph}).encode()
+        request = urllib.request.Request(f"{self.address}/prompt", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            prompt = json.load(response)["prompt_id"]
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            entry = self.get(f"/history/{prompt}").get(prompt)
+            if entry and (entry["status"]["completed"] or entry["status"]["status_str"] == "error"):
+                return entry
+            time.sleep(0.3)
+        raise TimeoutError(prompt)
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of its own process, with the pack under a name of no meaning."""
+    if not (ROOT / "assets" / "emoji" / "adapter.safetensors").is_file():
+        pytest.skip("assets/emoji holds no adapter")
+    base = tmp_path_factory.mktemp("server")
+    pack = base / "custom_nodes" / "a-folder"
+    for part in ("nodes", "ipadapter_core", "web", "locales", "example_workflows", "assets"):
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, pack / part, ignore=shutil.ignore_patterns("__pycache__", "pictures.zip"))
+    shutil.copy(ROOT / "__init__.py", pack / "__init__.py")
+    (base / "input").mkdir()
+    _write_picture(base / "input" / "reference.png")
+    shutil.copy(comfyui / "input" / "example.png", base / "input")  # ComfyUI comes with it
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "main.py", "--cpu", "--port", str(port), "--base-directory", str(base)]
+    command += ["--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+    started = Server(f"http://127.0.0.1:{port}", base / "log.txt")
+    with started.log.open("w") as stream:
+        process = subprocess.Popen(command, cwd=comfyui, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            assert process.poll() is None, started.log.read_text()
+            try:
+                started.get("/system_stats")
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield started
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _write_picture(path: Path) -> None:
+    from PIL import Image
+
+    pixels = (torch.rand(80, 100, 3, generator=torch.Generator().manual_seed(61)) * 255).byte().numpy()
+    Image.fromarray(pixels).save(path)

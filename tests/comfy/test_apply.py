@@ -103,19 +103,46 @@ def test_windows(world):
     assert torch.equal(window(0.0, 1.0), always)
 
 
-def test_a_window_counts_the_steps_in_it(pack, world, monkeypatch):
-    active = []
+@pytest.fixture
+def acting(pack, monkeypatch):
+    """By the key of each adapter: whether it acts, in every call of the model."""
+    found = {}
     original = pack.steps.Application._is_active
 
     def is_active(self, *args):
-        active.append(original(self, *args))
-        return active[-1]
+        found.setdefault(self.key, []).append(original(self, *args))
+        return found[self.key][-1]
 
     monkeypatch.setattr(pack.steps.Application, "_is_active", is_active)
-    world.sample(world.apply(world.model, world.adapter, world.prompt, start_at=0.3, end_at=0.7), steps=10)
-    per_step = active if len(active) == 10 else active[::2]
-    assert per_step.count(True) in (3, 4, 5)
-    assert not per_step[0] and not per_step[-1]
+    return found
+
+
+def expected(model, start, end, steps):
+    """Whether the sigma of each step lies within the window."""
+    import comfy.samplers
+
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)[:-1]
+    first, last = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
+    return [bool(last <= sigma <= first) for sigma in sigmas]
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.3, 1.0), (0.35, 1.0), (0.0, 0.35), (0.0, 0.3), (0.24, 0.69)])
+def test_a_window_is_exact(world, acting, start, end):
+    world.sample(world.apply(world.model, world.adapter, world.prompt, start_at=start, end_at=end), steps=10)
+    (active,) = acting.values()
+    want = expected(world.model, start, end, 10)
+    assert active == want
+    assert True in want and False in want
+
+
+def test_stacked_adapters_keep_their_own_windows(world, acting):
+    first = world.apply(world.model, world.adapter, world.prompt, start_at=0.35)
+    world.sample(world.apply(first, world.adapter, world.prompt, start_at=0.1, end_at=0.6), steps=10)
+    assert list(acting.values()) in (
+        [expected(world.model, 0.35, 1.0, 10), expected(world.model, 0.1, 0.6, 10)],
+        [expected(world.model, 0.1, 0.6, 10), expected(world.model, 0.35, 1.0, 10)],
+    )
 
 
 def test_batches(world):
@@ -177,6 +204,28 @@ def test_foreign_patches_are_kept(world, spy):
     assert len(calls) == 2 * 16 * once
     silent = world.apply(model, world.adapter, world.prompt, attn_mask=torch.zeros(1, 8, 8))
     assert torch.equal(world.sample(silent, steps=1), alone)
+
+
+def test_a_patch_of_a_whole_transformer_after_ours_is_refused(pack, world):
+    """ComfyUI would never call it: it looks for the block's own patch, which is ours, first."""
+
+    class Foreign:
+        def __call__(self, query, key, value, options):
+            return query * 0.5
+
+    late = world.apply(world.model, world.adapter, world.prompt)
+    late.set_model_attn2_replace(Foreign(), "input", 4)
+    with pytest.raises(pack.core.AdapterError, match="before Apply IP Adapter"):
+        world.sample(late, steps=1)
+    early = world.model.clone()
+    early.set_model_attn2_replace(Foreign(), "input", 4)
+    alone = world.sample(early, steps=1)
+    patched = world.apply(early, world.adapter, world.prompt, attn_mask=torch.zeros(1, 8, 8))
+    assert torch.equal(world.sample(patched.clone().clone(), steps=1), alone)
+    assert torch.equal(world.sample(early, steps=1), alone)
+    elsewhere = world.apply(world.model, world.adapter, world.prompt, weight_type="composition")
+    elsewhere.set_model_attn2_replace(Foreign(), "input", 4)
+    assert torch.isfinite(world.sample(elsewhere, steps=1)).all()
 
 
 def test_clones_share_the_tensors(world):
@@ -295,3 +344,49 @@ def test_a_window_of_frames_takes_its_own_masks(world):
     torch.testing.assert_close(world.sample(patched), unmasked, atol=1e-3, rtol=1e-4)
     options["ad_params"] = {"sub_idxs": None}
     assert torch.equal(world.sample(patched), world.base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_half_precision_has_keys_of_its_dtype(world, monkeypatch, dtype):
+    import comfy.supported_models
+
+    original = comfy.supported_models.SD15.set_inference_dtype
+    monkeypatch.setattr(
+        comfy.supported_models.SD15, "set_inference_dtype", lambda self, *_: original(self, dtype, None)
+    )
+    model = world.new_model()
+    patched = world.apply(model, world.adapter, world.prompt)
+    assert {part.dtype for patch in patches(patched).values() for part in patch.here} == {dtype}
+    sampled = world.sample(patched, steps=1)
+    assert torch.isfinite(sampled).all()
+    assert not torch.equal(sampled, world.sample(model, steps=1))
+
+
+def test_attention_has_the_precision_and_the_options_of_the_model(pack, world, monkeypatch):
+    """As SD2 asks for fp32, and as overrides of attention need them."""
+    import comfy.ldm.modules.attention as attention
+
+    model = world.new_model()
+    for module in model.model.diffusion_model.modules():
+        if hasattr(module, "attn_precision"):
+            module.attn_precision = torch.float32
+    patched = world.apply(model, world.adapter, world.prompt)
+    text, image = [], []
+    optimized, in_fp32 = attention.optimized_attention, pack.patch._attend_in_fp32
+
+    def text_attention(query, key, value, *args, **kwargs):
+        if key.shape[1] == 7:
+            text.append(kwargs)
+        return optimized(query, key, value, *args, **kwargs)
+
+    def image_attention(*args):
+        image.append(args)
+        return in_fp32(*args)
+
+    monkeypatch.setattr(attention, "optimized_attention", text_attention)
+    monkeypatch.setattr(pack.patch, "_attend_in_fp32", image_attention)
+    world.sample(patched, steps=1)
+    assert len(text) == len(image) > 0 and len(text) % 16 == 0
+    for options in text:
+        assert options["attn_precision"] is torch.float32
+        assert "block" in options["transformer_options"] and "sigmas" in options["transformer_options"]

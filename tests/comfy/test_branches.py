@@ -63,6 +63,21 @@ def test_dual_cfg(world, seen):
     assert rows_by_index(seen) == {0: {1}, 1: {0}, 2: {0}}
 
 
+def test_dual_cfg_with_an_area(world, seen):
+    """ComfyUI copies the area cond into all lists: the copy in the negative list is negative."""
+    import comfy_extras.nodes_custom_sampler as extras
+
+    guider = extras.Guider_DualCFG(world.apply(world.model, world.adapter, world.prompt))
+    positive, negative = world.conds()
+    area = [[positive[0][0], {**positive[0][1], "area": (4, 8, 0, 0), "strength": 1.0}]]
+    middle, _ = world.conds(seed=11)
+    guider.set_conds([*positive, *area], middle, negative)
+    guider.set_cfg(3.0, 2.0)
+    run_guider(guider)
+    assert rows_by_index(seen) == {0: {1}, 1: {0}, 2: {0}}
+    assert len(seen) == 4  # two calls a step: the whole and the area
+
+
 def test_perp_neg(world, seen):
     """Positive, negative and empty: both of the latter are negative."""
     import comfy_extras.nodes_perpneg as extras
@@ -109,6 +124,30 @@ def test_split_and_permuted_chunks_give_the_same_picture(world, monkeypatch):
     assert torch.isfinite(world.sample(patched, positive=combined, negative=negative)).all()
 
 
+def test_chunks_in_the_other_order_give_the_same_picture(world, seen):
+    """ComfyUI batches negative and positive in this order; a node that turns it around changes nothing."""
+    masks = torch.stack([torch.zeros(16, 16), torch.ones(16, 16)])
+    patched = world.apply(world.model, world.adapter, world.prompt, attn_mask=masks)
+    want = world.sample(patched, batch=2)
+    assert {tuple(chunks) for chunks, _ in seen} == {(1, 0)}
+    seen.clear()
+
+    def turn(x):
+        return torch.cat(x.chunk(2)[::-1])
+
+    def turned(forward, call):
+        options = dict(call["c"]["transformer_options"])
+        options |= {name: options[name][::-1] for name in ("cond_or_uncond", "uuids")}
+        conditioning = {name: turn(x) if torch.is_tensor(x) else x for name, x in call["c"].items()}
+        conditioning["transformer_options"] = options
+        return turn(forward(turn(call["input"]), turn(call["timestep"]), **conditioning))
+
+    patched.set_model_unet_function_wrapper(turned)
+    torch.testing.assert_close(world.sample(patched, batch=2), want, atol=1e-3, rtol=1e-3)
+    assert {tuple(chunks) for chunks, _ in seen} == {(0, 1)}
+    assert rows_by_index(seen) == {0: {0}, 1: {1}}
+
+
 def test_combined_conds(world, seen):
     positive, negative = world.conds()
     combined = [*positive, *world.conds(seed=13)[0]]
@@ -118,7 +157,7 @@ def test_combined_conds(world, seen):
 
 
 def test_areas_share_a_uuid(world, seen):
-    """ComfyUI copies an area cond into the other list: then the index decides."""
+    """ComfyUI copies an area cond into the other list, uuid and all."""
     positive, negative = world.conds()
     area = [[positive[0][0], {**positive[0][1], "area": (8, 8, 0, 0), "strength": 1.0}]]
     world.sample(world.apply(world.model, world.adapter, world.prompt), positive=[*positive, *area], negative=negative)

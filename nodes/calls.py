@@ -1,0 +1,103 @@
+"""What ComfyUI says about a run of the sampler and about one call of the model in it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ipadapter_core.branches import chunk_branches
+
+RUN = "ip_adapter_kit.run"  # in transformer_options: the Run
+
+Options = dict[str, Any]
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a sampler on a latent of `size`, and what was prepared in it (dropped with it).
+
+    By the uuid of a cond: `names` in the guider, `corners` (top, left) of conds that cover only an area.
+    """
+
+    names: Mapping[Hashable, frozenset[str]]
+    size: Grid
+    corners: Mapping[Hashable, Grid] = field(default_factory=dict)
+    steps: dict[Hashable, Any] = field(default_factory=dict)
+    windows: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        return self
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model with a batch of `rows` latents of `size`; equal for calls that are alike.
+
+    Of each chunk of the batch: which cond of the guider's list it is (`chunks`), its branch, and where in the
+    latent of size `whole` its area begins (`corners`; None covers the whole). `frames`: which pictures of the
+    whole batch a chunk has.
+    """
+
+    rows: int
+    size: Grid
+    whole: Grid
+    chunks: tuple[int, ...]
+    branches: tuple[int, ...]
+    corners: tuple[Grid | None, ...]
+    frames: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+
+def read_call(options: Options, x: Tensor) -> Call:
+    """The call that ComfyUI makes with these transformer options and this input [B, C, H, W]."""
+    run = run_of(options)
+    chunks = tuple(options.get("cond_or_uncond") or (0,))
+    uuids = options.get("uuids") or ()
+    corners = run.corners if run is not None and len(uuids) == len(chunks) else {}
+    size = grid_of(x)
+    return Call(
+        rows=x.shape[0],
+        size=size,
+        whole=size if run is None else run.size,
+        chunks=chunks,
+        branches=branches_of(options),
+        corners=tuple(corners.get(uuid) for uuid in uuids) if corners else (None,) * len(chunks),
+        frames=_frames(options, x.shape[0] // len(chunks)),
+        device=x.device,
+        dtype=x.dtype,
+    )
+
+
+def branches_of(options: Options) -> tuple[int, ...]:
+    """The branch of each chunk of the batch."""
+    run = run_of(options)
+    names = None if run is None else run.names
+    return chunk_branches(options.get("cond_or_uncond") or (0,), options.get("uuids"), names)
+
+
+def run_of(options: Options) -> Run | None:
+    """The run, or None when a host calls the model without the wrapper that starts it."""
+    run = options.get(RUN)
+    return run if isinstance(run, Run) else None
+
+
+def grid_of(x: Tensor) -> Grid:
+    """(height, width) of a latent."""
+    return int(x.shape[-2]), int(x.shape[-1])
+
+
+def _frames(options: Options, count: int) -> tuple[int, ...]:
+    """All pictures, or a window of them that is sampled on its own (AnimateDiff, ComfyUI's Context Windows)."""
+    window = options.get("context_window")
+    frames = (options.get("ad_params") or {}).get("sub_idxs")
+    if not frames and getattr(window, "dim", None) == 0:
+        anchor = getattr(window, "causal_anchor_index", None)  # a frame before the window, dropped afterwards
+        before = [] if anchor is None or anchor < 0 else [anchor]
+        frames = [*before, *window.index_list]
+    return tuple(frames) if frames and len(frames) == count else tuple(range(count))

@@ -1,0 +1,99 @@
+"""What happens once in a run of the sampler, before its first step."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..ipadapter_core.branches import names_by_uuid
+from .calls import RUN, Grid, Options, Run, grid_of
+from .patch import SitePatch, refuse_late_patch
+
+Conds = Mapping[str, list[dict[str, Any]]]
+
+_compiled: WeakKeyDictionary[Any, Hashable] = WeakKeyDictionary()  # the signature each model was last compiled with
+
+
+def start_run(
+    executor: Any,
+    guider: Any,
+    sigmas: Tensor,
+    extra_args: Options,
+    callback: Any,
+    noise: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """SAMPLER_SAMPLE wrapper: note which cond is positive and which negative, for all adapters of the model."""
+    model_options = dict(extra_args.get("model_options") or {})
+    options = model_options.get("transformer_options", {})
+    patches = options.get("patches_replace", {}).get("attn2", {})
+    _refuse_shadowed(patches)
+    _forget_other_graphs(guider, model_options, patches)
+    conds = getattr(guider, "conds", None) or {}
+    if conds:
+        guider.conds = conds = _one_name_each(conds)
+    run = Run(names_by_uuid(conds), grid_of(noise), _corners(conds))
+    model_options["transformer_options"] = {**options, RUN: run}
+    return executor(guider, sigmas, {**extra_args, "model_options": model_options}, callback, noise, *args, **kwargs)
+
+
+def _one_name_each(conds: Conds) -> Conds:
+    """ComfyUI copies a cond with an area into the guider's other lists, uuid and all: give the copies their own."""
+    names = names_by_uuid(conds)
+
+    def own(cond: dict[str, Any]) -> dict[str, Any]:
+        return {**cond, "uuid": uuid.uuid4()} if len(names.get(cond.get("uuid"), ())) > 1 else cond
+
+    return {name: items and [own(cond) for cond in items] for name, items in conds.items()}
+
+
+def _corners(conds: Conds) -> dict[Hashable, Grid]:
+    """uuid -> (top, left) of the conds that have an area, which is (height, width, top, left)."""
+    every: Iterable[dict[str, Any]] = (cond for items in conds.values() for cond in items or ())
+    return {
+        cond["uuid"]: (int(cond["area"][2]), int(cond["area"][3]))
+        for cond in every
+        if "uuid" in cond and len(cond.get("area") or ()) == 4
+    }
+
+
+def _refuse_shadowed(patches: Mapping[Any, Any]) -> None:
+    """Apply takes over what stands for all blocks of a transformer: what stands there now came later, and ComfyUI
+    would not call it, because it looks for a block's own patch first.
+    """
+    ours = {place[:2] for place, patch in patches.items() if isinstance(patch, SitePatch)}
+    if any(place in ours for place in patches):
+        refuse_late_patch()
+
+
+def _forget_other_graphs(guider: Any, model_options: Options, patches: Mapping[Any, Any]) -> None:
+    """Compile anew when ComfyUI dropped the guards that would have noticed another set of patches.
+
+    Torch Compile Model of newer versions drops all guards on the transformer options: which layers have an image
+    prompt, and the shapes of its keys, are frozen into the graph. Two things stay invisible: a compiled run without
+    any Apply IP Adapter passes no wrapper (after a run with the node, set its weight to 0 instead of taking it
+    away), and a node that breaks the graph between blocks (Deep Shrink reads the sigma) makes layers of one shape
+    share a graph, with the image prompt of the first.
+    """
+    if "torch_compile_kwargs" not in model_options:
+        return
+    model = guider.model_patcher.model
+    signature = frozenset((place, _chain(patch)) for place, patch in patches.items())
+    if _compiled.get(model) != signature:
+        torch.compiler.reset()
+        _compiled[model] = signature
+
+
+def _chain(patch: Any) -> tuple[Hashable, ...]:
+    """What a graph freezes of stacked patches."""
+    links: list[Hashable] = []
+    while isinstance(patch, SitePatch):
+        links.append((patch.key, tuple(patch.here.key.shape)))
+        patch = patch.previous
+    return (*links, type(patch))
