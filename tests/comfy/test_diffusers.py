@@ -77,3 +77,33 @@ def test_the_config_is_diffusers_own(both, tmp_path):
     unet, _ = both
     unet.save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["attention_head_dim"] == 2
+
+
+def test_equality_with_diffusers_own_adapter(world, both):
+    """No code of ours on the other side: diffusers loads the published layout, projects and attends itself."""
+    unet, model = both
+    adapter = world.new_adapter(model, seed=42)
+    patched = world.apply(model, adapter, world.new_prompt(adapter, seed=43), weight=0.8)
+    calls, hook = capture(patched)
+    try:
+        world.sample(patched, steps=3)
+    finally:
+        hook.remove()
+    features = torch.randn(1, 48, generator=torch.Generator().manual_seed(43))  # as new_prompt draws them
+    image_embeds = torch.cat([torch.zeros_like(features), features]).unsqueeze(1)  # negative first, as the chunks
+    state = {
+        "image_proj": dict(adapter.adapter.projector.state_dict()),
+        "ip_adapter": dict(adapter.adapter.layers.state_dict()),
+    }
+    own = diffusers.UNet2DConditionModel.from_config(unet.config).eval()
+    own.load_state_dict(unet.state_dict())
+    own._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
+    for processor in own.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = [0.8]
+    assert len(calls) == 3
+    for latents, timestep, context, output in calls:
+        want = own(latents, timestep, context, added_cond_kwargs={"image_embeds": [image_embeds]}).sample
+        torch.testing.assert_close(output, want, atol=1e-4, rtol=1e-4)
+        without = unet(latents, timestep, context).sample
+        assert (want - without).abs().max() > 1e-2
