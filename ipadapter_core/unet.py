@@ -22,6 +22,7 @@ from .lora import LORA_PARTS, LoraLayers
 from .masks import level_grid, resize_mask
 
 Projection = Callable[[Tensor], Tensor]
+Observe = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(eq=False)
@@ -34,7 +35,9 @@ class AdapterApplication:
     adds nothing. `weight`: a number, a tensor of one number per row, or a sequence of numbers with one per
     layer in id order. For another scaling than "V only" pass key_values through `scale_keys_values` first.
     `mask`: [H, W] or [B, H, W]. `lora`: the LoRA of a FaceID adapter, added with `lora_weight` to every
-    attention layer. `name` is for errors.
+    attention layer. `name` is for errors. `observe(layer_id, text_attention, image_attention)` is called in
+    every layer that adds something with what is about to be summed, both [B, N, C] and before `to_out`; the
+    image attention is this application's, weight and mask included.
     """
 
     key_values: Sequence[KeyValue] | None = None
@@ -43,6 +46,7 @@ class AdapterApplication:
     lora: LoraLayers | None = None
     lora_weight: float = 1.0
     name: str = "adapter"
+    observe: Observe | None = None
     _resized: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(
         default_factory=dict[tuple[int, int], tuple[Tensor, Tensor]], init=False, repr=False
     )
@@ -161,8 +165,10 @@ class ImageAttnProcessor:
             **kwargs,
         )
 
-    def image_term(self, query: Tensor, heads: int) -> Tensor | None:
-        """The sum of all image attentions for a query [B, N, C]; None when nothing is to be added."""
+    def image_term(self, query: Tensor, heads: int, text: Tensor) -> Tensor | None:
+        """The sum of all image attentions for a query [B, N, C]; None when nothing is to be added. `text` is the
+        text attention [B, N, C], for observers.
+        """
         if self.id % 2 == 0:
             return None
         total: Tensor | None = None
@@ -175,6 +181,8 @@ class ImageAttnProcessor:
             )
             mask = None if application.mask is None else application.layer_mask(_grid(injection, query), query)
             term = image_attention(query, key, value, heads, weight=weight, mask=mask)
+            if application.observe is not None:
+                application.observe(self.id, text, term)
             total = term if total is None else total + term
         return total
 
@@ -208,7 +216,8 @@ class _AttentionView:
         return self._query
 
     def _add_image(self, hidden_states: Tensor) -> Tensor:
-        term = None if self._query is None else self._processor.image_term(self._query, self._attn.heads)
+        query = self._query
+        term = None if query is None else self._processor.image_term(query, self._attn.heads, hidden_states)
         return self._to_out(hidden_states if term is None else hidden_states + term)
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ipadapter_core import AdapterSpec, infer_spec, read_checkpoint, shortcut_hint
+from ipadapter_core import AdapterSpec, infer_spec, shortcut_hint
+
+from .opening import adapter_files, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,16 @@ class Description:
 
 
 def describe(path: Path) -> Description:
-    """Read a file's header; weights stay on disk.
+    """Read a file's header; weights stay on disk. `path` may be a folder, see `opening.adapter_files`.
 
-    Raises AdapterError, which says what the file is, when it is not an adapter.
+    Raises AdapterError, which says what the file is, when it is not an adapter; ExportError for a folder without one.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = open_checkpoint(path)
+    files = adapter_files(path)
     parts = (checkpoint.image_proj, checkpoint.ip_adapter)
     return Description(
-        file=str(path),
-        bytes=Path(path).stat().st_size,
+        file=str(files[0] if len(files) == 1 else path),
+        bytes=sum(file.stat().st_size for file in files),
         layout=checkpoint.layout,
         spec=infer_spec(checkpoint),
         parameters=sum(math.prod(shape) for part in parts for shape in part.shapes.values()),

@@ -21,9 +21,25 @@ class DataError(TrainerError):
     """A data set without usable pictures or captions."""
 
 
+class CacheError(TrainerError):
+    """A feature cache that is incomplete, damaged or of other settings, or that the disk has no room for."""
+
+
 class CheckpointError(TrainerError):
     """A checkpoint that is incomplete or belongs to another training."""
 
 
 class DivergedError(TrainerError):
     """The loss is no longer a number."""
+
+
+class ExportError(TrainerError):
+    """A file that cannot be written as asked: its name, its place, or a dtype that its values do not fit."""
+
+
+class VerificationError(TrainerError):
+    """A written file that a host would not load as what it was meant to be."""
+
+
+class EvaluationError(TrainerError):
+    """Parts that cannot be evaluated together, or pictures that cannot be measured."""

@@ -287,6 +287,35 @@ def test_mask_on_the_true_grid(sd15: Any, case: Any, text: Tensor, size: tuple[i
     torch.testing.assert_close(masked_out, run(sd15, x, text), atol=1e-6, rtol=1e-6)
 
 
+def test_an_observer_sees_both_attentions(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
+    """Its two tensors, summed and projected by hand, are what the layer returned; the output is as without it."""
+    _, pairs = case
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    returned: dict[int, Tensor] = {}
+    ids = {name: i for i, name in enumerate(sd15.attn_processors)}
+    cross = {ids[f"{name}.processor"]: module for name, module in sd15.named_modules() if name.endswith(".attn2")}
+    hooks = [
+        module.register_forward_hook(lambda m, args, out, id=id: returned.update({id: out}))
+        for id, module in cross.items()
+    ]
+    plain = run_injected(sd15, pairs, latents, text, weight=0.5)
+    application = ic.AdapterApplication(pairs, 0.5, observe=lambda id, a, b: seen.update({id: (a, b)}))
+    with ic.inject(sd15, application):
+        assert torch.equal(run(sd15, latents, text), plain)
+    for hook in hooks:
+        hook.remove()
+    assert sorted(seen) == [2 * i + 1 for i in range(len(pairs))] == sorted(cross)
+    for id, (text_attention, image_attention) in seen.items():
+        expected = cross[id].to_out[0](text_attention + image_attention)
+        torch.testing.assert_close(returned[id], expected, atol=1e-6, rtol=1e-5)
+        assert image_attention.abs().max() > 0
+    seen.clear()
+    application.weight = 0.0
+    with ic.inject(sd15, application):
+        run(sd15, latents, text)
+    assert not seen
+
+
 def test_lora_equals_merged_weights(
     new_unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
 ) -> None:

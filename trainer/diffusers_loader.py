@@ -1,0 +1,158 @@
+"""An adapter file through diffusers' own loader, so that what its users get can be compared with what was meant.
+
+The UNet is a real one of the adapter's shape whose own weights are never allocated: the loader puts the adapter's
+projector and layers into it, and only these are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import IPAdapterMixin
+from torch import Tensor
+from torch.nn import functional as F
+
+from ipadapter_core import AdapterSpec, KeyValue, layer_table
+
+VERSION = f"diffusers {diffusers.__version__}"
+
+_SDXL_BLOCKS = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+}
+
+
+class _UNet(UNet2DConditionModel):
+    """A UNet without weights that takes an adapter. Its LoRA is kept aside instead of being applied."""
+
+    adapter_lora: dict[str, Tensor]
+    _processors: dict[str, Any] | None = None
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        # The loader asks for them again at every layer, and each time diffusers walks through all modules.
+        if self._processors is None:
+            self._processors = super().attn_processors
+        return self._processors
+
+    def set_attn_processor(self, processor: Any) -> None:
+        super().set_attn_processor(processor)
+        self._processors = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def to(self, *args: Any, **kwargs: Any) -> _UNet:
+        return self  # the loader's last step; there is nothing to move
+
+    def _load_ip_adapter_loras(self, state_dicts: Any) -> dict[int, dict[str, Tensor]]:
+        self.adapter_lora = super()._load_ip_adapter_loras(state_dicts).get(0, {})
+        return {}
+
+
+class _Pipeline(IPAdapterMixin):
+    """The part of a pipeline that `load_ip_adapter` is a method of."""
+
+    unet_name = "unet"
+
+    def __init__(self, unet: _UNet) -> None:
+        self.unet = unet
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusersAdapter:
+    """What diffusers made of a file. Everything is computed in float32."""
+
+    spec: AdapterSpec
+    unet: _UNet
+    names: tuple[str, ...]  # of the UNet's processors, in diffusers' order
+
+    @torch.no_grad()
+    def encode(self, *features: Tensor) -> Tensor:
+        """Image features as `IPAdapter.encode` takes them -> tokens [B, T, D]."""
+        projection = self.unet.encoder_hid_proj
+        first = features[0]
+        if self.spec.kind == "faceid-plus":
+            resampler = projection.image_projection_layers[0]
+            resampler.clip_embeds = features[1].unsqueeze(1)
+            resampler.shortcut = bool(self.spec.shortcut)
+        elif self.spec.unnormalised:
+            first = first.unsqueeze(1)  # a resampler reads a sequence, here of one
+        return projection([first.unsqueeze(1)])[0].flatten(1, 2)
+
+    @torch.no_grad()
+    def keys_values(self, tokens: Tensor) -> Iterator[tuple[int, KeyValue]]:
+        """Tokens [B, T, D] -> the layer's id and its keys and values [B, T, width], one layer at a time."""
+        processors = self.unet.attn_processors
+        for layer in layer_table(self.names):
+            processor: Any = processors[layer.name]
+            key, value = (F.linear(tokens, part[0].weight.float()) for part in (processor.to_k_ip, processor.to_v_ip))
+            yield layer.id, KeyValue(key, value)
+
+    def lora(self, id: int, name: str, side: str) -> Tensor | None:
+        """The weight of `name` ("to_q_lora", ...), `side` "down" or "up", that it would apply to layer `id`."""
+        return self.unet.adapter_lora.get(f"unet.{self.names[id]}.{name}.{side}.weight")
+
+
+def load_with_diffusers(file: Path, spec: AdapterSpec) -> DiffusersAdapter:
+    """Load a file as `pipeline.load_ip_adapter(folder, "", file.name)` does.
+
+    Raises whatever diffusers raises, and RuntimeError when it leaves a tensor without weights.
+    """
+    with torch.device("meta"):
+        unet = _UNet(**unet_config(spec) or {})
+    names = tuple(unet.attn_processors)  # before the loading: a resampler's attention will be among them then
+    _Pipeline(unet).load_ip_adapter(
+        str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None, local_files_only=True
+    )
+    left = [name for name, parameter in unet.encoder_hid_proj.named_parameters() if parameter.is_meta]
+    if left:
+        raise RuntimeError(f"{len(left)} tensors of the projector stayed empty, the first is {left[0]}")
+    unet.encoder_hid_proj.float()
+    return DiffusersAdapter(spec, unet, names)
+
+
+def unsupported(spec: AdapterSpec) -> str | None:
+    """Why diffusers' loader cannot take this adapter, or None: it hard-codes numbers that files may vary."""
+    fixed: list[tuple[str, int | None, int | None]] = []
+    if spec.kind in ("base", "faceid-plus"):
+        fixed.append(("tokens", spec.tokens, 4))
+    if spec.depth is not None:
+        fixed += [("resampler layers", spec.depth, 4), ("channels per head", spec.dim_head, 64)]
+    if spec.kind == "full":
+        fixed.append(("channels inside the MLP", spec.hidden_width, spec.image_width))
+    if spec.kind == "faceid-plus":
+        fixed.append(("channels inside the face MLP", spec.hidden_width, 2 * (spec.face_width or 0)))
+    for what, found, wanted in fixed:
+        if found != wanted:
+            return f"its loader takes {wanted} {what}, this adapter has {found}"
+    if spec.kind in ("faceid", "portrait") and not spec.unnormalised and (spec.hidden_width or 0) % spec.face_width:
+        return f"its loader takes an MLP of a multiple of {spec.face_width}, this one is {spec.hidden_width} wide"
+    return None if unet_config(spec) else f"no known UNet has {len(spec.layer_widths)} layers of these widths"
+
+
+def unet_config(spec: AdapterSpec) -> dict[str, Any] | None:
+    """The config of a UNet with these cross-attention layers in the layout of SD1.5 or SDXL, or None."""
+    widths = spec.layer_widths
+    common = {"cross_attention_dim": spec.context_width, "norm_num_groups": 1, "attention_head_dim": 1}
+    if len(widths) == 16:
+        a, b, c, d = widths[0], widths[2], widths[4], widths[15]
+        if widths == (a,) * 2 + (b,) * 2 + (c,) * 5 + (b,) * 3 + (a,) * 3 + (d,):
+            return common | {"block_out_channels": (a, b, c, d)}
+    if len(widths) == 70:
+        a, b = widths[0], widths[4]
+        if widths == (a,) * 4 + (b,) * 50 + (a,) * 6 + (b,) * 10:
+            return common | _SDXL_BLOCKS | {"block_out_channels": (a, a, b)}
+    return None
