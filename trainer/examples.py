@@ -20,13 +20,27 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class TableEntry:
+    """A face embedding in a table of many."""
+
+    table: Path
+    key: str
+
+
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A picture to learn, its caption, and the picture that is the prompt (None: the same one)."""
+    """A picture to learn, its caption, and what its image prompt is made of.
+
+    `references` are other pictures that show the same, of which each use draws one; none: the picture itself.
+    `face_id_embed` is where a face embedding is. `size` is (width, height) where the data set says it.
+    """
 
     image: Image.Image | Path
     text: str
-    reference: Image.Image | Path | None = None
+    references: tuple[Image.Image | Path, ...] = ()
+    face_id_embed: Path | TableEntry | None = None
+    size: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -34,19 +48,54 @@ class Example:
         return str(self.image) if isinstance(self.image, Path) else f"a picture in memory ({self.text!r})"
 
 
-def find_examples(path: Path, root: Path | None = None) -> list[Example]:
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A data set: its examples, and what keeps other pictures out of it. Sentences that say what was looked at."""
+
+    examples: list[Example]
+    without_caption: list[Example]
+    missing: list[str]  # files that a list names, with the place in the list
+    nothing: str  # what to say when there is no example
+
+
+def find_examples(path: Path, root: Path | None = None, require_caption: bool = True) -> list[Example]:
     """List the examples of a data set, in a fixed order, without opening a picture.
 
     `path` is one of: a folder of pictures, each with its caption beside it (`cat.png`, `cat.txt` or
     `cat.caption`), sub folders included; a folder with a `metadata.jsonl`, or such a file: one `{"file_name":
-    ..., "text": ...}` a line; the original trainer's JSON list `[{"image_file": ..., "text": ...}]`. The last
-    two may name another prompt picture under "reference". File names are relative to `root`, by default the
+    ..., "text": ...}` a line; the original trainer's JSON list `[{"image_file": ..., "text": ...}]`. Rows of the
+    last two may name another prompt picture, or a list of them, under "reference", the file of a face embedding
+    under "id_embed_file", and the picture's "width" and "height". File names are relative to `root`, by default the
     list's folder.
 
-    Pictures without a caption, and rows whose picture does not exist, are left out with a warning. Raises
-    DataError when nothing is left, naming what was found, and for a list that cannot be read, naming the
-    line.
+    Pictures without a caption, unless `require_caption` is off, and rows of which a file does not exist are left out
+    with a warning. Raises DataError when nothing is left, naming what was found, and for a list that cannot be read,
+    naming the line.
     """
+    found = scan(path, root)
+    examples = found.examples
+    if not require_caption and found.without_caption:
+        examples = sorted(examples + found.without_caption, key=lambda example: example.name)
+    if not examples:
+        raise DataError(found.nothing)
+    if require_caption and found.without_caption:
+        count, without = len(found.without_caption), found.without_caption[0].name
+        log.warning(
+            "%d of %d pictures have no caption and are left out, such as %s", count, len(examples) + count, without
+        )
+    if found.missing:
+        count = len(found.missing)
+        log.warning(
+            "%d of %d rows name a file that does not exist and are left out, such as %s",
+            count,
+            len(examples) + count,
+            found.missing[0],
+        )
+    return examples
+
+
+def scan(path: Path, root: Path | None = None) -> Found:
+    """What `find_examples` chooses from. Raises DataError for a path or a list that cannot be read."""
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder. Set data to your pictures.")
@@ -57,7 +106,9 @@ def find_examples(path: Path, root: Path | None = None) -> list[Example]:
         return _from_jsonl(path, root)
     if path.suffix == ".json":
         return _from_json(path, root)
-    raise DataError(f"{path}: expected a folder, a .json list or a .jsonl file, not a {path.suffix or 'plain'} file.")
+    raise DataError(
+        f"{path}: expected a folder, a .json list, a .jsonl file or .tar shards, not a {path.suffix or 'plain'} file."
+    )
 
 
 def fingerprint(examples: Iterable[Example], root: Path | None = None) -> str:
@@ -66,51 +117,48 @@ def fingerprint(examples: Iterable[Example], root: Path | None = None) -> str:
     """
     digest = hashlib.sha256()
     for example in examples:
-        for part in (_relative(example.image, root), example.text, _relative(example.reference, root)):
+        files = (example.image, *example.references, example.face_id_embed)
+        for part in (example.text, *(_relative(file, root) for file in files)):
             digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
+        digest.update(b"\n")
     return digest.hexdigest()[:16]
 
 
-def _relative(image: Image.Image | Path | None, root: Path | None) -> str:
+def _relative(image: Image.Image | Path | TableEntry | None, root: Path | None) -> str:
+    if isinstance(image, TableEntry):
+        return f"{_relative(image.table, root)}:{image.key}"
     if not isinstance(image, Path):
         return ""
     return image.relative_to(root).as_posix() if root is not None and image.is_relative_to(root) else image.name
 
 
-def _from_folder(folder: Path) -> list[Example]:
+def _from_folder(folder: Path) -> Found:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     pictures = [p for p in files if p.suffix.lower() in PICTURE_SUFFIXES]
     captions = {p for p in files if p.suffix.lower() in CAPTION_SUFFIXES}
-    pairs = [(p, c) for p in pictures if (c := _caption_file(p, captions)) is not None]
-    if not pairs:
-        raise DataError(
-            f"{folder}: found {len(pictures)} pictures and {len(captions)} captions, but no picture with a caption. "
-            "Put cat.txt beside cat.png, or a metadata.jsonl into the folder."
-        )
-    if len(pairs) < len(pictures):
-        without = next(p for p in pictures if _caption_file(p, captions) is None)
-        log.warning(
-            "%d of %d pictures have no caption and are left out, such as %s",
-            len(pictures) - len(pairs),
-            len(pictures),
-            without,
-        )
-    return [Example(picture, _read(caption).strip()) for picture, caption in pairs]
+    pairs = [(picture, _caption_file(picture, captions)) for picture in pictures]
+    return Found(
+        [Example(picture, _read(caption).strip()) for picture, caption in pairs if caption is not None],
+        [Example(picture, "") for picture, caption in pairs if caption is None],
+        [],
+        f"{folder}: found {len(pictures)} pictures and {len(captions)} captions, but no picture with a caption. "
+        "Put cat.txt beside cat.png, or a metadata.jsonl into the folder.",
+    )
 
 
 def _caption_file(picture: Path, captions: set[Path]) -> Path | None:
     return next((c for s in CAPTION_SUFFIXES if (c := picture.with_suffix(s)) in captions), None)
 
 
-def _from_jsonl(file: Path, root: Path | None) -> list[Example]:
+def _from_jsonl(file: Path, root: Path | None) -> Found:
     rows: list[tuple[str, Any]] = []
-    for number, line in enumerate(_read(file).splitlines(), 1):
+    for number, line in enumerate(_read(file).split("\n"), 1):
         if line.strip():
             rows.append((f"{file} line {number}", _parse(line, f"{file} line {number}")))
     return _from_rows(rows, "file_name", file, root)
 
 
-def _from_json(file: Path, root: Path | None) -> list[Example]:
+def _from_json(file: Path, root: Path | None) -> Found:
     content = _parse(_read(file), str(file))
     if not isinstance(content, list):
         raise DataError(
@@ -119,24 +167,44 @@ def _from_json(file: Path, root: Path | None) -> list[Example]:
     return _from_rows([(f"{file} entry {i}", row) for i, row in enumerate(content, 1)], "image_file", file, root)
 
 
-def _from_rows(rows: Sequence[tuple[str, Any]], key: str, file: Path, root: Path | None) -> list[Example]:
+def _from_rows(rows: Sequence[tuple[str, Any]], key: str, file: Path, root: Path | None) -> Found:
     folder = root if root is not None else file.parent
     examples: list[Example] = []
     missing: list[str] = []
     for where, row in rows:
-        name, text = _field(row, key, where), _field(row, "text", where)
-        reference = _field(row, "reference", where) if row.get("reference") is not None else None
-        absent = next((n for n in (name, reference) if n is not None and not (folder / n).is_file()), None)
-        if absent is not None:
-            missing.append(f"{folder / absent} ({where})")
-            continue
-        examples.append(Example(folder / name, text, None if reference is None else folder / reference))
-    if not examples:
-        found = f"none of its {len(rows)} pictures exists, such as {missing[0]}" if missing else "it is empty"
-        raise DataError(f"{file}: {found}. File names are relative to {folder}; data_root changes that.")
-    if missing:
-        log.warning("%d of %d pictures do not exist and are left out, such as %s", len(missing), len(rows), missing[0])
-    return examples
+        example = _from_row(row, key, folder, where)
+        files = (example.image, *example.references, example.face_id_embed)
+        absent = next((f for f in files if isinstance(f, Path) and not f.is_file()), None)
+        if absent is None:
+            examples.append(example)
+        else:
+            missing.append(f"{absent} ({where})")
+    found = f"none of its {len(rows)} pictures exists, such as {missing[0]}" if missing else "it is empty"
+    nothing = f"{file}: {found}. File names are relative to {folder}; data_root changes that."
+    return Found(examples, [], missing, nothing)
+
+
+def _from_row(row: Any, key: str, folder: Path, where: str) -> Example:
+    name, text = _field(row, key, where), _field(row, "text", where)
+    references = row.get("reference") or ()
+    if isinstance(references, str):
+        references = (references,)
+    if not isinstance(references, list | tuple) or not all(isinstance(reference, str) for reference in references):
+        raise DataError(f"{where}: 'reference' must be a file name or a list of them, found {references!r:.60}.")
+    face = _field(row, "id_embed_file", where) if row.get("id_embed_file") is not None else None
+    width, height = row.get("width"), row.get("height")
+    return Example(
+        folder / name,
+        text,
+        tuple(folder / reference for reference in references),
+        None if face is None else _face_file(folder, face),
+        (width, height) if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 else None,
+    )
+
+
+def _face_file(folder: Path, name: str) -> Path:
+    """Relative to the pictures' folder; or as it stands, as tutorial_train_faceid.py opens it."""
+    return folder / name if (folder / name).is_file() or not Path(name).is_file() else Path(name)
 
 
 def _field(row: Any, key: str, where: str) -> str:

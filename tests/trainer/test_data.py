@@ -1,168 +1,363 @@
 from __future__ import annotations
 
-import json
+import pickle
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ipadapter_trainer.base_model import BaseModel
-from ipadapter_trainer.config import TrainConfig, make_config
-from ipadapter_trainer.data import PictureDataset, Recipe, ShuffledDraws, loader, resize_and_crop, to_rgb
-from ipadapter_trainer.errors import DataError
-from ipadapter_trainer.examples import Example, find_examples, fingerprint
+from ipadapter_trainer.buckets import Buckets
+from ipadapter_trainer.data import Draw, Encoding, GlobalBatches, PictureDataset, Recipe, collate, loader
+from ipadapter_trainer.draws import geometry, randomness
+from ipadapter_trainer.errors import ConfigError, DataError
+from ipadapter_trainer.examples import Example, find_examples
+from ipadapter_trainer.face_embeds import with_faces
+from ipadapter_trainer.pixels import cover_and_crop, open_rgb, share_of, to_rgb, upright_size
 from PIL import Image
 
+from .tiny_data import assert_same, encoding_of
 
-def texts(examples: list[Example]) -> list[str]:
-    return [example.text for example in examples]
-
-
-def red(size: tuple[int, int] = (80, 64)) -> Image.Image:
-    return Image.new("RGB", size, "red")
+LATENT = (4, 8, 8)
 
 
-def test_a_folder_with_captions_beside(pictures: Path) -> None:
-    assert texts(find_examples(pictures))[:2] == ["a blue square", "a green square"]
+@pytest.fixture
+def encoding(base_model: BaseModel) -> Encoding:
+    return encoding_of(base_model)
 
 
-def test_a_folder_with_metadata(pictures: Path) -> None:
-    rows = [
-        {"file_name": "red.png", "text": "one"},
-        {"file_name": "blue.png", "text": "two", "reference": "red.png"},
-    ]
-    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    examples = find_examples(pictures)
-    assert texts(examples) == ["one", "two"]
-    assert examples[1].reference == pictures / "red.png"
+def plain(resolution: int = 64, **changes: Any) -> Recipe:
+    """Nothing is dropped."""
+    return Recipe(resolution, **{"image_dropout": 0.0, "text_dropout": 0.0, "both_dropout": 0.0, **changes})
 
 
-def test_the_originals_json_list(pictures: Path, tmp_path: Path) -> None:
-    file = tmp_path / "data.json"
-    file.write_text(json.dumps([{"image_file": "red.png", "text": "one"}]))
-    assert texts(find_examples(file, pictures)) == ["one"]
-    with pytest.raises(DataError, match=r"none of its 1 pictures exists.*data_root"):
-        find_examples(file)
+def picture(size: tuple[int, int] = (80, 64)) -> Image.Image:
+    """Every pixel and both directions differ."""
+    width, height = size
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 128)], axis=-1).astype(np.uint8))
 
 
-def test_partial_data_is_reported(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (pictures / "red.txt").unlink()
-    assert len(find_examples(pictures)) == 5
-    assert "1 of 6 pictures have no caption" in caplog.text
+# --- Items
+
+
+def test_an_item_has_the_originals_names_and_ranges(encoding: Encoding) -> None:
+    red, reference = Image.new("RGB", (80, 64), "red"), Image.new("RGB", (40, 90), "blue")
+    item = PictureDataset([Example(red, "a red square", (reference,))], encoding, plain())[0]
+    assert item["images"].shape == (3, 64, 64)
+    assert item["images"][:, 0, 0].tolist() == [1, -1, -1]
+    expected = encoding.image_processor(images=reference, return_tensors="pt").pixel_values[0]
+    assert item["clip_images"].shape == (3, 32, 32)
+    assert torch.equal(item["clip_images"], expected)
+    tokenizer = encoding.tokenizers[0]
+    ids = tokenizer("a red square", padding="max_length", max_length=16, return_tensors="pt").input_ids[0]
+    assert torch.equal(item["text_input_ids"], ids)
+    assert item["drop_image_embeds"] == 0
+    assert item["noise"].shape == item["posterior_noise"].shape == LATENT
+    assert 0 <= item["timesteps"] < 1000
+    assert set(item) - {"broken"} == {
+        *("images", "clip_images", "text_input_ids", "original_size", "crop_coords_top_left", "target_size"),
+        *("drop_image_embeds", "noise", "posterior_noise", "timesteps"),
+    }
+
+
+def test_sdxl_has_a_second_text_and_its_sizes(encoding: Encoding, base_model: BaseModel) -> None:
+    tokenizer = base_model.tokenizers[0]
+    two = replace(encoding, tokenizers=(tokenizer, lambda text, **options: tokenizer(f"the {text}", **options)))
+    dataset = PictureDataset([Example(picture((300, 100)), "blue")], two, plain(), Buckets(((96, 64),), ((0,),)))
+    batch = collate([dataset[0]])
+    assert not torch.equal(batch["text_input_ids"], batch["text_input_ids_2"])
+    assert batch["original_size"].tolist() == [[100, 300]]
+    assert batch["target_size"].tolist() == [[64, 96]]
+    assert batch["crop_coords_top_left"].tolist() == [[0, (192 - 96) / 2]]  # of the picture scaled to 192x64
+    assert batch["images"].shape == (1, 3, 64, 96)
+    assert batch["noise"].shape == (1, 4, 8, 12)
+    assert batch["original_size"].dtype == torch.float32
+
+
+def test_a_kind_without_pictures_opens_no_reference(encoding: Encoding, tmp_path: Path) -> None:
+    np.save(tmp_path / "face.npy", np.eye(1, 512, dtype=np.float32))
+    example = Example(picture(), "a", (tmp_path / "absent.png",), tmp_path / "face.npy")
+    faces = replace(encoding, image_processor=None, takes_face=True)
+    batch = collate([PictureDataset([example], faces, plain())[0]])
+    assert "clip_images" not in batch
+    assert batch["face_id_embed"].shape == (1, 512)
+    assert batch["broken"] == []
+
+
+def test_a_row_without_its_face_is_replaced(encoding: Encoding, tmp_path: Path) -> None:
+    np.save(tmp_path / "face.npy", np.eye(1, 512, dtype=np.float32))
+    np.save(tmp_path / "narrow.npy", np.eye(1, 128, dtype=np.float32))
+    examples = [Example(picture(), name, (), tmp_path / name) for name in ("narrow.npy", "face.npy")]
+    dataset = PictureDataset(with_faces(examples), replace(encoding, takes_face=True), plain())
+    item = dataset[0]
+    assert item["face_id_embed"][0] == 1
+    assert "expected a face embedding of 512 values, found the shape (1, 128)" in item["broken"][0]
+
+
+def test_a_size_that_makes_no_whole_latent_is_refused(encoding: Encoding) -> None:
+    with pytest.raises(ConfigError, match="60x60 pixels: both sides must be multiples of 8"):
+        PictureDataset([Example(picture(), "a")], encoding, plain(60))
+    with pytest.raises(DataError, match="empty"):
+        PictureDataset([], encoding, plain())
+
+
+# --- Pixels
+
+
+def test_a_picture_covers_its_size_and_is_cut_in_the_centre() -> None:
+    wide = Image.new("RGB", (300, 100), "white")
+    wide.paste("red", (100, 0, 200, 100))
+    cut = cover_and_crop(wide, (50, 50))
+    assert (cut.picture.size, cut.top_left, cut.box) == ((50, 50), (0, 50), (100, 0, 200, 100))
+    assert cut.picture.getpixel((25, 25)) == (255, 0, 0)
+    assert cover_and_crop(Image.new("RGB", (7, 1000)), (64, 128)).picture.size == (64, 128)
+    assert cover_and_crop(wide, (50, 50), left=0).picture.getpixel((25, 25)) == (255, 255, 255)
+    assert cover_and_crop(wide, (50, 50), left=1).top_left == (0, 100)
+
+
+def test_a_square_is_cut_as_the_original_does(encoding: Encoding) -> None:
+    """torchvision's Resize, CenterCrop, ToTensor and Normalize of tutorial_train.py."""
+    full = picture((101, 64 * 3))
+    resized = full.resize((64, int(64 * 192 / 101)), Image.Resampling.BILINEAR)
+    top = round((resized.height - 64) / 2)
+    pixels = np.array(resized.crop((0, top, 64, top + 64)), dtype=np.float32)
+    expected = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - 0.5) / 0.5
+    item = PictureDataset([Example(full, "a")], encoding, plain())[0]
+    assert torch.allclose(item["images"], expected, atol=1e-6)
+
+
+def test_a_share_of_a_picture_has_its_shape() -> None:
+    part = share_of(picture((200, 100)), 0.25, left=1, top=0)
+    assert part.size == (100, 50)
+    assert part.getpixel((99, 0)) == picture((200, 100)).getpixel((199, 0))
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("given", "expected"),
     [
-        ("a.json", "{}", "expected a list"),
-        ("a.json", "[", "not valid JSON"),
-        ("a.json", '[{"file": "x"}]', "'image_file' must be text, found None .keys: file"),
-        ("a.json", "[3]", "entry 1: expected an object"),
-        ("a.jsonl", '{"file_name": "x", "text": "y"}\n{', "line 2: not valid JSON"),
-        ("a.jsonl", "", "it is empty"),
-        ("a.csv", "", "expected a folder"),
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),  # what lies beneath is not uncovered
+        (Image.fromarray(np.full((2, 2), 0x8000, dtype=np.uint16)), (128, 128, 128)),
+        (Image.new("L", (2, 2), 7), (7, 7, 7)),
     ],
 )
-def test_a_bad_list_is_named(tmp_path: Path, name: str, content: str, words: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=words):
-        find_examples(tmp_path / name)
+def test_every_mode_becomes_rgb(given: Image.Image, expected: tuple[int, ...]) -> None:
+    assert to_rgb(given).getpixel((0, 0)) == expected
 
 
-def test_a_folder_without_captions_says_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file or folder"):
-        find_examples(tmp_path / "absent")
-    red().save(tmp_path / "a.png")
-    with pytest.raises(DataError, match="found 1 pictures and 0 captions"):
-        find_examples(tmp_path)
+def test_a_large_jpeg_is_decoded_smaller_but_keeps_its_size(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture((1200, 800)).save(tmp_path / "a.jpg", quality=95, exif=turned)
+    small, size = open_rgb(tmp_path / "a.jpg", at_least=128)
+    assert (small.size, size) == ((200, 300), (800, 1200))
+    full, same = open_rgb(tmp_path / "a.jpg")
+    assert full.size == same == size == upright_size(Image.open(tmp_path / "a.jpg"))
+    difference = np.abs(np.array(small.resize((64, 96)), float) - np.array(full.resize((64, 96)), float))
+    assert difference.mean() < 1
 
 
-def test_the_fingerprint_knows_captions_but_not_the_place(pictures: Path, tmp_path: Path) -> None:
-    before = fingerprint(find_examples(pictures), pictures)
-    moved = pictures.rename(tmp_path / "moved")
-    assert fingerprint(find_examples(moved), moved) == before
-    (moved / "red.txt").write_text("another")
-    assert fingerprint(find_examples(moved), moved) != before
+# --- Geometry and randomness
 
 
-def test_an_item_has_the_originals_names_and_ranges(base_model: BaseModel) -> None:
-    reference = Image.new("RGB", (40, 90), "blue")
-    dataset = PictureDataset([Example(red(), "a red square", reference)], base_model, Recipe(64, text_dropout=0))
-    item = dataset[0]
-    assert item["images"].shape == (3, 64, 64)
-    assert item["images"][:, 0, 0].tolist() == [1, -1, -1]
-    assert item["clip_images"].shape == (3, 32, 32)
-    expected = base_model.image_processor(images=reference, return_tensors="pt").pixel_values[0]
-    assert torch.equal(item["clip_images"], expected)
-    assert item["text_input_ids"].shape == (16,)
-    assert item["drop_image_embeds"] in (0, 1)
+def test_flips_mirror_picture_and_reference(encoding: Encoding) -> None:
+    examples = [Example(picture((64, 64)), "a"), Example(picture((64, 64)), "a", (picture((32, 32)),))]
+    flipped = PictureDataset(examples, encoding, plain(flip=True))
+    straight = PictureDataset(examples, encoding, plain())
+    seen: Counter[bool] = Counter()
+    for draw in (Draw(epoch, row) for epoch in range(20) for row in range(2)):
+        one, other = straight[draw], flipped[draw]
+        mirrored = geometry(flipped.recipe, draw.address(0)).flip
+        seen[mirrored] += 1
+        for key in ("images", "clip_images"):
+            assert torch.allclose(one[key].flip(-1) if mirrored else one[key], other[key], atol=0.03)
+        assert torch.equal(one["noise"], other["noise"])  # an option changes nothing else
+    assert min(seen[True], seen[False]) > 10
 
 
-def test_resize_takes_the_short_side_and_the_centre() -> None:
-    picture = Image.new("RGB", (300, 100), "white")
-    picture.paste("red", (100, 0, 200, 100))
-    assert resize_and_crop(picture, 50).getcolors() is not None
-    assert resize_and_crop(picture, 50).getpixel((25, 25)) == (255, 0, 0)
-    assert resize_and_crop(Image.new("RGB", (7, 1000)), 64).size == (64, 64)
+def test_a_random_cut_moves_and_its_own_reference_with_it(encoding: Encoding) -> None:
+    dataset = PictureDataset([Example(picture((192, 64)), "a")], encoding, plain(crop="random"))
+    lefts = []
+    for epoch in range(20):
+        item = dataset[Draw(epoch, 0)]
+        left = item["crop_coords_top_left"][1]
+        lefts.append(left)
+        window = picture((192, 64)).crop((int(left), 0, int(left) + 64, 64))
+        seen = encoding.image_processor(images=window, return_tensors="pt").pixel_values[0]
+        assert torch.equal(item["clip_images"], seen)
+        assert torch.allclose(item["images"][0], torch.tensor(np.array(window)[..., 0] / 127.5 - 1).float(), atol=1e-6)
+    assert min(lefts) < 32 and max(lefts) > 96 and len(set(lefts)) > 10
 
 
-def test_transparency_becomes_white() -> None:
-    assert to_rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+def test_the_centre_of_a_bucket_leaves_the_reference_whole(encoding: Encoding) -> None:
+    dataset = PictureDataset([Example(picture((192, 64)), "a")], encoding, plain())
+    seen = encoding.image_processor(images=picture((192, 64)), return_tensors="pt").pixel_values[0]
+    assert torch.equal(dataset[0]["clip_images"], seen)
 
 
-def test_dropout_shares(base_model: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ipadapter_trainer.data.to_tensor", lambda picture: torch.zeros(1))
-    dataset = PictureDataset([Example(red((8, 8)), "red")], base_model, Recipe(8, seed=3))
-    dataset._processor = lambda **_: type("Output", (), {"pixel_values": torch.zeros(1, 1)})  # type: ignore[assignment]
-    empty = base_model.tokenizer("", padding="max_length", max_length=16, return_tensors="pt").input_ids[0]
+def test_references_are_drawn_and_sometimes_the_picture_itself(encoding: Encoding) -> None:
+    references = tuple(Image.new("RGB", (32, 32), colour) for colour in ("red", "lime"))
+    own = Image.new("RGB", (64, 64), "blue")
+    dataset = PictureDataset([Example(own, "a", references)], encoding, plain(self_reference=0.25))
+    seen = Counter(int(dataset[Draw(epoch, 0)]["clip_images"][:, 0, 0].argmax()) for epoch in range(200))
+    assert 30 < seen[2] < 70
+    assert abs(seen[0] - seen[1]) < 40
+
+
+def test_only_the_reference_is_cropped(encoding: Encoding) -> None:
+    example = Example(picture((64, 64)), "a")
+    whole, cropped = (PictureDataset([example], encoding, plain(reference_crop=share)) for share in (1.0, 0.25))
+    spans = []
+    for epoch in range(20):
+        one, other = whole[Draw(epoch, 0)], cropped[Draw(epoch, 0)]
+        assert torch.equal(one["images"], other["images"])
+        red = other["clip_images"][0]
+        spans.append(float((red.max() - red.min()) / (one["clip_images"][0].max() - one["clip_images"][0].min())))
+    assert 0.45 < min(spans) < 0.7 and 0.8 < max(spans) <= 1.01  # sides from a half to all
+
+
+def test_dropout_shares_and_the_originals_order(encoding: Encoding) -> None:
+    recipe = Recipe(8, seed=3)
     seen: Counter[tuple[bool, bool]] = Counter()
-    for epoch in range(3000):
-        item = dataset[epoch, 0]
-        seen[bool(item["drop_image_embeds"]), torch.equal(item["text_input_ids"], empty)] += 1
+    for epoch in range(4000):
+        drawn = randomness(recipe, (3, epoch, 0), (1, 1, 1))
+        seen[drawn.drop_image, drawn.drop_text] += 1
     for dropped in ((True, False), (False, True), (True, True)):
-        assert 0.035 < seen[dropped] / 3000 < 0.065
+        assert 0.038 < seen[dropped] / 4000 < 0.062
+    everything = PictureDataset([Example(picture(), "blue")], encoding, Recipe(64, text_dropout=1, image_dropout=0))
+    empty = encoding.tokenizers[0]("", padding="max_length", max_length=16, return_tensors="pt").input_ids[0]
+    assert torch.equal(everything[0]["text_input_ids"], empty)
 
 
-def test_draws_are_a_permutation_per_epoch_and_start_anywhere() -> None:
-    draws = list(islice(ShuffledDraws(7, seed=1), 21))
-    for epoch in range(3):
-        assert sorted(d.row for d in draws[7 * epoch : 7 * epoch + 7]) == list(range(7))
-    assert [d.row for d in draws[:7]] != [d.row for d in draws[7:14]]
-    for start in (0, 3, 7, 12):
-        assert list(islice(ShuffledDraws(7, 1, start), 21 - start)) == draws[start:]
+def test_noise_is_normal_and_its_offset_is_the_channels() -> None:
+    shape = (4, 32, 32)
+    draws = [randomness(Recipe(8), (0, epoch, 0), shape) for epoch in range(50)]
+    noise = torch.stack([drawn.noise for drawn in draws])
+    assert abs(float(noise.mean())) < 0.02 and abs(float(noise.std()) - 1) < 0.02
+    assert abs(float((noise * torch.stack([d.posterior_noise for d in draws])).mean())) < 0.02
+    timesteps = [drawn.timestep for drawn in draws]
+    assert min(timesteps) < 150 and max(timesteps) > 850
+    offset = randomness(Recipe(8, noise_offset=0.5), (0, 0, 0), shape).noise - noise[0]
+    assert torch.allclose(offset, offset[:, :1, :1].expand_as(offset), atol=1e-6)
+    assert len(offset[:, 0, 0].unique()) == 4
 
 
-def test_workers_do_not_change_the_batches(base_model: BaseModel, config: TrainConfig) -> None:
-    dataset = PictureDataset(find_examples(config.data), base_model, Recipe(64, seed=0, flip=True))
-    alone = list(islice(loader(dataset, config), 4))
-    with_workers = config.model_copy(update={"workers": 2})
-    helped = list(islice(loader(dataset, with_workers), 4))
-    late = list(islice(loader(dataset, config, start=4), 2))
-    for a, b in [*zip(alone, helped, strict=True), *zip(alone[2:], late, strict=True)]:
-        for name in ("images", "clip_images", "text_input_ids", "drop_image_embeds"):
-            assert torch.equal(a[name], b[name])
+def test_what_is_seen_and_what_is_dropped_are_independent() -> None:
+    recipe = Recipe(8, crop="random", image_dropout=0.5, text_dropout=0, both_dropout=0)
+    rows = [(0, 0, row) for row in range(200)]
+    dropped = [geometry(recipe, row).left for row in rows if randomness(recipe, row, (1, 1, 1)).drop_image]
+    assert 70 < len(dropped) < 130
+    assert abs(sum(dropped) / len(dropped) - 0.5) < 0.1
 
 
-def test_a_broken_picture_is_replaced_and_named(base_model: BaseModel, pictures: Path) -> None:
+def test_every_part_of_an_address_counts() -> None:
+    recipe = Recipe(8, crop="random")
+    addresses = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, "a.tar/1"), Draw(0, 0, 1).address(0)]
+    drawn = [randomness(recipe, address, LATENT) for address in addresses]
+    assert len({float(d.noise.flatten()[0]) for d in drawn}) == len({geometry(recipe, a) for a in addresses}) == 6
+    assert torch.equal(drawn[0].noise, randomness(recipe, (0, 0, 0), LATENT).noise)
+
+
+# --- Broken pictures
+
+
+def test_a_broken_picture_is_replaced_and_named(encoding: Encoding, pictures: Path) -> None:
     data = (pictures / "red.png").read_bytes()
     (pictures / "red.png").write_bytes(data[: len(data) // 2])
     (pictures / "blue.png").write_text("not a picture")
-    dataset = PictureDataset(find_examples(pictures), base_model, Recipe(64))
+    dataset = PictureDataset(find_examples(pictures), encoding, Recipe(64))
     items = [dataset[i] for i in range(6)]
     assert sum(bool(item["broken"]) for item in items) == 2
     assert any("red.png" in line for item in items for line in item["broken"])
     assert all(item["images"].shape == (3, 64, 64) for item in items)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_broken_pictures_is_one_clear_error(
-    pictures: Path, settings: dict[str, object], workers: int
-) -> None:
-    from ipadapter_trainer.train import train
+def test_a_replacement_is_of_the_same_bucket_if_there_is_one(encoding: Encoding, tmp_path: Path) -> None:
+    absent = tmp_path / "absent.png"
+    examples = [
+        Example(absent, "a"),
+        Example(Image.new("RGB", (64, 64), "blue"), "b"),
+        Example(Image.new("RGB", (64, 64), "lime"), "c"),
+        Example(absent, "d"),
+    ]
+    buckets = Buckets(((64, 96), (64, 64)), ((0, 2), (1, 3)))
+    dataset = PictureDataset(examples, encoding, plain(), buckets)
+    assert dataset[0]["images"].shape == (3, 96, 64)
+    assert [int(dataset[row]["images"][:, 0, 0].argmax()) for row in range(4)] == [1, 2, 1, 2]
+    only = PictureDataset(examples[:2], encoding, plain(), Buckets(((64, 96), (64, 64)), ((0,), (1,))))
+    assert only[0]["images"].shape == (3, 96, 64)
+    assert torch.equal(only[0]["noise"], dataset[0]["noise"])  # of the row that was asked for
 
+
+def test_a_broken_reference_is_named(encoding: Encoding, tmp_path: Path) -> None:
+    examples = [Example(picture(), "a", (tmp_path / "absent.png",)), Example(picture(), "b")]
+    item = PictureDataset(examples, encoding, plain())[0]
+    assert "absent.png" in item["broken"][0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_broken_pictures_is_one_clear_error(encoding: Encoding, pictures: Path, workers: int) -> None:
     for file in pictures.glob("*.png"):
         file.write_text("not a picture")
-    with pytest.raises(DataError) as error:
-        train(make_config({**settings, "workers": workers}))
-    assert str(error.value).startswith("None of the 6 pictures can be read.")
+    dataset = PictureDataset(find_examples(pictures), encoding, Recipe(64))
+    batches = loader(dataset, GlobalBatches([range(6)], 2, 0), batch_size=2, workers=workers)
+    with pytest.raises(DataError, match="None of the 6 pictures can be read"):
+        next(iter(batches))
+
+
+# --- Batches
+
+
+@pytest.fixture
+def batches_of(encoding: Encoding, pictures: Path) -> Callable[..., list[dict[str, Any]]]:
+    """The first batches of two buckets under everything random."""
+    examples = find_examples(pictures)
+    recipe = Recipe(64, seed=5, flip=True, crop="random", noise_offset=0.1, reference_crop=0.5)
+    dataset = PictureDataset(examples, encoding, recipe, Buckets(((64, 64), (80, 64)), ((0, 2, 4), (1, 3, 5))))
+
+    def some(number: int, batch_size: int = 4, processes: int = 1, start: int = 0, **options: Any) -> list[Any]:
+        sampler = GlobalBatches(dataset.buckets.rows, batch_size * processes, seed=5, start=start)
+        made = loader(dataset, sampler, batch_size=batch_size, processes=processes, **options)
+        return list(islice(made, number))
+
+    return some
+
+
+def test_workers_do_not_change_the_batches(batches_of: Callable[..., list[Any]]) -> None:
+    for alone, helped in zip(batches_of(5, workers=0), batches_of(5, workers=2), strict=True):
+        assert_same(alone, helped)
+
+
+def test_a_resume_does_not_change_the_batches(batches_of: Callable[..., list[Any]]) -> None:
+    whole = batches_of(6, workers=0)
+    for start in (1, 4):
+        for one, other in zip(whole[start:], batches_of(6 - start, workers=1, start=start), strict=True):
+            assert_same(one, other)
+
+
+def test_two_processes_share_what_one_has_alone(batches_of: Callable[..., list[Any]]) -> None:
+    alone = batches_of(5, workers=0)
+    parts = [batches_of(5, batch_size=2, processes=2, process=process, workers=0) for process in (0, 1)]
+    for whole, first, second in zip(alone, *parts, strict=True):
+        both = {
+            key: torch.cat([first[key], second[key]]) if isinstance(value, torch.Tensor) else value
+            for key, value in first.items()
+        }
+        assert_same(whole, both)
+
+
+def test_processes_must_make_up_a_global_batch(batches_of: Callable[..., list[Any]], encoding: Encoding) -> None:
+    dataset = PictureDataset([Example(picture(), "a")], encoding, plain())
+    with pytest.raises(ValueError, match="2 x 3 rows are not a global batch of 4"):
+        loader(dataset, GlobalBatches([[0]], 4, 0), batch_size=3, processes=2)
+
+
+def test_an_encoding_can_be_sent_to_workers(encoding: Encoding) -> None:
+    """Where processes are spawned and not forked, as on macOS and Windows."""
+    dataset = PictureDataset([Example(picture(), "a red square")], encoding, Recipe(64))
+    assert_same(collate([dataset[0]]), collate([pickle.loads(pickle.dumps(dataset))[0]]))

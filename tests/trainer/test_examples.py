@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ipadapter_trainer.errors import DataError
+from ipadapter_trainer.examples import Example, find_examples, fingerprint
+from PIL import Image
+
+
+def texts(examples: list[Example]) -> list[str]:
+    return [example.text for example in examples]
+
+
+def write_rows(file: Path, *rows: object) -> Path:
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
+    return file
+
+
+def test_a_folder_with_captions_beside(pictures: Path) -> None:
+    assert texts(find_examples(pictures))[:2] == ["a blue square", "a green square"]
+
+
+def test_a_folder_with_metadata(pictures: Path) -> None:
+    write_rows(
+        pictures / "metadata.jsonl",
+        {"file_name": "red.png", "text": "one"},
+        {"file_name": "blue.png", "text": "two", "reference": "red.png", "width": 80, "height": 64},
+        {"file_name": "teal.png", "text": "three", "reference": ["red.png", "blue.png"]},
+    )
+    one, two, three = find_examples(pictures)
+    assert (one.text, one.references, one.size) == ("one", (), None)
+    assert (two.text, two.references, two.size) == ("two", (pictures / "red.png",), (80, 64))
+    assert three.references == (pictures / "red.png", pictures / "blue.png")
+
+
+def test_a_line_separator_in_a_caption_ends_no_row(pictures: Path) -> None:
+    """json.dumps(ensure_ascii=False) writes U+2028 as it is."""
+    write_rows(pictures / "metadata.jsonl", {"file_name": "red.png", "text": "one\u2028two"})
+    assert texts(find_examples(pictures)) == ["one\u2028two"]
+
+
+def test_the_originals_json_list(pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([{"image_file": "red.png", "text": "one"}]))
+    assert texts(find_examples(file, pictures)) == ["one"]
+    with pytest.raises(DataError, match=r"none of its 1 pictures exists.*data_root"):
+        find_examples(file)
+
+
+def test_face_files_are_beside_the_pictures_or_as_the_original_opens_them(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in (pictures / "beside.npy", tmp_path / "elsewhere.bin"):
+        place.write_bytes(b"")
+    rows = [
+        {"image_file": "red.png", "text": "", "id_embed_file": name}
+        for name in ("beside.npy", "elsewhere.bin", str(tmp_path / "elsewhere.bin"), "absent.npy")
+    ]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(rows))
+    monkeypatch.chdir(tmp_path)
+    found = [example.face_id_embed for example in find_examples(file, pictures)]
+    assert found == [pictures / "beside.npy", Path("elsewhere.bin"), tmp_path / "elsewhere.bin"]
+
+
+def test_partial_data_is_reported(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (pictures / "red.txt").unlink()
+    assert len(find_examples(pictures)) == 5
+    assert "1 of 6 pictures have no caption" in caplog.text
+
+
+def test_captions_may_be_optional(pictures: Path) -> None:
+    (pictures / "orange.txt").unlink()
+    found = find_examples(pictures, require_caption=False)
+    assert [example.text for example in found[:4]] == ["a blue square", "a green square", "", "a purple square"]
+    assert found[2].image == pictures / "orange.png"
+
+
+def test_rows_with_missing_files_are_reported(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_rows(
+        pictures / "metadata.jsonl",
+        {"file_name": "red.png", "text": "one"},
+        {"file_name": "red.png", "text": "two", "reference": ["blue.png", "absent.png"]},
+        {"file_name": "gone.png", "text": "three"},
+    )
+    assert texts(find_examples(pictures)) == ["one"]
+    assert "2 of 3 rows name a file that does not exist" in caplog.text
+    assert "absent.png" in caplog.text and "line 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", "{}", "expected a list"),
+        ("a.json", "[", "not valid JSON"),
+        ("a.json", '[{"file": "x"}]', "'image_file' must be text, found None .keys: file"),
+        ("a.json", "[3]", "entry 1: expected an object"),
+        ("a.json", '[{"image_file": "x", "text": "y", "reference": [1]}]', "'reference' must be a file name"),
+        ("a.json", '[{"image_file": "x", "text": "y", "id_embed_file": 1}]', "'id_embed_file' must be text"),
+        ("a.jsonl", '{"file_name": "x", "text": "y"}\n{', "line 2: not valid JSON"),
+        ("a.jsonl", "", "it is empty"),
+        ("a.csv", "", "expected a folder"),
+    ],
+)
+def test_a_bad_list_is_named(tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=words):
+        find_examples(tmp_path / name)
+
+
+def test_a_folder_without_captions_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        find_examples(tmp_path / "absent")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="found 1 pictures and 0 captions"):
+        find_examples(tmp_path)
+
+
+def test_the_fingerprint_knows_captions_but_not_the_place(pictures: Path, tmp_path: Path) -> None:
+    before = fingerprint(find_examples(pictures), pictures)
+    moved = pictures.rename(tmp_path / "moved")
+    assert fingerprint(find_examples(moved), moved) == before
+    (moved / "red.txt").write_text("another")
+    assert fingerprint(find_examples(moved), moved) != before
+
+
+def test_the_fingerprint_knows_references_and_faces() -> None:
+    picture, other = Path("a.png"), Path("b.png")
+    variants = [
+        [Example(picture, "a")],
+        [Example(picture, "a", (other,))],
+        [Example(picture, "a", (other, other))],
+        [Example(picture, "a", (), other)],
+        [Example(picture, "a"), Example(other, "")],
+    ]
+    assert len({fingerprint(examples) for examples in variants}) == len(variants)

@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ipadapter_trainer import shard_files, shards
+from ipadapter_trainer.base_model import BaseModel
+from ipadapter_trainer.data import Encoding, Recipe
+from ipadapter_trainer.errors import DataError
+from ipadapter_trainer.shard_files import (
+    UrlStream,
+    count_samples,
+    expand_shards,
+    fingerprint_shards,
+    is_shards,
+    parse_sample,
+    raw_samples,
+)
+from ipadapter_trainer.shards import Place, sample_stream, shard_loader
+from PIL import Image
+
+from .tiny_data import assert_same, encoded_picture, encoding_of, sample, write_shard
+
+PLACE = Place(0, 1, 0, 1)
+
+
+@pytest.fixture
+def encoding(base_model: BaseModel) -> Encoding:
+    return encoding_of(base_model)
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> list[str]:
+    """Shards of 3, 4, 5 and 6 samples, numbered through."""
+    return [
+        str(write_shard(tmp_path / f"s{i}.tar", {f"{n:04}": sample(n) for n in range(10 * i, 10 * i + 3 + i)}))
+        for i in range(4)
+    ]
+
+
+def captions(encoding: Encoding, batch: Any) -> list[str]:
+    tokenizer = encoding.tokenizers[0]
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in batch["text_input_ids"]]
+
+
+def plain(resolution: int = 32, **changes: Any) -> Recipe:
+    return Recipe(resolution, **{"image_dropout": 0.0, "text_dropout": 0.0, "both_dropout": 0.0, **changes})
+
+
+def numbers(shards: list[str], place: Place, many: int, skip: int = 0, seed: int = 0) -> list[tuple[int, str]]:
+    stream = sample_stream(shards, place, seed, [], skip)
+    return [(epoch, raw["__key__"]) for epoch, raw in islice(stream, many)]
+
+
+# --- Names
+
+
+def test_patterns_lists_and_addresses(four: list[str], tmp_path: Path) -> None:
+    assert expand_shards(f"{tmp_path}/s{{0..3}}.tar") == four
+    assert expand_shards(Path(tmp_path / "s{0..1}.tar")) == four[:2]
+    assert expand_shards(f"{four[2]}::{four[0]}") == [four[2], four[0]]
+    assert expand_shards([four[1], "https://host/a/{1..2}.tar?key=1"]) == [
+        four[1],
+        "https://host/a/1.tar?key=1",
+        "https://host/a/2.tar?key=1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("pipe:cat a.tar", "not by 'pipe'"),
+        ("s3://bucket/a.tar", "not by 's3'"),
+        ("gs://bucket/{0..3}.tar", "not by 'gs'"),
+        ("file:///a.tar", "not by 'file'"),
+        ("a.zip::b.tar", "a.zip: expected a shard"),
+        ("absent-{0..9}.tar", r"absent-0.tar: no such file \(10 of 10"),
+        ("a{0..3.tar", "not a pattern|no such file"),
+        ([], "No shards are given"),
+    ],
+)
+def test_other_names_are_refused(data: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        expand_shards(data)
+
+
+def test_shards_are_told_from_pictures() -> None:
+    for data in ("a.tar", "a-{0..3}.tar", "https://host/a.tar?download=true", ["a.tar"], Path("a.tgz")):
+        assert is_shards(data)
+    for data in ("pictures", "a.json", Path("a.jsonl")):
+        assert not is_shards(data)
+
+
+def test_the_fingerprint_knows_names_and_sizes(four: list[str], tmp_path: Path) -> None:
+    before = fingerprint_shards(four)
+    assert fingerprint_shards(four[:3]) != before
+    write_shard(Path(four[0]), {f"{n}": sample(n) for n in range(30)})
+    assert fingerprint_shards(four) != before
+
+
+# --- Samples
+
+
+def test_a_sample_has_a_picture_a_caption_a_reference_and_a_face(tmp_path: Path) -> None:
+    face = io.BytesIO()
+    np.save(face, np.ones(512, dtype=np.float32))
+    picture, other = (encoded_picture(Image.new("RGB", (8, 8), colour), "jpeg") for colour in ("red", "blue"))
+    files = {"JPG": picture, "txt": b" a caption\n", "reference.jpg": other, "face.npy": face.getvalue()}
+    shard = write_shard(tmp_path / "a.tar", {"sub/01": files, "sub/02": {"webp": b"", "json": b'{"caption": "two"}'}})
+    one, two = (parse_sample(raw) for raw in raw_samples(str(shard), print))
+    assert (one.name, one.text, one.picture, one.references) == ("a.tar/sub/01", "a caption", picture, (other,))
+    assert one.face_id_embed is not None and one.face_id_embed.shape == (512,)
+    assert (two.text, two.references, two.face_id_embed) == ("two", (), None)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"txt": b"a"}, r"a.tar/1: no picture .*among its files \(txt\)"),
+        ({"png": b""}, "a.tar/1: no caption"),
+        ({"png": b"", "json": json.dumps({"title": "a"}).encode()}, "a.tar/1: no caption"),
+        ({"png": b"", "json": b"{"}, "its caption cannot be read"),
+        ({"png": b"", "txt": b"\xff"}, "its caption cannot be read"),
+        ({"png": b"", "txt": b"a", "face.npy": b"a"}, "face embedding cannot be read"),
+    ],
+)
+def test_what_a_sample_lacks_is_named(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
+    (raw,) = raw_samples(str(write_shard(tmp_path / "a.tar", {"1": files})), print)
+    with pytest.raises(DataError, match=words):
+        parse_sample(raw)
+
+
+def test_references_and_faces_reach_the_batch(encoding: Encoding, tmp_path: Path) -> None:
+    face = io.BytesIO()
+    np.save(face, np.eye(1, 512, dtype=np.float32))
+    blue = encoded_picture(Image.new("RGB", (40, 40), "blue"))
+    files = {**sample(1), "reference.png": blue, "face.npy": face.getvalue()}
+    shard = write_shard(tmp_path / "a.tar", {"1": files, "2": sample(2)})
+    loader = shard_loader([str(shard)], replace(encoding, takes_face=True), plain(), batch_size=2, workers=0)
+    batch = next(iter(loader))
+    assert batch["face_id_embed"].shape == (2, 512)
+    assert batch["clip_images"][:, :, 0, 0].argmax(dim=1).tolist() == [2, 2]
+    assert batch["broken"] == ["a.tar/2: no face embedding (.face.npy)."]
+
+
+# --- Order
+
+
+def test_an_epoch_has_every_sample_and_another_order_each(four: list[str]) -> None:
+    stream = numbers(four, PLACE, 54)
+    epochs = [stream[18 * i : 18 * i + 18] for i in range(3)]
+    for i, epoch in enumerate(epochs):
+        assert {e for e, _ in epoch} == {i}
+        assert len({key for _, key in epoch}) == 18
+    assert len({tuple(key for _, key in epoch) for epoch in epochs}) == 3
+    assert numbers(four, PLACE, 18, seed=1) != epochs[0]
+    inside = [key for _, key in epochs[0] if key.startswith("003")]
+    assert inside != sorted(inside)  # shuffled within a shard too
+
+
+def test_processes_and_workers_share_an_epoch(four: list[str]) -> None:
+    shares = [[key for e, key in numbers(four, Place(p, 2, w, 2), 30) if e == 0] for p in range(2) for w in range(2)]
+    assert sorted(key for share in shares for key in share) == sorted(key for _, key in numbers(four, PLACE, 18))
+
+
+@pytest.mark.parametrize("skip", [1, 3, 17, 18, 40, 100])
+def test_a_skip_goes_where_reading_would(four: list[str], skip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = numbers(four, PLACE, skip + 10)
+    assert numbers(four, PLACE, 10, skip) == whole[skip:]
+    monkeypatch.setattr(shards, "count_samples", lambda shard: None)  # as for a URL
+    assert numbers(four, PLACE, 10, skip) == whole[skip:]
+
+
+def test_whole_shards_are_skipped_unread(four: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def spying(shard: str, *arguments: Any) -> Iterator[dict[str, Any]]:
+        opened.append(shard)
+        return raw_samples(shard, *arguments)
+
+    monkeypatch.setattr(shards, "raw_samples", spying)
+    numbers(four, PLACE, 1, skip=18 * 1000)
+    assert len(opened) == 1
+
+
+def test_counting_agrees_with_reading(four: list[str], tmp_path: Path) -> None:
+    assert [count_samples(shard) for shard in four] == [3, 4, 5, 6]
+    odd = {"a/1": sample(1), "a/2": {"png": b"", "txt": b"", "reference.png": b""}, "__meta__/x": {"txt": b""}}
+    shard = write_shard(tmp_path / "odd.tar", {**odd, "README": {"": b""}, "b": {"TXT": b"", "json": b""}})
+    assert count_samples(str(shard)) == len(list(raw_samples(str(shard), print)))
+    damaged = tmp_path / "damaged.tar"
+    damaged.write_bytes(Path(four[3]).read_bytes()[:3000])
+    assert count_samples(str(damaged)) is None
+
+
+# --- Batches
+
+
+def test_batches_are_the_same_with_any_resume(four: list[str], encoding: Encoding) -> None:
+    recipe = Recipe(32, flip=True, crop="random", noise_offset=0.1)
+    options: dict[str, Any] = {"batch_size": 2, "seed": 3}
+    for workers in (0, 2):
+        whole = list(islice(shard_loader(four, encoding, recipe, workers=workers, **options), 9))
+        for start in (1, 4):
+            late = shard_loader(four, encoding, recipe, workers=workers, start=start, **options)
+            for one, other in zip(whole[start:], islice(late, 9 - start), strict=True):
+                assert_same(one, other)
+
+
+def test_one_worker_is_like_none(four: list[str], encoding: Encoding) -> None:
+    made = [shard_loader(four, encoding, plain(), batch_size=3, workers=workers) for workers in (0, 1)]
+    for one, other in zip(islice(made[0], 4), islice(made[1], 4), strict=True):
+        assert_same(one, other)
+
+
+def test_randomness_comes_from_the_sample_not_from_the_batch(four: list[str], encoding: Encoding) -> None:
+    drawn: list[dict[str, torch.Tensor]] = []
+    for batch_size in (3, 6):
+        batches = islice(shard_loader(four, encoding, plain(), batch_size=batch_size, workers=0), 18 // batch_size)
+        by_text = {}
+        for batch in batches:
+            by_text |= dict(zip(captions(encoding, batch), batch["noise"], strict=True))
+        drawn.append(by_text)
+    assert len(drawn[0]) == 18
+    assert_same(drawn[0], drawn[1])
+
+
+def test_too_few_shards_say_what_to_do(four: list[str], encoding: Encoding) -> None:
+    with pytest.raises(DataError, match=r"4 shards for 2 processes with 3 workers each.*Set workers=2"):
+        shard_loader(four, encoding, plain(), batch_size=1, processes=2, workers=3)
+    with pytest.raises(DataError, match=r"4 shards for 5 processes.*fewer processes"):
+        shard_loader(four, encoding, plain(), batch_size=1, processes=5, workers=0)
+
+
+# --- Broken
+
+
+def test_a_broken_sample_is_replaced_and_named(tmp_path: Path, encoding: Encoding) -> None:
+    samples = {f"{n}": sample(n) for n in range(6)}
+    for n in (0, 2):
+        samples[f"{n}"]["png"] = b"no picture"
+    del samples["4"]["txt"]
+    shard = str(write_shard(tmp_path / "a.tar", samples))
+    batches = list(islice(shard_loader([shard], encoding, plain(), batch_size=3, workers=0), 4))
+    for epoch in (batches[:2], batches[2:]):
+        named = sorted(line.split(":")[0] for batch in epoch for line in batch["broken"])
+        assert named == ["a.tar/0", "a.tar/2", "a.tar/4"]
+    for batch in batches:
+        assert len(batch["images"]) == 3
+        assert set(captions(encoding, batch)) <= {"caption 1", "caption 3", "caption 5"}
+        assert len({float(noise.flatten()[0]) for noise in batch["noise"]}) == 3
+
+
+def test_a_batch_of_broken_samples_borrows_one(tmp_path: Path, encoding: Encoding) -> None:
+    """With batches of one, a broken sample is a broken batch."""
+    samples = {f"{n}": sample(n) for n in range(5)}
+    for n in (1, 2, 4):
+        samples[f"{n}"]["png"] = b""
+    shard = str(write_shard(tmp_path / "a.tar", samples))
+    whole = list(islice(shard_loader([shard], encoding, plain(), batch_size=1, workers=0), 10))
+    assert sum(len(batch["broken"]) for batch in whole) == 6
+    for start in (1, 3, 7):
+        late = shard_loader([shard], encoding, plain(), batch_size=1, workers=0, start=start)
+        for one, other in zip(whole[start:], islice(late, 10 - start), strict=True):
+            assert_same(one, other)
+
+
+def test_nothing_but_broken_samples_is_one_clear_error(
+    tmp_path: Path, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_LOOK_AHEAD", 20)
+    shard = str(write_shard(tmp_path / "a.tar", {"1": {"png": b"", "txt": b"a"}, "2": {"png": b"", "txt": b"b"}}))
+    with pytest.raises(DataError, match=r"None of 22 samples in a row can be used. The first: a\.tar/"):
+        next(iter(shard_loader([shard], encoding, plain(), batch_size=2, workers=0)))
+
+
+def test_a_damaged_shard_ends_early_and_is_named(four: list[str], encoding: Encoding, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(Path(four[3]).read_bytes()[:4000])
+    broken: list[str] = []
+    keys = [raw["__key__"] for raw in raw_samples(str(cut), broken.append)]
+    assert 0 < len(keys) < 6
+    assert len(broken) == 1 and "cut.tar" in broken[0] and "unexpected end" in broken[0]
+    loader = shard_loader([str(cut), *four[:3]], encoding, plain(), batch_size=4, workers=0)
+    assert any("cut.tar" in line for batch in islice(loader, 6) for line in batch["broken"])
+    (tmp_path / "no.tar").write_text("no tar file" * 100)
+    with pytest.raises(DataError, match=r"hold no sample.*no\.tar"):
+        next(iter(shard_loader([str(tmp_path / "no.tar")], encoding, plain(), batch_size=1, workers=0)))
+
+
+# --- By URL
+
+
+class Host(BaseHTTPRequestHandler):
+    """Serves a folder. Some connections break off, some requests fail; both only for a while."""
+
+    folder: Path
+    breaks: list[int]  # bytes after which the next connections end
+    failures: list[int]  # statuses of the next requests
+    seen: list[str]
+
+    def do_GET(self) -> None:
+        self.seen.append(self.headers.get("Range", ""))
+        file = self.folder / self.path[1:].split("?")[0]
+        if self.failures or not file.is_file():
+            self.send_error(self.failures.pop() if self.failures else 404)
+            return
+        data = file.read_bytes()
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        self.wfile.write(data[start:][: self.breaks.pop() if self.breaks else None])
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Host]]]:
+    monkeypatch.setattr(shard_files, "_PAUSE", 0.0)
+    handler = type("TestHost", (Host,), {"folder": tmp_path, "breaks": [], "failures": [], "seen": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_shards_by_url_are_like_local_ones(four: list[str], host: tuple[str, type[Host]], encoding: Encoding) -> None:
+    urls = expand_shards(f"{host[0]}/s{{0..3}}.tar?token=a")
+    for start in (0, 3):
+        local, remote = (
+            islice(shard_loader(data, encoding, plain(), batch_size=2, workers=0, start=start), 5)
+            for data in (four, urls)
+        )
+        for one, other in zip(local, remote, strict=True):
+            assert_same(one, other)
+
+
+def test_a_broken_connection_is_taken_up_again(four: list[str], host: tuple[str, type[Host]]) -> None:
+    address, server = host
+    server.breaks += [700, 1500]
+    server.failures += [503]
+    broken: list[str] = []
+    keys = [raw["__key__"] for raw in raw_samples(f"{address}/s3.tar", broken.append)]
+    assert keys == [raw["__key__"] for raw in raw_samples(four[3], print)]
+    assert broken == []
+    assert server.seen == ["", "", "bytes=1500-", "bytes=2200-"]
+
+
+def test_a_shard_that_is_not_there_is_named(four: list[str], host: tuple[str, type[Host]]) -> None:
+    broken: list[str] = []
+    assert list(raw_samples(f"{host[0]}/absent.tar", broken.append)) == []
+    assert "absent.tar: HTTPError: HTTP Error 404" in broken[0]
+    assert len(host[1].seen) == 1  # asked once
+
+
+def test_a_server_that_cannot_be_reached_is_an_error(host: tuple[str, type[Host]]) -> None:
+    with pytest.raises(DataError, match=r"http://127.0.0.1:9/a.tar: .*attempts\). Check the network"):
+        next(raw_samples("http://127.0.0.1:9/a.tar", print))
+    host[1].failures += [500] * 20
+    with pytest.raises(DataError, match=r"HTTP Error 500"):
+        UrlStream(f"{host[0]}/s0.tar")
