@@ -1,226 +1,210 @@
-"""The frozen base: every part of a text-to-image model in the SD1.5 layout, from a local diffusers folder."""
+"""The frozen base: every part of a text-to-image model, from a diffusers folder or a single file."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
-import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from .errors import BaseModelError
+from .image_encoder import ImageEncoder
+from .model_folder import ModelFolder
+from .model_shapes import ModelParts, ModelShapes
 from .objective import PREDICTION_TYPES
+from .single_file import SingleFile
 
-try:  # the name without torchvision since transformers 5; before, CLIPImageProcessor was this class
-    from transformers import CLIPImageProcessorPil as CLIPImageProcessor
-except ImportError:
-    from transformers import CLIPImageProcessor
-
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_VIT_H = "CLIP ViT-H/14"
-_ENCODER_NAMES = {  # (width, layers, patch, projection) -> the name that adapters are published with
-    (1280, 32, 14, 1024): _VIT_H,
-    (1664, 48, 14, 1280): "OpenCLIP ViT-bigG/14",
-    (1024, 24, 14, 768): "CLIP ViT-L/14",
-}
-
-log = logging.getLogger(__name__)
+_NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
 
 
-@dataclass(frozen=True, eq=False)
-class BaseModel:
-    """A frozen text-to-image model and the encoder of image prompts. The VAE is in float32."""
+class BaseModel(ModelShapes):
+    """A frozen text-to-image model and the encoder of image prompts; `load_base_model` makes it.
 
-    name: str
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler: DDPMScheduler
-    image_encoder: CLIPVisionModelWithProjection
-    image_processor: CLIPImageProcessor
+    Weights are read when a part is first used, and again after `release`; what the configs say needs none. The UNet
+    and the encoders have `dtype`. The VAE is in float32, because SDXL's overflows in half precision, unless its
+    config has `force_upcast` false, as the fixed variants have.
+    """
 
-    @property
-    def device(self) -> torch.device:
-        """Where the UNet is; all parts are there."""
-        return self.unet.device
+    def __init__(
+        self, parts: ModelParts, encoder: ImageEncoder | None, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__(parts, encoder, dtype)
+        self.device = torch.device(device)  # of all parts
+        self._loaded: dict[str, Any] = {}
+        self._weight_digests: dict[str, str] = {}
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the UNet, the text encoder and the image encoder."""
-        return self.unet.dtype
+    def unet(self) -> UNet2DConditionModel:
+        """The UNet."""
+        return self._part("unet", lambda: self._parts.load_unet(self.dtype))
 
     @property
-    def prediction_type(self) -> str:
-        """ "epsilon" or "v_prediction"."""
-        return str(self.scheduler.config["prediction_type"])
+    def vae(self) -> AutoencoderKL:
+        """The VAE."""
+        return self._part("vae", lambda: self._parts.load_vae(self.vae_dtype))
 
     @property
-    def text_length(self) -> int:
-        """Tokens of a prompt, padding included (77 for SD1.5)."""
-        return min(int(self.tokenizer.model_max_length), int(self.text_encoder.config.max_position_embeddings))
+    def text_encoders(self) -> tuple[Any, ...]:
+        """The text encoders: one, or SDXL's two."""
+        return self._part("text_encoders", lambda: self._parts.load_text_encoders(self.dtype))
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Parts that are first used inside are freed at the end."""
+        before = set(self._loaded)
+        try:
+            yield
+        finally:
+            self.release(*(set(self._loaded) - before))
 
     @property
-    def latent_scale(self) -> int:
-        """Pixels per latent (8 for SD1.5)."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+    def text_encoder(self) -> CLIPTextModel:
+        """The first text encoder."""
+        return self.text_encoders[0]
 
     @property
-    def sample_size(self) -> int:
-        """The side of the pictures that the UNet was made for, in pixels."""
-        return int(self.unet.config["sample_size"]) * self.latent_scale
+    def image_encoder(self) -> CLIPVisionModelWithProjection:
+        """The encoder of image prompts. Raises BaseModelError when there is none."""
+        return self._part("image_encoder", lambda: self._image_encoder.load().to(self.dtype))
 
-    @property
-    def image_width(self) -> int:
-        """Channels of `image_embeds`."""
-        return int(self.image_encoder.config.projection_dim)
-
-    @property
-    def encoder_name(self) -> str:
-        """The image encoder as people know it, or its sizes (`encoder_fingerprint` tells them apart)."""
-        c = self.image_encoder.config
-        shape = (c.hidden_size, c.num_hidden_layers, c.patch_size, c.projection_dim)
-        sizes = f"{c.num_hidden_layers} layers of {c.hidden_size}, {c.patch_size} px patches at {c.image_size} px"
-        return _ENCODER_NAMES.get(shape, f"CLIP vision encoder ({sizes}, {c.projection_dim} wide)")
+    def release(self, *names: str) -> None:
+        """Free parts: "unet", "vae", "text_encoders", "image_encoder". A later use reads them again."""
+        known = ("unet", "vae", "text_encoders", "image_encoder")
+        for name in names:
+            if name not in known:
+                raise ValueError(f"There is no part {name!r}; parts are {', '.join(known)}.")
+            self._loaded.pop(name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def fingerprint(self) -> str:
-        """16 hex digits of the UNet's and scheduler's configs, first and last weights; fine-tunes differ."""
-        digest = hashlib.sha256()
-        for config in (self.unet.config, self.scheduler.config):
-            public = {k: v for k, v in sorted(config.items()) if not k.startswith("_")}
-            digest.update(json.dumps(public, sort_keys=True, default=str).encode())
-        for module in (self.unet.conv_in, self.unet.conv_out):
-            digest.update(_bytes(module.weight))
-        return digest.hexdigest()[:16]
+        """16 hex digits of the UNet's weights and config and of the noise schedule; fine-tunes differ.
+
+        Read from the files, so the precision of a run does not change it, nor does float16 instead of float32, nor a
+        single file instead of a folder of the same weights. The other fingerprints likewise.
+        """
+        schedule = {key: self.scheduler.config.get(key) for key in _NOISE_SCHEDULE}
+        return self._digest("unet", _set_values(UNet2DConditionModel, self._parts.unet_config), schedule)
+
+    def vae_fingerprint(self) -> str:
+        """16 hex digits of the VAE's weights and config."""
+        return self._digest("vae", _set_values(AutoencoderKL, self._parts.vae_config))
+
+    def text_fingerprint(self) -> str:
+        """16 hex digits of the text encoders' weights and of what the tokenizers make of two texts.
+
+        SD2's and SDXL's single files hold OpenCLIP's layout, which has another fingerprint than the folder.
+        """
+        texts = ["", "The quick brown fox jumps over 13 lazy dogs; naïve façade, 50%!"]
+        ids = [
+            t(texts, padding="max_length", truncation=True, max_length=self.text_length).input_ids
+            for t in self.tokenizers
+        ]
+        return self._digest("text_encoders", ids, [len(t) for t in self.tokenizers])
 
     def encoder_fingerprint(self) -> str:
-        """16 hex digits of the image encoder's projection."""
-        return hashlib.sha256(_bytes(self.image_encoder.visual_projection.weight)).hexdigest()[:16]
+        """16 hex digits of the image encoder's weights and preprocessing. Raises BaseModelError without one."""
+        return self._remembered("image_encoder", self._image_encoder.fingerprint)
+
+    def _part(self, name: str, load: Callable[[], Any]) -> Any:
+        if name not in self._loaded:
+            loaded = load()
+            for module in loaded if isinstance(loaded, tuple) else (loaded,):
+                module.requires_grad_(False).eval().to(self.device)
+                if self.device.type == "cpu":
+                    _copy_into_memory(module)
+            self._loaded[name] = loaded
+        return self._loaded[name]
+
+    def _digest(self, part: str, *more: Any) -> str:
+        weights = self._remembered(part, lambda: self._parts.fingerprint(part))
+        text = json.dumps([weights, *more], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _remembered(self, part: str, compute: Callable[[], str]) -> str:
+        if part not in self._weight_digests:
+            self._weight_digests[part] = compute()
+        return self._weight_digests[part]
 
 
 def load_base_model(
-    folder: Path,
+    path: Path,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     image_encoder: Path | None = None,
+    base_config: Path | None = None,
+    needs_image_encoder: bool = True,
+    prediction_type: str | None = None,
 ) -> BaseModel:
-    """Load every part from a local diffusers folder, frozen; nothing is downloaded.
+    """A frozen model of SD1.5, SD2 or SDXL. What is wrong with it is said now; its weights are read when used.
 
-    `dtype` is that of the UNet and the two encoders. `image_encoder` names the image encoder's folder when it
-    is not `image_encoder` inside `folder`.
+    `path` is a local diffusers folder, or a single .safetensors checkpoint in the original (LDM, SGM) layout. A
+    single file takes its configs and tokenizers from `base_config`, a diffusers folder of the same family (its
+    weights are not needed); by default from the repository that diffusers takes them from, in the hub's cache or
+    downloaded into it. Nothing else is ever downloaded.
 
-    Raises BaseModelError for a missing part (naming it and what was found), SDXL, an inpainting UNet, a
-    prediction type other than epsilon and v_prediction, and parts that cannot be read.
+    `image_encoder` is the folder or the .safetensors file of the image encoder when it is not `image_encoder` inside
+    `path` (or `base_config`). With `needs_image_encoder` False there may be none.
+
+    `prediction_type` ("epsilon" or "v_prediction") must be what the model says. A single file says it with a `v_pred`
+    tensor or in its metadata (`modelspec.prediction_type`); where it is silent, `prediction_type` wins over the
+    scheduler of `base_config`.
+
+    Raises BaseModelError for a missing part, naming it and what was found; for another model (inpainting, refiner,
+    SD3, FLUX, flow matching) or another file (LoRA, VAE, ControlNet, IP-Adapter); and, when they are used, for
+    weights that cannot be read.
     """
-    folder = Path(folder)
-    encoder_folder = Path(image_encoder) if image_encoder is not None else folder / "image_encoder"
-    _check_folders(folder, encoder_folder)
-    scheduler = _load_scheduler(folder)
-    unet = _load(UNet2DConditionModel, folder / "unet", torch_dtype=dtype)
-    vae = _load(AutoencoderKL, folder / "vae", torch_dtype=torch.float32)
-    encoder = _load(CLIPVisionModelWithProjection, encoder_folder)
-    text_encoder = _load(CLIPTextModel, folder / "text_encoder")
-    if unet.config["in_channels"] != vae.config["latent_channels"]:
+    path = Path(path)
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise BaseModelError(f"prediction_type is {prediction_type!r}; expected {' or '.join(PREDICTION_TYPES)}.")
+    if path.suffix == ".safetensors" and path.is_file():
+        single = SingleFile(path, base_config, prediction_type)
+        encoder = _find_encoder(single.configs.folder, image_encoder, needs_image_encoder)
+        return BaseModel(single, encoder, dtype, device)
+    parts = ModelFolder(path)
+    says = parts.scheduler.config["prediction_type"]
+    if prediction_type not in (None, says):
         raise BaseModelError(
-            f"{folder}: the UNet takes {unet.config['in_channels']} channels, the VAE makes "
-            f"{vae.config['latent_channels']}: an inpainting or depth model. Use the plain text-to-image model."
+            f"prediction_type is {prediction_type!r}, the scheduler of {path} says {says!r}. Leave it out, or correct "
+            "scheduler/scheduler_config.json."
         )
-    for module in (unet, vae, text_encoder, encoder):
-        module.requires_grad_(False).eval().to(device)
-    text_encoder.to(dtype)
-    encoder.to(dtype)
-    return BaseModel(
-        name=_name(folder),
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=_load(CLIPTokenizer, folder / "tokenizer"),
-        scheduler=scheduler,
-        image_encoder=encoder,
-        image_processor=_image_processor(folder, encoder_folder, int(encoder.config.image_size)),
-    )
+    return BaseModel(parts, _find_encoder(path, image_encoder, needs_image_encoder), dtype, device)
 
 
-def _bytes(weight: torch.Tensor) -> bytes:
-    """A weight's bytes in bfloat16, so that the precision of a run does not change a fingerprint."""
-    return weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _check_folders(folder: Path, encoder_folder: Path) -> None:
-    if not folder.is_dir():
-        what = "a file" if folder.exists() else "no such folder"
-        raise BaseModelError(f"{folder}: {what}; base_model must be a local folder in the diffusers layout.")
+def _find_encoder(folder: Path, image_encoder: Path | None, needed: bool) -> ImageEncoder | None:
+    inside = folder / "image_encoder"
+    if image_encoder is None and not needed and not any(inside.glob("*.safetensors")) and not any(inside.glob("*.bin")):
+        return None
     found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folders"
-    if (folder / "text_encoder_2").is_dir():
-        raise BaseModelError(f"{folder}: an SDXL model (it has text_encoder_2), not yet supported by this version.")
-    for part in PARTS:
-        if not (folder / part).is_dir():
-            raise BaseModelError(f"{folder}: {part} is missing (found: {found}). Use a complete diffusers folder.")
-    if not encoder_folder.is_dir():
-        raise BaseModelError(
-            f"{encoder_folder}: no image encoder there (found in {folder.name}: {found}). Set image_encoder to the "
-            f"folder of a CLIPVisionModelWithProjection; published adapters use {_VIT_H}."
-        )
+    return ImageEncoder(Path(image_encoder or inside), folder / "feature_extractor", f" (found in {folder}: {found})")
 
 
-def _load(kind: Any, folder: Path, **options: Any) -> Any:
-    """`from_pretrained` without network; weights of the variant that is there."""
-    names = [p.name for p in folder.iterdir()]
-    weights = [n for n in names if n.endswith((".safetensors", ".bin"))]
-    if weights and all(".fp16." in name for name in weights):
-        options["variant"] = "fp16"
-    try:
-        return kind.from_pretrained(str(folder), local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BaseModelError(f"{folder}: cannot be read as {kind.__name__}: {reason}") from error
+def _copy_into_memory(module: nn.Module) -> None:
+    """Weights on the CPU are a view of their file, wherever they lie in it. Own ones survive a change of the file, and
+    are aligned: sums over unaligned ones may round differently, so a folder and a single file would not be equal.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
 
 
-def _load_scheduler(folder: Path) -> DDPMScheduler:
-    file = folder / "scheduler" / "scheduler_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{file}: cannot be read ({error}). Copy it from the base model again.") from error
-    name, kind = str(config.get("_class_name", "")), config.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES or name.startswith("FlowMatch"):
-        found = name if name.startswith("FlowMatch") else f"prediction type {kind!r}"
-        raise BaseModelError(f"{file}: {found} cannot be trained; expected {' or '.join(PREDICTION_TYPES)}.")
-    # The file may be any scheduler's; the noise schedule in it is what counts.
-    known = inspect.signature(DDPMScheduler.__init__).parameters
-    return DDPMScheduler.from_config({k: v for k, v in config.items() if k in known})
-
-
-def _image_processor(folder: Path, encoder_folder: Path, size: int) -> CLIPImageProcessor:
-    """The encoder's own preprocessing, the base model's if it fits, else CLIP's at the encoder's size."""
-    for candidate in (encoder_folder, folder / "feature_extractor"):
-        if (candidate / "preprocessor_config.json").is_file():
-            processor = _load(CLIPImageProcessor, candidate)
-            if _side(processor) == size:
-                return processor
-            log.warning(
-                "%s makes pictures of %s px, the image encoder takes %d px: ignored",
-                candidate,
-                _side(processor),
-                size,
-            )
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-
-
-def _side(processor: CLIPImageProcessor) -> int | None:
-    crop: Any = processor.crop_size
-    return crop if crop is None or isinstance(crop, int) else crop["height"]
-
-
-def _name(folder: Path) -> str:
-    """The folder's name, or the repository of a hub cache folder (models--owner--name/snapshots/revision)."""
-    resolved = folder.resolve()
-    if resolved.parent.name == "snapshots":
-        return resolved.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return resolved.name
+def _set_values(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config that are not the defaults: versions of diffusers differ in the rest."""
+    defaults = {k: p.default for k, p in inspect.signature(kind.__init__).parameters.items()}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
+    return {k: v for k, v in config.items() if k in plain and v not in (plain[k], defaults[k])}

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ipadapter_core import load_adapter
+from ipadapter_core import (
+    AdapterSpec,
+    IPAdapter,
+    adapter_from_checkpoint,
+    infer_spec,
+    read_checkpoint,
+    shortcut_hint,
+)
 
 from .base_model import load_base_model
-from .data import to_rgb
 from .errors import DataError, TrainerError
-from .features import encode_pictures
+from .face_embeds import check_face_embed, read_face_embed
 from .generate import generate
+from .image_features import encode_pictures
+from .pixels import to_rgb
 
 
 def generate_files(
@@ -23,48 +34,131 @@ def generate_files(
     image: Path | None,
     output: Path,
     *,
-    prompt: str,
-    negative_prompt: str,
-    weight: float,
-    steps: int,
-    guidance: float,
-    seed: int,
-    count: int,
-    size: int | None,
-    image_encoder: Path | None,
+    face_embed: Path | None = None,
+    prompt: str = "",
+    negative_prompt: str = "",
+    weight: float = 1.0,
+    steps: int = 20,
+    guidance: float = 5.0,
+    seed: int = 0,
+    count: int = 1,
+    size: str | None = None,
+    image_encoder: Path | None = None,
+    base_config: Path | None = None,
+    prediction_type: str | None = None,
+    shortcut: bool | None = None,
 ) -> list[Path]:
     """Load, generate and save; on the GPU in bfloat16 when there is one, else on the CPU in float32.
+
+    `image` and `face_embed` are what the adapter's kind takes. `size` is "512" or "832x1216" (width x height).
+    `shortcut` tells FaceID-plus v2 (True) from v1 where neither the file nor its name does.
 
     Raises TrainerError when the options do not belong together, and as loading and generating do; files are
     checked before the model is loaded.
     """
-    if (adapter is None) != (image is None):
-        missing = "--adapter" if adapter is None else "--image"
-        raise TrainerError(f"An image prompt needs both --adapter and --image; {missing} is missing.")
     if output.suffix.lower() not in Image.registered_extensions():
         raise TrainerError(f"{output}: unknown picture suffix {output.suffix!r}. Use .png.")
+    if adapter is None and (image is not None or face_embed is not None):
+        given = "--image" if image is not None else "--face-embed"
+        raise TrainerError(f"An image prompt needs an adapter; {given} was given, --adapter is missing.")
+    pixels_of = None if size is None else parse_size(size)
+    loaded = None if adapter is None else open_adapter(adapter, shortcut)
+    if loaded is not None:
+        check_prompt(loaded.spec, image, face_embed)
     picture = None if image is None else open_picture(image)
-    loaded = None if adapter is None else load_adapter(adapter, dtype=torch.float32)
+    face = None if loaded is None or face_embed is None else open_face(face_embed, loaded.spec)
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    model = load_base_model(base_model, dtype, device, image_encoder)
+    model = load_base_model(
+        base_model,
+        dtype,
+        device,
+        image_encoder,
+        base_config=base_config,
+        prediction_type=prediction_type,
+        needs_image_encoder=picture is not None,
+    )
+    features = None
+    if loaded is not None:
+        features = encode_pictures(model, loaded.spec, [] if picture is None else [picture], face)
+        model.release("image_encoder")
     pixels = generate(
         model,
         loaded,
         prompts=[prompt] * count,
-        image_embeds=None if picture is None else encode_pictures(model, [picture]),
+        image_features=features,
         weight=weight,
         negative_prompt=negative_prompt,
         steps=steps,
         guidance=guidance,
         seed=seed,
-        size=size,
+        size=pixels_of,
     )
     names = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(1, count + 1)]
     output.parent.mkdir(parents=True, exist_ok=True)
     for name, picture_out in zip(names, to_pictures(pixels), strict=True):
         picture_out.save(name)
     return names
+
+
+def check_prompt(spec: AdapterSpec, image: Path | None, face_embed: Path | None) -> None:
+    """Raises TrainerError when an adapter of this kind needs another prompt than was given."""
+    options = (
+        ("--image", image, spec.image_width, "a picture"),
+        ("--face-embed", face_embed, spec.face_width, "a face embedding"),
+    )
+    for option, given, width, what in options:
+        if width is not None and given is None:
+            raise TrainerError(f"This {spec.kind} adapter needs {what} ({spec.encoder}); {option} is missing.")
+        if width is None and given is not None:
+            raise TrainerError(f"This {spec.kind} adapter takes no {what.split(' ', 1)[1]}; leave {option} out.")
+
+
+def open_adapter(path: Path, shortcut: bool | None = None) -> IPAdapter:
+    """An adapter in float32. FaceID-plus files without metadata take their version from `shortcut`, else from their
+    name.
+
+    Raises AdapterError for what is no adapter, TrainerError when the version stays unknown.
+    """
+    checkpoint = read_checkpoint(path)
+    spec = infer_spec(checkpoint)
+    if spec.kind == "faceid-plus" and spec.shortcut is None and shortcut is None:
+        shortcut = shortcut_hint(path)
+        if shortcut is None:
+            raise TrainerError(
+                f"{path}: FaceID-plus v1 or v2? Neither the file nor its name says. Pass --shortcut for v2, "
+                "--no-shortcut for v1."
+            )
+    return adapter_from_checkpoint(checkpoint, dtype=torch.float32, shortcut=shortcut)
+
+
+def open_face(path: Path, spec: AdapterSpec) -> Tensor:
+    """A face embedding, float32 [1, F], from a .npy file, a torch file, or a .safetensors file with one tensor.
+
+    Raises DataError for a missing or unreadable file, several tensors, and another width than the adapter's.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such face embedding.")
+    if path.suffix != ".safetensors":
+        embed = read_face_embed(path)
+    else:
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path}: cannot be read as a face embedding ({error}).") from error
+        if len(tensors) != 1:
+            raise DataError(f"{path}: holds {len(tensors)} tensors; expected one, a face embedding.")
+        embed = next(iter(tensors.values()))
+    return check_face_embed(embed, int(spec.face_width or 0), str(path))[None]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "512" or "832x1216" (width x height) -> (height, width). Raises TrainerError for another text."""
+    match = re.fullmatch(r"(\d+)(?:\s*[xX]\s*(\d+))?", text.strip())
+    if match is None:
+        raise TrainerError(f"--size {text!r}: expected a side or WIDTHxHEIGHT in pixels, such as 512 or 832x1216.")
+    width = int(match[1])
+    return int(match[2] or width), width
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -1,4 +1,4 @@
-"""A tiny random model in the SD1.5 layout, saved as a real diffusers folder and loaded by the real code."""
+"""Tiny random models, saved as real diffusers folders and loaded by the real code."""
 
 from __future__ import annotations
 
@@ -13,60 +13,13 @@ from typing import Any
 import pytest
 import torch
 from ipadapter_trainer.base_model import BaseModel, load_base_model
-from ipadapter_trainer.config import TrainConfig, make_config
+from ipadapter_trainer.config import TrainConfig
+from ipadapter_trainer.config_file import make_config
 from PIL import Image, ImageDraw
 
-COLOURS = ("red", "green", "blue", "orange", "purple", "teal")
-WIDTHS = (32, 32, 64, 64)
-CONTEXT, EMBEDS = 32, 24
+from ipadapter_core import IPAdapter, init_adapter, new_spec
 
-
-def write_model(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """The layout of SD1.5: sixteen cross-attention layers, a VAE of 8 pixels per latent, CLIP text and
-    vision.
-    """
-    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-    from ipadapter_trainer.emoji.clip import train_tokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer([f"a {c} square" for c in COLOURS], folder / "tokenizer", size=300)
-    UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=WIDTHS,
-        cross_attention_dim=CONTEXT,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    ).save_pretrained(folder / "unet")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=4,
-        sample_size=64,
-    ).save_pretrained(folder / "vae")
-    PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    ).save_pretrained(folder / "scheduler")
-    shared = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=CONTEXT,
-        max_position_embeddings=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **shared,
-    )
-    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    vision = CLIPVisionConfig(hidden_size=32, image_size=32, patch_size=8, projection_dim=EMBEDS, **shared)
-    CLIPVisionModelWithProjection(vision).save_pretrained(folder / "image_encoder")
-    return folder
+from .tiny_models import COLOURS, write_model
 
 
 def draw_picture(colour: str, size: tuple[int, int] = (80, 64)) -> Image.Image:
@@ -95,8 +48,30 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another context width, linear projections, v-prediction."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny-sd2", "sd2")
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two text encoders, pooled text and time ids; 2 to 4 cross-attention layers in two of its three levels."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny-sdxl", "sdxl")
+
+
+@pytest.fixture(scope="session")
 def base_model(model_folder: Path) -> BaseModel:
     return load_base_model(model_folder)
+
+
+@pytest.fixture(scope="session")
+def sd2_model(sd2_folder: Path) -> BaseModel:
+    return load_base_model(sd2_folder)
+
+
+@pytest.fixture(scope="session")
+def sdxl_model(sdxl_folder: Path) -> BaseModel:
+    return load_base_model(sdxl_folder)
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +112,9 @@ def settings(model_folder: Path, pictures: Path, tmp_path: Path) -> dict[str, An
         "steps": 6,
         "workers": 0,
         "log_every": 1,
+        "log_with": "none",
         "learning_rate": 1e-3,
+        "export_dtype": "float32",
     }
 
 
@@ -162,3 +139,30 @@ def run_ipadapter() -> Callable[..., subprocess.Popen[str]]:
         )
 
     return start
+
+
+# Reduced layouts of the published families: the same layers, narrow. 64 divides each context, as every host's heads do.
+ADAPTER_LAYOUTS: dict[str, tuple[tuple[int, ...], int]] = {
+    "sd15": ((4,) * 2 + (8,) * 2 + (12,) * 5 + (8,) * 3 + (4,) * 3 + (16,), 64),
+    "sd2": ((8,) * 2 + (4,) * 2 + (16,) * 5 + (4,) * 3 + (8,) * 3 + (12,), 128),
+    "sdxl": ((4,) * 4 + (8,) * 50 + (4,) * 6 + (8,) * 10, 128),
+}
+
+
+@pytest.fixture
+def random_adapter() -> Callable[..., IPAdapter]:
+    """A frozen adapter of a config's kind in a reduced layout; weights of a trained one's size, all different."""
+    from ipadapter_trainer.kinds import TRAIN_KINDS
+
+    def make(kind: str = "base", layout: str = "sd15", seed: int = 0, **changes: Any) -> IPAdapter:
+        torch.manual_seed(seed)
+        widths, context = ADAPTER_LAYOUTS[layout]
+        chosen = TRAIN_KINDS[kind]
+        options = {"image_width": 24, "face_width": 16, "lora_rank": 2, "resampler_width": 64}
+        spec = new_spec(chosen.kind, widths, context, shortcut=chosen.shortcut, **(options | changes))
+        adapter = init_adapter(spec)
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        return adapter.requires_grad_(False).eval()
+
+    return make
