@@ -1,7 +1,7 @@
 """Checkpoints of a training: the adapter as any host loads it, and beside it what an exact resume needs.
 
-    output/checkpoint-000200/adapter.safetensors   the published layout
-                             training.pt           optimizer, random states, position, identity
+    output/checkpoint-000200/adapter.safetensors   the published layout; the averaged weights where there are such
+                             training.pt           optimizer, average, random states, position, identity
 
 A checkpoint appears under its name by one rename, so whatever has that name is complete.
 """
@@ -25,6 +25,7 @@ import torch
 from ipadapter_core import IPAdapter, load_adapter
 
 from .errors import CheckpointError
+from .optimizers import AveragedWeights
 from .provenance import export_adapter
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -42,17 +43,29 @@ class Identity:
     base_name: str = field(compare=False)  # for messages; a renamed folder is still the same model
     tokens: int
     image_encoder: str
+    optimizer: str
     seed: int
     resolution: int
+    geometry: str  # crops, flips and buckets
+    images_per_batch: int  # of all processes together
     data: str
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far the training is: optimizer steps done, and draws of examples used."""
+    """How far the training is: optimizer steps done, and batches (of all processes together) used."""
 
     step: int = 0
-    draws: int = 0
+    batches: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Everything that changes while training. The optimizer may be Accelerate's wrapper of one."""
+
+    adapter: IPAdapter
+    optimizer: torch.optim.Optimizer
+    average: AveragedWeights
 
 
 def checkpoint_folders(output: Path) -> list[Path]:
@@ -67,10 +80,8 @@ def save_checkpoint(
     output: Path,
     position: Position,
     identity: Identity,
-    adapter: IPAdapter,
+    state: State,
     *,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
     metadata: dict[str, str],
     keep: int,
 ) -> Path:
@@ -89,16 +100,18 @@ def save_checkpoint(
     temporary = output / f"{_UNFINISHED}{target.name}-{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
-        export_adapter(temporary / ADAPTER_FILE, adapter, metadata)
-        state = {
+        with state.average.applied():
+            export_adapter(temporary / ADAPTER_FILE, state.adapter, metadata)
+        content = {
             "position": asdict(position),
             "identity": asdict(identity),
-            "optimizer": optimizer.state_dict(),
-            "generator": generator.get_state(),
+            "weights": state.adapter.state_dict() if state.average.exist else {},  # else adapter.safetensors has them
+            "optimizer": state.optimizer.state_dict(),
+            "average": state.average.state_dict(),
             "random": _random_states(),
         }
         with (temporary / STATE_FILE).open("wb") as stream:
-            torch.save(state, stream)
+            torch.save(content, stream)
             stream.flush()
             os.fsync(stream.fileno())
         if target.exists():  # the name without the files: not ours, or damaged
@@ -113,28 +126,25 @@ def save_checkpoint(
     return target
 
 
-def resume(
-    folder: Path,
-    identity: Identity,
-    adapter: IPAdapter,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-) -> Position:
+def resume(folder: Path, identity: Identity, state: State) -> Position:
     """Put a checkpoint's state into a training that was built the same way; random states are set too. The
     optimizer keeps its learning rate and weight decay, which the settings may have changed.
 
     Raises CheckpointError when it belongs to another training (naming both values) or cannot be read.
     """
-    state = _read(folder)
-    check_identity(folder, state["identity"], identity)
-    settings = [{k: group[k] for k in ("lr", "weight_decay")} for group in optimizer.param_groups]
-    adapter.load_state_dict(load_adapter(folder / ADAPTER_FILE, dtype=torch.float32).state_dict())
-    optimizer.load_state_dict(state["optimizer"])
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+    content = _read(folder)
+    check_identity(folder, content["identity"], identity)
+    kept = ("lr", "initial_lr", "weight_decay")
+    settings = [{k: group[k] for k in kept if k in group} for group in state.optimizer.param_groups]
+    weights = content["weights"] or load_adapter(folder / ADAPTER_FILE, dtype=torch.float32).state_dict()
+    state.adapter.load_state_dict(weights)
+    state.optimizer.load_state_dict(content["optimizer"])
+    for group, setting in zip(state.optimizer.param_groups, settings, strict=True):
+        group.pop("initial_lr", None)  # the schedule takes it from lr
         group.update(setting)
-    generator.set_state(state["generator"])
-    _restore_random_states(state["random"])
-    return Position(**state["position"])
+    state.average.load_state_dict(content["average"])
+    _restore_random_states(content["random"])
+    return Position(**content["position"])
 
 
 def check_identity(folder: Path, found: Mapping[str, Any], wanted: Identity) -> None:

@@ -1,21 +1,17 @@
-"""The settings of a training: a TOML file, `key=value` overrides, and refusals before anything is loaded."""
+"""The settings of a training. Reading and refusing them is in `config_file`."""
 
 from __future__ import annotations
 
-import difflib
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .errors import ConfigError
+from .kinds import TRAIN_KINDS, TrainKind
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+KindName = Literal["base", "plus", "full", "faceid", "faceid-plus", "faceid-plusv2", "portrait"]
+assert get_args(KindName) == tuple(TRAIN_KINDS)
 
 
 class TrainConfig(BaseModel):
@@ -23,36 +19,71 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    # --- Models
     base_model: Path = Field(
-        description="Folder of the base model in the diffusers layout (unet, vae, text_encoder, tokenizer, "
-        "scheduler). The adapter fits every fine-tune of the same family, best the one it was trained on."
+        description="The base model: a folder in the diffusers layout (unet, vae, text_encoder, tokenizer, scheduler), "
+        "or a single .safetensors checkpoint. SD1.5, SD2 or SDXL. The adapter fits every fine-tune of the same family, "
+        "best the one it was trained on."
     )
-    data: Path = Field(
-        description="Pictures and captions: a folder (picture.png with picture.txt, or a metadata.jsonl), or "
-        "a "
-        'JSON list [{"image_file": ..., "text": ...}].'
+    base_config: Path | None = Field(
+        None,
+        description="For a single-file base_model: a diffusers folder of the same family, for its configs and "
+        "tokenizers; default: the ones that diffusers downloads.",
     )
-    output: Path = Field(description="Folder of the checkpoints, the log and, at the end, adapter.safetensors.")
     image_encoder: Path | None = Field(
         None,
         description="Folder of a CLIPVisionModelWithProjection; default: image_encoder inside base_model. Users of "
-        "the adapter need the same encoder.",
+        "the adapter need the same encoder. faceid and portrait need none.",
     )
-    data_root: Path | None = Field(
-        None, description="Folder that file names in a JSON list are relative to; default: the list's folder."
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None,
+        description="What the base model predicts; default: what its scheduler says. Refused when a diffusers folder "
+        "says otherwise; a single file often does not say.",
     )
-    kind: Literal["base"] = Field(
-        "base", description="Kind of adapter. base: a few tokens from the picture's global embedding."
+    kind: KindName = Field(
+        "base",
+        description="Kind of adapter. " + ". ".join(f"{k.name}: {k.summary}" for k in TRAIN_KINDS.values()) + ".",
     )
-    tokens: int = Field(
-        4,
+    tokens: int | None = Field(
+        None,
         ge=1,
-        description="Image tokens. Most hosts read the number 4 only; another number needs a host of its own.",
+        description="Image tokens; default: as published. Most hosts read the published number only.",
     )
     init_from: Path | None = Field(
         None,
         description="An adapter file to start from instead of a new one; choose a learning rate of 1e-5 to 2e-5 with "
         "it.",
+    )
+
+    # --- Data
+    data: str = Field(
+        description="Pictures and captions: a folder (picture.png with picture.txt, or a metadata.jsonl), a .jsonl, a "
+        'JSON list [{"image_file": ..., "text": ...}], or WebDataset shards, local or by URL: '
+        "pictures-{000..099}.tar."
+    )
+    output: Path = Field(description="Folder of the checkpoints, the logs and, at the end, the adapter.")
+    data_root: Path | None = Field(
+        None, description="Folder that file names in a list are relative to; default: the list's folder."
+    )
+    face_embeds: Path | None = Field(
+        None,
+        description="For the faceid kinds: a .safetensors or .npz file with one face embedding a picture, by file "
+        "name. Rows of a list may name a file each instead (id_embed_file).",
+    )
+    cache: Path | None = Field(
+        None, description="Folder that `ipadapter cache` wrote with these settings: the frozen encoders are not run."
+    )
+    cache_variants: int = Field(
+        1,
+        ge=1,
+        description="Random crops of each picture (and of its reference, with reference_crop) that the cache holds and "
+        "grows with; the epochs take turns with them.",
+    )
+    cache_image_features: Literal["float16", "int8", "none"] = Field(
+        "float16",
+        description="How the cache holds the patches that plus, full and the faceid-plus kinds read: float16 (658 KB a "
+        "picture with ViT-H/14), int8 (half of it), or none: the image encoder runs while training. The embedding that "
+        "base reads is small, and always float16.",
     )
     resolution: int = Field(
         512,
@@ -60,23 +91,32 @@ class TrainConfig(BaseModel):
         multiple_of=8,
         description="Side of the training pictures in pixels; use what the base was made for.",
     )
+    buckets: bool = Field(
+        False,
+        description="Keep each picture's shape: batches of one aspect ratio, with the area of resolution squared, "
+        "instead of squares.",
+    )
+    bucket_step: int = Field(64, ge=8, multiple_of=8, description="Sides of the buckets are multiples of it.")
+    crop: Literal["center", "random"] = Field(
+        "center",
+        description="Where a picture that is too long is cut. A picture that is its own reference is cut alike, "
+        "another reference never.",
+    )
     flip: bool = Field(
         False, description="Mirror half of the pictures: more variety, but lettering and left/right are lost."
     )
-    batch_size: int = Field(8, ge=1, description="Pictures that are on the device at once; decides the memory.")
-    gradient_accumulation: int = Field(
-        1,
-        ge=1,
-        description="Batches per step: a larger effective batch at no memory, in proportionally more time.",
+    reference_crop: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Smallest share of the reference picture that is kept by a random crop, so that copying it is no "
+        "way out; 1 keeps all.",
     )
-    steps: int | None = Field(
-        None, ge=1, description="Optimizer steps in all, resumed runs counted in. Or give epochs."
-    )
-    epochs: float | None = Field(None, gt=0, description="Passes over the data in all. Or give steps.")
-    learning_rate: float = Field(1e-4, gt=0, description="AdamW's learning rate, constant.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
-    max_grad_norm: float = Field(
-        1.0, ge=0, description="Longer gradients are shortened to this, which tames outliers; 0 turns it off."
+    self_reference: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Where a row names a reference: share of the draws that take the picture itself instead.",
     )
     text_dropout: float = Field(
         0.05,
@@ -88,132 +128,198 @@ class TrainConfig(BaseModel):
         0.05,
         ge=0,
         le=1,
-        description="Share of pictures with a zeroed embedding; the negative image of guidance.",
+        description="Share of pictures whose image prompt is dropped: the negative image of guidance.",
     )
-    both_dropout: float = Field(0.05, ge=0, le=1, description="Share of pictures without caption and embedding.")
-    mixed_precision: Literal["no", "bf16"] = Field(
+    both_dropout: float = Field(0.05, ge=0, le=1, description="Share of pictures without caption and image prompt.")
+    workers: int = Field(4, ge=0, description="Processes that decode pictures; 0 decodes in the training process.")
+
+    # --- Training
+    steps: int | None = Field(
+        None, ge=1, description="Optimizer steps in all, resumed runs counted in. Or give epochs."
+    )
+    epochs: float | None = Field(None, gt=0, description="Passes over the data in all. Or give steps.")
+    batch_size: int = Field(8, ge=1, description="Pictures on each device at once; decides the memory.")
+    gradient_accumulation: int = Field(
+        1,
+        ge=1,
+        description="Batches per step: a larger effective batch at no memory, in proportionally more time.",
+    )
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree"] = Field(
+        "adamw",
+        description="adamw: PyTorch's, fused. adamw8bit: its states in 8 bit (bitsandbytes). prodigy: finds the "
+        "learning rate (prodigyopt; learning_rate=1). schedulefree: AdamW that needs no schedule (schedulefree).",
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="The optimizer's learning rate; 1 for prodigy.")
+    lr_schedule: Literal["constant", "cosine", "linear", "cosine_with_restarts", "polynomial"] = Field(
+        "constant", description="How the learning rate goes on after the warm-up, until the last step."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps in which the learning rate rises from zero.")
+    weight_decay: float = Field(0.01, ge=0, description="The optimizer's weight decay.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Longer gradients are shortened to this, which tames outliers; 0 turns it off."
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Also average the weights over the steps, with this decay (0.9999 for long runs), and export the "
+        "average; 0 turns it off.",
+    )
+    noise_offset: float = Field(
+        0.0, ge=0, description="Noise that shifts a whole channel, for darker and brighter pictures; SDXL used 0.05."
+    )
+    min_snr_gamma: float | None = Field(
+        None, gt=0, description="Weigh easy timesteps down (min-SNR, arXiv 2303.09556), usually 5."
+    )
+    zero_terminal_snr: bool = Field(
+        False,
+        description="Let the last timestep be pure noise (arXiv 2305.08891), for a v-prediction base that was trained "
+        "so.",
+    )
+    mixed_precision: Literal["no", "bf16", "fp8"] = Field(
         "no",
         description="no: all in float32. bf16: the frozen base in bfloat16, half the memory and much faster on a "
-        "GPU; the adapter stays in float32.",
+        "GPU. fp8: its UNet stored in 8 bit and computed in bfloat16, a quarter of the memory. The adapter stays in "
+        "float32.",
     )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: far less memory, a third more time."
+    )
+    compile: bool = Field(False, description="torch.compile the UNet: minutes at the start, then faster steps.")
     seed: int = Field(
         0,
         ge=0,
-        description="Decides weights, order, dropout and noise: the same seed gives the same adapter.",
+        description="Decides weights, order, crops, dropout and noise: the same seed gives the same adapter.",
     )
-    workers: int = Field(4, ge=0, description="Processes that decode pictures; 0 decodes in the training process.")
+
+    # --- Output
     save_every: int = Field(1000, ge=1, description="Steps between checkpoints; a crash costs at most these.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints to keep; older ones are deleted.")
     log_every: int = Field(
         10, ge=1, description="Steps between lines of log.jsonl; the loss in a line is the mean over them."
+    )
+    log_with: Literal["tensorboard", "wandb", "trackio", "none"] = Field(
+        "tensorboard", description="Where the numbers and pictures go besides log.jsonl and the report."
+    )
+    validation_pictures: int = Field(
+        16,
+        ge=0,
+        description="Pictures held out for the validation, at most a tenth of the data; 0 turns it off.",
+    )
+    validate_every: int = Field(
+        1000,
+        ge=1,
+        description="Steps between validations: the loss at fixed noise and timesteps with the right image, no image "
+        "and another image, how strong the image attention is beside the text's, and a grid of samples.",
+    )
+    sample_pictures: int = Field(4, ge=0, description="Rows of the grid of samples; 0 draws none.")
+    sample_text: str = Field("", description="A text for one more column of the grid, beside each caption.")
+    sample_steps: int = Field(20, ge=1, description="DDIM steps of a sample.")
+    export_dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        "float16", description="Precision of the exported adapter, float16 as published. Checkpoints are in float32."
     )
     resume: bool = Field(
         True,
         description="Go on from the newest checkpoint in output. false refuses an output that already has some.",
     )
 
+    @property
+    def train_kind(self) -> TrainKind:
+        """The kind's table entry."""
+        return TRAIN_KINDS[self.kind]
+
+    @property
+    def from_shards(self) -> bool:
+        """Whether the data are WebDataset shards."""
+        return self.data.split("?")[0].endswith((".tar", ".tar.gz", ".tgz"))
+
     @model_validator(mode="before")
     @classmethod
     def _expand_home(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            return {
-                k: str(Path(v).expanduser()) if isinstance(v, str) and v.startswith("~") else v
-                for k, v in values.items()
-            }
+        if not isinstance(values, Mapping):
+            return values
+        values = {
+            k: str(Path(v).expanduser()) if isinstance(v, str) and v.startswith("~") else v for k, v in values.items()
+        }
+        if isinstance(values.get("data"), Path):  # a path or a URL, so kept as text
+            values["data"] = str(values["data"])
         return values
 
     @model_validator(mode="after")
     def _check_combinations(self) -> TrainConfig:
-        if (self.steps is None) == (self.epochs is None):
-            given = "neither is given" if self.steps is None else f"steps={self.steps}, epochs={self.epochs} are"
-            raise ValueError(f"give either steps or epochs ({given})")
-        dropout = self.text_dropout + self.image_dropout + self.both_dropout
-        if dropout > 1:
-            raise ValueError(
-                f"text_dropout + image_dropout + both_dropout is {dropout:g}, but they are shares of one whole (at "
-                "most 1)"
-            )
-        if self.data_root is not None and self.data.suffix not in (".json", ".jsonl"):
-            raise ValueError(f"data_root belongs to a .json or .jsonl list, but data is {str(self.data)!r}")
+        problems = [problem for check in _CHECKS if (problem := check(self)) is not None]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
-def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a TOML file and `key=value` overrides (an empty value or "none" unsets an optional key).
-
-    Raises ConfigError for a missing or malformed file, and as `make_config` does.
-    """
-    values: dict[str, Any] = {} if file is None else _read_toml(file)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{override!r} is not an override. Write key=value, such as steps=1000.")
-        values[key.strip()] = value.strip()
-    return make_config(values)
+def _length(c: TrainConfig) -> str | None:
+    if (c.steps is None) != (c.epochs is None):
+        return None
+    given = "neither is given" if c.steps is None else f"steps={c.steps}, epochs={c.epochs} are"
+    return f"give either steps or epochs ({given})"
 
 
-def make_config(values: Mapping[str, Any]) -> TrainConfig:
-    """Validate settings by name.
-
-    Raises ConfigError that names an unknown key with the nearest valid one, a missing key, a value of the
-    wrong type with the expected type, or settings that exclude each other; all problems at once.
-    """
-    optional = {name for name, field in TrainConfig.model_fields.items() if field.default is None}
-    cleaned = {k: None if k in optional and v in ("", "none") else v for k, v in values.items()}
-    try:
-        return TrainConfig.model_validate(cleaned)
-    except ValidationError as error:
-        problems = [_problem(dict(e)) for e in error.errors()]
-    text = "; ".join(problems)
-    raise ConfigError(text if text.endswith("?") else text + ".")
+def _dropout(c: TrainConfig) -> str | None:
+    total = c.text_dropout + c.image_dropout + c.both_dropout
+    if total <= 1:
+        return None
+    return f"text_dropout + image_dropout + both_dropout is {total:g}, but they are shares of one whole (at most 1)"
 
 
-def options_text() -> str:
-    """Every key with its default and meaning, for `ipadapter train --options`."""
-    lines: list[str] = []
-    for name, field in TrainConfig.model_fields.items():
-        default = "required" if field.is_required() else "unset" if field.default is None else f"{field.default!s}"
-        lines.append(f"{name} ({default})\n    {field.description}")
-    return "\n".join(lines)
+def _data(c: TrainConfig) -> str | None:
+    if c.data_root is not None and Path(c.data).suffix not in (".json", ".jsonl"):
+        return f"data_root belongs to a .json or .jsonl list, but data is {c.data!r}"
+    if c.from_shards and c.epochs is not None:
+        return f"epochs={c.epochs} needs a data set of known length, but data is a stream of shards; give steps"
+    if c.from_shards and c.buckets:
+        return "buckets need the size of every picture before the start; unpack the shards, or set buckets=false"
+    return None
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ConfigError(f"{file}: no such config file. Give a .toml file, or only key=value settings.")
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid TOML ({error}).") from error
+def _faces(c: TrainConfig) -> str | None:
+    if c.face_embeds is not None and not c.train_kind.takes_face:
+        return f"face_embeds is for the faceid and portrait kinds, but kind is {c.kind!r}"
+    return None
 
 
-_EXPECTED = {
-    "int": "a whole number",
-    "float": "a number",
-    "finite": "a finite number",
-    "bool": "true or false",
-    "path": "a path",
-    "string": "text",
-}
+def _cache(c: TrainConfig) -> str | None:
+    if c.cache_variants > 1 and c.crop == "center" and c.reference_crop == 1:
+        return (
+            f"cache_variants={c.cache_variants} would hold the same crop {c.cache_variants} times; set crop=random or "
+            "reference_crop below 1, or leave it out"
+        )
+    if c.cache is not None and c.from_shards:
+        return (
+            "the cache is made from a folder or a list, but data is a stream of shards; unpack them, or leave cache out"
+        )
+    return None
 
 
-def _problem(error: dict[str, Any]) -> str:
-    """One of pydantic's errors as a clause without a full stop."""
-    kind, key = str(error["type"]), ".".join(str(part) for part in error["loc"])
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, TrainConfig.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "see `ipadapter train --options`"
-        return f"unknown key {key!r}; {hint}"
-    if kind == "missing":
-        return f"{key} is missing; write {key}=... ({TrainConfig.model_fields[key].description})"
-    if kind == "value_error":  # a refused combination
-        return str(error["ctx"]["error"])
-    context = error.get("ctx", {})
-    if kind == "literal_error":
-        expected = context["expected"]
-    elif kind in ("greater_than_equal", "greater_than", "less_than_equal", "multiple_of"):
-        word = {"ge": "at least", "gt": "more than", "le": "at most", "multiple_of": "a multiple of"}
-        name, limit = next(iter(context.items()))
-        expected = f"{word[name]} {limit:g}"
-    else:
-        expected = _EXPECTED.get(kind.split("_", maxsplit=1)[0], str(error["msg"]))
-    return f"{key} = {error['input']!r}: expected {expected}"
+def _shape(c: TrainConfig) -> str | None:
+    if c.kind == "full" and c.tokens is not None:
+        return f"tokens={c.tokens}: a full adapter has one token for every patch; leave tokens out"
+    if c.buckets and c.bucket_step > c.resolution:
+        return f"bucket_step={c.bucket_step} is more than resolution={c.resolution}; lower it"
+    return None
+
+
+def _schedule(c: TrainConfig) -> str | None:
+    if c.optimizer == "schedulefree" and c.lr_schedule != "constant":
+        return f"optimizer=schedulefree needs no schedule, but lr_schedule is {c.lr_schedule!r}; set constant"
+    if c.optimizer == "schedulefree" and c.ema_decay:
+        return f"optimizer=schedulefree averages the weights itself; set ema_decay=0 (it is {c.ema_decay:g})"
+    if c.optimizer == "prodigy" and c.learning_rate < 0.1:
+        return f"optimizer=prodigy finds the learning rate: set learning_rate=1 (it is {c.learning_rate:g})"
+    if c.steps is not None and c.warmup_steps >= c.steps:
+        return f"warmup_steps={c.warmup_steps} leave nothing of steps={c.steps}"
+    return None
+
+
+def _objective(c: TrainConfig) -> str | None:
+    if c.zero_terminal_snr and c.prediction_type == "epsilon":
+        return "zero_terminal_snr leaves an epsilon model nothing to predict at the last timestep; use v_prediction"
+    return None
+
+
+_CHECKS = (_length, _dropout, _data, _faces, _cache, _shape, _schedule, _objective)

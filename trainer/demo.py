@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,9 +19,11 @@ from .emoji.adapter import emoji_batches, encode_emoji
 from .emoji.clip import normalize
 from .emoji.pictures import EmojiPictures, load_pictures, to_pixels
 from .emoji.quality import GUIDANCE, Judges, choose_references, load_judges
-from .engine import check_loss, new_adapter, new_optimizer, train_steps
-from .features import encode_clip_images
+from .engine import check_loss, denoiser, new_adapter, train_steps
 from .generate import generate
+from .grid import draw_grid
+from .image_features import encode_clip_images
+from .optimizers import new_optimizer
 from .pictures import to_pictures
 from .provenance import export_adapter, provenance
 
@@ -33,6 +34,7 @@ BATCH, LEARNING_RATE = (
 )  # a tiny adapter in two minutes, not a real one in days: 20 times the usual rate
 STEPS = 12
 ROWS, MEASURED = 6, 24
+SIDE = 128  # of a picture in the grid; the model's own is 64
 OTHER_TEXT = "cat face"
 
 
@@ -62,7 +64,9 @@ def demo(output: Path, adapter: str | None = None, minutes: float = 2.0, seed: i
     if adapter is None:
         trained = train_demo_adapter(base_model, load_pictures(folder / "pictures.zip", "train"), minutes, seed)
         file = output.with_suffix(".safetensors")
-        metadata = provenance(base_model, steps=trained.steps, images_seen=trained.images, seed=seed)
+        metadata = provenance(
+            base_model, trained.adapter.spec, steps=trained.steps, images_seen=trained.images, seed=seed
+        )
         export_adapter(file, trained.adapter, metadata)
         print(f"Saved the adapter: {file} ({trained.steps} steps, {trained.images} pictures seen)")
         chosen = trained.adapter
@@ -80,7 +84,9 @@ def demo(output: Path, adapter: str | None = None, minutes: float = 2.0, seed: i
         else _generate(base_model, chosen, embeds[:ROWS], c.text, c.weight, seed)
         for c in COLUMNS
     ]
-    draw_grid(pictures[:ROWS], columns).save(output)
+    titles = ("image prompt", *(column.title for column in COLUMNS))
+    shown = [to_pictures(pixels) for pixels in (pictures[:ROWS], *columns)]
+    draw_grid(list(zip(titles, shown, strict=True)), side=SIDE).save(output)
     report(judges, pictures, alone)
     print(f"Picture: {output.resolve()} ({time.monotonic() - started:.0f} s in all)")
 
@@ -107,15 +113,12 @@ def train_demo_adapter(base_model: BaseModel, pictures: EmojiPictures, minutes: 
     parameters = sum(p.numel() for p in adapter.parameters())
     print(f"Training {parameters / 1e6:.2f} M parameters; the {base_model.name} UNet stays frozen.", flush=True)
     began, images, smooth, step = time.monotonic(), 0, None, 0
-    training = train_steps(
-        base_model,
-        adapter,
-        emoji_batches(features, BATCH, generator),
-        optimizer=optimizer,
-        generator=generator,
-        steps=1_000_000,
-    )
-    with closing(training), tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+    batches = emoji_batches(features, BATCH, generator)
+    with (
+        denoiser(base_model, adapter) as model,
+        closing(train_steps(model, batches, optimizer=optimizer, steps=1_000_000)) as training,
+        tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar,
+    ):
         for progress in training:
             now, step = time.monotonic(), progress.step
             images += progress.images
@@ -135,7 +138,7 @@ def _generate(base_model: BaseModel, adapter: IPAdapter, embeds: Tensor, text: s
         base_model,
         adapter,
         prompts=[text],
-        image_embeds=embeds,
+        image_features=[embeds],
         weight=weight,
         steps=STEPS,
         guidance=GUIDANCE,
@@ -150,18 +153,3 @@ def report(judges: Judges, references: Tensor, generated: dict[float, Tensor]) -
         closeness = judges.closeness(generated[weight], references)
         by_colour, by_clip = closeness["closer_by_histogram"], closeness["closer_by_clip"]
         print(f"  {title:16} by colour {by_colour:4.0%}   by the vision model {by_clip:4.0%}")
-
-
-def draw_grid(prompts: Tensor, columns: list[Tensor], scale: int = 2, gap: int = 8, header: int = 28) -> Image.Image:
-    """One row a prompt, one column a setting, titles on top; pixels [R, 3, 64, 64] in [-1, 1]."""
-    titles = ("image prompt", *(column.title for column in COLUMNS))
-    side = prompts.shape[-1] * scale
-    grid = Image.new("RGB", (len(titles) * (side + gap) + gap, header + len(prompts) * (side + gap)), "white")
-    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(size=14)
-    for x, (title, pixels) in enumerate(zip(titles, (prompts, *columns), strict=True)):
-        left = gap + x * (side + gap)
-        pen.text((left + side / 2, header / 2), title, fill="black", font=font, anchor="mm")
-        for y, picture in enumerate(to_pictures(pixels)):
-            grid.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, header + y * (side + gap)))
-    pen.line([(side + 1.5 * gap, gap), (side + 1.5 * gap, grid.height - gap)], fill="lightgrey")
-    return grid

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ipadapter_trainer.config import TrainConfig, load_config, make_config, options_text
+from ipadapter_trainer.config import TrainConfig
+from ipadapter_trainer.config_file import load_config, make_config, options_text
 from ipadapter_trainer.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.toml"))
@@ -13,7 +14,7 @@ MINIMAL: dict[str, Any] = {"base_model": "m", "data": "d", "output": "o", "steps
 
 def test_the_defaults_are_the_papers_recipe() -> None:
     config = make_config(MINIMAL)
-    assert (config.learning_rate, config.weight_decay, config.tokens) == (1e-4, 0.01, 4)
+    assert (config.learning_rate, config.weight_decay, config.tokens) == (1e-4, 0.01, None)
     assert (config.text_dropout, config.image_dropout, config.both_dropout) == (0.05, 0.05, 0.05)
 
 
@@ -29,12 +30,23 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"flip": "perhaps"}, ["flip = 'perhaps'", "true or false"]),
         ({"resolution": 500}, ["resolution = 500", "a multiple of 8"]),
         ({"mixed_precision": "fp16"}, ["mixed_precision = 'fp16'", "'no'", "'bf16'"]),
-        ({"kind": "plus"}, ["kind = 'plus'", "'base'"]),
+        ({"kind": "faceid2"}, ["kind = 'faceid2'", "'faceid-plusv2'"]),
         ({"steps": None}, ["either steps or epochs"]),
         ({"epochs": 2}, ["either steps or epochs"]),
         ({"text_dropout": 0.9, "image_dropout": 0.2}, ["1.15", "at most 1"]),
         ({"data_root": "x"}, ["data_root", "'d'"]),
-        ({"data": 3}, ["data = 3", "a path"]),
+        ({"data": 3}, ["data = 3", "text"]),
+        ({"output": 3}, ["output = 3", "a path"]),
+        ({"data": "s-{0..9}.tar", "steps": None, "epochs": 1}, ["epochs=1.0", "give steps"]),
+        ({"data": "s-{0..9}.tar", "buckets": True}, ["buckets", "unpack the shards"]),
+        ({"face_embeds": "f.safetensors"}, ["face_embeds", "'base'"]),
+        ({"kind": "full", "tokens": 4}, ["tokens=4", "every patch"]),
+        ({"optimizer": "prodigy"}, ["learning_rate=1", "0.0001"]),
+        ({"optimizer": "schedulefree", "lr_schedule": "cosine"}, ["schedulefree", "'cosine'"]),
+        ({"optimizer": "schedulefree", "ema_decay": 0.9}, ["ema_decay=0", "0.9"]),
+        ({"warmup_steps": 10}, ["warmup_steps=10", "steps=10"]),
+        ({"buckets": True, "resolution": 32}, ["bucket_step=64", "resolution=32"]),
+        ({"zero_terminal_snr": True, "prediction_type": "epsilon"}, ["v_prediction"]),
     ],
 )
 def test_a_mistake_is_named_with_what_was_expected(changes: dict[str, Any], words: list[str]) -> None:
@@ -54,7 +66,7 @@ def test_overrides_win_over_the_file_and_can_unset(tmp_path: Path) -> None:
     file.write_text('base_model = "m"\ndata = "~/d"\noutput = "o"\nsteps = 5\n')
     config = load_config(file, ["steps=none", "epochs=1.5", "flip=true", "learning_rate=2e-5"])
     assert (config.steps, config.epochs, config.flip, config.learning_rate) == (None, 1.5, True, 2e-5)
-    assert config.data == Path("~/d").expanduser()
+    assert config.data == str(Path("~/d").expanduser())
 
 
 @pytest.mark.parametrize("override", ["steps", "=3"])

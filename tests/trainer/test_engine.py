@@ -1,44 +1,73 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import repeat
+from dataclasses import replace
+from itertools import count, islice, repeat
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from ipadapter_trainer.base_model import BaseModel
-from ipadapter_trainer.data import PictureDataset, Recipe, collate
-from ipadapter_trainer.engine import (
-    TrainingBatch,
-    check_loss,
-    new_adapter,
-    new_optimizer,
-    train_steps,
-    training_loss,
-)
+from ipadapter_trainer.conditioning import TextStates, encode_prompts
+from ipadapter_trainer.engine import Denoiser, TrainingBatch, check_loss, denoiser, new_adapter, train_steps
 from ipadapter_trainer.errors import DivergedError, TrainerError
-from ipadapter_trainer.examples import find_examples
-from ipadapter_trainer.features import Features, encode_batch
+from ipadapter_trainer.features import Features
+from ipadapter_trainer.kinds import TRAIN_KINDS
+from ipadapter_trainer.objective import Objective
+from ipadapter_trainer.optimizers import new_optimizer
 
-from ipadapter_core import AdapterApplication, AdapterError, diffusers_sites, inject, save_adapter
+from ipadapter_core import AdapterApplication, AdapterError, IPAdapter, diffusers_sites, inject, save_adapter
+
+KEEP = torch.zeros(4)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def random_batch(model: BaseModel, adapter: IPAdapter, seed: int = 0, rows: int = 4) -> TrainingBatch:
+    """Features of the right shapes for a model and an adapter, and the draws of a step."""
+    generator, spec = seeded(seed), adapter.spec
+    shapes: list[tuple[int, ...]] = []
+    if spec.face_width is not None:
+        shapes.append((rows, spec.face_width))
+    if spec.image_width is not None:
+        grid = () if spec.feature == "image_embeds" else (model.image_tokens,)
+        shapes.append((rows, *grid, spec.image_width))
+    text = encode_prompts(model, ["a red square"]).expand(rows)
+    return TrainingBatch(
+        Features(
+            torch.randn(rows, 4, 8, 8, generator=generator),
+            text,
+            tuple(torch.randn(shape, generator=generator) for shape in shapes),
+            torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(rows, -1) if model.is_sdxl else None,
+        ),
+        drop_image_embeds=torch.zeros(rows),
+        noise=torch.randn(rows, 4, 8, 8, generator=generator),
+        timesteps=torch.randint(1000, (rows,), generator=generator),
+    )
+
+
 @pytest.fixture
-def features(base_model: BaseModel, pictures: Path) -> Features:
-    dataset = PictureDataset(find_examples(pictures), base_model, Recipe(64, text_dropout=0, both_dropout=0))
-    return encode_batch(base_model, collate([dataset[i] for i in range(4)]))
+def adapter(base_model: BaseModel) -> IPAdapter:
+    torch.manual_seed(0)
+    return new_adapter(base_model)
 
 
-KEEP = torch.zeros(4)
+@pytest.fixture
+def batch(base_model: BaseModel, adapter: IPAdapter) -> TrainingBatch:
+    return random_batch(base_model, adapter)
 
 
-def test_keys_and_values_start_as_the_unets_own(base_model: BaseModel) -> None:
-    adapter = new_adapter(base_model)
+def part(batch: TrainingBatch, rows: list[int]) -> TrainingBatch:
+    chosen = torch.tensor(rows)
+    return TrainingBatch(
+        batch.features.index(chosen), batch.drop_image_embeds[chosen], batch.noise[chosen], batch.timesteps[chosen]
+    )
+
+
+def test_keys_and_values_start_as_the_unets_own(base_model: BaseModel, adapter: IPAdapter) -> None:
     modules = dict(base_model.unet.named_modules())
     sites = diffusers_sites(base_model.unet)
     assert len(sites) == 16
@@ -48,145 +77,207 @@ def test_keys_and_values_start_as_the_unets_own(base_model: BaseModel) -> None:
     assert all(p.requires_grad and p.dtype == torch.float32 for p in adapter.parameters())
 
 
-def test_features_are_those_of_the_frozen_models(base_model: BaseModel, features: Features) -> None:
-    assert features.latents.shape == (4, 4, 8, 8)
-    assert features.text_states.shape == (4, 16, 32)
-    assert features.image_embeds.shape == (4, 24)
+def test_features_can_be_split_and_joined(batch: TrainingBatch) -> None:
+    features = batch.features
     both = Features.cat([features.index(torch.tensor([0])), features.index(torch.tensor([1, 2, 3]))])
     assert torch.equal(both.latents, features.latents)
-    assert torch.equal(both.image_embeds, features.image_embeds)
+    assert torch.equal(both.text.states, features.text.states)
+    assert torch.equal(both.image_features[0], features.image_features[0])
 
 
-def test_latents_are_drawn_from_the_posterior_by_the_generator(base_model: BaseModel, pictures: Path) -> None:
-    dataset = PictureDataset(find_examples(pictures), base_model, Recipe(64))
-    batch = collate([dataset[0], dataset[1]])
-    first, again, other = (encode_batch(base_model, batch, seeded(s)).latents for s in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_weight_zero_is_the_plain_unet(base_model: BaseModel, features: Features) -> None:
-    unet, time = base_model.unet, torch.tensor([500] * 4)
-    plain = unet(features.latents, time, features.text_states).sample
-    key_values = new_adapter(base_model)(features.image_embeds)
+def test_weight_zero_is_the_plain_unet(base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch) -> None:
+    unet, time, text = base_model.unet, torch.tensor([500] * 4), batch.features.text.states
+    plain = unet(batch.features.latents, time, text).sample
+    key_values = adapter(*batch.features.image_features)
     with inject(unet, AdapterApplication(key_values, weight=0.0)):
-        assert torch.equal(unet(features.latents, time, features.text_states).sample, plain)
+        assert torch.equal(unet(batch.features.latents, time, text).sample, plain)
     with inject(unet, AdapterApplication(key_values)):
-        assert not torch.equal(unet(features.latents, time, features.text_states).sample, plain)
+        assert not torch.equal(unet(batch.features.latents, time, text).sample, plain)
 
 
 @pytest.mark.parametrize("name", ["base_model", "v_model"])
-def test_the_loss_is_the_mean_squared_error_of_the_target(
-    name: str, features: Features, request: pytest.FixtureRequest
-) -> None:
-    """Computed a second time by hand, noise and timesteps drawn in the same order."""
+def test_the_loss_is_the_mean_squared_error_of_the_target(name: str, request: pytest.FixtureRequest) -> None:
+    """Computed a second time by hand."""
     model: BaseModel = request.getfixturevalue(name)
     adapter = new_adapter(model)
-    loss = training_loss(model, adapter, features, torch.tensor([1, 0, 0, 0]), seeded())
-    generator = seeded()
-    noise = torch.randn(features.latents.shape, generator=generator)
-    time = torch.randint(1000, (4,), generator=generator)
-    product = model.scheduler.alphas_cumprod[time].view(-1, 1, 1, 1)
+    batch = replace(random_batch(model, adapter), drop_image_embeds=torch.tensor([1, 0, 0, 0]))
+    with denoiser(model, adapter) as denoising:
+        loss = denoising.loss(batch)
+    product = model.scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     alpha, sigma = product.sqrt(), (1 - product).sqrt()
-    target = noise if name == "base_model" else alpha * noise - sigma * features.latents
-    embeds = features.image_embeds.clone()
+    latents = batch.features.latents
+    target = batch.noise if name == "base_model" else alpha * batch.noise - sigma * latents
+    embeds = batch.features.image_features[0].clone()
     embeds[0] = 0
     with inject(model.unet, AdapterApplication(adapter(embeds))):
-        said = model.unet(alpha * features.latents + sigma * noise, time, features.text_states).sample
+        said = model.unet(alpha * latents + sigma * batch.noise, batch.timesteps, batch.features.text.states).sample
     torch.testing.assert_close(loss, (said - target).square().mean())
 
 
-def test_gradients_reach_every_adapter_weight_and_nothing_else(base_model: BaseModel, features: Features) -> None:
-    adapter = new_adapter(base_model)
-    training_loss(base_model, adapter, features, KEEP, seeded()).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
-    assert all(p.grad is None for p in base_model.unet.parameters())
+@pytest.mark.parametrize("family", ["model_folder", "sd2_folder", "sdxl_folder"])
+@pytest.mark.parametrize("kind", TRAIN_KINDS)
+def test_every_kind_trains_on_every_family(family: str, kind: str, request: pytest.FixtureRequest) -> None:
+    """Gradients reach every weight of the adapter, the LoRA's after its first step, and nothing else."""
+    from ipadapter_trainer.base_model import load_base_model
+
+    model = load_base_model(request.getfixturevalue(family))
+    adapter = new_adapter(model, TRAIN_KINDS[kind])
+    assert (adapter.spec.kind, adapter.spec.shortcut) == (TRAIN_KINDS[kind].kind, TRAIN_KINDS[kind].shortcut)
+    batch = random_batch(model, adapter)
+    before = {k: v.clone() for k, v in model.unet.state_dict().items()}
+    with denoiser(model, adapter) as denoising:
+        optimizer = new_optimizer(adapter, 1e-3)
+        first, second = (p.loss for p in train_steps(denoising, repeat(batch), optimizer=optimizer, steps=2))
+        assert second < first
+        denoising.loss(batch).backward()
+    without = [n for n, p in adapter.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    assert without == []
+    assert all(torch.equal(v, before[k]) for k, v in model.unet.state_dict().items())
+    assert all(p.grad is None for p in model.unet.parameters())
 
 
-def test_one_pair_can_be_overfitted_and_the_unet_stays_as_it_was(base_model: BaseModel, features: Features) -> None:
+def test_a_dropped_image_is_encoded_as_its_kind_is(base_model: BaseModel) -> None:
+    zero_pixels = torch.zeros(1, 3, 32, 32)
+    hidden = base_model.image_encoder(zero_pixels, output_hidden_states=True).hidden_states[-2]
+    for kind in TRAIN_KINDS.values():
+        with denoiser(base_model, new_adapter(base_model, kind)) as denoising:
+            *faces, image = (*denoising.no_image, None) if not kind.takes_image else denoising.no_image
+        assert all(torch.equal(face, torch.zeros(1, 512)) for face in faces)
+        assert len(faces) == int(kind.takes_face)
+        if kind.takes_hidden_states:
+            assert torch.equal(image, hidden)
+        elif kind.takes_image:
+            assert torch.equal(image, torch.zeros(1, 24))
+
+
+def test_a_lora_rests_between_steps(base_model: BaseModel) -> None:
+    adapter = new_adapter(base_model, TRAIN_KINDS["faceid"])
+    torch.nn.init.normal_(adapter.lora.part(0, "to_q").up.weight)
+    batch = random_batch(base_model, adapter)
+    inputs = (batch.features.latents, torch.tensor(500), batch.features.text.states)
+    plain = base_model.unet(*inputs).sample
+    with denoiser(base_model, adapter) as denoising:
+        assert torch.equal(base_model.unet(*inputs).sample, plain)
+        denoising.show(batch.features.image_features, KEEP)
+        assert not torch.equal(base_model.unet(*inputs).sample, plain)
+        denoising.rest()
+        assert torch.equal(base_model.unet(*inputs).sample, plain)
+
+
+@pytest.mark.parametrize("tuning", ["checkpointing", "fp8", "compile"])
+def test_memory_and_speed_options_leave_the_gradients(tuning: str, model_folder: Path) -> None:
+    """Checkpointing and compiling give the same gradients, a base in 8 bit nearly the same."""
+    from ipadapter_trainer.base_model import load_base_model
+    from ipadapter_trainer.tuning import tune_unet
+
+    model = load_base_model(model_folder)
+    torch.manual_seed(0)
+    adapter = new_adapter(model, TRAIN_KINDS["base" if tuning == "compile" else "faceid"])
+    batch = random_batch(model, adapter)
+
+    def gradients() -> list[torch.Tensor]:
+        with denoiser(model, adapter) as denoising:
+            denoising.loss(batch).backward()
+            grads = [p.grad.clone() for p in adapter.parameters()]
+        adapter.zero_grad()
+        return grads
+
+    plain = gradients()
+    if tuning == "compile":
+        torch._dynamo.reset()
+    tune_unet(
+        model,
+        fp8=tuning == "fp8",
+        gradient_checkpointing=tuning == "checkpointing",
+        compiled=tuning == "compile",
+        backend="eager",  # the compiler's graph without the minutes that a C++ compiler takes
+    )
+    tuned = gradients()
+    a, b = (torch.cat([grad.flatten() for grad in grads]) for grads in (plain, tuned))
+    assert (a - b).norm() <= (0.2 if tuning == "fp8" else 1e-4) * a.norm()
+    stored = {weight.dtype for name, weight in model.unet.state_dict().items() if name.endswith("conv1.weight")}
+    assert stored == {torch.float8_e4m3fn if tuning == "fp8" else torch.float32}
+
+
+def test_one_pair_can_be_overfitted_and_the_unet_stays_as_it_was(base_model: BaseModel, adapter: IPAdapter) -> None:
     before = {k: v.clone() for k, v in base_model.unet.state_dict().items()}
     processors = base_model.unet.attn_processors
-    adapter = new_adapter(base_model)
-    pair = features.index(torch.tensor([0, 0]))
+    pair = part(random_batch(base_model, adapter), [0, 0])
 
-    def fixed_loss() -> float:
+    def draws(first: int) -> Iterator[TrainingBatch]:
+        for seed in count(first):
+            other = random_batch(base_model, adapter, seed, 2)
+            yield replace(pair, noise=other.noise, timesteps=other.timesteps)
+
+    def fixed_loss(denoising: Denoiser) -> float:
         with torch.no_grad():
-            return sum(float(training_loss(base_model, adapter, pair, KEEP[:2], seeded(s))) for s in range(6)) / 6
+            loss = sum(float(denoising.loss(draw)) for draw in islice(draws(1), 6)) / 6
+        denoising.rest()
+        return loss
 
-    start = fixed_loss()
-    stream = train_steps(
-        base_model,
-        adapter,
-        repeat((pair, KEEP[:2])),
-        optimizer=new_optimizer(adapter, 1e-2),
-        generator=seeded(9),
-        steps=40,
-    )
-    assert [p.step for p in stream] == list(range(1, 41))
-    assert fixed_loss() < 0.95 * start
+    with denoiser(base_model, adapter) as denoising:
+        start = fixed_loss(denoising)
+        stream = train_steps(denoising, draws(100), optimizer=new_optimizer(adapter, 1e-2), steps=40)
+        assert [p.step for p in stream] == list(range(1, 41))
+        assert fixed_loss(denoising) < 0.95 * start
     assert all(torch.equal(v, before[k]) for k, v in base_model.unet.state_dict().items())
     assert base_model.unet.attn_processors == processors
 
 
-def test_pictures_may_be_made_between_steps(base_model: BaseModel, features: Features) -> None:
+def test_pictures_may_be_made_between_steps(base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch) -> None:
     from ipadapter_trainer.generate import generate
 
-    adapter = new_adapter(base_model)
-    plain = generate(base_model, None, prompts=["a red square"], image_embeds=None, steps=2)
-    for _ in train_steps(
-        base_model,
-        adapter,
-        repeat((features, KEEP)),
-        optimizer=new_optimizer(adapter),
-        generator=seeded(),
-        steps=1,
-    ):
-        between = generate(base_model, None, prompts=["a red square"], image_embeds=None, steps=2)
+    plain = generate(base_model, None, prompts=["a red square"], image_features=None, steps=2)
+    with denoiser(base_model, adapter) as denoising:
+        for _ in train_steps(denoising, repeat(batch), optimizer=new_optimizer(adapter), steps=1):
+            between = generate(base_model, None, prompts=["a red square"], image_features=None, steps=2)
     assert torch.equal(between, plain)
 
 
-def test_accumulated_batches_are_one_large_batch(base_model: BaseModel, features: Features) -> None:
-    """The gradient of two half batches equals that of the whole, given the same noise and timesteps."""
+def test_accumulated_batches_are_one_large_batch(
+    base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch
+) -> None:
+    """The gradient of two half batches equals that of the whole."""
 
     def halves() -> Iterator[TrainingBatch]:
-        yield features.index(torch.tensor([0, 1])), KEEP[:2]
-        yield features.index(torch.tensor([2, 3])), KEEP[2:]
+        yield part(batch, [0, 1])
+        yield part(batch, [2, 3])
 
     accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
-    adapter = new_adapter(base_model)
     twin = new_adapter(base_model)
     twin.load_state_dict(adapter.state_dict())
     prepared, optimizer = accelerator.prepare(adapter, torch.optim.SGD(adapter.parameters(), lr=1.0))
-    stream = train_steps(
-        base_model,
-        prepared,
-        halves(),
-        optimizer=optimizer,
-        generator=seeded(),
-        steps=1,
-        accelerator=accelerator,
-        max_grad_norm=0,
-    )
-    (progress,) = stream
+    with denoiser(base_model, prepared) as denoising:
+        stream = train_steps(
+            denoising, halves(), optimizer=optimizer, steps=1, accelerator=accelerator, max_grad_norm=0
+        )
+        (progress,) = stream
     assert progress.images == 4
 
-    generator = seeded()
-    losses = [training_loss(base_model, twin, f, d, generator) for f, d in halves()]
-    (sum(losses) / 2).backward()  # type: ignore[union-attr]
-    torch.testing.assert_close(progress.loss, (sum(losses) / 2).detach())  # type: ignore[operator]
+    with denoiser(base_model, twin) as denoising:
+        loss = denoising.loss(batch)
+        loss.backward()
+    torch.testing.assert_close(progress.loss, loss.detach())
     for weight, other in zip(adapter.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(weight, other - other.grad, atol=1e-6, rtol=1e-5)
 
 
-def test_training_ends_with_its_batches(base_model: BaseModel, features: Features) -> None:
-    adapter = new_adapter(base_model)
-    optimizer = new_optimizer(adapter)
-    stream = train_steps(base_model, adapter, [(features, KEEP)] * 2, optimizer=optimizer, generator=seeded(), steps=9)
-    assert len(list(stream)) == 2
+def test_training_ends_with_its_batches(base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch) -> None:
+    with denoiser(base_model, adapter) as denoising:
+        stream = train_steps(denoising, [batch] * 2, optimizer=new_optimizer(adapter), steps=9)
+        assert len(list(stream)) == 2
 
 
-def test_init_from_starts_with_the_files_weights(base_model: BaseModel, tmp_path: Path) -> None:
-    adapter = new_adapter(base_model)
+def test_easy_timesteps_count_less_with_min_snr(base_model: BaseModel) -> None:
+    """The weights of arXiv 2303.09556, from the schedule by hand."""
+    timesteps = torch.tensor([0, 300, 999])
+    predicted, target = torch.zeros(3, 4, 8, 8), torch.ones(3, 4, 8, 8)
+    snr = base_model.scheduler.alphas_cumprod[timesteps] / (1 - base_model.scheduler.alphas_cumprod[timesteps])
+    weights = Objective(base_model.scheduler, min_snr_gamma=5.0).row_losses(predicted, target, timesteps)
+    torch.testing.assert_close(weights, snr.clamp(max=5) / snr)
+
+
+def test_init_from_starts_with_the_files_weights(base_model: BaseModel, adapter: IPAdapter, tmp_path: Path) -> None:
     save_adapter(tmp_path / "a.safetensors", adapter)
     again = new_adapter(base_model, init_from=tmp_path / "a.safetensors")
     for name, weight in again.state_dict().items():
@@ -194,6 +285,8 @@ def test_init_from_starts_with_the_files_weights(base_model: BaseModel, tmp_path
     assert all(p.requires_grad for p in again.parameters())
     with pytest.raises(TrainerError, match="its tokens is 4, this training's 8"):
         new_adapter(base_model, tokens=8, init_from=tmp_path / "a.safetensors")
+    with pytest.raises(TrainerError, match="its kind is base, this training's plus"):
+        new_adapter(base_model, TRAIN_KINDS["plus"], init_from=tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match="no such file"):
         new_adapter(base_model, init_from=tmp_path / "absent.safetensors")
 
@@ -202,3 +295,9 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
     assert check_loss(3, 0.5) == 0.5
     with pytest.raises(DivergedError, match="nan at step 3"):
         check_loss(3, float("nan"))
+
+
+def test_text_states_without_pooled_text_add_no_conditions() -> None:
+    from ipadapter_trainer.conditioning import added_conditions
+
+    assert added_conditions(TextStates(torch.zeros(1, 2, 3)), None) is None

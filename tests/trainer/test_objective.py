@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from ipadapter_trainer.base_model import BaseModel
-from ipadapter_trainer.errors import BaseModelError
-from ipadapter_trainer.objective import dropout, dropped, noisy_latents_and_target
+from ipadapter_trainer.errors import BaseModelError, ConfigError
+from ipadapter_trainer.objective import dropout, dropped, new_objective, noisy_latents_and_target
 
 LATENTS = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 NOISE = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -51,9 +51,12 @@ def test_another_prediction_type_is_refused() -> None:
         noisy_latents_and_target(DDPMScheduler(prediction_type="sample"), LATENTS, NOISE, TIMESTEPS)
 
 
-def test_dropped_zeroes_the_marked_rows_only() -> None:
-    embeds = torch.ones(3, 7)
-    assert dropped(embeds, torch.tensor([0, 1, 0])).sum(1).tolist() == [7, 0, 7]
+def test_dropped_replaces_the_marked_rows_only() -> None:
+    embeds, hidden = torch.ones(3, 7), torch.ones(3, 2, 5)
+    none = (torch.zeros(1, 7), torch.full((1, 2, 5), 0.5))
+    first, second = dropped((embeds, hidden), none, torch.tensor([0, 1, 0]))
+    assert first.sum(1).tolist() == [7, 0, 7]
+    assert second.sum((1, 2)).tolist() == [10, 5, 10]
 
 
 def test_one_draw_decides_in_the_originals_order() -> None:
@@ -64,3 +67,20 @@ def test_one_draw_decides_in_the_originals_order() -> None:
     image, text = dropout(torch.tensor([0.04, 0.07, 0.12, 0.16]))
     assert image.tolist() == [True, False, True, False]
     assert text.tolist() == [False, True, True, False]
+
+
+def test_the_objective_is_the_schedulers_and_a_mismatch_is_refused(base_model: BaseModel, v_model: BaseModel) -> None:
+    assert new_objective(base_model.scheduler).prediction_type == "epsilon"
+    assert new_objective(v_model.scheduler, prediction_type="v_prediction").prediction_type == "v_prediction"
+    with pytest.raises(ConfigError, match=r"'v_prediction'.*says 'epsilon'"):
+        new_objective(base_model.scheduler, prediction_type="v_prediction")
+
+
+def test_zero_terminal_snr_ends_in_pure_noise_and_needs_the_v_target(base_model: BaseModel, v_model: BaseModel) -> None:
+    scheduler = new_objective(v_model.scheduler, zero_terminal_snr=True).scheduler
+    noisy, target = noisy_latents_and_target(scheduler, LATENTS, NOISE, TIMESTEPS)
+    torch.testing.assert_close(noisy[-1], NOISE[-1], atol=1e-3, rtol=0)
+    torch.testing.assert_close(target[-1], -LATENTS[-1], atol=1e-3, rtol=1e-3)
+    assert v_model.scheduler.config["rescale_betas_zero_snr"] is False
+    with pytest.raises(ConfigError, match="nothing to learn"):
+        new_objective(base_model.scheduler, zero_terminal_snr=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +14,19 @@ import pytest
 import torch
 from ipadapter_trainer.base_model import BaseModel, load_base_model
 from ipadapter_trainer.checkpoints import ADAPTER_FILE, STATE_FILE, checkpoint_folders
-from ipadapter_trainer.config import make_config
+from ipadapter_trainer.conditioning import encode_prompts
+from ipadapter_trainer.config_file import make_config
+from ipadapter_trainer.engine import Progress
 from ipadapter_trainer.errors import CheckpointError, ConfigError, DivergedError
-from ipadapter_trainer.features import encode_prompts
 from ipadapter_trainer.generate import generate, initial_latents
 from ipadapter_trainer.provenance import BASE_MODEL, DATA_SIZE, PREDICTION_TYPE, STEPS
-from ipadapter_trainer.train import train
+from ipadapter_trainer.train import Interrupted, train
 from safetensors.torch import load_file
 
 from ipadapter_core import AdapterApplication, inject, load_adapter
 
 Losses = list[tuple[int, float]]
+FILE = "ip-adapter_context-32.safetensors"
 
 
 def run(settings: dict[str, Any], **changes: Any) -> tuple[dict[str, torch.Tensor], Losses]:
@@ -34,16 +37,33 @@ def run(settings: dict[str, Any], **changes: Any) -> tuple[dict[str, torch.Tenso
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradient_accumulation": 2, "flip": True}, {"mixed_precision": "bf16"}],
-    ids=["plain", "accumulated", "bf16"],
+    [
+        {},
+        {"gradient_accumulation": 2, "flip": True, "crop": "random", "noise_offset": 0.1},
+        {"mixed_precision": "bf16", "ema_decay": 0.9, "lr_schedule": "cosine", "warmup_steps": 2},
+        {"optimizer": "schedulefree", "warmup_steps": 2},
+        {"optimizer": "prodigy", "learning_rate": 1.0},
+        {"buckets": True, "bucket_step": 16, "kind": "plus", "gradient_checkpointing": True, "min_snr_gamma": 5.0},
+    ],
+    ids=["plain", "accumulated", "average", "schedule-free", "prodigy", "buckets"],
 )
 def test_a_resumed_training_is_the_uninterrupted_one(
     settings: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Bit for bit: 6 steps against 4 + 2, the draws crossing into another epoch."""
+    """Bit for bit: 6 steps against 4 + 2 (Ctrl-C after the fourth), the draws crossing into another epoch."""
+    for module in {"schedulefree": ["schedulefree"], "prodigy": ["prodigyopt"]}.get(changes.get("optimizer"), []):
+        pytest.importorskip(module)
     settings = {**settings, **changes}
     whole, losses = run(settings, output=tmp_path / "whole")
-    _, first = run(settings, output=tmp_path / "parts", steps=4)
+    first: Losses = []
+
+    def stop_after_four(progress: Progress) -> None:
+        first.append((progress.step, progress.loss.item()))
+        if progress.step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="checkpoint-000004"):
+        train(make_config({**settings, "output": tmp_path / "parts"}), on_progress=stop_after_four)
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(True)
@@ -70,10 +90,12 @@ def test_checkpoints_rotate_and_are_adapter_files(settings: dict[str, Any]) -> N
     output = Path(settings["output"])
     assert [f.name for f in checkpoint_folders(output)] == ["checkpoint-000005", "checkpoint-000006"]
     assert sorted(p.name for p in output.iterdir()) == [
-        "adapter.safetensors",
         "checkpoint-000005",
         "checkpoint-000006",
+        "config.toml",
+        FILE,
         "log.jsonl",
+        "report.html",
     ]
     newest = load_file(output / "checkpoint-000006" / ADAPTER_FILE)
     assert all(torch.equal(weights[name], newest[name]) for name in weights)
@@ -100,6 +122,9 @@ def test_epochs_are_counted_in_pictures(settings: dict[str, Any]) -> None:
     [
         ({"seed": 7}, "seed was 0 and is now 7"),
         ({"tokens": 8}, "tokens was 4 and is now 8"),
+        ({"batch_size": 3}, "images_per_batch was 2 and is now 3"),
+        ({"optimizer": "schedulefree"}, "optimizer was 'adamw' and is now 'schedulefree'"),
+        ({"crop": "random"}, 'geometry was .*"center".* and is now .*"random"'),
         ({"resolution": 32}, "resolution was 64 and is now 32"),
         ({"resume": False}, "already holds checkpoint-000001"),
     ],
@@ -157,7 +182,7 @@ def test_broken_pictures_are_counted_and_reported(settings: dict[str, Any]) -> N
 KILLED_WHILE_SAVING = """
 import os, sys, torch
 import ipadapter_trainer.checkpoints as checkpoints
-from ipadapter_trainer.config import make_config
+from ipadapter_trainer.config_file import make_config
 from ipadapter_trainer.train import train
 import json
 whole, calls = torch.save, []
@@ -203,12 +228,13 @@ def trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     Image.new("RGB", (64, 64), "red").save(data / "a.png")
     (data / "a.txt").write_text("red")
     settings = {"base_model": model_folder, "data": data, "output": folder / "run", "resolution": 64}
-    train(make_config({**settings, "steps": 3, "batch_size": 2, "workers": 0, "learning_rate": 1e-2}))
+    short = {"steps": 3, "batch_size": 2, "workers": 0, "learning_rate": 1e-2, "log_with": "none"}
+    train(make_config({**settings, **short, "export_dtype": "float32"}))
     return folder / "run"
 
 
 def test_the_export_carries_its_provenance(trained: Path) -> None:
-    adapter = load_adapter(trained / ADAPTER_FILE)
+    adapter = load_adapter(trained / FILE)
     assert adapter.spec.kind == "base"
     assert adapter.metadata[BASE_MODEL] == "tiny-sd15"
     assert adapter.metadata[PREDICTION_TYPE] == "epsilon"
@@ -221,10 +247,10 @@ def test_diffusers_loads_the_export_and_says_the_same(trained: Path, model_folde
     pipeline = diffusers_pipeline(load_base_model(model_folder), trained)
     generator = torch.Generator().manual_seed(0)
     latents, embeds = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 24, generator=generator)
-    text, time = encode_prompts(base_model, ["a red square", ""]), torch.tensor([300, 700])
+    text, time = encode_prompts(base_model, ["a red square", ""]).states, torch.tensor([300, 700])
     with torch.no_grad():
         theirs = pipeline.unet(latents, time, text, added_cond_kwargs={"image_embeds": [embeds[:, None]]}).sample
-        key_values = load_adapter(trained / ADAPTER_FILE)(embeds)
+        key_values = load_adapter(trained / FILE)(embeds)
         with inject(base_model.unet, AdapterApplication(key_values)):
             ours = base_model.unet(latents, time, text).sample
         plain = base_model.unet(latents, time, text).sample
@@ -255,10 +281,10 @@ def test_diffusers_pipeline_makes_the_same_picture(trained: Path, model_folder: 
     ).images
     ours = generate(
         base_model,
-        load_adapter(trained / ADAPTER_FILE),
+        load_adapter(trained / FILE),
         prompts=["a red square"],
         negative_prompt="blue",
-        image_embeds=embeds,
+        image_features=(embeds,),
         weight=0.7,
         steps=4,
         guidance=3.0,
@@ -281,7 +307,7 @@ def diffusers_pipeline(model: BaseModel, folder: Path) -> Any:
         image_encoder=model.image_encoder,
         requires_safety_checker=False,
     )
-    pipeline.load_ip_adapter(str(folder), subfolder="", weight_name=ADAPTER_FILE, local_files_only=True)
+    pipeline.load_ip_adapter(str(folder), subfolder="", weight_name=FILE, local_files_only=True)
     return pipeline
 
 

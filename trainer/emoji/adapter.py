@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ipadapter_core import AdapterApplication, IPAdapter, inject
+from ipadapter_core import IPAdapter
 
 from ..base_model import BaseModel
-from ..engine import TrainingBatch, denoising_loss, new_adapter
-from ..features import Features, encode_clip_images, encode_pixels, encode_prompts
+from ..conditioning import TextStates, encode_prompts
+from ..engine import TrainingBatch, denoiser, new_adapter
+from ..features import Features, encode_pixels
+from ..image_features import encode_clip_images
 from .clip import normalize, zoom
 from .loop import fit
 from .pictures import STYLE_NAMES, EmojiPictures, pick, to_pixels
@@ -35,7 +37,7 @@ class EmojiFeatures:
 
     ``latents`` [2, N, 4, 8, 8], ``text_states`` [N, 16, D], ``no_text`` [1, 16, D], ``image_embeds`` [V, N, E]:
     V views of each picture, differently shifted and scaled, so that the adapter learns more than N points.
-    ``styles`` [N].
+    ``styles`` [N]. ``timesteps`` are the scheduler's.
     """
 
     latents: Tensor
@@ -43,6 +45,7 @@ class EmojiFeatures:
     no_text: Tensor
     image_embeds: Tensor
     styles: Tensor
+    timesteps: int = 1000
 
     @cached_property
     def rows_of_style(self) -> tuple[Tensor, ...]:
@@ -59,10 +62,11 @@ def encode_emoji(base_model: BaseModel, pictures: EmojiPictures, seed: int = 0, 
     seen = [pixels] + [zoom(augment(pixels, generator), generator) for _ in range(views - 1)]
     return EmojiFeatures(
         latents=torch.stack(latents),
-        text_states=encode_prompts(base_model, pictures.captions).cpu(),
-        no_text=encode_prompts(base_model, [""]).cpu(),
+        text_states=encode_prompts(base_model, pictures.captions).states.cpu(),
+        no_text=encode_prompts(base_model, [""]).states.cpu(),
         image_embeds=torch.stack([_chunked(encode_clip_images, base_model, normalize(view)) for view in seen]),
         styles=pictures.style_ids,
+        timesteps=base_model.num_train_timesteps,
     )
 
 
@@ -76,12 +80,18 @@ def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Genera
     mirrored = torch.randint(2, (batch_size,), generator=generator)
     draw = torch.rand(batch_size, generator=generator)
     without_text = alone | (draw < BOTH_DROPOUT)
+    states = torch.where(without_text[:, None, None], features.no_text, features.text_states[rows])
     batch = Features(
         latents=features.latents[mirrored, rows],
-        text_states=torch.where(without_text[:, None, None], features.no_text, features.text_states[rows]),
-        image_embeds=features.image_embeds[view, torch.where(alone, rows, others)],
+        text=TextStates(states, None),
+        image_features=(features.image_embeds[view, torch.where(alone, rows, others)],),
     )
-    return batch, draw < IMAGE_DROPOUT + BOTH_DROPOUT
+    return TrainingBatch(
+        batch,
+        drop_image_embeds=draw < IMAGE_DROPOUT + BOTH_DROPOUT,
+        noise=torch.randn(batch.latents.shape, generator=generator),
+        timesteps=torch.randint(features.timesteps, (batch_size,), generator=generator),
+    )
 
 
 def emoji_batches(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> Iterator[TrainingBatch]:
@@ -96,15 +106,12 @@ def fit_adapter(
     """Train an adapter of the base kind, keys and values starting from the UNet's own; resumes from ``checkpoint``."""
     features = encode_emoji(base_model, pictures, seed)
     torch.manual_seed(seed)
-    adapter, application = new_adapter(base_model), AdapterApplication()
+    adapter = new_adapter(base_model)
+    with denoiser(base_model, adapter) as denoising:
 
-    def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        assert isinstance(model, IPAdapter)
-        batch, drop_image = draw_batch(features, BATCH, generator)
-        loss = denoising_loss(base_model, model, application, batch, drop_image_embeds=drop_image, generator=generator)
-        return {"loss": loss}
+        def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+            return {"loss": denoising.loss(draw_batch(features, BATCH, generator))}
 
-    with inject(base_model.unet, application):
         fit(
             adapter, losses, checkpoint=checkpoint, steps=steps, minutes=minutes, learning_rate=LEARNING_RATE, seed=seed
         )

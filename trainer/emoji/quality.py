@@ -24,8 +24,8 @@ from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL, emoji_folder
 
 from ..base_model import BaseModel, load_base_model
-from ..features import encode_clip_images
 from ..generate import generate
+from ..image_features import encode_clip_images
 from .build import caption
 from .clip import normalize, styled_caption, tokenize
 from .concepts import TEXT_CONCEPTS
@@ -109,7 +109,7 @@ def evaluate(base_model: BaseModel, adapter: IPAdapter, judges: Judges, pictures
             base_model,
             adapter,
             prompts=texts,
-            image_embeds=embeds,
+            image_features=[embeds],
             weight=weight,
             steps=STEPS,
             guidance=GUIDANCE,

@@ -149,7 +149,7 @@ def train_adapter(run: Run) -> None:
     checkpoint = run.work / "adapter.pt"
     adapter = fit_adapter(base_model, run.train, checkpoint=checkpoint, steps=run.steps, minutes=run.minutes)
     steps = steps_done(checkpoint)
-    metadata = provenance(base_model, steps=steps, images_seen=steps * BATCH, seed=0)
+    metadata = provenance(base_model, adapter.spec, steps=steps, images_seen=steps * BATCH, seed=0)
     export_adapter(run.output / "adapter.safetensors", adapter, metadata)
 
 

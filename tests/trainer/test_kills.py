@@ -1,0 +1,104 @@
+"""kill -9 at any moment, start again: the same training, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from ipadapter_trainer.checkpoints import ADAPTER_FILE, STATE_FILE, checkpoint_folders
+from ipadapter_trainer.config_file import make_config
+from ipadapter_trainer.train import train
+from safetensors.torch import load_file
+
+KILLS = 20
+# The trainings are forked off one process, so that twenty starts do not import everything twenty times.
+KILLER = """
+import json, os, random, select, signal, sys, time
+import torch
+from ipadapter_trainer.config_file import make_config
+from ipadapter_trainer.train import train
+
+torch.set_num_threads(1)
+settings, kills = json.loads(sys.argv[1]), int(sys.argv[2])
+random.seed(0)
+
+def start():
+    started, says = os.pipe()
+    child = os.fork()
+    if child == 0:
+        train(make_config(settings), on_progress=lambda progress: os.write(says, b"."))
+        os._exit(0)
+    os.close(says)
+    return child, started
+
+done = 0
+while done < kills:
+    child, started = start()
+    if random.random() < 0.8:  # after some steps; else while it loads and resumes
+        select.select([started], [], [], 60)
+    time.sleep(random.uniform(0, 0.35))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    os.close(started)
+    if not os.WIFSIGNALED(status):
+        sys.exit(f"the training ended by itself after {done} kills ({status})")
+    done += 1
+child, _ = start()
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def test_twenty_kills_leave_the_training_as_it_would_have_been(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Weights, average, optimizer, random states, position and the loss curve, with everything on that could differ."""
+    settings |= {
+        "steps": 160,
+        "save_every": 4,
+        "keep_checkpoints": 2,
+        "gradient_accumulation": 2,
+        "ema_decay": 0.9,
+        "lr_schedule": "cosine",
+        "warmup_steps": 5,
+        "flip": True,
+        "crop": "random",
+        "noise_offset": 0.1,
+        "validate_every": 1000,
+    }
+    train(make_config({**settings, "output": str(tmp_path / "whole")}))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLER, json.dumps({**settings, "output": str(tmp_path / "killed")}), str(KILLS)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == 0, killed.stderr[-2000:]
+
+    whole, other = (checkpoint_folders(tmp_path / name)[-1] for name in ("whole", "killed"))
+    assert equal(load_file(whole / ADAPTER_FILE), load_file(other / ADAPTER_FILE))
+    assert equal(*(torch.load(folder / STATE_FILE, weights_only=True) for folder in (whole, other)))
+    assert equal(*(load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("whole", "killed")))
+    curves = [
+        [(line["step"], line["loss"]) for line in map(json.loads, (tmp_path / name / "log.jsonl").open())]
+        for name in ("whole", "killed")
+    ]
+    assert [step for step, _ in curves[0]] == list(range(1, 161))
+    assert curves[0] == curves[1]
+    assert len(checkpoint_folders(tmp_path / "killed")) == 2
+    assert not list((tmp_path / "killed").glob(".unfinished*"))

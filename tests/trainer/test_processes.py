@@ -1,0 +1,52 @@
+"""Two processes over gloo are one process with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from ipadapter_trainer.config_file import make_config
+from ipadapter_trainer.train import train
+from safetensors.torch import load_file
+
+
+def test_two_processes_are_one_with_the_same_global_batch(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The same pictures, noise and timesteps, whoever draws them; sums differ in their order only."""
+    settings |= {"steps": 5, "flip": True, "gradient_accumulation": 2, "ema_decay": 0.5, "kind": "faceid-plusv2"}
+    folder = Path(settings["data"])
+    rows = []
+    for number, picture in enumerate(sorted(folder.glob("*.png"))):
+        torch.save(torch.nn.functional.one_hot(torch.tensor(number), 512).float(), folder / f"{picture.stem}.pt")
+        rows.append({"file_name": picture.name, "text": picture.stem, "id_embed_file": f"{picture.stem}.pt"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    one = load_file(train(make_config({**settings, "batch_size": 4, "output": tmp_path / "one"})))
+    arguments = [f"{key}={value}" for key, value in {**settings, "batch_size": 2, "output": tmp_path / "two"}.items()]
+    # "--multi_gpu" is its launcher over torch.distributed; without a GPU the processes meet over gloo on the CPU.
+    launched = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        + ["--main_process_port", "0", "-m", "ipadapter_trainer.cli", "train", *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert "2 processes" in launched.stdout
+    assert launched.stdout.count("Saved ") == 1
+    two = load_file(next((tmp_path / "two").glob("*.safetensors")))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-3)  # five steps of 1e-3
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()] for name in ("one", "two")]
+    torch.testing.assert_close(*(torch.tensor(curve) for curve in losses), atol=1e-5, rtol=1e-4)

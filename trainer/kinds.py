@@ -1,0 +1,100 @@
+"""The kinds of adapter that can be trained: a table, and the spec of a new adapter of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ipadapter_core import AdapterSpec, Kind, new_spec
+
+FACE_WIDTH = 512  # ArcFace's embedding
+
+
+@dataclass(frozen=True)
+class TrainKind:
+    """What a kind is made of. `name` is the config's word; `kind` and `shortcut` are the file's.
+
+    `summary` is for messages and config files.
+    """
+
+    name: str
+    kind: Kind
+    summary: str
+    shortcut: bool | None = None
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether it reads the picture through the image encoder."""
+        return self.kind not in ("faceid", "portrait")
+
+    @property
+    def takes_face(self) -> bool:
+        """Whether it reads a face embedding."""
+        return self.kind in ("faceid", "faceid-plus", "portrait")
+
+    @property
+    def takes_hidden_states(self) -> bool:
+        """Whether the image encoder's part is its penultimate hidden states and not its embedding."""
+        return self.kind in ("plus", "full", "faceid-plus")
+
+
+TRAIN_KINDS: Mapping[str, TrainKind] = {
+    kind.name: kind
+    for kind in (
+        TrainKind("base", "base", "4 tokens from the picture's global embedding"),
+        TrainKind("plus", "plus", "16 tokens from its patches through a resampler"),
+        TrainKind("full", "full", "every patch as a token, through an MLP"),
+        TrainKind("faceid", "faceid", "4 tokens from a face embedding, and a LoRA"),
+        TrainKind(
+            "faceid-plus",
+            "faceid-plus",
+            "4 tokens from a face embedding and the patches of the face, and a LoRA",
+            shortcut=False,
+        ),
+        TrainKind(
+            "faceid-plusv2",
+            "faceid-plus",
+            "faceid-plus with the face tokens added to the result, so that the patches' share can be set",
+            shortcut=True,
+        ),
+        TrainKind("portrait", "portrait", "16 tokens from a face embedding, no LoRA"),
+    )
+}
+
+
+def spec_for(
+    kind: TrainKind,
+    layer_widths: Sequence[int],
+    context_width: int,
+    *,
+    image_embeds_width: int | None,
+    hidden_width: int | None,
+    image_tokens: int | None,
+    tokens: int | None = None,
+    encoder_id: str | None = None,
+) -> AdapterSpec:
+    """The spec of a new adapter in its published shape for a UNet and an image encoder.
+
+    `image_embeds_width`, `hidden_width` and `image_tokens` (patches and the class token) are the encoder's;
+    `tokens` None takes the published number. A full adapter has as many tokens as the encoder.
+
+    Raises AdapterError for widths that do not divide into heads of 64 or fewer.
+    """
+    image_width = hidden_width if kind.takes_hidden_states else image_embeds_width
+    width = context_width if kind.kind == "faceid-plus" else None
+    return new_spec(
+        kind.kind,
+        layer_widths,
+        context_width,
+        image_width=image_width if kind.takes_image else None,
+        tokens=image_tokens if kind.kind == "full" else tokens,
+        face_width=FACE_WIDTH,
+        dim_head=_dim_head(width or context_width),
+        shortcut=kind.shortcut,
+        encoder_id=encoder_id,
+    )
+
+
+def _dim_head(width: int) -> int:
+    """64, as published, unless the model is so small that its width has no such head."""
+    return 64 if width % 64 == 0 else width

@@ -1,0 +1,21 @@
+"""Trades of the frozen UNet's memory, time and precision."""
+
+from __future__ import annotations
+
+from .base_model import BaseModel
+from .float8 import store_in_float8
+
+
+def tune_unet(
+    base_model: BaseModel, *, fp8: bool, gradient_checkpointing: bool, compiled: bool, backend: str = "inductor"
+) -> None:
+    """Store the UNet's weights in 8 bit and compute in the base's dtype, compute activations again in the backward
+    pass, or run it through torch.compile with a `backend` of it. Make the adapter first: its keys and values start as
+    the UNet's own, unrounded.
+    """
+    if fp8:
+        store_in_float8(base_model.unet)
+    if gradient_checkpointing:
+        base_model.unet.enable_gradient_checkpointing()
+    if compiled:
+        base_model.unet.compile(backend=backend)
