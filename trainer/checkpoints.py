@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ipadapter_core import IPAdapter, load_adapter
 
@@ -82,14 +83,15 @@ def save_checkpoint(
     identity: Identity,
     state: State,
     *,
+    unlogged: Tensor,
     metadata: dict[str, str],
     keep: int,
 ) -> Path:
     """Write `checkpoint-<step>`, then delete all but the newest `keep`. A step that is already saved stays as
-    it is.
+    it is. `unlogged` are the numbers of steps that wait for a line of the log.
 
-    Raises AdapterError for weights that are not finite, OSError when the disk refuses; older checkpoints
-    stay.
+    Raises AdapterError for weights that are not finite, OSError or CheckpointError when the disk refuses; older
+    checkpoints stay.
     """
     target = output / f"checkpoint-{position.step:06d}"
     if target in checkpoint_folders(output):
@@ -104,16 +106,14 @@ def save_checkpoint(
             export_adapter(temporary / ADAPTER_FILE, state.adapter, metadata)
         content = {
             "position": asdict(position),
+            "unlogged": unlogged.cpu(),
             "identity": asdict(identity),
             "weights": state.adapter.state_dict() if state.average.exist else {},  # else adapter.safetensors has them
             "optimizer": state.optimizer.state_dict(),
             "average": state.average.state_dict(),
             "random": _random_states(),
         }
-        with (temporary / STATE_FILE).open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        _write(temporary / STATE_FILE, content)
         if target.exists():  # the name without the files: not ours, or damaged
             target.rename(output / f"damaged-{target.name}-{secrets.token_hex(4)}")
         temporary.rename(target)
@@ -126,9 +126,10 @@ def save_checkpoint(
     return target
 
 
-def resume(folder: Path, identity: Identity, state: State) -> Position:
+def resume(folder: Path, identity: Identity, state: State) -> tuple[Position, Tensor]:
     """Put a checkpoint's state into a training that was built the same way; random states are set too. The
-    optimizer keeps its learning rate and weight decay, which the settings may have changed.
+    optimizer keeps its learning rate and weight decay, which the settings may have changed. Returns where the training
+    was, and the numbers of the steps that wait for a line of the log.
 
     Raises CheckpointError when it belongs to another training (naming both values) or cannot be read.
     """
@@ -144,7 +145,7 @@ def resume(folder: Path, identity: Identity, state: State) -> Position:
         group.update(setting)
     state.average.load_state_dict(content["average"])
     _restore_random_states(content["random"])
-    return Position(**content["position"])
+    return Position(**content["position"]), content["unlogged"]
 
 
 def check_identity(folder: Path, found: Mapping[str, Any], wanted: Identity) -> None:
@@ -161,6 +162,22 @@ def check_identity(folder: Path, found: Mapping[str, Any], wanted: Identity) -> 
             f"{folder} belongs to another training: {'; '.join(differences)}. Choose another output, with "
             f"init_from={folder / ADAPTER_FILE} to go on from its weights."
         )
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """Raises CheckpointError when the disk refuses; PyTorch says so with a RuntimeError of its own."""
+    try:
+        with file.open("wb") as stream:
+            torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(file.parent).free
+        reason = error.strerror if isinstance(error, OSError) else "the file could not be written"
+        raise CheckpointError(
+            f"{file.parent.parent}: no checkpoint could be saved ({reason}; {free / 1e9:.1f} GB are free). The last "
+            "good one is kept: make room, and run the same command again."
+        ) from error
 
 
 def _readable(key: str, identity: Mapping[str, Any]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .cli_cache import register as register_cache
+from .cli_data import register as register_data
+from .cli_errors import INTERRUPTED, quiet, user_errors
+from .cli_files import register
+from .cli_report import register as register_report
 
 app = typer.Typer(
     name="ipadapter",
@@ -18,8 +20,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-USER_ERROR, INTERRUPTED = 2, 130
 
 
 def main() -> None:
@@ -57,45 +57,47 @@ def train_command(
         typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="A settings file and changes to it."),
     ] = None,
     options: Annotated[bool, typer.Option("--options", help="List every key, its default and its meaning.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what it needs in memory and work, and stop.")
+    ] = False,
 ) -> None:
     """Train an adapter; the same command again resumes it.
 
     ipadapter train configs/sd15-base.toml data=pictures output=runs/cats
     """
     with user_errors():
-        from .config import load_config, options_text
-        from .errors import ConfigError
+        from .config_file import config_of_arguments, options_text
 
         if options:
             typer.echo(options_text())
             return
-        given = arguments or []
-        files = [a for a in given if "=" not in a]
-        if not given or len(files) > 1 or (files and given[0] != files[0]):
-            raise ConfigError(
-                "Write `ipadapter train [CONFIG.toml] [key=value ...]`: at most one file, and it comes first. "
-                "`ipadapter train --options` lists the keys."
-            )
-        config = load_config(Path(files[0]) if files else None, [a for a in given if "=" in a])
+        config = config_of_arguments("train", arguments or [])
+        quiet()
+        if dry_run:
+            from .dry_run import plan_text, plan_training
+
+            typer.echo(plan_text(config, plan_training(config)))
+            return
         from .train import Interrupted, train
 
-        _quiet()
-
         try:
-            exported = train(config, say=typer.echo, progress_bar=True)
+            train(config, say=typer.echo, progress_bar=True)
         except Interrupted as stop:
             typer.echo(f"Stopped; saved {stop.checkpoint}. Run the same command again to resume.", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        typer.echo(f"Saved {exported}")
 
 
 @app.command("generate")
 def generate_command(
     *,
-    base_model: Annotated[Path, typer.Option(help="Folder of the base model in the diffusers layout.")],
+    base_model: Annotated[Path, typer.Option(help="Base model: a diffusers folder, or a .safetensors checkpoint.")],
     output: Annotated[Path, typer.Option(help="Picture to write; with --count, -1, -2, ... are added.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter file; without it the base model alone.")] = None,
     image: Annotated[Path | None, typer.Option(help="The picture that is the prompt.")] = None,
+    face_embed: Annotated[
+        Path | None,
+        typer.Option(help="For the faceid kinds: a .npy or .safetensors file with one face embedding."),
+    ] = None,
     prompt: Annotated[str, typer.Option(help="What the picture shall show, in words.")] = "",
     negative_prompt: Annotated[str, typer.Option(help="What it shall not show.")] = "",
     weight: Annotated[float, typer.Option(help="Strength of the image prompt; 0 ignores it.")] = 1.0,
@@ -103,23 +105,37 @@ def generate_command(
     guidance: Annotated[float, typer.Option(help="Strength of guidance; 1 turns it off.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count up.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 1,
-    size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; default: the model's own.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Side, or WIDTHxHEIGHT, in pixels; default: the model's own.")
+    ] = None,
     image_encoder: Annotated[
         Path | None,
-        typer.Option(help="Folder of the image encoder; default: image_encoder inside the base model."),
+        typer.Option(help="Image encoder, folder or .safetensors; default: image_encoder inside the base model."),
+    ] = None,
+    base_config: Annotated[
+        Path | None,
+        typer.Option(help="For a .safetensors base model: a diffusers folder with its configs and tokenizers."),
+    ] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="epsilon or v_prediction, for a .safetensors base model that does not say.")
+    ] = None,
+    shortcut: Annotated[
+        bool | None,
+        typer.Option(help="FaceID-plus v2, or v1, for an adapter file that does not say."),
     ] = None,
 ) -> None:
     """Generate pictures with an image prompt, a text prompt or both."""
     with user_errors():
         from .pictures import generate_files
 
-        _quiet()
+        quiet()
 
         paths = generate_files(
             base_model,
             adapter,
             image,
             output,
+            face_embed=face_embed,
             prompt=prompt,
             negative_prompt=negative_prompt,
             weight=weight,
@@ -129,24 +145,12 @@ def generate_command(
             count=count,
             size=size,
             image_encoder=image_encoder,
+            base_config=base_config,
+            prediction_type=prediction_type,
+            shortcut=shortcut,
         )
         for path in paths:
             typer.echo(f"Saved {path}")
-
-
-@app.command("inspect")
-def inspect_command(
-    file: Annotated[Path, typer.Argument(help="An adapter file of any published layout.")],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Say what an adapter file is: kind, base, encoder, tokens, layers, and where it comes from."""
-    with user_errors():
-        from json import dumps
-
-        from .describe import describe
-
-        description = describe(file)
-        typer.echo(dumps(description.as_json(), indent=2) if json else description.as_text())
 
 
 @app.command("demo")
@@ -160,45 +164,15 @@ def demo_command(
     with user_errors():
         from .demo import demo
 
-        _quiet()
+        quiet()
 
         demo(output, adapter, minutes, seed)
 
 
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn what the user can put right into one line on stderr and exit status 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("Stopped.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except ValueError as error:
-        from ipadapter_core import AdapterError
-
-        from .errors import TrainerError
-
-        if not isinstance(error, (AdapterError, TrainerError)):
-            raise
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed. Install the trainer with: pip install 'ip-adapter-kit[train]'")
-
-
-def _quiet() -> None:
-    """No progress bars for the loading of parts: there are many, and each is short."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-
-
-def _fail(message: str) -> None:
-    typer.echo(f"ipadapter: {' '.join(message.split())}", err=True)
-    raise typer.Exit(USER_ERROR) from None
-
+register(app)
+register_cache(app)
+register_data(app)
+register_report(app)
 
 if __name__ == "__main__":
     main()

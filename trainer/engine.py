@@ -114,7 +114,8 @@ def denoiser(base_model: BaseModel, adapter: Any, objective: Objective | None = 
     """Put the adapter (or Accelerate's wrapper of it) into the UNet; afterwards the UNet is as it was."""
     plain: IPAdapter = extract_model_from_parallel(adapter)
     application = AdapterApplication(lora=plain.lora, name="the adapter in training")
-    no_image = dropped_features(base_model, plain.spec)
+    with base_model.borrowed():  # a training from a cache needs no image encoder afterwards
+        no_image = dropped_features(base_model, plain.spec)
     with inject(base_model.unet, application):
         model = Denoiser(base_model, adapter, application, objective or Objective(base_model.scheduler), no_image)
         model.rest()

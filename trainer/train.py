@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checkpoints import save_checkpoint
@@ -81,7 +82,7 @@ def train(
                 stopping = _agree_to_stop(training, stop, step)
                 if step % config.save_every == 0 or last or stopping:
                     check_loss(step, float(progress.loss))
-                    folder = save(training, step)
+                    folder = save(training, step, log.unlogged())
                     if stopping and not last:
                         raise Interrupted(folder)
     return finish(training, step, say)
@@ -95,7 +96,7 @@ def training_batches(training: Training) -> Iterator[TrainingBatch]:
         yield TrainingBatch(features, batch["drop_image_embeds"], batch["noise"], batch["timesteps"])
 
 
-def save(training: Training, step: int) -> Path:
+def save(training: Training, step: int, unlogged: Tensor) -> Path:
     """Write the checkpoint of a step that was just done."""
     folder = training.config.output / f"checkpoint-{step:06d}"
     if training.accelerator.is_main_process:
@@ -105,6 +106,7 @@ def save(training: Training, step: int) -> Path:
             training.position(step),
             identity,
             training.state,
+            unlogged=unlogged,
             metadata=training.metadata(step),
             keep=training.config.keep_checkpoints,
         )
@@ -137,7 +139,12 @@ def finish(training: Training, step: int, say: Say) -> Path:
 def _open_log(training: Training) -> RunLog:
     config = training.config
     return RunLog(
-        training.accelerator, config.output, config.model_dump(mode="json"), config.log_with, training.start.step
+        training.accelerator,
+        config.output,
+        config.model_dump(mode="json"),
+        config.log_with,
+        training.start.step,
+        training.unlogged,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from ipadapter_core import AdapterSpec, IPAdapter
@@ -47,6 +48,7 @@ class Training:
     source: Source
     validation: Validation | None
     start: Position
+    unlogged: Tensor  # of a resumed run, see RunLog
 
     @property
     def steps(self) -> int:
@@ -107,9 +109,11 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
     wrapped, optimizer = cast("Any", accelerator.prepare(adapter, optimizer))
     state = State(adapter, optimizer, AveragedWeights(adapter, optimizer, config.ema_decay))
     images_per_batch = config.batch_size * accelerator.num_processes
-    start = Position()
+    start, unlogged = Position(), torch.zeros(2, 0)
     if folders:
-        start = resume(folders[-1], identify(config, base_model, adapter.spec, source, images_per_batch), state)
+        start, unlogged = resume(
+            folders[-1], identify(config, base_model, adapter.spec, source, images_per_batch), state
+        )
         if accelerator.is_main_process:
             say(f"Resuming from {folders[-1]}.")
     tune_unet(
@@ -135,6 +139,7 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
         source=source,
         validation=_validation(config, base_model, adapter, objective, source),
         start=start,
+        unlogged=unlogged,
     )
 
 

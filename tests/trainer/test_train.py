@@ -217,6 +217,39 @@ def test_a_kill_while_saving_leaves_the_last_good_checkpoint(settings: dict[str,
     assert not list(output.glob(".unfinished*"))
 
 
+FULL_DISK = """
+import json, resource, signal, sys
+from ipadapter_trainer.cli_errors import user_errors
+from ipadapter_trainer.config_file import make_config
+from ipadapter_trainer.train import train
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+settings = json.loads(sys.argv[1])
+train(make_config({**settings, "steps": 1}))
+# From here no file can grow beyond half of what a training.pt needs, as on a full disk.
+size = next(__import__("pathlib").Path(settings["output"]).glob("checkpoint-*/training.pt")).stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+with user_errors():
+    train(make_config(settings))
+"""
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(settings: dict[str, Any]) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    arguments = json.dumps({**settings, "save_every": 2})
+    full = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert full.returncode != 0
+    assert "no checkpoint could be saved" in full.stderr
+    assert "good one is kept" in full.stderr
+    output = Path(settings["output"])
+    assert [f.name for f in checkpoint_folders(output)] == ["checkpoint-000001"]
+    assert not list(output.glob(".unfinished*"))
+    run(settings)
+    assert checkpoint_folders(output)[-1].name == "checkpoint-000006"
+
+
 @pytest.fixture(scope="module")
 def trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an exported adapter that has moved away from where it began."""

@@ -1,0 +1,155 @@
+"""The charts of a run's report: what is drawn of log.jsonl, and what each curve is good for."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Lines = Sequence[dict[str, float]]
+
+POINTS = 1000  # of a curve; more cannot be told apart, and make the file large
+_SMOOTHED = 40  # a curve is averaged over a fortieth of its length
+# Of Okabe and Ito, which colour-blind people tell apart.
+_BLUE, _ORANGE, _GREY, _BLACK = "#0072b2", "#e69f00", "#999999", "#000000"
+_BY_NOISE = ("#c6dbef", "#6baed6", "#2171b5", "#08306b")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart. `error` is the key of its standard error, of which two are shaded."""
+
+    label: str
+    key: str
+    colour: str = _BLUE
+    dashed: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the steps, from the lines of the training or of the validations."""
+
+    title: str
+    meaning: str
+    curves: tuple[Curve, ...]
+    of_validation: bool = False
+    smooth: bool = False
+    from_zero: bool = False
+
+
+CHARTS = (
+    Chart(
+        "Training loss",
+        "Of random timesteps, so it is noisy and falls little; on its own it does not say whether the image is read.",
+        (Curve("loss", "loss"),),
+        smooth=True,
+    ),
+    Chart(
+        "Validation loss",
+        "Of held-out pictures, the noise and the timesteps the same each time. The lower, the better.",
+        (
+            Curve("right image", "validation/loss"),
+            Curve("another image", "validation/loss_shuffled", _ORANGE),
+            Curve("dropped image", "validation/loss_dropped", _GREY),
+            Curve("no adapter", "validation/loss_no_image", _BLACK, dashed=True),
+        ),
+        of_validation=True,
+    ),
+    Chart(
+        "What the right image is worth",
+        "How much lower the loss is with it. Above zero and its shade (two standard errors) the image is read.",
+        (
+            Curve("than with another one", "validation/gap_shuffled", _ORANGE, error="validation/gap_shuffled_error"),
+            Curve("than without adapter", "validation/gap_no_image", _BLACK, dashed=True),
+        ),
+        of_validation=True,
+        from_zero=True,
+    ),
+    Chart(
+        "The same by the amount of noise",
+        "With most noise an image decides about layout and colour, with little about details.",
+        tuple(
+            Curve(f"{name} noise", f"validation/gap_shuffled_t{quarter}", colour)
+            for quarter, (name, colour) in enumerate(zip(("least", "less", "more", "most"), _BY_NOISE, strict=True))
+        ),
+        of_validation=True,
+        from_zero=True,
+    ),
+    Chart(
+        "Image attention beside text attention",
+        "The ratio of their norms, the mean of all layers: how loud the image is at weight 1.",
+        (Curve("ratio", "validation/attention_ratio"),),
+        of_validation=True,
+        from_zero=True,
+    ),
+    Chart(
+        "Gradient norm",
+        "Before clipping. If it grows without end, lower the learning rate.",
+        (Curve("norm", "grad_norm"),),
+        smooth=True,
+        from_zero=True,
+    ),
+    Chart("Learning rate", "As scheduled.", (Curve("learning rate", "learning_rate"),), from_zero=True),
+    Chart(
+        "Images a second",
+        "Of all processes, validation not counted.",
+        (Curve("images a second", "images_per_second"),),
+        from_zero=True,
+    ),
+)
+
+
+def draw(chart: Chart, train: Lines, validations: Lines) -> bytes | None:
+    """The chart as SVG, its title left out; None when nothing of it was measured."""
+    from matplotlib.figure import Figure
+
+    lines = validations if chart.of_validation else train
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes: Any = figure.subplots()
+    for curve in chart.curves:
+        _plot(axes, curve, [line for line in lines if curve.key in line], chart.smooth)
+    if not axes.lines:
+        return None
+    if chart.from_zero:
+        axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("step", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(chart.curves) > 1:
+        figure.legend(loc="outside upper left", ncols=4, fontsize=8, frameon=False, handlelength=1.5)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()
+
+
+def _plot(axes: Any, curve: Curve, lines: Lines, smooth: bool) -> None:
+    if not lines:
+        return
+    every = -(-len(lines) // POINTS)
+    shown = slice((len(lines) - 1) % every, None, every)  # the last one always
+    steps = [line["step"] for line in lines][shown]
+    values = [line[curve.key] for line in lines]
+    style: dict[str, Any] = {"color": curve.colour, "linestyle": "--" if curve.dashed else "-"}
+    if smooth:
+        axes.plot(steps, values[shown], color=curve.colour, alpha=0.25, linewidth=0.8)
+        values = smoothed(values)
+    marker = "o" if len(lines) < 20 else None
+    axes.plot(steps, values[shown], label=curve.label, marker=marker, markersize=3, **style)
+    errors = [line.get(curve.error, 0.0) for line in lines][shown] if curve.error else []
+    if any(errors):
+        ends = [[v + s * 2 * e for v, e in zip(values[shown], errors, strict=True)] for s in (-1, 1)]
+        axes.fill_between(steps, *ends, color=curve.colour, alpha=0.15, linewidth=0)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponentially, over a fortieth of the curve; corrected for its start, as Adam's averages are."""
+    decay = 1 - 1 / max(2.0, len(values) / _SMOOTHED)
+    average, weight, smooth = 0.0, 0.0, list[float]()
+    for value in values:
+        average = decay * average + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        smooth.append(average / weight)
+    return smooth

@@ -1,0 +1,78 @@
+"""What the numbers of a run mean for its user, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Lines = Sequence[dict[str, float]]
+
+RISEN = 0.03  # share by which a validation loss above its lowest is worth a word
+
+
+def read_verdict(validations: Lines) -> tuple[bool | None, str]:
+    """Whether the adapter reads its image, and what the validations say; None when it cannot be told.
+
+    The gap counts when it is more than twice its standard error.
+    """
+    if not validations:
+        return None, (
+            "There was no validation: validation_pictures is 0, or there are fewer than ten pictures. The loss alone "
+            "does not say whether the adapter reads its image; look at what it generates."
+        )
+    last = validations[-1]
+    if "validation/gap_shuffled" not in last:
+        return None, "All held-out pictures have the same image prompt, so it could not be exchanged for another one."
+    gap, error = last["validation/gap_shuffled"], last.get("validation/gap_shuffled_error", 0.0)
+    numbers = f"{gap:.4f}, standard error {error:.4f}"
+    reads = gap > 2 * error
+    if reads:
+        share = gap / (last["validation/loss"] + gap)
+        first = (
+            f"The adapter reads its image: on held-out pictures the right one lowers the loss by {share:.1%} against "
+            f"another one ({numbers})."
+        )
+    elif gap < -2 * error:
+        first = (
+            f"Something is wrong: on held-out pictures the right image predicts worse than another one ({numbers}). "
+            "Check that the data pair each picture with its own image."
+        )
+    else:
+        first = (
+            f"No gap yet: on held-out pictures the right image and another one give the same loss ({numbers}). Train "
+            "on, and judge with more validation_pictures if there are few."
+        )
+    others = (_beside_the_base(last), _strength(last), _trend(validations) if reads else None)
+    return reads, " ".join([first, *(sentence for sentence in others if sentence)])
+
+
+def _beside_the_base(last: dict[str, float]) -> str | None:
+    gap = last["validation/gap_no_image"]
+    if gap >= 0:
+        return f"Beside the base model alone it is lower by {gap:.4f}."
+    return (
+        f"The base model alone still predicts better by {-gap:.4f}: at weight 1 the adapter disturbs more than it "
+        "helps."
+    )
+
+
+def _strength(last: dict[str, float]) -> str | None:
+    ratio = last.get("validation/attention_ratio")
+    return None if ratio is None else f"The image attention is {ratio:.0%} as strong as the text's."
+
+
+def _trend(validations: Lines) -> str | None:
+    """Whether training on is worth it."""
+    if len(validations) < 3:
+        return None
+    last = validations[-1]
+    lowest = min(validations, key=lambda line: line["validation/loss"])
+    risen = last["validation/loss"] / lowest["validation/loss"] - 1
+    if risen > RISEN:
+        return (
+            f"The validation loss was lowest at step {int(lowest['step']):,} and is {risen:.1%} higher now: a "
+            "checkpoint from there may be the better adapter. More pictures or a lower learning rate help."
+        )
+    widest = max(validations, key=lambda line: line.get("validation/gap_shuffled", 0.0))
+    if widest is last:
+        return "The gap is larger than at any validation before: training on helps."
+    return f"The gap was largest at step {int(widest['step']):,}; it no longer grows."
