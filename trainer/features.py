@@ -89,7 +89,8 @@ def encode_moments(base_model: BaseModel, images: Tensor) -> tuple[Tensor, Tenso
     """Pixels [B, 3, H, W] in [-1, 1] -> mean and standard deviation [B, 4, H/8, W/8] of the VAE's posterior."""
     vae = base_model.vae
     posterior = vae.encode(images.to(vae.device, vae.dtype, non_blocking=True)).latent_dist
-    return posterior.mean.float(), posterior.std.float()
+    # Contiguous, as from a cache: the VAE's own memory format would go on through the UNet.
+    return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
 
 
 def sample_posterior(base_model: BaseModel, mean: Tensor, std: Tensor, posterior_noise: Tensor | None = None) -> Tensor:

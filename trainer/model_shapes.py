@@ -81,8 +81,8 @@ class ModelShapes:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """The dtype of the VAE."""
-        return torch.float32 if self._parts.vae_config["force_upcast"] else self.dtype
+        """The dtype of the VAE: float32 for SDXL's, unless its config says that it is a fixed one."""
+        return torch.float32 if self.is_sdxl and self._parts.vae_config["force_upcast"] else self.dtype
 
     @property
     def vae_channels(self) -> int:

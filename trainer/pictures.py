@@ -16,7 +16,6 @@ from ipadapter_core import (
     IPAdapter,
     adapter_from_checkpoint,
     infer_spec,
-    read_checkpoint,
     shortcut_hint,
 )
 
@@ -25,6 +24,7 @@ from .errors import DataError, TrainerError
 from .face_embeds import check_face_embed, read_face_embed
 from .generate import generate
 from .image_features import encode_pictures
+from .opening import open_checkpoint
 from .pixels import to_rgb
 
 
@@ -62,7 +62,7 @@ def generate_files(
         given = "--image" if image is not None else "--face-embed"
         raise TrainerError(f"An image prompt needs an adapter; {given} was given, --adapter is missing.")
     pixels_of = None if size is None else parse_size(size)
-    loaded = None if adapter is None else open_adapter(adapter, shortcut)
+    loaded = None if adapter is None else adapter_to_use(adapter, shortcut)
     if loaded is not None:
         check_prompt(loaded.spec, image, face_embed)
     picture = None if image is None else open_picture(image)
@@ -114,16 +114,16 @@ def check_prompt(spec: AdapterSpec, image: Path | None, face_embed: Path | None)
             raise TrainerError(f"This {spec.kind} adapter takes no {what.split(' ', 1)[1]}; leave {option} out.")
 
 
-def open_adapter(path: Path, shortcut: bool | None = None) -> IPAdapter:
-    """An adapter in float32. FaceID-plus files without metadata take their version from `shortcut`, else from their
-    name.
+def adapter_to_use(path: Path, shortcut: bool | None = None) -> IPAdapter:
+    """An adapter in float32, from a file or the folder of a training. FaceID-plus files without metadata take their
+    version from `shortcut`, else from their name.
 
     Raises AdapterError for what is no adapter, TrainerError when the version stays unknown.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     spec = infer_spec(checkpoint)
     if spec.kind == "faceid-plus" and spec.shortcut is None and shortcut is None:
-        shortcut = shortcut_hint(path)
+        shortcut = shortcut_hint(checkpoint.path)
         if shortcut is None:
             raise TrainerError(
                 f"{path}: FaceID-plus v1 or v2? Neither the file nor its name says. Pass --shortcut for v2, "

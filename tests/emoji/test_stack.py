@@ -95,14 +95,16 @@ def test_references_are_distinct_held_out_concepts_and_fixed() -> None:
 def test_batches_pair_a_picture_with_itself_or_with_its_style(base_model: BaseModel) -> None:
     some = load_pictures(FOLDER / "pictures.zip", "train").subset(range(0, 40))
     features = encode_emoji(base_model, some, views=1)
-    batch, drop_image = draw_batch(features, 512, torch.Generator().manual_seed(0))
+    drawn = draw_batch(features, 512, torch.Generator().manual_seed(0))
+    batch, drop_image = drawn.features, drawn.drop_image_embeds
+    assert drawn.noise.shape == batch.latents.shape
     embeds = features.image_embeds[0]
-    reference = (batch.image_embeds[:, None] - embeds[None]).abs().sum(-1).argmin(-1)
+    reference = (batch.image_features[0][:, None] - embeds[None]).abs().sum(-1).argmin(-1)
     target = torch.stack([
         (batch.latents[:, None] - latents[None]).abs().sum((-1, -2, -3)) for latents in features.latents
     ]).amin(0).argmin(-1)  # fmt: skip
     assert (features.styles[reference] == features.styles[target]).all()
-    without_text = (batch.text_states == features.no_text).flatten(1).all(-1)
+    without_text = (batch.text.states == features.no_text).flatten(1).all(-1)
     alone = reference == target
     assert (reference == target)[without_text].float().mean() > 0.9
     assert 0.4 < without_text.float().mean() < 0.65

@@ -175,7 +175,7 @@ def test_the_training_survives_a_run_without_main_thread(settings: dict[str, Any
     """Signals belong to the main thread; a program that trains in another one must still work."""
     from threading import Thread
 
-    from ipadapter_trainer.config import make_config
+    from ipadapter_trainer.config_file import make_config
     from ipadapter_trainer.train import train
 
     files: list[Path] = []

@@ -8,7 +8,6 @@ from ipadapter_trainer.config import TrainConfig
 from ipadapter_trainer.config_file import load_config, make_config, options_text
 from ipadapter_trainer.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.toml"))
 MINIMAL: dict[str, Any] = {"base_model": "m", "data": "d", "output": "o", "steps": 10}
 
 
@@ -81,16 +80,6 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("steps = = 3")
     with pytest.raises(ConfigError, match=r"bad\.toml: not valid TOML"):
         load_config(tmp_path / "bad.toml")
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.name)
-def test_shipped_configs_are_valid_and_open_with_their_command(file: Path) -> None:
-    assert load_config(file).kind == "base"
-    assert f"ipadapter train configs/{file.name}" in "".join(file.read_text().splitlines()[:4])
-
-
-def test_configs_are_shipped() -> None:
-    assert CONFIGS
 
 
 def test_every_key_is_described() -> None:

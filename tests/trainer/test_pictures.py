@@ -11,7 +11,7 @@ import torch
 from ipadapter_trainer.base_model import BaseModel
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.errors import DataError, TrainerError
-from ipadapter_trainer.pictures import open_adapter, open_face, parse_size
+from ipadapter_trainer.pictures import adapter_to_use, open_face, parse_size
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -116,8 +116,8 @@ def test_the_version_of_faceid_plus_comes_from_the_option_the_file_or_its_name(
     silent = load_file(tmp_path / "says.safetensors")
     for name in ("x.safetensors", "ip-adapter-faceid-plusv2_sd15.safetensors"):
         save_file(silent, str(tmp_path / name), metadata={"ipadapter.dim_head": "32"})
-    assert open_adapter(tmp_path / "says.safetensors").spec.shortcut is True
-    assert open_adapter(tmp_path / "ip-adapter-faceid-plusv2_sd15.safetensors").spec.shortcut is True
-    assert open_adapter(tmp_path / "x.safetensors", shortcut=False).spec.shortcut is False
+    assert adapter_to_use(tmp_path / "says.safetensors").spec.shortcut is True
+    assert adapter_to_use(tmp_path / "ip-adapter-faceid-plusv2_sd15.safetensors").spec.shortcut is True
+    assert adapter_to_use(tmp_path / "x.safetensors", shortcut=False).spec.shortcut is False
     with pytest.raises(TrainerError, match=r"v1 or v2\?.*--shortcut for v2"):
-        open_adapter(tmp_path / "x.safetensors")
+        adapter_to_use(tmp_path / "x.safetensors")

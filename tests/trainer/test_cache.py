@@ -1,0 +1,360 @@
+"""`ipadapter cache`: writing, resuming, sharing the work, refusing."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ipadapter_trainer import cache_plan
+from ipadapter_trainer.cache import write_cache
+from ipadapter_trainer.cache_files import (
+    MANIFEST,
+    check_hashes,
+    dequantise,
+    quantise,
+    read_manifest,
+    show_bytes,
+    write_whole,
+)
+from ipadapter_trainer.cached_data import open_cache
+from ipadapter_trainer.cli import app
+from ipadapter_trainer.config import TrainConfig
+from ipadapter_trainer.config_file import make_config
+from ipadapter_trainer.errors import CacheError, ConfigError
+from ipadapter_trainer.sources import examples_of, hash_of
+from ipadapter_trainer.training import open_base_model
+from PIL import Image
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def settings(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Twelve pictures more, of three shapes, and a cache."""
+    for number in range(12):
+        shape = (70, 90 + 30 * (number // 5), 3)
+        pixels = np.random.default_rng(number).integers(0, 255, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(Path(settings["data"]) / f"noise{number:02}.png")
+        (Path(settings["data"]) / f"noise{number:02}.txt").write_text(f"noise, {number % 4} of it")
+    return {**settings, "cache": str(tmp_path / "cache")}
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_plan, "LARGEST_SHARD", 4000)
+    monkeypatch.setattr(cache_plan, "SMALLEST_SHARD", 4000)
+
+
+def keys(settings: dict[str, Any], **changes: Any) -> list[str]:
+    return [f"{key}={value}" for key, value in {**settings, **changes}.items()]
+
+
+def ipadapter(*arguments: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --- As a user types it
+
+
+def test_cache_and_train(settings: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items() if key != "cache"))
+    folder = Path(settings["cache"])
+    code, out, err = ipadapter("cache", file, f"cache={folder}")
+    assert code == 0, err
+    assert "18 pictures" in out
+    assert "11 distinct captions" in out
+    assert "free" in out
+    assert f"Train with cache={folder}" in out
+    assert sorted(p.name for p in folder.iterdir()) == [MANIFEST, "pictures", "texts"]
+    code, out, err = ipadapter("train", file, f"cache={folder}", "steps=2", "validation_pictures=0")
+    assert code == 0, err
+    assert "features from the cache" in out
+    code, out, _ = ipadapter("cache", file, f"cache={folder}")
+    assert code == 0
+    assert f"{folder} is complete" in out
+    code, out, _ = ipadapter("cache", "--check", folder)
+    assert code == 0
+    assert "all 2 shards" in out
+
+
+def test_the_manifest_says_what_made_it(settings: dict[str, Any]) -> None:
+    folder = write_cache(make_config({**settings, "flip": True, "kind": "plus", "cache_image_features": "int8"}))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["base_model"] == "tiny-sd15"
+    assert manifest["encoded_in"] == {"vae": "float32", "text_encoders": "float32", "image_encoder": "float32"}
+    assert manifest["library"].startswith("ip-adapter-kit")
+    assert manifest["buckets"] == [[64, 64]]
+    expected = {"resolution": 64, "flip": True, "cache_image_features": "int8", "crop": "center", "seed": None}
+    assert expected.items() <= manifest["settings"].items()
+    (entry,) = manifest["shards"]["pictures"]
+    assert (entry["start"], entry["stop"]) == (0, 18)
+    assert entry["bytes"] == (folder / entry["file"]).stat().st_size
+    # What sha256sum says too.
+    known = subprocess.run(["sha256sum", folder / entry["file"]], capture_output=True, text=True, check=True)
+    assert entry["sha256"] == known.stdout.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["cache="], ["Where shall the cache go?", "cache=..."]),
+        (["cach=x"], ["unknown key 'cach'", "did you mean 'cache'"]),
+        (["cache_variants=3"], ["cache_variants=3", "the same crop 3 times", "crop=random"]),
+        (["cache_image_features=int4"], ["cache_image_features", "int4", "float16"]),
+        (["data=nowhere"], ["nowhere"]),
+        (["data=some.tar"], ["stream of shards", "unpack"]),
+        (["resolution=60"], ["resolution", "multiple of 8"]),
+        (["second.toml"], ["Write `ipadapter cache [CONFIG.toml] [key=value ...]`"]),
+        (["--check=nothing"], ["alone"]),
+    ],
+    ids=str,
+)
+def test_wrong_input_is_refused_in_one_line(settings: dict[str, Any], arguments: list[str], words: list[str]) -> None:
+    code, _, err = ipadapter("cache", *keys(settings), *arguments)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert all(word in err for word in words), err
+    assert not Path(settings["cache"]).exists()
+
+
+def test_wrong_folders_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    code, _, err = ipadapter("cache")
+    assert code == 2
+    assert "at most one file" in err
+    code, _, err = ipadapter("cache", *keys(settings, cache=settings["data"]))
+    assert code == 2
+    assert "a folder with other files in it" in err
+    file = tmp_path / "file"
+    file.touch()
+    code, _, err = ipadapter("cache", *keys(settings, cache=file))
+    assert code == 2
+    assert "is a file" in err
+    code, _, err = ipadapter("cache", "--check", tmp_path / "absent")
+    assert code == 2
+    assert "manifest.json" in err
+
+
+def test_a_cache_of_other_settings_is_not_written_over(settings: dict[str, Any]) -> None:
+    folder = write_cache(make_config(settings))
+    before = contents(folder)
+    code, _, err = ipadapter("cache", *keys(settings, resolution=32, flip="true"))
+    assert code == 2
+    assert "resolution was 64 and is now 32" in err
+    assert "flip was False and is now True" in err
+    assert "delete this one" in err
+    assert contents(folder) == before
+
+
+# --- The disk
+
+
+def test_a_disk_without_room_is_refused_before_the_start(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1500, 1500))
+    code, out, err = ipadapter("cache", *keys(settings))
+    assert code == 2
+    assert "has 1.5 KB free" in err
+    assert "The cache needs 31.1 KB" in err  # 18 x (2 x 4 x 8 x 8 x 2 + 24 + 4 + 24 x 2) + 11 x 16 x 32 x 2 = 31,064
+    assert "31.1 KB" in out
+    assert not Path(settings["cache"]).exists()
+    code, out, _ = ipadapter("cache", *keys(settings), "--force")
+    assert code == 0
+    assert "only 1.5 KB free: going on" in out
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for it."""
+    target = tmp_path / "shard"
+    write_whole(target, b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, limits[1]))
+    try:
+        with pytest.raises(CacheError, match=r"shard: not written \(.*Make room and run the same command again"):
+            write_whole(target, b"new" * 10**4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+# --- Resume
+
+
+def test_only_missing_shards_are_made_again(settings: dict[str, Any], small_shards: None) -> None:
+    config, lines = make_config(settings), []
+    folder = write_cache(config)
+    before = contents(folder)
+    files = sorted((folder / "pictures").iterdir())
+    assert len(files) > 3
+    times = {file: file.stat().st_mtime_ns for file in files}
+    files[0].unlink()
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    write_cache(config, say=lines.append)
+    total = len(before) - 1
+    assert f"Going on: {total - 2} of {total} shards are written already." in "\n".join(lines)
+    assert contents(folder) == before
+    assert [file for file in files if file.stat().st_mtime_ns == times[file]] == files[2:]
+
+
+def test_another_batch_size_keeps_the_buckets(settings: dict[str, Any], small_shards: None) -> None:
+    settings |= {"buckets": True, "bucket_step": 8}
+    folder = write_cache(make_config({**settings, "batch_size": 8}))
+    before = contents(folder)
+    lines: list[str] = []
+    write_cache(make_config({**settings, "batch_size": 1}), say=lines.append)
+    assert "is complete" in lines[0]
+    (folder / "pictures" / "shard-00002.safetensors").unlink()
+    write_cache(make_config({**settings, "batch_size": 1}))
+    assert contents(folder).keys() == before.keys()
+    check_hashes(folder)
+
+
+def test_a_changed_byte_is_found_by_check(settings: dict[str, Any], small_shards: None) -> None:
+    folder = write_cache(make_config(settings))
+    good = contents(folder)
+    file = folder / "pictures" / "shard-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (folder / "texts" / "shard-00000.safetensors").unlink()
+    with pytest.raises(CacheError) as error:
+        check_hashes(folder)
+    assert "pictures/shard-00001.safetensors has other content" in str(error.value)
+    assert "texts/shard-00000.safetensors is missing" in str(error.value)
+    code, _, err = ipadapter("cache", "--check", folder)
+    assert code == 2
+    assert "Delete the named files" in err
+    file.unlink()
+    write_cache(make_config(settings))
+    check_hashes(folder)
+    assert contents(folder) == good
+
+
+def test_kills_at_any_moment(settings: dict[str, Any], tmp_path: Path, small_shards: None) -> None:
+    """kill -9 while it writes; what comes out in the end is what comes out at once."""
+    whole = write_cache(make_config({**settings, "cache": tmp_path / "whole"}))
+    config, folder = make_config({**settings, "cache": tmp_path / "killed"}), tmp_path / "killed"
+    made, total = 0, len(list(whole.glob("*/*.safetensors")))
+    while made < total - 2:
+        child = os.fork()
+        if child == 0:
+            _write_slowly(config)
+            os._exit(0)
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("*/*.safetensors"))) <= made:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status)
+        made = len(list(folder.glob("*/*.safetensors")))
+        assert not (folder / MANIFEST).exists()
+    examples = examples_of(config)
+    with pytest.raises(CacheError, match=r"was not finished\. Run `ipadapter cache`"):
+        open_cache(folder, config, open_base_model(config), examples, hash_of(config, examples))
+    lines: list[str] = []
+    write_cache(config, say=lines.append)
+    assert f"Going on: {made} of {total} shards are written already." in "\n".join(lines)
+    assert contents(folder) == contents(whole)
+
+
+def _write_slowly(config: TrainConfig) -> None:
+    """So that kills come in the middle of a shard, too."""
+    from ipadapter_trainer import cache_encoding
+
+    encode = cache_encoding.encode_moments
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.005)
+        return encode(*arguments)
+
+    cache_encoding.encode_moments = slow
+    write_cache(config)
+
+
+def test_two_processes_write_what_one_does(settings: dict[str, Any], tmp_path: Path, small_shards: None) -> None:
+    script = tmp_path / "cache.py"
+    script.write_text(
+        "import ipadapter_trainer.cache_plan as p\np.LARGEST_SHARD = p.SMALLEST_SHARD = 4000\n"
+        "from ipadapter_trainer.cli import main\nmain()"
+    )
+    settings |= {"kind": "plus", "workers": 1}
+    launched = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+        + ["--num_cpu_threads_per_process", "1", "--main_process_port", "0", script, "cache"]
+        + keys(settings, cache=tmp_path / "two"),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert launched.stdout.count("Cached 18 pictures") == 1
+    one = contents(write_cache(make_config({**settings, "cache": tmp_path / "one"})))
+    assert len(one) > 6
+    assert one == contents(tmp_path / "two")
+
+
+# --- Parts
+
+
+def test_no_shards_without_a_folder(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"Name a folder with cache=\.\.\."):
+        write_cache(make_config({**settings, "cache": None}))
+
+
+def test_quantised_rows_are_near_although_some_channels_dwarf_the_others() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(3, 257, 1280)
+    features[..., 7] *= 100
+    values, scales = quantise(features)
+    assert values.dtype == torch.int8
+    assert scales.shape == (3, 257, 20)
+    again = dequantise(values, scales).float()
+    others = torch.arange(1280) >= 64
+    assert (again - features)[..., others].norm() < 0.01 * features[..., others].norm()
+    assert (again - features)[..., 7].norm() < 0.01 * features[..., 7].norm()
+    assert values.numel() + 2 * scales.numel() < 0.52 * 2 * features.numel()
+    zeros = dequantise(*quantise(torch.zeros(2, 5, 30)))
+    assert torch.equal(zeros, torch.zeros(2, 5, 30, dtype=torch.float16))
+
+
+def test_values_that_float16_cannot_hold_are_refused(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from ipadapter_trainer import cache_encoding
+
+    encode = cache_encoding.encode_moments
+    monkeypatch.setattr(cache_encoding, "encode_moments", lambda *a: tuple(m * 1e6 for m in encode(*a)))
+    with pytest.raises(CacheError, match=r"latents_mean of pictures/shard-00000.* not finite in float16"):
+        write_cache(make_config(settings))
+
+
+def test_bytes_are_shown_for_people() -> None:
+    shown = [show_bytes(count) for count in (5, 65536, 1.5e9, 2e15)]
+    assert shown == ["5 bytes", "65.5 KB", "1.5 GB", "2000.0 TB"]
+
+
+def test_the_manifest_is_read_back(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_cache(make_config(settings))
+    manifest = read_manifest(folder / MANIFEST)
+    manifest.save(tmp_path / "again.json")
+    assert read_manifest(tmp_path / "again.json") == manifest
