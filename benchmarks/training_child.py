@@ -103,9 +103,9 @@ def run_original(checkout: Path, arguments: list[str], clock: Clock) -> Measured
 
 def run_ours(overrides: list[str], clock: Clock) -> Measured:
     """`ipadapter train key=value ...`."""
-    from ipadapter_trainer.config_file import load_config  # noqa: PLC0415 - only this contender's process has it
-    from ipadapter_trainer.engine import Progress  # noqa: PLC0415
-    from ipadapter_trainer.train import train  # noqa: PLC0415
+    from ipadapter_trainer.engine.denoiser import Progress  # noqa: PLC0415
+    from ipadapter_trainer.settings.config_file import load_config  # noqa: PLC0415 - only this contender's process has it
+    from ipadapter_trainer.training.train import train  # noqa: PLC0415
 
     losses = []
 

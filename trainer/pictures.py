@@ -19,13 +19,13 @@ from ipadapter_core import (
     shortcut_hint,
 )
 
-from .base_model import load_base_model
+from .data.face_embeds import check_face_embed, read_face_embed
+from .data.pixels import to_rgb
 from .errors import DataError, TrainerError
-from .face_embeds import check_face_embed, read_face_embed
-from .generate import generate
-from .image_features import encode_pictures
-from .opening import open_checkpoint
-from .pixels import to_rgb
+from .files.opening import open_checkpoint
+from .models.base_model import load_base_model
+from .models.generate import generate
+from .models.image_features import encode_pictures
 
 
 def generate_files(

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from ipadapter_trainer.base_model import BaseModel, load_base_model
-from ipadapter_trainer.config import TrainConfig
-from ipadapter_trainer.config_file import make_config
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.settings.config import TrainConfig
+from ipadapter_trainer.settings.config_file import make_config
 from PIL import Image, ImageDraw
 
 from ipadapter_core import IPAdapter, init_adapter, new_spec
@@ -152,7 +152,7 @@ ADAPTER_LAYOUTS: dict[str, tuple[tuple[int, ...], int]] = {
 @pytest.fixture
 def random_adapter() -> Callable[..., IPAdapter]:
     """A frozen adapter of a config's kind in a reduced layout; weights of a trained one's size, all different."""
-    from ipadapter_trainer.kinds import TRAIN_KINDS
+    from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 
     def make(kind: str = "base", layout: str = "sd15", seed: int = 0, **changes: Any) -> IPAdapter:
         torch.manual_seed(seed)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from ipadapter_trainer.base_model import BaseModel, load_base_model
 from ipadapter_trainer.errors import BaseModelError
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from safetensors.torch import load_file, save_file
 
 from ipadapter_core import diffusers_sites

@@ -5,10 +5,10 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
-from ipadapter_trainer.buckets import GlobalBatches, assign, find_buckets, make_buckets, read_sizes
-from ipadapter_trainer.draws import Draw
+from ipadapter_trainer.data.buckets import GlobalBatches, assign, find_buckets, make_buckets, read_sizes
+from ipadapter_trainer.data.draws import Draw
+from ipadapter_trainer.data.examples import Example
 from ipadapter_trainer.errors import ConfigError, DataError
-from ipadapter_trainer.examples import Example
 from PIL import Image
 
 # SDXL's resolutions with a ratio of at most 2.1 (arXiv 2307.01952, appendix I).

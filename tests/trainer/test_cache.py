@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ipadapter_trainer import cache_plan
-from ipadapter_trainer.cache import write_cache
-from ipadapter_trainer.cache_files import (
+from ipadapter_trainer.cache import plan as cache_plan
+from ipadapter_trainer.cache.files import (
     MANIFEST,
     check_hashes,
     dequantise,
@@ -28,13 +27,14 @@ from ipadapter_trainer.cache_files import (
     show_bytes,
     write_whole,
 )
-from ipadapter_trainer.cached_data import open_cache
+from ipadapter_trainer.cache.read import open_cache
+from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.config import TrainConfig
-from ipadapter_trainer.config_file import make_config
+from ipadapter_trainer.engine.inputs import examples_of, hash_of
 from ipadapter_trainer.errors import CacheError, ConfigError
-from ipadapter_trainer.sources import examples_of, hash_of
-from ipadapter_trainer.training import open_base_model
+from ipadapter_trainer.settings.config import TrainConfig
+from ipadapter_trainer.settings.config_file import make_config
+from ipadapter_trainer.training.setup import open_base_model
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -280,7 +280,7 @@ def test_kills_at_any_moment(settings: dict[str, Any], tmp_path: Path, small_sha
 
 def _write_slowly(config: TrainConfig) -> None:
     """So that kills come in the middle of a shard, too."""
-    from ipadapter_trainer import cache_encoding
+    from ipadapter_trainer.cache import encoding as cache_encoding
 
     encode = cache_encoding.encode_moments
 
@@ -295,7 +295,7 @@ def _write_slowly(config: TrainConfig) -> None:
 def test_two_processes_write_what_one_does(settings: dict[str, Any], tmp_path: Path, small_shards: None) -> None:
     script = tmp_path / "cache.py"
     script.write_text(
-        "import ipadapter_trainer.cache_plan as p\np.LARGEST_SHARD = p.SMALLEST_SHARD = 4000\n"
+        "import ipadapter_trainer.cache.plan as p\np.LARGEST_SHARD = p.SMALLEST_SHARD = 4000\n"
         "from ipadapter_trainer.cli import main\nmain()"
     )
     settings |= {"kind": "plus", "workers": 1}
@@ -340,7 +340,7 @@ def test_quantised_rows_are_near_although_some_channels_dwarf_the_others() -> No
 
 
 def test_values_that_float16_cannot_hold_are_refused(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from ipadapter_trainer import cache_encoding
+    from ipadapter_trainer.cache import encoding as cache_encoding
 
     encode = cache_encoding.encode_moments
     monkeypatch.setattr(cache_encoding, "encode_moments", lambda *a: tuple(m * 1e6 for m in encode(*a)))

@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ipadapter_trainer.base_model import BaseModel, load_base_model
-from ipadapter_trainer.cache import write_cache
-from ipadapter_trainer.cache_files import MANIFEST, read_manifest
-from ipadapter_trainer.cache_settings import cache_size
-from ipadapter_trainer.cached_data import CachedDataset, open_cache
-from ipadapter_trainer.config import TrainConfig
-from ipadapter_trainer.config_file import make_config
-from ipadapter_trainer.data import Batch, Draw, GlobalBatches, PictureDataset, loader
-from ipadapter_trainer.engine import TrainingBatch, adapter_spec, denoiser, new_adapter
+from ipadapter_trainer.cache.files import MANIFEST, read_manifest
+from ipadapter_trainer.cache.read import CachedDataset, open_cache
+from ipadapter_trainer.cache.settings import cache_size
+from ipadapter_trainer.cache.write import write_cache
+from ipadapter_trainer.data.batches import Batch, Draw, GlobalBatches, PictureDataset, loader
+from ipadapter_trainer.engine.denoiser import TrainingBatch, adapter_spec, denoiser, new_adapter
+from ipadapter_trainer.engine.features import Features, encode_batch
+from ipadapter_trainer.engine.inputs import buckets_of, encoding_of, examples_of, hash_of, recipe_of
 from ipadapter_trainer.errors import CacheError, DataError
-from ipadapter_trainer.features import Features, encode_batch
-from ipadapter_trainer.sources import buckets_of, encoding_of, examples_of, hash_of, open_source, recipe_of
-from ipadapter_trainer.training import open_base_model
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.settings.config import TrainConfig
+from ipadapter_trainer.settings.config_file import make_config
+from ipadapter_trainer.training.setup import open_base_model
+from ipadapter_trainer.training.sources import open_source
 from PIL import Image
 
 from .tiny_models import COLOURS

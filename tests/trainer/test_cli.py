@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ipadapter_trainer.base_model import BaseModel
-from ipadapter_trainer.checkpoints import checkpoint_folders
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.engine import new_adapter
+from ipadapter_trainer.engine.denoiser import new_adapter
+from ipadapter_trainer.models.base_model import BaseModel
+from ipadapter_trainer.training.checkpoints import checkpoint_folders
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -67,7 +67,18 @@ def test_train_with_a_file_and_overrides(settings: dict[str, Any], tmp_path: Pat
     assert code == 0, err
     assert "M parameters" in out
     assert "6 pictures" in out
-    assert f"Saved {Path(settings['output']) / 'adapter.safetensors'}" in out
+    assert f"Saved {Path(settings['output']) / 'ip-adapter_context-32.safetensors'}" in out
+    assert f"Report: {Path(settings['output']) / 'report.html'}" in out
+
+
+def test_a_dry_run_says_what_it_needs_and_writes_nothing(settings: dict[str, Any]) -> None:
+    code, out, err = ipadapter("train", "--dry-run", *(f"{key}={value}" for key, value in settings.items()))
+    assert code == 0, err
+    for words in ("0.05 M trained", "6 pictures to train on", "GFLOPs a step", "memory", "6 of 2 pictures"):
+        assert words in out
+    assert not Path(settings["output"]).exists()
+    code, _, err = ipadapter("train", "--dry-run", *(f"{k}={v}" for k, v in {**settings, "data": "nowhere"}.items()))
+    assert (code, "nowhere: no such file or folder" in err) == (2, True)
     code, out, _ = ipadapter("train", file, "steps=3")
     assert "Resuming from" in out
     assert "2 to 3" in out
@@ -175,8 +186,8 @@ def test_the_training_survives_a_run_without_main_thread(settings: dict[str, Any
     """Signals belong to the main thread; a program that trains in another one must still work."""
     from threading import Thread
 
-    from ipadapter_trainer.config_file import make_config
-    from ipadapter_trainer.train import train
+    from ipadapter_trainer.settings.config_file import make_config
+    from ipadapter_trainer.training.train import train
 
     files: list[Path] = []
     thread = Thread(target=lambda: files.append(train(make_config({**settings, "steps": 1}))))

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from ipadapter_trainer.base_model import BaseModel, load_base_model
-from ipadapter_trainer.conditioning import (
+from ipadapter_trainer.errors import TrainerError
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.models.conditioning import (
     TextStates,
     added_conditions,
     encode_prompts,
@@ -16,7 +17,6 @@ from ipadapter_trainer.conditioning import (
     time_ids,
     tokenize,
 )
-from ipadapter_trainer.errors import TrainerError
 
 PROMPTS = ["a red square", "", "a blue square and a green square and a teal square", "a red square"]
 

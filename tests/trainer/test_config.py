@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ipadapter_trainer.config import TrainConfig
-from ipadapter_trainer.config_file import load_config, make_config, options_text
 from ipadapter_trainer.errors import ConfigError
+from ipadapter_trainer.settings.config import TrainConfig
+from ipadapter_trainer.settings.config_file import load_config, make_config, options_text
 
 MINIMAL: dict[str, Any] = {"base_model": "m", "data": "d", "output": "o", "steps": 10}
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ipadapter_trainer.config import TrainConfig
-from ipadapter_trainer.config_file import config_of_arguments, load_config
-from ipadapter_trainer.dry_run import Plan, plan_text, plan_training
-from ipadapter_trainer.kinds import TRAIN_KINDS
-from ipadapter_trainer.train import train
+from ipadapter_trainer.settings.config import TrainConfig
+from ipadapter_trainer.settings.config_file import config_of_arguments, load_config
+from ipadapter_trainer.settings.kinds import TRAIN_KINDS
+from ipadapter_trainer.training.dry_run import Plan, plan_text, plan_training
+from ipadapter_trainer.training.train import train
 from safetensors.torch import save_file
 
 from ipadapter_core import infer_spec, read_checkpoint

@@ -13,12 +13,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.convert import convert
-from ipadapter_trainer.diffusers_loader import unet_config
 from ipadapter_trainer.errors import ExportError
-from ipadapter_trainer.kinds import TRAIN_KINDS
-from ipadapter_trainer.opening import adapter_files, open_adapter, open_checkpoint
-from ipadapter_trainer.writing import write_adapter
+from ipadapter_trainer.files.convert import convert
+from ipadapter_trainer.files.diffusers_loader import unet_config
+from ipadapter_trainer.files.opening import adapter_files, open_adapter, open_checkpoint
+from ipadapter_trainer.files.writing import write_adapter
+from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.data_check import SAMPLES, _sample, check_data
-from ipadapter_trainer.data_report import TOKENS, Facts, approximate_tokens
-from ipadapter_trainer.duplicates import Look, alike, look_of, same
+from ipadapter_trainer.data.check import SAMPLES, _sample, check_data
+from ipadapter_trainer.data.duplicates import Look, alike, look_of, same
+from ipadapter_trainer.data.report import TOKENS, Facts, approximate_tokens
 from ipadapter_trainer.errors import DataError
 from PIL import Image
 from typer.testing import CliRunner
@@ -100,7 +100,7 @@ def test_what_is_too_large_for_a_tar_in_memory_is_not_held(tmp_path: Path) -> No
     """Entries are taken as they are needed, so a stream of shards is never read ahead by much."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from ipadapter_trainer import data_check
+    from ipadapter_trainer.data import check as data_check
 
     taken = 0
 
@@ -255,7 +255,7 @@ def test_without_imagehash_the_rest_is_checked(flawed: Path, monkeypatch: pytest
     find = importlib.util.find_spec
     monkeypatch.setitem(sys.modules, "imagehash", None)
     monkeypatch.setattr(
-        "ipadapter_trainer.duplicates.find_spec", lambda name: None if name == "imagehash" else find(name)
+        "ipadapter_trainer.data.duplicates.find_spec", lambda name: None if name == "imagehash" else find(name)
     )
     report = check_data(flawed, min_side=64)
     assert report.near_duplicates is None

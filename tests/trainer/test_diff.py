@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.convert import convert
-from ipadapter_trainer.diff import diff
-from ipadapter_trainer.writing import write_adapter
+from ipadapter_trainer.files.convert import convert
+from ipadapter_trainer.files.diff import diff
+from ipadapter_trainer.files.writing import write_adapter
 from typer.testing import CliRunner
 
 from ipadapter_core import IPAdapter

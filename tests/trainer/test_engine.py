@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from ipadapter_trainer.base_model import BaseModel
-from ipadapter_trainer.conditioning import TextStates, encode_prompts
-from ipadapter_trainer.engine import Denoiser, TrainingBatch, check_loss, denoiser, new_adapter, train_steps
+from ipadapter_trainer.engine.denoiser import Denoiser, TrainingBatch, check_loss, denoiser, new_adapter, train_steps
+from ipadapter_trainer.engine.features import Features
+from ipadapter_trainer.engine.objective import Objective
+from ipadapter_trainer.engine.optimizers import new_optimizer
 from ipadapter_trainer.errors import DivergedError, TrainerError
-from ipadapter_trainer.features import Features
-from ipadapter_trainer.kinds import TRAIN_KINDS
-from ipadapter_trainer.objective import Objective
-from ipadapter_trainer.optimizers import new_optimizer
+from ipadapter_trainer.models.base_model import BaseModel
+from ipadapter_trainer.models.conditioning import TextStates, encode_prompts
+from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 
 from ipadapter_core import AdapterApplication, AdapterError, IPAdapter, diffusers_sites, inject, save_adapter
 
@@ -118,7 +118,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_target(name: str, request: py
 @pytest.mark.parametrize("kind", TRAIN_KINDS)
 def test_every_kind_trains_on_every_family(family: str, kind: str, request: pytest.FixtureRequest) -> None:
     """Gradients reach every weight of the adapter, the LoRA's after its first step, and nothing else."""
-    from ipadapter_trainer.base_model import load_base_model
+    from ipadapter_trainer.models.base_model import load_base_model
 
     model = load_base_model(request.getfixturevalue(family))
     adapter = new_adapter(model, TRAIN_KINDS[kind])
@@ -167,8 +167,8 @@ def test_a_lora_rests_between_steps(base_model: BaseModel) -> None:
 @pytest.mark.parametrize("tuning", ["checkpointing", "fp8", "compile"])
 def test_memory_and_speed_options_leave_the_gradients(tuning: str, model_folder: Path) -> None:
     """Checkpointing and compiling give the same gradients, a base in 8 bit nearly the same."""
-    from ipadapter_trainer.base_model import load_base_model
-    from ipadapter_trainer.tuning import tune_unet
+    from ipadapter_trainer.models.base_model import load_base_model
+    from ipadapter_trainer.models.tuning import tune_unet
 
     model = load_base_model(model_folder)
     torch.manual_seed(0)
@@ -225,7 +225,7 @@ def test_one_pair_can_be_overfitted_and_the_unet_stays_as_it_was(base_model: Bas
 
 
 def test_pictures_may_be_made_between_steps(base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch) -> None:
-    from ipadapter_trainer.generate import generate
+    from ipadapter_trainer.models.generate import generate
 
     plain = generate(base_model, None, prompts=["a red square"], image_features=None, steps=2)
     with denoiser(base_model, adapter) as denoising:
@@ -298,6 +298,6 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
 
 
 def test_text_states_without_pooled_text_add_no_conditions() -> None:
-    from ipadapter_trainer.conditioning import added_conditions
+    from ipadapter_trainer.models.conditioning import added_conditions
 
     assert added_conditions(TextStates(torch.zeros(1, 2, 3)), None) is None

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from ipadapter_trainer.data.examples import Example, find_examples, fingerprint
 from ipadapter_trainer.errors import DataError
-from ipadapter_trainer.examples import Example, find_examples, fingerprint
 from PIL import Image
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from ipadapter_trainer import diffusers_loader, verify, writing
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.errors import ExportError, VerificationError
-from ipadapter_trainer.file_names import name_problem, published_name
-from ipadapter_trainer.kinds import TRAIN_KINDS
-from ipadapter_trainer.provenance import export_adapter
-from ipadapter_trainer.published import published_differences, published_shapes
-from ipadapter_trainer.verify import verify_export
-from ipadapter_trainer.writing import DTYPES, write_adapter
+from ipadapter_trainer.files import diffusers_loader, verify, writing
+from ipadapter_trainer.files.file_names import name_problem, published_name
+from ipadapter_trainer.files.provenance import export_adapter
+from ipadapter_trainer.files.published import published_differences, published_shapes
+from ipadapter_trainer.files.verify import verify_export
+from ipadapter_trainer.files.writing import DTYPES, write_adapter
+from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -449,7 +449,7 @@ def test_name_problems() -> None:
 
 @pytest.fixture
 def run(config: Any) -> Path:
-    from ipadapter_trainer.train import train
+    from ipadapter_trainer.training.train import train
 
     train(config.model_copy(update={"steps": 2, "save_every": 1}))
     return config.output

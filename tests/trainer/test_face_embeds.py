@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ipadapter_trainer.data.examples import Example, TableEntry, find_examples
+from ipadapter_trainer.data.face_embeds import face_id_embed, read_face_embed, with_faces
 from ipadapter_trainer.errors import DataError
-from ipadapter_trainer.examples import Example, TableEntry, find_examples
-from ipadapter_trainer.face_embeds import face_id_embed, read_face_embed, with_faces
 from safetensors.torch import save_file
 
 

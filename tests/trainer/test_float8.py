@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ipadapter_trainer.float8 import FLOAT8, store_in_float8
+from ipadapter_trainer.models.float8 import FLOAT8, store_in_float8
 from torch import nn
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from ipadapter_trainer.base_model import BaseModel, load_base_model
-from ipadapter_trainer.conditioning import encode_prompts
 from ipadapter_trainer.errors import TrainerError
-from ipadapter_trainer.generate import decode, generate, initial_latents
-from ipadapter_trainer.image_features import encode_pictures
-from ipadapter_trainer.kinds import TRAIN_KINDS
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.models.conditioning import encode_prompts
+from ipadapter_trainer.models.generate import decode, generate, initial_latents
+from ipadapter_trainer.models.image_features import encode_pictures
+from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from PIL import Image
 from torch import Tensor
 
@@ -233,7 +233,7 @@ def test_one_prompt_serves_many_weights(base_model: BaseModel, adapter: IPAdapte
 def test_decoding_in_parts_is_decoding(base_model: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = initial_latents(base_model, 3, 0, 64)
     whole = decode(base_model, latents)
-    monkeypatch.setattr("ipadapter_trainer.generate.DECODE_ROWS", 2)
+    monkeypatch.setattr("ipadapter_trainer.models.generate.DECODE_ROWS", 2)
     torch.testing.assert_close(decode(base_model, latents), whole, atol=1e-5, rtol=1e-5)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ipadapter_trainer.checkpoints import ADAPTER_FILE, STATE_FILE, checkpoint_folders
-from ipadapter_trainer.config_file import make_config
-from ipadapter_trainer.train import train
+from ipadapter_trainer.settings.config_file import make_config
+from ipadapter_trainer.training.checkpoints import ADAPTER_FILE, STATE_FILE, checkpoint_folders
+from ipadapter_trainer.training.train import train
 from safetensors.torch import load_file
 
 KILLS = 20
@@ -20,8 +20,8 @@ KILLS = 20
 KILLER = """
 import json, os, random, select, signal, sys, time
 import torch
-from ipadapter_trainer.config_file import make_config
-from ipadapter_trainer.train import train
+from ipadapter_trainer.settings.config_file import make_config
+from ipadapter_trainer.training.train import train
 
 torch.set_num_threads(1)
 settings, kills = json.loads(sys.argv[1]), int(sys.argv[2])

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ipadapter_trainer.base_model import BaseModel
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.errors import DataError, TrainerError
+from ipadapter_trainer.models.base_model import BaseModel
 from ipadapter_trainer.pictures import adapter_to_use, open_face, parse_size
 from PIL import Image
 from safetensors.torch import load_file, save_file

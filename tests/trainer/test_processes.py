@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ipadapter_trainer.config_file import make_config
-from ipadapter_trainer.train import train
+from ipadapter_trainer.settings.config_file import make_config
+from ipadapter_trainer.training.train import train
 from safetensors.torch import load_file
 
 

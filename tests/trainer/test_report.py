@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ipadapter_trainer.curves import CHARTS, POINTS, draw, smoothed
 from ipadapter_trainer.errors import DataError
-from ipadapter_trainer.report import write_report
-from ipadapter_trainer.run_files import LOG_FILE
-from ipadapter_trainer.verdict import read_verdict
+from ipadapter_trainer.monitor.curves import CHARTS, POINTS, draw, smoothed
+from ipadapter_trainer.monitor.report import write_report
+from ipadapter_trainer.monitor.run_files import LOG_FILE
+from ipadapter_trainer.monitor.verdict import read_verdict
 from PIL import Image
 
 SVG = "{http://www.w3.org/2000/svg}"

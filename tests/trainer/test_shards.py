@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ipadapter_trainer import shard_files, shards
-from ipadapter_trainer.base_model import BaseModel
-from ipadapter_trainer.data import Encoding, Recipe
-from ipadapter_trainer.errors import DataError
-from ipadapter_trainer.shard_files import (
+from ipadapter_trainer.data import shard_files, shards
+from ipadapter_trainer.data.batches import Encoding, Recipe
+from ipadapter_trainer.data.shard_files import (
     UrlStream,
     count_samples,
     expand_shards,
@@ -26,7 +24,9 @@ from ipadapter_trainer.shard_files import (
     parse_sample,
     raw_samples,
 )
-from ipadapter_trainer.shards import Place, sample_stream, shard_loader
+from ipadapter_trainer.data.shards import Place, sample_stream, shard_loader
+from ipadapter_trainer.errors import DataError
+from ipadapter_trainer.models.base_model import BaseModel
 from PIL import Image
 
 from .tiny_data import assert_same, encoded_picture, encoding_of, sample, write_shard

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from ipadapter_trainer.base_model import BaseModel, load_base_model
-from ipadapter_trainer.checkpoints import ADAPTER_FILE, STATE_FILE, checkpoint_folders
-from ipadapter_trainer.conditioning import encode_prompts
-from ipadapter_trainer.config_file import make_config
-from ipadapter_trainer.engine import Progress
+from ipadapter_trainer.engine.denoiser import Progress
 from ipadapter_trainer.errors import CheckpointError, ConfigError, DivergedError
-from ipadapter_trainer.generate import generate, initial_latents
-from ipadapter_trainer.provenance import BASE_MODEL, DATA_SIZE, PREDICTION_TYPE, STEPS
-from ipadapter_trainer.train import Interrupted, train
+from ipadapter_trainer.files.provenance import BASE_MODEL, DATA_SIZE, PREDICTION_TYPE, STEPS
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.models.conditioning import encode_prompts
+from ipadapter_trainer.models.generate import generate, initial_latents
+from ipadapter_trainer.settings.config_file import make_config
+from ipadapter_trainer.training.checkpoints import ADAPTER_FILE, STATE_FILE, checkpoint_folders
+from ipadapter_trainer.training.train import Interrupted, train
 from safetensors.torch import load_file
 
 from ipadapter_core import AdapterApplication, inject, load_adapter
@@ -181,9 +181,9 @@ def test_broken_pictures_are_counted_and_reported(settings: dict[str, Any]) -> N
 
 KILLED_WHILE_SAVING = """
 import os, sys, torch
-import ipadapter_trainer.checkpoints as checkpoints
-from ipadapter_trainer.config_file import make_config
-from ipadapter_trainer.train import train
+import ipadapter_trainer.training.checkpoints as checkpoints
+from ipadapter_trainer.settings.config_file import make_config
+from ipadapter_trainer.training.train import train
 import json
 whole, calls = torch.save, []
 def half(state, stream):
@@ -219,9 +219,9 @@ def test_a_kill_while_saving_leaves_the_last_good_checkpoint(settings: dict[str,
 
 FULL_DISK = """
 import json, resource, signal, sys
-from ipadapter_trainer.cli_errors import user_errors
-from ipadapter_trainer.config_file import make_config
-from ipadapter_trainer.train import train
+from ipadapter_trainer.cli.errors import user_errors
+from ipadapter_trainer.settings.config_file import make_config
+from ipadapter_trainer.training.train import train
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 settings = json.loads(sys.argv[1])

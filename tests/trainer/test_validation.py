@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ipadapter_trainer.base_model import BaseModel, load_base_model
-from ipadapter_trainer.conditioning import encode_prompts
-from ipadapter_trainer.engine import TrainingBatch, denoiser, new_adapter, train_steps
-from ipadapter_trainer.features import Features
-from ipadapter_trainer.image_features import dropped_features
-from ipadapter_trainer.kinds import TRAIN_KINDS
-from ipadapter_trainer.objective import new_objective
-from ipadapter_trainer.optimizers import new_optimizer
-from ipadapter_trainer.validation import (
+from ipadapter_trainer.engine.denoiser import TrainingBatch, denoiser, new_adapter, train_steps
+from ipadapter_trainer.engine.features import Features
+from ipadapter_trainer.engine.objective import new_objective
+from ipadapter_trainer.engine.optimizers import new_optimizer
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.models.conditioning import encode_prompts
+from ipadapter_trainer.models.image_features import dropped_features
+from ipadapter_trainer.monitor.validation import (
     QUARTERS,
     SEED,
     Samples,
@@ -27,6 +26,7 @@ from ipadapter_trainer.validation import (
     other_rows,
     stratified_timesteps,
 )
+from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 
 from ipadapter_core import IPAdapter
 

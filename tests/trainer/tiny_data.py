@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ipadapter_trainer.base_model import BaseModel
-from ipadapter_trainer.data import Encoding
+from ipadapter_trainer.data.batches import Encoding
+from ipadapter_trainer.models.base_model import BaseModel
 from PIL import Image
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from ipadapter_trainer.base_model import BaseModel
+    from ipadapter_trainer.models.base_model import BaseModel
 
     from ipadapter_core import IPAdapter
 
@@ -108,8 +108,8 @@ def _layers(hidden_act: str) -> dict[str, Any]:
 
 def adapter_of(model: BaseModel, kind: str) -> IPAdapter:
     """A random adapter whose LoRA does something."""
-    from ipadapter_trainer.engine import new_adapter
-    from ipadapter_trainer.kinds import TRAIN_KINDS
+    from ipadapter_trainer.engine.denoiser import new_adapter
+    from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 
     torch.manual_seed(0)
     adapter = new_adapter(model, TRAIN_KINDS[kind]).eval()

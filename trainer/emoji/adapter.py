@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ipadapter_core import IPAdapter
 
-from ..base_model import BaseModel
-from ..conditioning import TextStates, encode_prompts
-from ..engine import TrainingBatch, denoiser, new_adapter
-from ..features import Features, encode_pixels
-from ..image_features import encode_clip_images
+from ..engine.denoiser import TrainingBatch, denoiser, new_adapter
+from ..engine.features import Features, encode_pixels
+from ..models.base_model import BaseModel
+from ..models.conditioning import TextStates, encode_prompts
+from ..models.image_features import encode_clip_images
 from .clip import normalize, zoom
 from .loop import fit
 from .pictures import STYLE_NAMES, EmojiPictures, pick, to_pixels

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL, emoji_folder
 
-from ..base_model import BaseModel, load_base_model
-from ..generate import generate
-from ..image_features import encode_clip_images
+from ..models.base_model import BaseModel, load_base_model
+from ..models.generate import generate
+from ..models.image_features import encode_clip_images
 from .build import caption
 from .clip import normalize, styled_caption, tokenize
 from .concepts import TEXT_CONCEPTS

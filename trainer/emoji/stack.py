@@ -19,7 +19,7 @@ from transformers import (
 
 from ipadapter_core.assets import MODEL
 
-from ..image_encoder import CLIPImageProcessor
+from ..models.image_encoder import CLIPImageProcessor
 from .clip import MAX_TOKENS, new_clip
 from .judges import StyleClassifier
 from .loop import load_ema, start_from

@@ -139,8 +139,8 @@ def train_adapter(run: Run) -> None:
     """The bundled adapter, over the exported model, by the same loss as ``ipadapter train``."""
     import torch
 
-    from ..base_model import load_base_model
-    from ..provenance import export_adapter, provenance
+    from ..files.provenance import export_adapter, provenance
+    from ..models.base_model import load_base_model
     from .adapter import BATCH, fit_adapter
     from .loop import steps_done
 

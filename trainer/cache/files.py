@@ -1,0 +1,211 @@
+"""The files of a feature cache, and the manifest that says what made them.
+
+    cache/manifest.json                          settings; shards with their sizes and SHA-256; what could not be read
+          texts/shard-00000.safetensors          text_states [n, L, D], text_embeds [n, P] (SDXL)
+          references/shard-00000.safetensors     image_features [n, V, ...] of pictures that are others' references
+          pictures/shard-00000.safetensors       latents_mean, latents_std [n, V, C, h, w], sizes, and image_features
+                                                 of pictures that are their own reference
+
+V counts variants: crops (`cache_variants`), and of each the picture and its mirror image where `flip` is set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CacheError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"  # the manifest of a cache that is being written
+TABLES = ("texts", "references", "pictures")
+_HEADER = "ipadapter.cache"  # one entry of metadata: safetensors writes several in an order that changes
+SCALES = "image_features_scale"
+_GROUP = 64  # channels that share a scale of the quantised features
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A shard in the manifest: its rows of the table are `start` to `stop`, without the last."""
+
+    file: str
+    start: int
+    stop: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache is made of. Only `settings` decide whether a training may read it."""
+
+    settings: dict[str, Any]
+    library: str
+    base_model: str
+    encoded_in: dict[str, str]  # part -> the dtype that it computed in
+    stored_in: str
+    buckets: list[list[int]]  # width, height
+    counts: dict[str, int]  # table -> rows
+    shards: dict[str, list[ShardEntry]] = field(default_factory=dict[str, list[ShardEntry]])
+    broken: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # table -> row -> reason
+    format: int = FORMAT
+
+    def save(self, file: Path) -> None:
+        """Write it, whole or not at all."""
+        write_whole(file, json.dumps(asdict(self), indent=1).encode())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(entry.bytes for entries in self.shards.values() for entry in entries)
+
+
+def read_manifest(file: Path) -> Manifest:
+    """Raises CacheError for a file that is none, or of another version."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content["format"]
+        if version != FORMAT:
+            raise CacheError(
+                f"{file}: a cache of format {version}, this version reads {FORMAT}. Make the cache again with "
+                "`ipadapter cache`, in another folder."
+            )
+        known = {f.name for f in fields(Manifest)}
+        shards = {table: [ShardEntry(**entry) for entry in entries] for table, entries in content["shards"].items()}
+        return Manifest(**{**{k: v for k, v in content.items() if k in known}, "shards": shards})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(f"{file}: not a cache's manifest ({error!r:.200}). Make the cache again.") from error
+
+
+def check_hashes(folder: Path) -> Manifest:
+    """Compare every shard with the manifest, byte by byte.
+
+    Raises CacheError that names every shard that is missing, cut off or changed.
+    """
+    manifest = read_manifest(folder / MANIFEST)
+    problems: list[str] = []
+    for entry in (entry for entries in manifest.shards.values() for entry in entries):
+        problem = size_problem(folder, entry)
+        if problem is None and sha256_of(folder / entry.file) != entry.sha256:
+            problem = f"{entry.file} has other content than when it was written"
+        if problem is not None:
+            problems.append(problem)
+    if problems:
+        raise CacheError(
+            f"{folder}: {'; '.join(problems)}. Delete the named files and run `ipadapter cache` again: it makes only "
+            "these."
+        )
+    return manifest
+
+
+def size_problem(folder: Path, entry: ShardEntry) -> str | None:
+    """What is wrong with a shard at first sight."""
+    file = folder / entry.file
+    if not file.is_file():
+        return f"{entry.file} is missing"
+    found = file.stat().st_size
+    return None if found == entry.bytes else f"{entry.file} has {found:,} bytes instead of {entry.bytes:,}"
+
+
+class ShardHeader(NamedTuple):
+    """What a shard says of itself: `Shard.key`, and the reasons by the numbers of its rows that could not be read."""
+
+    key: str
+    broken: dict[str, str]
+
+
+def write_shard(file: Path, tensors: Mapping[str, Tensor], header: ShardHeader) -> None:
+    """Write a shard and its `digest_file`, whole or not at all. Raises CacheError when the disk refuses."""
+    content = safetensors.torch.save(dict(tensors), {_HEADER: json.dumps(header._asdict())})
+    # First, so that a shard that is there has its own.
+    write_whole(digest_file(file), f"{hashlib.sha256(content).hexdigest()}  {file.name}\n".encode())
+    write_whole(file, content)
+
+
+def digest_file(shard: Path) -> Path:
+    """Holds a shard's SHA-256, in the format of `sha256sum --check`, until the manifest holds all."""
+    return shard.with_name(f"{shard.name}.sha256")
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file that appears under its name by one rename, when all of it is on the disk.
+
+    Raises CacheError when the disk refuses.
+    """
+    temporary = file.with_name(f".{file.name}-{secrets.token_hex(4)}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        raise CacheError(
+            f"{file}: not written ({error.strerror}). Make room and run the same command again: what is written stays."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_header(file: Path) -> ShardHeader | None:
+    """Of a shard that is all there; None when it is missing, cut off or another file. Tensors are not read."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return ShardHeader(**json.loads(opened.metadata()[_HEADER]))
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return None
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file."""
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 22):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def show_bytes(count: float) -> str:
+    """Such as "65.5 KB", in powers of a thousand."""
+    units = ["bytes", "KB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.0f} bytes" if units[0] == "bytes" else f"{count:.1f} {units[0]}"
+
+
+def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [..., E] -> int8 [..., E] and float16 scales [..., E / 64], one for 64 channels of a token, since the
+    hidden states of vision transformers have a few channels that dwarf the others. (One for all channels where 64
+    does not divide E.)
+    """
+    groups = features.float().unflatten(-1, (-1, channels_per_scale(features.shape[-1])))
+    scales = (groups.abs().amax(-1) / 127).clamp(min=2**-24).half()  # the smallest float16
+    values = (groups / scales.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
+    return values.flatten(-2), scales
+
+
+def dequantise(values: Tensor, scales: Tensor) -> Tensor:
+    """float16 [..., E] of what `quantise` made."""
+    groups = values.float().unflatten(-1, (scales.shape[-1], -1))
+    return (groups * scales.float()[..., None]).flatten(-2).half()
+
+
+def channels_per_scale(channels: int) -> int:
+    """How many channels of the quantised features share a scale."""
+    return _GROUP if channels % _GROUP == 0 else channels

@@ -1,0 +1,59 @@
+"""`ipadapter cache`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import quiet, user_errors
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("cache")(cache_command)
+
+
+def cache_command(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.toml] [key=value ...]", help="The settings of the training, with cache=FOLDER."
+        ),
+    ] = None,
+    *,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start although the forecast is more than the disk has room for.")
+    ] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Only compare every byte of a cache with the hashes in its manifest."),
+    ] = None,
+) -> None:
+    """Run the frozen encoders once over the data and keep what they say; train then reads it.
+
+    ipadapter cache configs/sd15-base.toml data=pictures cache=caches/cats
+
+    The same command again goes on where it was stopped. Several GPUs or machines that see one folder share the work:
+    accelerate launch -m ipadapter_trainer.cli cache ...
+    """
+    with user_errors():
+        from ..errors import ConfigError
+
+        if check is not None:
+            from ..cache.files import check_hashes, show_bytes
+
+            if arguments or force:
+                raise ConfigError("Write `ipadapter cache --check FOLDER` alone.")
+            manifest = check_hashes(check)
+            count = sum(len(entries) for entries in manifest.shards.values())
+            typer.echo(f"{check}: all {count} shards, {show_bytes(manifest.size)}, are as they were written.")
+            return
+        from ..settings.config_file import config_of_arguments
+
+        config = config_of_arguments("cache", arguments or [])
+        from ..cache.write import write_cache
+
+        quiet()
+        write_cache(config, say=typer.echo, progress_bar=True, force=force)

@@ -1,0 +1,170 @@
+"""`ipadapter data check`: what is in a data set, and what is wrong with it, before a training finds out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..errors import DataError
+from .contact_sheet import Cell, contact_sheet
+from .duplicates import can_look, look_of
+from .examples import Example, scan
+from .pixels import to_rgb, why_broken
+from .report import DataReport, Facts, make_report
+from .shard_files import expand_shards, is_shards, parse_sample, raw_samples, shard_name
+
+SAMPLES = 24  # on the contact sheet
+_THUMBNAIL = 256
+_WAITING = 64  # pictures that are read ahead
+
+Thing = TypeVar("Thing")
+Result = TypeVar("Result")
+Read = Callable[[], bytes]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A picture of a data set, not yet read."""
+
+    name: str
+    read: Read
+    text: str | None  # None: there is no caption
+    references: tuple[Read, ...] = ()
+    has_face: bool = False
+
+
+def check_data(
+    data: str | Path,
+    root: Path | None = None,
+    *,
+    min_side: int = 512,
+    sheet: Path | None = None,
+    threads: int | None = None,
+    progress_bar: bool = False,
+) -> DataReport:
+    """Read every picture of a data set (a folder, a list, or shards, as for a training) and report on it; write a
+    contact sheet of up to 24 samples, drawn with a fixed seed, to `sheet`.
+
+    A picture is tiny when its short side has fewer pixels than `min_side`. Raises DataError for a data set that cannot
+    be found or listed, and for a sheet of an unknown suffix; broken pictures are in the report.
+    """
+    if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
+        raise DataError(f"{sheet}: unknown picture suffix {sheet.suffix!r} for the samples. Use .png.")
+    missing: list[str] = []
+    total: int | None = None
+    if is_shards(data):
+        entries = _shard_entries(expand_shards(data), missing)
+    else:
+        found = scan(Path(data), root)
+        missing += found.missing
+        entries = [_file_entry(example, example.text) for example in found.examples]
+        entries += [_file_entry(example, None) for example in found.without_caption]
+        total = len(entries)
+    facts: list[Facts] = []
+    samples: dict[int, Facts] = {}
+    with ThreadPoolExecutor(threads) as pool:  # Pillow's decoders run beside each other
+        results = _in_turn(pool, inspect_picture, entries)
+        for fact in tqdm(results, "pictures", total, disable=not progress_bar):
+            _sample(samples, fact, len(facts))
+            facts.append(dataclasses.replace(fact, thumbnail=None, reference=None))
+    if sheet is not None and samples:
+        contact_sheet([_cell(samples[place]) for place in sorted(samples)], sheet)
+    return make_report(str(data), facts, missing, min_side, str(sheet) if sheet is not None and samples else None)
+
+
+def inspect_picture(entry: Entry | DataError) -> Facts:
+    """Read and decode a picture, and its references, entirely."""
+    if isinstance(entry, DataError):
+        return Facts("", None, error=str(entry))
+    facts = Facts(entry.name, entry.text, has_reference=bool(entry.references), has_face=entry.has_face)
+    try:
+        data = entry.read()
+        size, thumbnail = _decode(data)
+        references = [_decode(read())[1] for read in entry.references]
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        return dataclasses.replace(facts, error=f"{entry.name}: {why_broken(error)}")
+    return dataclasses.replace(
+        facts,
+        size=size,
+        digest=hashlib.sha256(data).hexdigest(),
+        look=look_of(thumbnail) if can_look() else None,
+        thumbnail=thumbnail,
+        reference=references[0] if references else None,
+    )
+
+
+def _decode(data: bytes) -> tuple[tuple[int, int], Image.Image]:
+    with Image.open(io.BytesIO(data)) as opened:
+        picture = to_rgb(opened)
+    size = picture.size
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return size, picture
+
+
+def _file_entry(example: Example, text: str | None) -> Entry:
+    image, *references = (file for file in (example.image, *example.references) if isinstance(file, Path))
+    return Entry(
+        str(image),
+        image.read_bytes,
+        text,
+        tuple(reference.read_bytes for reference in references),
+        example.face_id_embed is not None,
+    )
+
+
+def _shard_entries(shards: Sequence[str], missing: list[str]) -> Iterator[Entry | DataError]:
+    for shard in shards:
+        for raw in raw_samples(shard, missing.append):
+            try:
+                sample = parse_sample(raw)
+            except DataError as error:
+                yield error
+                continue
+            yield Entry(
+                f"{shard_name(shard)}/{raw['__key__']}",
+                _giving(sample.picture),
+                sample.text,
+                tuple(_giving(reference) for reference in sample.references),
+                sample.face_id_embed is not None,
+            )
+
+
+def _giving(data: bytes) -> Read:
+    return lambda: data
+
+
+def _in_turn(
+    pool: ThreadPoolExecutor, function: Callable[[Thing], Result], things: Iterable[Thing]
+) -> Iterator[Result]:
+    """Results in the order of the things, of which only a few are taken ahead: all may not fit into memory."""
+    waiting: deque[Future[Result]] = deque()
+    for thing in things:
+        waiting.append(pool.submit(function, thing))
+        if len(waiting) > _WAITING:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _sample(samples: dict[int, Facts], fact: Facts, seen: int) -> None:
+    """Keep it or not, so that in the end each had the same chance (Vitter's algorithm R)."""
+    place = seen if seen < SAMPLES else random.Random(f"sheet {seen}").randrange(seen + 1)
+    if place < SAMPLES and fact.thumbnail is not None:
+        samples[place] = fact
+
+
+def _cell(fact: Facts) -> Cell:
+    assert fact.thumbnail is not None and fact.size is not None
+    title = f"{fact.size[0]}x{fact.size[1]} {Path(fact.name).name}"
+    return Cell(fact.thumbnail, title, "(no caption)" if fact.text is None else fact.text, fact.reference)

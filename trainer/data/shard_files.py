@@ -1,0 +1,278 @@
+"""WebDataset shards: tar files, local or by URL, whose files with one name and several suffixes are a sample.
+
+A sample is a picture (.jpg, .jpeg, .png or .webp) with its caption (.txt, or "text" or "caption" in .json), and
+optionally another prompt picture (.reference.jpg and so on) and a face embedding (.face.npy).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import tarfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+PICTURE_KEYS = ("jpg", "jpeg", "png", "webp")
+SHUFFLED = 256  # samples of a shard that are held, undecoded, to shuffle them
+_RETRIES = 5
+_PAUSE = 1.0  # seconds before the first of them, doubled each time
+_TIMEOUT = 30.0  # seconds without a byte
+_PERMANENT = range(400, 500)  # HTTP statuses that trying again does not change, but for these:
+_BUSY = (408, 425, 429)
+
+RawSample = dict[str, Any]  # "__key__", "__url__", and the bytes of each file by its suffix
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A sample with its pictures still encoded."""
+
+    name: str  # shard/key
+    picture: bytes
+    text: str
+    references: tuple[bytes, ...] = ()
+    face_id_embed: Tensor | None = None
+
+
+def is_shards(data: str | Path | Sequence[str]) -> bool:
+    """Whether a data set is given as shards, and not as a folder or a list of pictures."""
+    return not isinstance(data, str | Path) or _suffix(str(data)).endswith(SHARD_SUFFIXES)
+
+
+def expand_shards(data: str | Path | Sequence[str]) -> list[str]:
+    """The shards that a pattern names: "pictures-{000..099}.tar", a path or an http(s) URL, several of them joined by
+    "::", or a list of such.
+
+    Raises DataError for another scheme ("pipe:" would run a program), for names without a shard's suffix, and for local
+    files that do not exist.
+    """
+    wds = import_webdataset()
+    patterns = [str(data)] if isinstance(data, str | Path) else [str(entry) for entry in data]
+    if os.name == "nt":
+        patterns = [pattern.replace("\\", "/") for pattern in patterns]  # a backslash would escape a brace
+    try:
+        shards = [shard for pattern in patterns for shard in wds.shardlists.expand_urls(pattern)]
+    except (ValueError, AssertionError) as error:  # unbalanced braces, an unknown variable
+        raise DataError(f"{data}: not a pattern of shards ({error}). Write pictures-{{000..099}}.tar.") from error
+    if not shards:
+        raise DataError("No shards are given. Set data to something like pictures-{000..099}.tar.")
+    for shard in shards:
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", shard)  # one letter is a drive
+        if scheme and scheme[1] not in ("http", "https"):
+            raise DataError(
+                f"{shard}: shards are read from files and from http and https URLs, not by {scheme[1]!r}. Download "
+                "them, or use their https address."
+            )
+        if not _suffix(shard).endswith(SHARD_SUFFIXES):
+            raise DataError(f"{shard}: expected a shard ({', '.join(SHARD_SUFFIXES)}).")
+    missing = [shard for shard in shards if not _is_url(shard) and not Path(shard).is_file()]
+    if missing:
+        raise DataError(f"{missing[0]}: no such file ({len(missing)} of {len(shards)} shards do not exist).")
+    return shards
+
+
+def fingerprint_shards(shards: Sequence[str]) -> str:
+    """16 hex digits of the shards' names, and the sizes of local ones: it tells data sets apart."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        size = "" if _is_url(shard) else Path(shard).stat().st_size
+        digest.update(f"{shard_name(shard)} {size}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def shard_name(shard: str) -> str:
+    """The file's name without its place."""
+    return _suffix(shard).replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def raw_samples(shard: str, report: Callable[[str], None], seed: str | None = None) -> Iterator[RawSample]:
+    """The samples of a shard with nothing decoded, slightly shuffled when there is a seed.
+
+    A damaged or missing shard ends early; `report` is told why. Raises DataError when a server cannot be reached.
+    """
+    wds = import_webdataset()
+
+    def handler(error: Exception) -> bool:
+        if isinstance(error, DataError):
+            raise error
+        reason = str(error.args[0] if error.args else "").split(" @ ")[0]  # webdataset adds the open file
+        report(f"{shard}: {type(error).__name__}: {reason}")
+        return isinstance(error, ValueError)  # a file that comes twice; the rest of the shard is good
+
+    try:
+        stream = _open(shard)
+    except (OSError, HTTPException) as error:
+        report(f"{shard}: {type(error).__name__}: {error}")
+        return
+    with stream:
+        files = wds.tariterators.tar_file_expander([{"url": shard, "stream": stream}], handler=handler)
+        samples = wds.tariterators.group_by_keys(files, handler=handler)
+        if seed is not None:
+            samples = wds.filters.shuffle(SHUFFLED, initial=SHUFFLED, rng=random.Random(seed))(samples)
+        yield from samples
+
+
+def count_samples(shard: str) -> int | None:
+    """How many samples `raw_samples` gives for an undamaged local file, from the tar headers alone; None when only
+    reading all can tell.
+    """
+    if _is_url(shard) or not shard.endswith(".tar"):
+        return None
+    wds = import_webdataset()
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            names = [info.name for info in tar if info.isreg() and not re.match(r"__[^/]*__($|/)", info.name)]
+    except (OSError, tarfile.TarError):
+        return None
+    parts = [wds.tariterators.base_plus_ext(name) for name in names]
+    if len({(key, suffix.lower()) for key, suffix in parts if key}) < sum(key is not None for key, _ in parts):
+        return None  # a file that comes twice
+    keys = [key for key, _ in parts if key is not None]
+    return sum(1 for i, key in enumerate(keys) if i == 0 or key != keys[i - 1])
+
+
+def parse_sample(raw: RawSample) -> Sample:
+    """Raises DataError for a sample without a picture or a caption, or with a face embedding that cannot be read."""
+    name = f"{shard_name(raw['__url__'])}/{raw['__key__']}"
+    picture = next((raw[key] for key in PICTURE_KEYS if key in raw), None)
+    if picture is None:
+        found = ", ".join(key for key in raw if not key.startswith("__"))
+        raise DataError(f"{name}: no picture ({', '.join(PICTURE_KEYS)}) among its files ({found}).")
+    references = tuple(raw[f"reference.{key}"] for key in PICTURE_KEYS if f"reference.{key}" in raw)
+    return Sample(name, picture, _caption(raw, name), references, _face(raw, name))
+
+
+def import_webdataset() -> Any:
+    """Raises DataError when the library is not installed."""
+    try:
+        import webdataset
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "Shards need the package webdataset. Install it with: pip install 'ip-adapter-kit[train]'"
+        ) from error
+    return webdataset
+
+
+def _caption(raw: RawSample, name: str) -> str:
+    try:
+        if "txt" in raw:
+            return raw["txt"].decode("utf-8-sig").strip()
+        row = json.loads(raw["json"]) if "json" in raw else {}
+    except ValueError as error:
+        raise DataError(f"{name}: its caption cannot be read ({error}).") from error
+    text = next((row[key] for key in ("text", "caption") if isinstance(row.get(key), str)), None)
+    if text is None:
+        raise DataError(f"{name}: no caption: no .txt, and no 'text' or 'caption' in a .json.")
+    return text.strip()
+
+
+def _face(raw: RawSample, name: str) -> Tensor | None:
+    if "face.npy" not in raw:
+        return None
+    try:
+        return torch.from_numpy(np.load(io.BytesIO(raw["face.npy"]), allow_pickle=False))
+    except Exception as error:
+        raise DataError(f"{name}: its face embedding cannot be read ({error}).") from error
+
+
+def _is_url(shard: str) -> bool:
+    return shard.startswith(("http://", "https://"))
+
+
+def _suffix(shard: str) -> str:
+    """A shard's address without what follows the path."""
+    return urllib.parse.urlsplit(shard).path if _is_url(shard) else shard
+
+
+def _open(shard: str) -> IO[bytes]:
+    return cast("IO[bytes]", UrlStream(shard)) if _is_url(shard) else Path(shard).open("rb")
+
+
+class UrlStream(io.RawIOBase):
+    """The bytes of a URL, going on where a connection broke.
+
+    A status that says that the file is not there raises urllib's HTTPError; a server that cannot be reached, DataError.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._position, self._length = 0, -1
+        self._response: HTTPResponse | None = None
+        self._again(self._connect)
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes; none at the end."""
+        data = self._again(lambda: self._read(size))
+        self._position += len(data)
+        return data
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._response is not None:
+            self._response.close()
+        super().close()
+
+    def _connect(self) -> None:
+        request = urllib.request.Request(self._url, headers={"User-Agent": "ip-adapter-kit"})
+        if self._position:
+            request.add_header("Range", f"bytes={self._position}-")
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+        if response.status != 206:  # the whole file
+            self._length = int(response.headers.get("Content-Length", -1))
+            skip = self._position
+            while skip:
+                skip -= len(response.read(min(skip, 1 << 20)) or _closed(self._url))
+        self._response = response
+
+    def _read(self, size: int) -> bytes:
+        if self._response is None:
+            self._connect()
+        assert self._response is not None
+        data = self._response.read(None if size < 0 else size)
+        if not data and size and self._position < self._length:
+            _closed(self._url)
+        return data
+
+    def _again(self, action: Callable[[], Any]) -> Any:
+        reason: Exception | None = None
+        for attempt in range(_RETRIES + 1):
+            if attempt:
+                time.sleep(_PAUSE * 2 ** (attempt - 1))
+            try:
+                return action()
+            except urllib.error.HTTPError as error:
+                if error.code in _PERMANENT and error.code not in _BUSY:
+                    raise
+                reason = error
+            except (OSError, HTTPException) as error:
+                reason = error
+            self._response = None
+        raise DataError(
+            f"{self._url}: {reason} ({_RETRIES + 1} attempts). Check the network, then start the same command again."
+        )
+
+
+def _closed(url: str) -> bytes:
+    raise ConnectionError(f"{url}: the connection was closed early")

@@ -1,0 +1,1 @@
+"""A training step: features, objective, the adapter in the frozen UNet, optimizers."""

@@ -1,0 +1,129 @@
+"""What the frozen models say about a batch. A training step needs nothing else, so a cache can stand in for
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ipadapter_core import AdapterSpec
+
+from ..data.batches import Batch
+from ..models.base_model import BaseModel
+from ..models.conditioning import TextStates, encode_tokens, time_ids
+from ..models.image_features import encode_clip_images
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Outputs of the frozen models for B examples."""
+
+    latents: Tensor  # [B, 4, h, w], times the VAE's scaling factor
+    text: TextStates
+    image_features: tuple[Tensor, ...]  # what `IPAdapter.encode` takes
+    time_ids: Tensor | None = None  # [B, 6], for SDXL
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def index(self, rows: Tensor) -> Features:
+        """The features of some rows (indices or a mask)."""
+        return Features(
+            self.latents[rows],
+            self.text.index(rows),
+            tuple(feature[rows] for feature in self.image_features),
+            None if self.time_ids is None else self.time_ids[rows],
+        )
+
+    def to(self, device: torch.device | str) -> Features:
+        """The same on another device."""
+        return Features(
+            self.latents.to(device),
+            self.text.to(device),
+            tuple(feature.to(device) for feature in self.image_features),
+            None if self.time_ids is None else self.time_ids.to(device),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Features]) -> Features:
+        """Several batches as one."""
+        ids = [part.time_ids for part in parts if part.time_ids is not None]
+        return Features(
+            torch.cat([part.latents for part in parts]),
+            TextStates.cat([part.text for part in parts]),
+            tuple(torch.cat(rows) for rows in zip(*(part.image_features for part in parts), strict=True)),
+            torch.cat(ids) if ids else None,
+        )
+
+
+@torch.no_grad()
+def encode_batch(base_model: BaseModel, batch: Batch, spec: AdapterSpec) -> Features:
+    """What the frozen models say, run on the base model's device for whatever the batch does not hold already.
+
+    `spec` is the adapter's, for the image features that it takes.
+    """
+    device = base_model.device
+    return Features(
+        latents=_latents(base_model, batch),
+        text=_text(base_model, batch),
+        image_features=_image_features(base_model, batch, spec),
+        time_ids=_time_ids(batch).to(device) if base_model.is_sdxl else None,
+    )
+
+
+@torch.no_grad()
+def encode_pixels(base_model: BaseModel, images: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+    """Pixels [B, 3, H, W] in [-1, 1] -> latents [B, 4, H/8, W/8], times the scaling factor, in float32.
+
+    The VAE's posterior is drawn from with `posterior_noise`; without it the latents are its means.
+    """
+    return sample_posterior(base_model, *encode_moments(base_model, images), posterior_noise)
+
+
+@torch.no_grad()
+def encode_moments(base_model: BaseModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels [B, 3, H, W] in [-1, 1] -> mean and standard deviation [B, 4, H/8, W/8] of the VAE's posterior."""
+    vae = base_model.vae
+    posterior = vae.encode(images.to(vae.device, vae.dtype, non_blocking=True)).latent_dist
+    # Contiguous, as from a cache: the VAE's own memory format would go on through the UNet.
+    return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
+
+
+def sample_posterior(base_model: BaseModel, mean: Tensor, std: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+    """A draw of the VAE's posterior, times the scaling factor."""
+    latents = mean if posterior_noise is None else mean + std * posterior_noise.to(mean.device, non_blocking=True)
+    return latents * base_model.scaling_factor
+
+
+def _latents(base_model: BaseModel, batch: Batch) -> Tensor:
+    if "latents_mean" in batch:
+        device = base_model.device
+        moments = (batch[key].to(device, torch.float32, non_blocking=True) for key in ("latents_mean", "latents_std"))
+        return sample_posterior(base_model, *moments, batch["posterior_noise"])
+    return encode_pixels(base_model, batch["images"], batch["posterior_noise"])
+
+
+def _text(base_model: BaseModel, batch: Batch) -> TextStates:
+    if "text_states" in batch:
+        return TextStates(batch["text_states"], batch.get("text_embeds")).to(base_model.device, base_model.dtype)
+    return encode_tokens(base_model, batch["text_input_ids"], batch.get("text_input_ids_2"))
+
+
+def _image_features(base_model: BaseModel, batch: Batch, spec: AdapterSpec) -> tuple[Tensor, ...]:
+    features: tuple[Tensor, ...] = ()
+    if spec.face_width is not None:
+        features = (batch["face_id_embed"].to(base_model.device, non_blocking=True),)
+    if spec.image_width is None:
+        return features
+    if "image_features" in batch:
+        cached = batch["image_features"].to(base_model.device, base_model.dtype, non_blocking=True)
+        return (*features, cached)
+    return (*features, encode_clip_images(base_model, batch["clip_images"], spec.feature))
+
+
+def _time_ids(batch: Batch) -> Tensor:
+    return time_ids(batch["original_size"], batch["crop_coords_top_left"], batch["target_size"])

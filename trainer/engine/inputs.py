@@ -1,0 +1,69 @@
+"""The settings as the data part understands them: which examples, how they are cut, what a model needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.batches import Encoding, Recipe
+from ..data.buckets import Buckets, find_buckets
+from ..data.examples import Example, find_examples, fingerprint
+from ..data.face_embeds import with_faces
+from ..models.base_model import BaseModel
+from ..settings.config import TrainConfig
+from ..settings.kinds import FACE_WIDTH
+
+
+def examples_of(config: TrainConfig) -> list[Example]:
+    """The examples of a folder or list, with their face embeddings found where the kind takes them."""
+    examples = find_examples(Path(config.data), config.data_root)
+    return with_faces(examples, config.face_embeds, root_of(config)) if config.train_kind.takes_face else examples
+
+
+def root_of(config: TrainConfig) -> Path:
+    """The folder that file names are relative to."""
+    data = Path(config.data)
+    return config.data_root or (data if data.is_dir() else data.parent)
+
+
+def hash_of(config: TrainConfig, examples: Sequence[Example]) -> str:
+    """What tells this data set from another one."""
+    return fingerprint(examples, root_of(config))
+
+
+def buckets_of(config: TrainConfig, examples: Sequence[Example]) -> Buckets:
+    """The shapes that pictures are cut to; a bucket that cannot fill a batch is given up."""
+    if not config.buckets:
+        return Buckets.square(config.resolution, len(examples))
+    return find_buckets(examples, config.resolution, config.bucket_step, at_least=config.batch_size)
+
+
+def encoding_of(config: TrainConfig, base_model: BaseModel) -> Encoding:
+    """What the workers need of the base model."""
+    kind = config.train_kind
+    return Encoding(
+        tokenizers=base_model.tokenizers,
+        text_length=base_model.text_length,
+        image_processor=base_model.image_processor if kind.takes_image else None,
+        latent_scale=base_model.latent_scale,
+        latent_channels=base_model.latent_channels,
+        num_train_timesteps=base_model.num_train_timesteps,
+        takes_face=kind.takes_face,
+        face_width=FACE_WIDTH,
+    )
+
+
+def recipe_of(config: TrainConfig) -> Recipe:
+    """How an example becomes an item."""
+    return Recipe(
+        resolution=config.resolution,
+        seed=config.seed,
+        flip=config.flip,
+        crop=config.crop,
+        image_dropout=config.image_dropout,
+        text_dropout=config.text_dropout,
+        both_dropout=config.both_dropout,
+        noise_offset=config.noise_offset,
+        reference_crop=config.reference_crop,
+        self_reference=config.self_reference,
+    )

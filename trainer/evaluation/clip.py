@@ -1,0 +1,138 @@
+"""The CLIP that measures generated pictures: CLIP-I and CLIP-T."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer
+
+from ..errors import BaseModelError, EvaluationError
+from ..models.image_encoder import ImageEncoder
+from ..models.model_folder import chosen_weights, load_part
+from ..models.weight_files import weights_fingerprint
+
+CLIP_SCORE_SCALE = 2.5
+_CHUNK = 64  # texts or pictures at once
+_VIT_L = (1024, 24, 14, 224, 768)  # width, layers, patch, pixels, projection
+_WHAT = (
+    "--clip takes a local folder of a whole CLIP (transformers' CLIPModel: both encoders, their projections and the "
+    "tokenizer). For numbers beside the paper's: openai/clip-vit-large-patch14 from the Hugging Face hub."
+)
+
+
+class MeasuringClip:
+    """A frozen CLIP in float32; `load_clip` makes it. `name` is for people.
+
+    `is_vit_l` tells OpenAI's ViT-L/14, with which the paper measures: LAION's of the same shape has another activation
+    function.
+    """
+
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, encoder: ImageEncoder, device: torch.device) -> None:
+        self._model = model.requires_grad_(False).eval().float().to(device)
+        self._tokenizer, self._encoder, self._device = tokenizer, encoder, device
+        vision: Any = model.config.vision_config
+        sizes = (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.image_size)
+        has_shape = (*sizes, int(model.config.projection_dim)) == _VIT_L
+        self.is_vit_l = has_shape and vision.hidden_act == "quick_gelu"
+        self.name = "CLIP ViT-L/14" if self.is_vit_l else encoder.name
+        if has_shape and not self.is_vit_l:
+            self.name = "CLIP ViT-L/14, not OpenAI's"
+
+    def embed_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """RGB pictures of any size, through CLIP's own preprocessing -> unit embeddings, float32 [B, D] on the CPU."""
+        embeds = []
+        for start in range(0, len(pictures), _CHUNK):
+            chunk = list(pictures[start : start + _CHUNK])
+            pixels = self._encoder.processor(images=chunk, return_tensors="pt").pixel_values.to(self._device)
+            embeds.append(self._unit(self._model.visual_projection(self._pooled(self._model.vision_model, pixels))))
+        return torch.cat(embeds)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts, cut to what the text encoder takes (77 tokens) -> unit embeddings, float32 [B, D] on the CPU."""
+        text_config: Any = self._model.config.text_config
+        longest = min(int(self._tokenizer.model_max_length), int(text_config.max_position_embeddings))
+        embeds = []
+        for start in range(0, len(texts), _CHUNK):
+            ids = self._tokenizer(
+                list(texts[start : start + _CHUNK]),
+                padding="max_length",
+                truncation=True,
+                max_length=longest,
+                return_tensors="pt",
+            ).input_ids.to(self._device)
+            embeds.append(self._unit(self._model.text_projection(self._pooled(self._model.text_model, ids))))
+        return torch.cat(embeds)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the weights, the preprocessing and what the tokenizer makes of a text."""
+        ids = self._tokenizer("The quick brown fox, 13 naïve façades; 50%!").input_ids
+        files = chosen_weights(self._encoder.path).files
+        parts = [weights_fingerprint(files), self._encoder.fingerprint(), ids]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def vision_fingerprint(self) -> str:
+        """As `BaseModel.encoder_fingerprint` of the same vision encoder."""
+        return self._encoder.fingerprint()
+
+    @torch.no_grad()
+    def _pooled(self, encoder: Any, inputs: Tensor) -> Tensor:
+        return encoder(inputs).pooler_output
+
+    @torch.no_grad()
+    def _unit(self, embeds: Tensor) -> Tensor:
+        return F.normalize(embeds, dim=-1).cpu()
+
+
+def load_clip(folder: Path | None, device: torch.device | str = "cpu") -> MeasuringClip:
+    """Load a transformers CLIPModel from a local folder; nothing is downloaded.
+
+    Raises EvaluationError when none is named, for a folder that is missing or holds another model, such as half a CLIP,
+    and for weights that lack a part; BaseModelError for files that cannot be read.
+    """
+    if folder is None:
+        raise EvaluationError(f"--clip is missing. {_WHAT}")
+    if not (folder / "config.json").is_file():
+        what = "no config.json in it" if folder.is_dir() else "no such folder"
+        raise EvaluationError(f"--clip {folder}: {what}. {_WHAT}")
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise BaseModelError(f"{folder / 'config.json'}: cannot be read ({error}). Copy it again.") from error
+    if found != "clip":
+        half = {"clip_vision_model": ", its vision half alone", "clip_text_model": ", its text half alone"}
+        raise EvaluationError(f"--clip {folder}: holds a {found!r}{half.get(str(found), '')}, expected 'clip'. {_WHAT}")
+    variant = chosen_weights(folder).variant
+    options = {"variant": variant} if variant else {}
+    model, info = load_part(CLIPModel, folder, output_loading_info=True, **options)
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise EvaluationError(
+            f"--clip {folder}: its weights lack {len(lacking)} tensors that its config names, such as {lacking[0]}. "
+            "Copy the folder again."
+        )
+    tokenizer = load_part(CLIPTokenizer, folder)
+    return MeasuringClip(model, tokenizer, ImageEncoder(folder), torch.device(device))
+
+
+def clip_i(generated: Tensor, prompts: Tensor) -> Tensor:
+    """CLIP-I of the paper (arXiv 2308.06721, section 4.2): the cosine of unit embeddings [B, D] of generated pictures
+    and of their image prompts, [B] in [-1, 1].
+    """
+    return (generated * prompts).sum(-1)
+
+
+def clip_t(generated: Tensor, captions: Tensor) -> Tensor:
+    """CLIP-T of the paper: CLIPScore, 2.5 max(cosine, 0) (arXiv 2104.08718, section 3), of unit embeddings [B, D] of
+    generated pictures and of the captions of their image prompts, [B] in [0, 2.5].
+
+    The factor is what brings cosines of ViT-L/14, 0.17 to 0.24, to the paper's 0.42 to 0.61.
+    """
+    return CLIP_SCORE_SCALE * (generated * captions).sum(-1).clamp(min=0)

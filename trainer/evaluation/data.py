@@ -1,0 +1,188 @@
+"""What an evaluation asks for: image prompts and their captions, in a fixed random order, as the measuring CLIP sees
+them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.examples import Example, find_examples
+from ..data.pixels import Picture, open_rgb, why_broken
+from ..data.shard_files import is_shards
+from ..errors import DataError, EvaluationError
+from .clip import MeasuringClip, clip_i
+
+COCO_PICTURES = 5000  # of val2017
+_CHUNK = 32  # pictures open at once
+_SAME = 0.9999  # cosine of two embeddings of one picture; batches round differently
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """An image prompt. `index` is the example's in the data set; `text` is "" without a caption."""
+
+    index: int
+    example: Example
+    picture: Picture
+    text: str
+    image_embed: Tensor  # [D]
+    text_embed: Tensor | None  # [D]; None without a caption
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return str(self.picture) if isinstance(self.picture, Path) else self.example.name
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """By the index of the example: the chosen ones in their order, and for each another one, which shows another
+    picture; None when all are the same picture. `broken` says of each picture that was skipped why it could not be
+    read.
+    """
+
+    chosen: dict[int, Prompt]
+    others: dict[int, Prompt | None]
+    broken: list[str]
+
+
+def read_examples(data: Path, root: Path | None = None, require_caption: bool = False) -> list[Example]:
+    """A data set as `examples.find_examples` reads it, or COCO's captions_val2017.json. Its pictures are in `root`, by
+    default the folder val2017 beside the annotations or beside their folder; each has the first of its captions.
+
+    Raises DataError as `find_examples` does, EvaluationError for shards.
+    """
+    if is_shards(data):
+        raise EvaluationError(f"{data}: shards are read as a stream, an evaluation needs each picture. Unpack them.")
+    annotations = _coco(data) if data.suffix == ".json" and data.is_file() else None
+    if annotations is None:
+        return find_examples(data, root, require_caption)
+    return _coco_examples(annotations, data, root)
+
+
+def is_coco(data: Path, examples: Sequence[Example]) -> bool:
+    """Whether this is, by its name and size, the whole of COCO val2017."""
+    return data.name == "captions_val2017.json" and len(examples) == COCO_PICTURES
+
+
+def open_prompts(
+    examples: Sequence[Example],
+    clip: MeasuringClip,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    caption_prefix: str = "",
+    progress_bar: bool = False,
+) -> Prompts:
+    """The first `limit` examples of an order drawn with `seed`, so that a higher limit only adds to a lower one. Their
+    prompt is their first reference, or the picture itself.
+
+    The other prompt of each is the next one in the same order that shows another picture. Raises DataError when none of
+    the pictures can be read.
+    """
+    order = random.Random(f"{seed}/order").sample(range(len(examples)), len(examples))
+    chosen = order if limit is None else order[:limit]
+    broken: list[str] = []
+    opened: list[Prompt] = []
+    chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
+    with tqdm(total=len(chosen), desc="prompts", unit="picture", disable=not progress_bar) as bar:
+        for chunk in chunks:
+            opened += _open(examples, chunk, clip, caption_prefix, broken)
+            bar.update(len(chunk))
+    if not opened:
+        raise DataError(f"None of the {len(chosen)} pictures can be read. The first: {broken[0]}")
+    if broken:
+        log.warning("%d pictures cannot be read and are left out, such as %s", len(broken), broken[0])
+    # Behind the limit only as many as the last ones need.
+    rest = (p for index in order[len(chosen) :] for p in _open(examples, [index], clip, caption_prefix, []))
+    return Prompts({prompt.index: prompt for prompt in opened}, _others(opened, rest), broken)
+
+
+def _others(prompts: Sequence[Prompt], rest: Iterator[Prompt]) -> dict[int, Prompt | None]:
+    """For each prompt the next one, in `rest` and then around the end, that shows another picture."""
+    beyond: list[Prompt] = []
+
+    def following(place: int) -> Iterator[Prompt]:
+        yield from islice(prompts, place + 1, None)
+        yield from beyond
+        for prompt in rest:
+            beyond.append(prompt)
+            yield prompt
+        yield from islice(prompts, place)
+
+    def differ(one: Prompt, other: Prompt) -> bool:
+        return float(clip_i(one.image_embed, other.image_embed)) < _SAME
+
+    return {p.index: next((o for o in following(place) if differ(o, p)), None) for place, p in enumerate(prompts)}
+
+
+def _open(
+    examples: Sequence[Example], indices: Sequence[int], clip: MeasuringClip, prefix: str, broken: list[str]
+) -> list[Prompt]:
+    """Some examples as the CLIP sees them; what cannot be read is added to `broken`."""
+    pictures: dict[int, Image.Image] = {}
+    for index in indices:
+        try:
+            pictures[index] = open_rgb(prompt_picture(examples[index]))[0]
+        except Exception as error:  # whatever a decoder raises
+            broken.append(f"{prompt_picture(examples[index])}: {why_broken(error)}")
+    if not pictures:
+        return []
+    images = dict(zip(pictures, clip.embed_pictures(list(pictures.values())), strict=True))
+    captioned = [index for index in pictures if examples[index].text]
+    captions = [prefix + examples[index].text for index in captioned]
+    texts = dict(zip(captioned, clip.embed_texts(captions), strict=True)) if captions else {}
+    return [
+        Prompt(index, example, prompt_picture(example), example.text, images[index], texts.get(index))
+        for index, example in ((index, examples[index]) for index in pictures)
+    ]
+
+
+def prompt_picture(example: Example) -> Picture:
+    """What an example's image prompt is."""
+    return example.references[0] if example.references else example.image
+
+
+def _coco(file: Path) -> dict[str, Any] | None:
+    """COCO's annotations, or None for another JSON file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return None  # find_examples says what is wrong
+    return content if isinstance(content, dict) and {"images", "annotations"} <= set(content) else None
+
+
+def _coco_examples(annotations: dict[str, Any], file: Path, root: Path | None) -> list[Example]:
+    captions: dict[Any, str] = {}
+    try:
+        for annotation in annotations["annotations"]:
+            captions.setdefault(annotation["image_id"], str(annotation["caption"]).strip())
+        rows = [(str(image["file_name"]), captions.get(image["id"], "")) for image in annotations["images"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{file}: not COCO's caption annotations ({error!r} is missing).") from error
+    beside = file.stem.removeprefix("captions_")
+    guesses = (file.parent / beside, file.parent.parent / beside, file.parent)
+    folder = root if root is not None else next((guess for guess in guesses if guess.is_dir()), file.parent)
+    examples = [Example(folder / name, text) for name, text in rows]
+    there = [example for example in examples if isinstance(example.image, Path) and example.image.is_file()]
+    if not there:
+        raise DataError(
+            f"{file}: none of its {len(rows)} pictures is in {folder}. Download the pictures, and name their folder "
+            "with --root."
+        )
+    if len(there) < len(examples):
+        log.warning("%d of %d pictures are not in %s and are left out", len(examples) - len(there), len(rows), folder)
+    return there

@@ -1,0 +1,262 @@
+"""`ipadapter eval`: the protocol of the paper (arXiv 2308.06721, section 4.2) for any adapter, data set and CLIP.
+
+For each picture of the data set, several are generated with it as the image prompt. CLIP-I says how alike they are,
+CLIP-T how well they fit the prompt's caption. In the paper: COCO val2017 (5,000 pictures), 4 each, no text, weight 1,
+DDIM with 50 steps, guidance 7.5, CLIP ViT-L/14.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ipadapter_core import IPAdapter, check_compatible, export_state
+
+from ..data.examples import Example, fingerprint
+from ..data.face_embeds import face_id_embed, with_faces
+from ..data.pixels import open_rgb
+from ..errors import EvaluationError
+from ..models.base_model import BaseModel, load_base_model
+from ..models.generate import generate
+from ..models.image_features import encode_pictures
+from ..pictures import adapter_to_use, parse_size, to_pictures
+from .clip import MeasuringClip, clip_i, clip_t, load_clip
+from .data import COCO_PICTURES, Prompt, Prompts, is_coco, open_prompts, read_examples
+from .pictures import KeptPictures
+from .report import Evaluation, differences, gains_of, rows_of
+from .scores import Job, Score, ScoreFile
+from .settings import EvalSettings
+
+_DIGITS = 6  # of a score
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """All that takes part, loaded and fitting."""
+
+    settings: EvalSettings
+    base_model: BaseModel
+    adapter: IPAdapter
+    clip: MeasuringClip
+    examples: Sequence[Example]
+    size: tuple[int, int]
+
+
+def evaluate(settings: EvalSettings, *, say: Callable[[str], None] = print, progress_bar: bool = False) -> Evaluation:
+    """Generate what is not generated yet, measure it, and sum up; on GPUs in bfloat16, else on the CPU in float32.
+
+    Every score is appended to `output`/scores.jsonl, and a picture depends on its example and its number alone: the
+    same call goes on where another was stopped, also with another batch size, a higher limit, more pictures for each
+    caption or other weights. Several processes (accelerate launch) share the work if they share `output`.
+
+    Raises TrainerError and AdapterError for parts that are wrong or do not fit.
+    """
+    state = PartialState()
+    parts = _load(settings, state.device if state.device.type == "cuda" else torch.device("cpu"))
+    prompts = open_prompts(
+        parts.examples,
+        parts.clip,
+        limit=settings.limit,
+        seed=settings.seed,
+        caption_prefix=settings.caption_prefix,
+        progress_bar=progress_bar and state.is_main_process,
+    )
+    digest = _digest(parts)
+    file = ScoreFile(settings.output, digest, state.process_index)
+    kept = KeptPictures(settings.output, digest, list(prompts.chosen.values())[: settings.pictures])
+    done = file.read()
+    jobs = [
+        Job(index, number, weight)
+        for index in prompts.chosen
+        for number in range(settings.images_per_caption)
+        for weight in settings.all_weights
+    ]
+    if state.is_main_process:
+        say(_plan(settings, len(prompts.chosen), len(jobs), sum(job in done for job in jobs), file.foreign))
+    state.wait_for_everyone()
+    own = set(list(prompts.chosen)[state.process_index :: state.num_processes])
+    mine = [job for job in jobs if job.index in own]
+    missing = [job for job in mine if job not in done]
+    with tqdm(
+        total=len(mine),
+        initial=len(mine) - len(missing),
+        desc="pictures",
+        unit="picture",
+        disable=not (progress_bar and state.is_main_process),
+    ) as bar:
+        for batch in _batches(missing, settings.batch_size):
+            file.append(_measure(parts, prompts, batch, kept))
+            bar.update(len(batch))
+    state.wait_for_everyone()
+    scores = file.read()
+    lacking = sum(job not in scores for job in jobs)
+    if lacking:
+        raise EvaluationError(
+            f"{settings.output}: {lacking:,} of {len(jobs):,} pictures are not measured although all processes are "
+            "done. All of them must write into one folder; run the same command again for what is missing."
+        )
+    grid = kept.grid(settings.all_weights, settings.images_per_caption) if state.is_main_process else None
+    return _sum_up(parts, prompts, [scores[job] for job in jobs], grid)
+
+
+def seed_of(seed: int, index: int, number: int) -> int:
+    """The seed of a picture, 32 bits: of nothing but the evaluation's seed, the example and the picture's number."""
+    return random.Random(f"{seed}/{index}/{number}/evaluation").getrandbits(32)
+
+
+def _load(settings: EvalSettings, device: torch.device) -> _Parts:
+    size = None if settings.size is None else parse_size(settings.size)
+    if settings.output.exists() and not settings.output.is_dir():
+        raise EvaluationError(f"--output {settings.output} is a file; expected a folder.")
+    examples = read_examples(settings.data, settings.root, require_caption=settings.text == "caption")
+    adapter = adapter_to_use(settings.adapter, settings.shortcut)
+    spec = adapter.spec
+    if spec.face_width is not None:
+        examples = with_faces(examples, settings.face_embeds, settings.picture_folder, spec.face_width)
+    elif settings.face_embeds is not None:
+        raise EvaluationError(f"A {spec.kind} adapter takes no face embeddings; leave --face-embeds out.")
+    base_model = load_base_model(
+        settings.base_model,
+        torch.float32 if device.type == "cpu" else torch.bfloat16,
+        device,
+        settings.image_encoder,
+        base_config=settings.base_config,
+        prediction_type=settings.prediction_type,
+        needs_image_encoder=spec.image_width is not None,
+    )
+    check_compatible(spec, base_model.sites, settings.adapter.name)
+    clip = load_clip(settings.clip, device)
+    # Fails now, not after all prompts have been read, when the image encoder is another one.
+    faces = None if spec.face_width is None else torch.zeros(1, spec.face_width)
+    features = encode_pictures(base_model, spec, [Image.new("RGB", (64, 64))], faces)
+    adapter.to(device)
+    adapter.encode(*(feature.to(device, torch.float32) for feature in features))
+    side = base_model.sample_size
+    return _Parts(settings, base_model, adapter, clip, examples, size or (side, side))
+
+
+def _digest(parts: _Parts) -> str:
+    """16 hex digits of all that a score depends on besides its job."""
+    settings, base_model, spec = parts.settings, parts.base_model, parts.adapter.spec
+    weights = hashlib.sha256()
+    for key, tensor in sorted(export_state(parts.adapter).items()):
+        weights.update(key.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    of = {
+        "adapter": [weights.hexdigest(), spec.kind, getattr(parts.adapter.projector, "shortcut", None)],
+        "base_model": [base_model.fingerprint(), base_model.vae_fingerprint(), base_model.text_fingerprint()],
+        "image_encoder": None if spec.image_width is None else base_model.encoder_fingerprint(),
+        "dtype": str(base_model.dtype),
+        "clip": [parts.clip.fingerprint(), settings.caption_prefix],
+        "data": fingerprint(parts.examples, settings.picture_folder),
+        "generation": [settings.text, settings.steps, settings.guidance, settings.seed, *parts.size],
+    }
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plan(settings: EvalSettings, prompts: int, jobs: int, done: int, foreign: int) -> str:
+    weights = len(settings.all_weights)
+    text = f"{prompts:,} prompts x {settings.images_per_caption} pictures"
+    text += f" x {weights} weights = {jobs:,} pictures" if weights > 1 else f" = {jobs:,} pictures"
+    if done:
+        text += f"; {done:,} are measured already"
+    if foreign:
+        text += f" ({foreign:,} other scores in {settings.output} are of other settings)"
+    return text + "."
+
+
+def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    for start in range(0, len(jobs), size):
+        yield list(jobs[start : start + size])
+
+
+def _measure(parts: _Parts, prompts: Prompts, jobs: Sequence[Job], kept: KeptPictures) -> list[Score]:
+    """Generate a batch and measure it."""
+    settings = parts.settings
+    own = [prompts.chosen[job.index] for job in jobs]
+    seeds = [seed_of(settings.seed, job.index, job.number) for job in jobs]
+    weights = [job.weight for job in jobs]
+    pixels = generate(
+        parts.base_model,
+        parts.adapter,
+        prompts=[prompt.text if settings.text == "caption" else "" for prompt in own],
+        image_features=_features(parts, own) if any(weights) else None,
+        weight=weights,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        seed=seeds,
+        size=parts.size,
+    )
+    if not pixels.isfinite().all():
+        raise EvaluationError(
+            f"{settings.adapter}: a generated picture has values that are not finite. The adapter or the base model "
+            "is broken, or overflows in this precision."
+        )
+    pictures = to_pictures(pixels)
+    for job, picture in zip(jobs, pictures, strict=True):
+        if kept.keeps(job):
+            kept.save(job, picture)
+    embeds = parts.clip.embed_pictures(pictures)
+    return [_score(prompts, *row) for row in zip(jobs, seeds, embeds, strict=True)]
+
+
+def _features(parts: _Parts, prompts: Sequence[Prompt]) -> tuple[Tensor, ...]:
+    """Of each row; a prompt that several rows share is encoded once."""
+    distinct = list({prompt.index: prompt for prompt in prompts}.values())
+    rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=parts.base_model.device)
+    width, faces = parts.adapter.spec.face_width, None
+    if width is not None:
+        faces = torch.stack([face_id_embed(prompt.example, width) for prompt in distinct])
+    pictures = [open_rgb(prompt.picture)[0] for prompt in distinct]
+    features = encode_pictures(parts.base_model, parts.adapter.spec, pictures, faces)
+    return tuple(feature[rows] for feature in features)
+
+
+def _score(prompts: Prompts, job: Job, seed: int, embed: Tensor) -> Score:
+    def beside(prompt: Prompt | None) -> tuple[float | None, float | None]:
+        if prompt is None:
+            return None, None
+        image = round(float(clip_i(embed, prompt.image_embed)), _DIGITS)
+        return image, None if prompt.text_embed is None else round(float(clip_t(embed, prompt.text_embed)), _DIGITS)
+
+    prompt = prompts.chosen[job.index]
+    own, other = beside(prompt), beside(prompts.others[job.index])
+    return Score(*job, seed, prompt.name, *own, *other)
+
+
+def _sum_up(parts: _Parts, prompts: Prompts, scores: Sequence[Score], grid: Path | None) -> Evaluation:
+    settings, base_model, spec = parts.settings, parts.base_model, parts.adapter.spec
+    weights, count = settings.all_weights, len(prompts.chosen)
+    text = "their captions" if settings.text == "caption" else "no text"
+    notes: list[str] = []
+    if spec.image_width is not None and base_model.encoder_fingerprint() == parts.clip.vision_fingerprint():
+        notes.append("The adapter reads its prompts with this same CLIP, so its CLIP-I is higher than it looks.")
+    return Evaluation(
+        title=(
+            f"{settings.adapter} ({spec.kind} for {spec.family_name}) on {base_model.name}\n{count:,} prompts x "
+            f"{settings.images_per_caption} pictures of {parts.size[1]}x{parts.size[0]} with {text}, DDIM "
+            f"{settings.steps} steps, guidance {settings.guidance:g}, seed {settings.seed}"
+        ),
+        clip=f"{parts.clip.name} ({settings.clip})",
+        settings={key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()},
+        parameters=sum(parameter.numel() for parameter in parts.adapter.parameters()),
+        prompts=count,
+        pictures=count * settings.images_per_caption,
+        rows=rows_of(prompts, scores, weights),
+        gains=gains_of(scores, weights),
+        differs=differences(
+            settings, parts.clip, is_coco(settings.data, parts.examples) and count == COCO_PICTURES, base_model.family
+        ),
+        notes=notes,
+        skipped=prompts.broken,
+        grid=None if grid is None else str(grid),
+    )

@@ -1,0 +1,159 @@
+"""Adapter files as hosts read them: .safetensors with a header, or the original's .bin; whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ipadapter_core import (
+    METADATA_BASE_FAMILY,
+    METADATA_DIM_HEAD,
+    METADATA_KIND,
+    METADATA_SHORTCUT,
+    METADATA_TOKENS,
+    AdapterError,
+    IPAdapter,
+    adapter_from_checkpoint,
+    checkpoint_from_state,
+    export_state,
+    save_adapter,
+    spec_metadata,
+)
+
+from ..errors import ExportError, VerificationError
+from .file_names import SUFFIXES
+
+if TYPE_CHECKING:
+    from .verify import Verification
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+# What a file says of its tensors; an older file's claim must not win over what is written.
+_OF_THE_TENSORS = (METADATA_KIND, METADATA_BASE_FAMILY, METADATA_SHORTCUT, METADATA_TOKENS, METADATA_DIM_HEAD)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """ "float16" -> torch.float16; None stays None. Raises ExportError for another name."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise ExportError(f"dtype {name!r} is unknown. Use one of: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def write_adapter(
+    path: Path,
+    adapter: IPAdapter,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+) -> Verification | None:
+    """Write an adapter in the published layout, in `dtype` (None: each tensor in its own). The suffix decides the
+    format: .safetensors, or .bin (`{"image_proj": {...}, "ip_adapter": {...}}`), which has no place for metadata.
+
+    The file appears under its name by one rename, and only after `verify_export` has passed (`verify`).
+
+    Raises ExportError for another suffix, values that `dtype` cannot hold or a disk that refuses; AdapterError for
+    weights that are not finite; VerificationError; OSError.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ExportError(f"{path}: the suffix {path.suffix!r} is unknown. Use {' or '.join(SUFFIXES)}.")
+    rounded = cast_adapter(adapter, dtype)
+    metadata = {key: value for key, value in (metadata or {}).items() if key not in _OF_THE_TENSORS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A folder beside the target, so that loaders meet the real name and the rename stays on one file system.
+    folder = path.parent / f".{path.name}-{secrets.token_hex(4)}.tmp"
+    folder.mkdir()
+    file = folder / path.name
+    try:
+        _write(file, rounded, metadata)
+        result = None
+        if verify:
+            from .verify import verify_export
+
+            result = replace(verify_export(file, adapter, metadata), file=path)
+        file.replace(path)
+        return result
+    except (AdapterError, VerificationError) as error:
+        raise type(error)(str(error).replace(str(file), str(path))) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def cast_adapter(adapter: IPAdapter, dtype: torch.dtype | None) -> IPAdapter:
+    """The adapter on the CPU with its weights rounded to `dtype`; the given one stays as it is.
+
+    Raises ExportError that names the first tensor whose values `dtype` cannot hold.
+    """
+    if dtype is None:
+        return adapter
+    name, limit = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+    state: dict[str, Tensor] = {}
+    for key, tensor in export_state(adapter).items():
+        largest = tensor.detach().abs().max().item()
+        if math.isfinite(largest) and largest > limit:
+            raise ExportError(
+                f"{key} has values up to {largest:.4g}, {name} holds at most {limit:.4g}. Use bfloat16 or float32."
+            )
+        state[key] = tensor.detach().to("cpu", dtype)
+    shortcut = getattr(adapter.projector, "shortcut", None)
+    checkpoint = checkpoint_from_state(state, metadata=spec_metadata(adapter.spec))
+    return adapter_from_checkpoint(checkpoint, shortcut=shortcut)
+
+
+def _write(file: Path, adapter: IPAdapter, metadata: dict[str, str]) -> None:
+    try:
+        if file.suffix == ".safetensors":
+            save_adapter(file, adapter, metadata)
+            _sort_metadata(file)
+        else:
+            _write_bin(file, adapter)
+    except (SafetensorError, RuntimeError) as error:  # how the two libraries report a disk that refuses
+        reason = str(error).splitlines()[0]
+        raise ExportError(f"{file.name}: not written ({reason}). Check the disk; nothing was changed.") from error
+
+
+def _write_bin(file: Path, adapter: IPAdapter) -> None:
+    parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in export_state(adapter).items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{file}: not saved, {key} holds NaN or infinity. The training diverged.")
+        part, _, name = key.partition(".")
+        # A clone: a view would take the whole storage behind it into the file.
+        parts[part][name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    with file.open("wb") as stream:
+        torch.save(parts, stream)  # to a stream: the archive does not name the file, so equal adapters are equal files
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the header's metadata in order, in place: the safetensors library writes it in a random one, and equal
+    adapters shall be equal files.
+    """
+    with file.open("rb+") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:  # another way to escape; the order is not worth a move of all tensors
+            return
+        stream.seek(8)
+        stream.write(text.ljust(length))
+        stream.flush()
+        os.fsync(stream.fileno())

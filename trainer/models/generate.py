@@ -1,0 +1,230 @@
+"""Pictures from text and image prompts: classifier-free guidance and DDIM in one short loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from ipadapter_core import AdapterApplication, IPAdapter, KeyValue, LoraLayers, check_compatible, inject
+
+from ..errors import TrainerError
+from .base_model import BaseModel
+from .conditioning import TextStates, added_conditions, encode_prompts, time_ids
+from .image_features import dropped_features
+
+DECODE_ROWS = 16  # pictures that the VAE decodes at once; decoding needs the most memory of all
+
+
+@torch.no_grad()
+def generate(
+    base_model: BaseModel,
+    adapter: IPAdapter | None,
+    *,
+    prompts: Sequence[str] | TextStates,
+    image_features: Sequence[Tensor] | None,
+    weight: float | Sequence[float] = 1.0,
+    negative_prompt: str | TextStates = "",
+    steps: int = 20,
+    guidance: float = 5.0,
+    seed: int | Sequence[int] = 0,
+    size: int | tuple[int, int] | None = None,
+    scheduler: DDPMScheduler | None = None,
+) -> Tensor:
+    """Generate B pictures in one batch: float32 [B, 3, H, W] in [-1, 1], on the base model's device.
+
+    B is the longest of `prompts` (1 or B texts, "" for none, or their states), `image_features` (what
+    `IPAdapter.encode` takes, each with 1 or B rows; see `image_features.encode_pictures`) and `weight` (a number, or 1
+    or B of them). The weight is that of the image attention and, for the faceid kinds, of the LoRA. Weight 0, no
+    adapter and no features are all the same: the base model alone. `guidance` of 1 or less turns guidance off; else the
+    image of the negative rows is that of a dropped image in training. Picture i starts from the noise of seed + i, or
+    of seed[i], drawn on the CPU, so it can be made again alone and on another device. `size` is a side or (height,
+    width) in pixels; the default is what the model was made for. SDXL is told that pictures of that size were not
+    cropped. `scheduler` replaces the base model's noise schedule.
+
+    DDIM (arXiv 2010.02502), deterministic. The steps are spaced "trailing" (arXiv 2305.08891): they begin at
+    the last timestep, where pure noise is what the model was trained on -- right for v-prediction, needed for
+    zero-terminal-SNR schedules, and harmless for epsilon. The last step returns the predicted clean latent.
+
+    Raises TrainerError for lengths that do not fit, AdapterError for an adapter or features that do not fit.
+    """
+    weights = [float(weight)] if isinstance(weight, (int, float)) else [float(w) for w in weight]
+    features = tuple(image_features or ())
+    count = _batch(len(prompts), [len(feature) for feature in features], len(weights))
+    weights = _repeated(weights, count)
+    height, width = _size(base_model, size)
+    text = _states(base_model, prompts, count)
+    negative = _states(base_model, negative_prompt, 1) if guidance > 1 else None
+    prompt = None
+    if adapter is not None and features and any(weights):
+        prompt = _image_prompt(base_model, adapter, features, guided=negative is not None)
+    noise = initial_latents(base_model, count, seed, (height, width))
+    latents = torch.empty_like(noise)
+    for rows in _groups(weights, prompt, base_model.device):
+        application = AdapterApplication()
+        if prompt is not None:
+            application = prompt.application(rows, [weights[i] for i in rows.tolist()])
+        conditions = _Conditions(text.index(rows), negative, (height, width), guidance)
+        with inject(base_model.unet, application):
+            latents[rows] = _sample(base_model, noise[rows], conditions, steps, scheduler or base_model.scheduler)
+    return decode(base_model, latents)
+
+
+def initial_latents(
+    base_model: BaseModel, count: int, seed: int | Sequence[int], size: int | tuple[int, int] | None
+) -> Tensor:
+    """Unit noise [count, C, h, w] for a side or (height, width) in pixels; row i is drawn with seed + i, or seed[i].
+
+    Raises TrainerError when the size in pixels is not a whole number of latents, and for another number of seeds.
+    """
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise TrainerError(f"seed has {len(seeds)} rows in a batch of {count}; expected a number or {count} of them.")
+    height, width = _size(base_model, size)
+    shape = (base_model.latent_channels, height // base_model.latent_scale, width // base_model.latent_scale)
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(row_seed)) for row_seed in seeds]
+    return torch.stack(rows).to(base_model.device)
+
+
+@torch.no_grad()
+def decode(base_model: BaseModel, latents: Tensor) -> Tensor:
+    """Latents [B, C, h, w] -> pixels [B, 3, H, W] in [-1, 1], in float32."""
+    scaled = latents.to(base_model.vae_dtype) / base_model.scaling_factor
+    pixels = [base_model.vae.decode(rows).sample.float() for rows in scaled.split(DECODE_ROWS)]
+    return torch.cat(pixels).clamp(-1, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _ImagePrompt:
+    """Keys and values of 1 or B rows, once for all steps; those of the negative image, 1 row; the LoRA."""
+
+    positive: Sequence[KeyValue]
+    negative: Sequence[KeyValue] | None
+    lora: LoraLayers | None
+
+    def application(self, rows: Tensor, weights: list[float]) -> AdapterApplication:
+        """What the UNet sees for some rows; negative rows first, as in the text."""
+        pairs: list[KeyValue] = [_rows(pair, rows) for pair in self.positive]
+        if self.negative is not None:
+            first = torch.zeros_like(rows)
+            both = zip((_rows(pair, first) for pair in self.negative), pairs, strict=True)
+            pairs = [KeyValue(*map(torch.cat, zip(*pair, strict=True))) for pair in both]
+            weights = weights + weights
+        same = len(set(weights)) == 1
+        return AdapterApplication(
+            pairs,
+            weights[0] if same else torch.tensor(weights, device=rows.device),
+            lora=self.lora,
+            lora_weight=weights[0],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Conditions:
+    """Text [B, ...], one negative text or None for no guidance, and the pictures' (height, width)."""
+
+    text: TextStates
+    negative: TextStates | None
+    size: tuple[int, int]
+    guidance: float
+
+    def arguments(self) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """The UNet's text states and added conditions; negative rows first."""
+        text = self.text
+        if self.negative is not None:
+            text = TextStates.cat([self.negative.expand(len(text)), text])
+        size = torch.tensor([self.size], dtype=torch.float32).expand(len(text), -1)
+        return text.states, added_conditions(text, time_ids(size, torch.zeros_like(size), size))
+
+
+def _image_prompt(
+    base_model: BaseModel, adapter: IPAdapter, features: tuple[Tensor, ...], guided: bool
+) -> _ImagePrompt:
+    check_compatible(adapter.spec, base_model.sites)
+    like, device = next(adapter.parameters()), base_model.device
+
+    def tokens_of(parts: Sequence[Tensor]) -> Tensor:
+        longest = max(map(len, parts))
+        return adapter.encode(*(p.to(like).expand(longest, *p.shape[1:]) for p in parts))
+
+    def keys_values(tokens: Tensor) -> list[KeyValue]:
+        return [KeyValue(*(part.to(device) for part in pair)) for pair in adapter.keys_values(tokens)]
+
+    tokens = tokens_of(features)
+    negative = None
+    if guided:
+        none = tokens_of(dropped_features(base_model, adapter.spec))
+        # Several faces bring the tokens of each.
+        negative = keys_values(none.repeat(1, tokens.shape[1] // none.shape[1], 1))
+    # A LoRA computes in the UNet's precision; the adapter's own weights stay as they are.
+    lora = None if adapter.lora is None else copy.deepcopy(adapter.lora).to(device, base_model.dtype)
+    return _ImagePrompt(keys_values(tokens), negative, lora)
+
+
+def _states(base_model: BaseModel, texts: str | Sequence[str] | TextStates, count: int) -> TextStates:
+    """Texts, encoded unless they are already, as `count` rows."""
+    if not isinstance(texts, TextStates):
+        texts = encode_prompts(base_model, [texts] if isinstance(texts, str) else texts)
+    return texts.expand(count) if len(texts) == 1 else texts
+
+
+def _groups(weights: list[float], prompt: _ImagePrompt | None, device: torch.device) -> list[Tensor]:
+    """Rows to sample at once: all, but for a LoRA, which has one weight at a time."""
+    rows = torch.arange(len(weights), device=device)
+    if prompt is None or prompt.lora is None:
+        return [rows]
+    values = torch.tensor(weights, device=device)
+    return [rows[values == value] for value in values.unique()]
+
+
+def _sample(
+    base_model: BaseModel, latents: Tensor, conditions: _Conditions, steps: int, schedule: DDPMScheduler
+) -> Tensor:
+    scheduler = DDIMScheduler.from_config(
+        schedule.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+    )
+    scheduler.set_timesteps(steps, device=base_model.device)
+    states, added = conditions.arguments()
+    for timestep in scheduler.timesteps:
+        noisy = latents.to(base_model.dtype)
+        if conditions.negative is not None:
+            noisy = torch.cat([noisy, noisy])
+        predicted = base_model.unet(noisy, timestep, states, added_cond_kwargs=added).sample.float()
+        if conditions.negative is not None:
+            negative, positive = predicted.chunk(2)
+            predicted = negative + conditions.guidance * (positive - negative)
+        latents = scheduler.step(predicted, timestep, latents).prev_sample
+    return latents
+
+
+def _rows(pair: KeyValue, rows: Tensor) -> KeyValue:
+    """Some rows of keys and values [B, T, C], or the only one for each of them."""
+    if len(pair.key) == 1:
+        return KeyValue(*(part.expand(len(rows), -1, -1) for part in pair))
+    return KeyValue(*(part[rows.to(part.device)] for part in pair))
+
+
+def _size(base_model: BaseModel, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    height, width = size if isinstance(size, tuple) else (size or base_model.sample_size,) * 2
+    scale = base_model.latent_scale
+    if height % scale or width % scale or min(height, width) < scale:
+        shown = height if height == width else f"{height} x {width} (height x width)"
+        raise TrainerError(f"size {shown}: expected a multiple of {scale} pixels.")
+    return height, width
+
+
+def _batch(prompts: int, features: list[int], weights: int) -> int:
+    count = max(prompts, *features, weights)
+    named = [("prompts", prompts), *(("image_features", length) for length in features), ("weight", weights)]
+    for name, length in named:
+        if length not in (1, count):
+            raise TrainerError(f"{name} has {length} rows in a batch of {count}; expected 1 or {count}.")
+    return count
+
+
+def _repeated(items: list, count: int) -> list:  # type: ignore[type-arg]
+    return items * count if len(items) == 1 else items

@@ -1,0 +1,66 @@
+"""Pictures, and faces, as an adapter reads them: what the frozen image encoder says, by the adapter's kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ipadapter_core import AdapterSpec, Feature
+
+from ..data.batches import to_rgb
+from ..errors import DataError
+from .base_model import BaseModel
+
+
+@torch.no_grad()
+def encode_clip_images(base_model: BaseModel, clip_images: Tensor, feature: Feature = "image_embeds") -> Tensor:
+    """Normalised pixels [B, 3, S, S] -> image_embeds [B, E], or penultimate hidden states [B, L, E] for every
+    feature that names them.
+    """
+    pixels = clip_images.to(base_model.device, base_model.dtype, non_blocking=True)
+    if feature == "image_embeds":
+        return base_model.image_encoder(pixels).image_embeds
+    return base_model.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
+
+
+def encode_pictures(
+    base_model: BaseModel,
+    spec: AdapterSpec,
+    pictures: Sequence[Image.Image],
+    face_embeds: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Pictures of any size and mode, and face embeddings [B, F], -> what `IPAdapter.encode` takes.
+
+    Raises DataError when the adapter needs face embeddings and none are given, or needs none.
+    """
+    takes_face = spec.face_width is not None
+    if takes_face != (face_embeds is not None):
+        need = "needs face embeddings: give them" if takes_face else "takes no face embedding: leave it out"
+        raise DataError(f"A {spec.kind} adapter {need}.")
+    faces = () if face_embeds is None else (face_embeds.to(base_model.device).float(),)
+    if spec.image_width is None:
+        return faces
+    rgb = [to_rgb(picture) for picture in pictures]
+    pixels = base_model.image_processor(images=rgb, return_tensors="pt").pixel_values
+    return (*faces, encode_clip_images(base_model, pixels, spec.feature))
+
+
+@torch.no_grad()
+def dropped_features(base_model: BaseModel, spec: AdapterSpec) -> tuple[Tensor, ...]:
+    """What stands for a dropped image in training and for the negative one at inference, each [1, ...].
+
+    Zeros for embeddings of images and faces (tutorial_train.py, tutorial_train_faceid.py); the encoding of zero pixel
+    values, which are mean grey after normalisation, where hidden states are read (tutorial_train_plus.py).
+    """
+    features: tuple[Tensor, ...] = ()
+    if spec.face_width is not None:
+        features = (torch.zeros(1, spec.face_width, device=base_model.device),)
+    if spec.image_width is None:
+        return features
+    if spec.feature == "image_embeds":
+        return (*features, torch.zeros(1, spec.image_width, device=base_model.device))
+    side = int(base_model.image_encoder.config.image_size)
+    return (*features, encode_clip_images(base_model, torch.zeros(1, 3, side, side), spec.feature))

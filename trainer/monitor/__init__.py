@@ -1,0 +1,1 @@
+"""What the numbers say: validation, logs, sample grids and the report."""

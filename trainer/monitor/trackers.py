@@ -1,0 +1,207 @@
+"""The numbers of a run: log.jsonl that any plotting tool reads, the samples, and Accelerate's trackers beside them.
+
+output/config.toml              the settings; `ipadapter train config.toml` repeats the run
+output/log.jsonl                one line a `RunLog.write` or `RunLog.validation`, told apart by their keys
+output/samples/step-000200.png  one picture a `RunLog.image`
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from ..engine.denoiser import Progress, check_loss
+from ..errors import ConfigError
+from .run_files import CONFIG_FILE, LOG_FILE, drop_past, picture_file, replace_text, to_toml
+
+PROJECT = "ip-adapter-kit"  # in wandb and trackio; a run has the name of its output folder
+TENSORBOARD = "tensorboard"  # also the folder of its files
+
+
+def tracker_arguments(log_with: str, output: Path) -> dict[str, Any]:
+    """Arguments of an `Accelerator` for the tracker "tensorboard", "wandb" or "trackio"; "none" needs none.
+
+    Raises ConfigError when its package is not installed: Accelerate would leave it out without a word.
+    """
+    if log_with == "none":
+        return {}
+    try:
+        version(log_with)
+    except PackageNotFoundError:
+        raise ConfigError(
+            f"log_with={log_with} needs {log_with}. Install it with `pip install {log_with}`, or set log_with=none; "
+            f"{LOG_FILE} and the report are written anyway."
+        ) from None
+    return {"log_with": log_with, "project_dir": str(output)}
+
+
+class RunLog:
+    """What a run says about itself. The files and trackers are the main process's; `add` and `write` are called by
+    all processes.
+
+    Lines and samples past the step `start` are from a run that was killed after its last checkpoint, and are dropped;
+    so are their points in TensorBoard. wandb and trackio get a run of its own for every resume, in one group.
+    `config` are the settings by name. The accelerator was made with `tracker_arguments`. `unlogged` is what the method
+    of this name said at the checkpoint that is resumed.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output: Path,
+        config: Mapping[str, Any],
+        log_with: str,
+        start: int,
+        unlogged: Tensor | None = None,
+    ) -> None:
+        self._accelerator, self._output, self._log_with = accelerator, output, log_with
+        self._losses, self._norms, self._images = list[Tensor](), list[Tensor](), 0
+        if unlogged is not None:
+            self._losses, self._norms = (list(row[~row.isnan()].to(accelerator.device)) for row in unlogged)
+        self._step = start
+        if accelerator.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            drop_past(output, start)
+            replace_text(output / CONFIG_FILE, to_toml(config))
+        if log_with != "none":
+            _start_tracker(accelerator, output, config, log_with, start)
+        self._since = self._idle_since = time.monotonic()
+
+    def add(self, progress: Progress) -> None:
+        """Remember a step without waiting for the device."""
+        self._losses.append(progress.loss)
+        if progress.grad_norm is not None:
+            self._norms.append(progress.grad_norm)
+        self._images += progress.images
+        self._step = progress.step
+        self._idle_since = time.monotonic()
+
+    def unlogged(self) -> Tensor:
+        """[2, K]: losses and gradient norms of the K steps since the last line, the means of all processes, for the
+        checkpoint: a resumed run writes the line that this one would have. NaN where norms are not measured.
+
+        Every process calls it at the same steps.
+        """
+        if not self._losses:
+            return torch.zeros(2, 0)
+        losses = torch.stack(self._losses).float()
+        norms = torch.stack(self._norms).float() if self._norms else torch.full_like(losses, math.nan)
+        both = torch.stack([losses, norms.to(losses.device)]).to(self._accelerator.device)
+        return self._accelerator.gather(both[None]).mean(0)
+
+    def write(self, learning_rate: float) -> dict[str, float]:
+        """Write and return a line about the steps since the one before: their mean loss and gradient norm, the
+        pictures a second of all processes, and the memory in GB of the process that has most.
+
+        Every process calls it at the same steps. Raises DivergedError when the loss is not a number.
+        """
+        device = self._accelerator.device
+        loss = torch.stack(self._losses).mean().float().to(device)
+        rest = torch.tensor([float(self._images), _memory(device)], device=device)
+        everywhere = self._accelerator.gather(torch.cat([loss[None], rest])[None])
+        losses, images, memory = everywhere.T.tolist()  # waits for the device, so the clock is read after it
+        now = time.monotonic()
+        line: dict[str, float] = {
+            "step": self._step,
+            "loss": check_loss(self._step, sum(losses) / len(losses)),
+            "learning_rate": learning_rate,
+            "images_per_second": round(sum(images) / max(now - self._since, 1e-9), 3),
+            "memory_gb": round(max(memory), 3),
+        }
+        if self._norms:
+            line["grad_norm"] = torch.stack(self._norms).mean().item()
+        self._append(line, prefix="train/")
+        self._losses, self._norms, self._images = [], [], 0
+        self._since = self._idle_since = time.monotonic()
+        return line
+
+    def validation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write a line of validation numbers; their names begin with "validation/". The time since the last step
+        does not count as training.
+        """
+        self._append({"step": step, **numbers})
+        self._skip_time()
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        """Save a picture as output/<name>/step-000200.png and show it in the tracker."""
+        if self._accelerator.is_main_process:
+            file = picture_file(self._output, name, step)
+            file.parent.mkdir(exist_ok=True)
+            picture.save(file)
+            for tracker in self._accelerator.trackers:
+                _log_picture(tracker, step, name, picture)
+        self._skip_time()
+
+    def close(self) -> None:
+        """Let the trackers finish. Not `Accelerator.end_training`, which would end the process group as well."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+
+    def _append(self, line: Mapping[str, float], prefix: str = "") -> None:
+        if not self._accelerator.is_main_process:
+            return
+        with (self._output / LOG_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        numbers = {prefix + name: value for name, value in line.items() if name != "step"}
+        self._accelerator.log(numbers, step=int(line["step"]))
+
+    def _skip_time(self) -> None:
+        now = time.monotonic()
+        self._since += now - self._idle_since
+        self._idle_since = now
+
+
+def progress_postfix(line: Mapping[str, float]) -> dict[str, str]:
+    """A line of `RunLog.write` for the end of a progress bar."""
+    return {
+        "loss": f"{line['loss']:.4f}",
+        "img/s": f"{line['images_per_second']:.3g}",
+        "memory": f"{line['memory_gb']:.1f} GB",
+    }
+
+
+def _start_tracker(
+    accelerator: Accelerator, output: Path, config: Mapping[str, Any], log_with: str, start: int
+) -> None:
+    name = output.resolve().name
+    run = {"name": name if start == 0 else f"{name} from step {start}", "group": name}
+    if log_with == TENSORBOARD:
+        # Not its hyperparameters: they would be a run of their own, and another one with every resume.
+        purged = start + 1 if start else 0
+        accelerator.init_trackers(TENSORBOARD, init_kwargs={TENSORBOARD: {"purge_step": purged}})
+        if accelerator.is_main_process:
+            writer: Any = accelerator.get_tracker(TENSORBOARD, unwrap=True)
+            writer.add_text("settings", "\n".join(f"    {line}" for line in to_toml(config).splitlines()), start)
+        return
+    options = {"wandb": {**run, "dir": str(output)}, "trackio": run}
+    accelerator.init_trackers(PROJECT, dict(config), {log_with: options[log_with]})
+
+
+def _log_picture(tracker: Any, step: int, name: str, picture: Image.Image) -> None:
+    if tracker.name == "trackio":
+        import trackio
+
+        tracker.log({name: trackio.Image(picture)}, step=step)
+    elif tracker.name == TENSORBOARD:
+        tracker.log_images({name: np.asarray(picture.convert("RGB"))[None]}, step=step, dataformats="NHWC")
+    else:
+        tracker.log_images({name: [picture]}, step=step)
+
+
+def _memory(device: torch.device) -> float:
+    """GB: the most that PyTorch had of a GPU so far, or what the process has of the machine now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9

@@ -1,0 +1,1 @@
+"""The settings of a training, their file, and the kinds of adapter."""

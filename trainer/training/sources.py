@@ -1,0 +1,151 @@
+"""Where a training's batches come from: pictures on disk, shards, or the cache; and the pictures held out of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+from PIL import Image
+
+from ..data.batches import Batch, GlobalBatches, PictureDataset, Recipe, collate, loader
+from ..data.examples import Example
+from ..data.pixels import open_rgb
+from ..data.shard_files import expand_shards, fingerprint_shards
+from ..data.shards import shard_loader
+from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, recipe_of
+from ..errors import CacheError, DataError
+from ..models.base_model import BaseModel
+from ..settings.config import TrainConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set, ready to draw from. `size` is None for a stream; `held_out` are examples of the validation;
+    `broken` collects what could not be read.
+    """
+
+    size: int | None
+    data_hash: str
+    open: Callable[[int], Iterator[Batch]]
+    held_out: Sequence[Example] = ()
+    broken: set[str] = field(default_factory=set[str])
+    cached: bool = False
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Endless batches of this process, from the number `start` on."""
+        with plain_errors():
+            for batch in self.open(start):
+                self.broken.update(batch["broken"])
+                yield batch
+
+
+def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Accelerator) -> Source:
+    """Find the data of a training; no picture is decoded.
+
+    Raises DataError when there is nothing to train on, CacheError when the cache does not fit the settings.
+    """
+    encoding, recipe = encoding_of(config, base_model), recipe_of(config)
+    process, processes = accelerator.process_index, accelerator.num_processes
+    pin = accelerator.device.type == "cuda"
+    if config.from_shards:
+        shards = expand_shards(config.data)
+
+        def open_shards(start: int) -> Iterator[Batch]:
+            return iter(
+                shard_loader(
+                    shards,
+                    encoding,
+                    recipe,
+                    batch_size=config.batch_size,
+                    process=process,
+                    processes=processes,
+                    workers=config.workers,
+                    seed=config.seed,
+                    start=start,
+                    pin=pin,
+                )
+            )
+
+        return Source(None, fingerprint_shards(shards), open_shards)
+
+    examples = examples_of(config)
+    held_out = held_out_rows(examples, config.validation_pictures)
+    global_batch = config.batch_size * processes
+    data_hash = hash_of(config, examples)
+    if config.cache is None:
+        dataset = PictureDataset(examples, encoding, recipe, buckets_of(config, examples))
+    else:
+        from ..cache.read import CachedDataset, open_cache
+
+        cache = open_cache(config.cache, config, base_model, examples, data_hash)
+        dataset = CachedDataset(examples, encoding, recipe, cache)
+    rows = [[row for row in bucket if row not in held_out] for bucket in dataset.buckets.rows]
+    batches = GlobalBatches([bucket for bucket in rows if bucket], global_batch, config.seed)
+
+    def open_pictures(start: int) -> Iterator[Batch]:
+        return iter(
+            loader(
+                dataset,
+                batches.starting_at(start),
+                batch_size=config.batch_size,
+                process=process,
+                processes=processes,
+                workers=config.workers,
+                pin=pin,
+            )
+        )
+
+    return Source(
+        size=len(examples) - len(held_out),
+        data_hash=data_hash,
+        open=open_pictures,
+        held_out=[examples[row] for row in sorted(held_out)],
+        cached=config.cache is not None,
+    )
+
+
+def count_examples(config: TrainConfig) -> int | None:
+    """How many examples a training draws from; None for shards."""
+    if config.from_shards:
+        expand_shards(config.data)
+        return None
+    examples = examples_of(config)
+    return len(examples) - len(held_out_rows(examples, config.validation_pictures))
+
+
+def validation_batch(config: TrainConfig, base_model: BaseModel, held_out: Sequence[Example]) -> Batch:
+    """The held-out examples as squares, without crops, flips and dropout."""
+    dataset = PictureDataset(held_out, encoding_of(config, base_model), Recipe(config.resolution, config.seed))
+    with plain_errors():
+        return collate([dataset[row] for row in range(len(held_out))])
+
+
+def prompt_picture(example: Example) -> Image.Image:
+    """The picture that is an example's image prompt. Raises what Pillow raises for one that cannot be read."""
+    return open_rgb(example.references[0] if example.references else example.image)[0]
+
+
+def held_out_rows(examples: Sequence[Example], wanted: int) -> set[int]:
+    """The rows that are kept from the training for the validation: at most a tenth, chosen by the hash of their
+    names, so that they stay the same when pictures are added elsewhere.
+    """
+
+    def order(row: int) -> bytes:
+        return hashlib.sha256(Path(examples[row].name).name.encode("utf-8", "surrogateescape")).digest()
+
+    return set(sorted(range(len(examples)), key=order)[: min(wanted, len(examples) // 10)])
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A worker's error comes with its traceback in the text; the last line is the message."""
+    try:
+        yield
+    except (CacheError, DataError) as error:
+        kind = type(error)
+        text = str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__name__}: ")
+        raise kind(text) from error
