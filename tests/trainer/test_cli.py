@@ -69,6 +69,9 @@ def test_train_with_a_file_and_overrides(settings: dict[str, Any], tmp_path: Pat
     assert "6 pictures" in out
     assert f"Saved {Path(settings['output']) / 'ip-adapter_context-32.safetensors'}" in out
     assert f"Report: {Path(settings['output']) / 'report.html'}" in out
+    code, out, _ = ipadapter("train", file, "steps=3")
+    assert "Resuming from" in out
+    assert "2 to 3" in out
 
 
 def test_a_dry_run_says_what_it_needs_and_writes_nothing(settings: dict[str, Any]) -> None:
@@ -79,9 +82,6 @@ def test_a_dry_run_says_what_it_needs_and_writes_nothing(settings: dict[str, Any
     assert not Path(settings["output"]).exists()
     code, _, err = ipadapter("train", "--dry-run", *(f"{k}={v}" for k, v in {**settings, "data": "nowhere"}.items()))
     assert (code, "nowhere: no such file or folder" in err) == (2, True)
-    code, out, _ = ipadapter("train", file, "steps=3")
-    assert "Resuming from" in out
-    assert "2 to 3" in out
 
 
 def test_options_are_listed() -> None:

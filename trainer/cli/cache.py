@@ -36,7 +36,7 @@ def cache_command(
     ipadapter cache configs/sd15-base.toml data=pictures cache=caches/cats
 
     The same command again goes on where it was stopped. Several GPUs or machines that see one folder share the work:
-    accelerate launch -m ipadapter_trainer.cli cache ...
+    accelerate launch --multi_gpu -m ipadapter_trainer.cli cache ...
     """
     with user_errors():
         from ..errors import ConfigError

@@ -81,7 +81,7 @@ def eval_command(
     ipadapter eval --base-model sd15 --adapter runs/cats --data cats --clip clip-vit-large-patch14 --controls
 
     Ctrl-C stops it; the same command goes on. Several GPUs share the work:
-    accelerate launch -m ipadapter_trainer.cli eval ...
+    accelerate launch --multi_gpu -m ipadapter_trainer.cli eval ...
     """
     with user_errors():
         from ..evaluation.settings import EvalSettings, parse_weights
@@ -111,7 +111,11 @@ def eval_command(
             prediction_type=prediction_type,
             shortcut=shortcut,
         )
-        from ..evaluation.evaluate import evaluate, write_json
+        from json import dumps
+
+        from accelerate import PartialState
+
+        from ..evaluation.evaluate import evaluate
 
         quiet()
         try:
@@ -119,9 +123,9 @@ def eval_command(
         except KeyboardInterrupt:
             typer.echo("Stopped; what is measured is kept. Run the same command again to go on.", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        if evaluation is None:  # another process reports
+        if not PartialState().is_main_process:
             return
         typer.echo(evaluation.as_text())
         if json is not None:
-            write_json(evaluation, json)
+            json.write_text(dumps(evaluation.as_json(), indent=2) + "\n", encoding="utf-8")
             typer.echo(f"Saved {json}")
