@@ -30,11 +30,10 @@ from ipadapter_trainer.cache.files import (
 from ipadapter_trainer.cache.read import open_cache
 from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.engine.inputs import examples_of, hash_of
+from ipadapter_trainer.engine.inputs import examples_of, hash_of, open_base_model
 from ipadapter_trainer.errors import CacheError, ConfigError
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
-from ipadapter_trainer.training.setup import open_base_model
 from PIL import Image
 from typer.testing import CliRunner
 

@@ -19,12 +19,11 @@ from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.data.batches import Batch, Draw, GlobalBatches, PictureDataset, loader
 from ipadapter_trainer.engine.denoiser import TrainingBatch, adapter_spec, denoiser, new_adapter
 from ipadapter_trainer.engine.features import Features, encode_batch
-from ipadapter_trainer.engine.inputs import buckets_of, encoding_of, examples_of, hash_of, recipe_of
+from ipadapter_trainer.engine.inputs import buckets_of, encoding_of, examples_of, hash_of, open_base_model, recipe_of
 from ipadapter_trainer.errors import CacheError, DataError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
-from ipadapter_trainer.training.setup import open_base_model
 from ipadapter_trainer.training.sources import open_source
 from PIL import Image
 

@@ -98,6 +98,8 @@ def test_its_head_says_the_command_and_what_it_needs(file: Path, published: dict
     today = [plan.trained / 1e6, plan.memory / 1e9, whole * images / 1e18, whole / 1e12]
     today += [whole * images / 1e14 / 3600, cached * images / 1e18, cached / 1e12]
     assert said == pytest.approx(today, rel=0.05, abs=0.51)
+    if file.stem == "sdxl-plus":  # with the UNet's 2048 in its place, hosts would take it for Kolors
+        assert (plan.spec.resampler_width, plan.spec.heads, plan.spec.tokens) == (1280, 20, 16)
     if file.stem in PARAMETERS:
         assert plan.trained / 1e6 == pytest.approx(PARAMETERS[file.stem], rel=2e-3)
 

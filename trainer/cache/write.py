@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 
 from ..data.buckets import assign, read_sizes
-from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, recipe_of
+from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, open_base_model, recipe_of
 from ..errors import CacheError, ConfigError, DataError
 from ..files.provenance import trainer_version
 from ..settings.config import TrainConfig
@@ -94,8 +94,6 @@ def write_cache(
 
 
 def _prepare(config: TrainConfig, state: PartialState, dtype: torch.dtype) -> Caching:
-    from ..training.setup import open_base_model
-
     assert config.cache is not None
     base_model = open_base_model(config, state.device)
     examples = examples_of(config)

@@ -1,15 +1,18 @@
-"""The settings as the data part understands them: which examples, how they are cut, what a model needs of them."""
+"""The settings of a training as its parts understand them: which examples, how they are cut, which base model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ..data.batches import Encoding, Recipe
 from ..data.buckets import Buckets, find_buckets
 from ..data.examples import Example, find_examples, fingerprint
 from ..data.face_embeds import with_faces
-from ..models.base_model import BaseModel
+from ..errors import ConfigError
+from ..models.base_model import BaseModel, load_base_model
 from ..settings.config import TrainConfig
 from ..settings.kinds import FACE_WIDTH
 
@@ -67,3 +70,22 @@ def recipe_of(config: TrainConfig) -> Recipe:
         reference_crop=config.reference_crop,
         self_reference=config.self_reference,
     )
+
+
+def open_base_model(config: TrainConfig, device: torch.device | str = "cpu") -> BaseModel:
+    """The base model of a training, in its precision; refuses a resolution that is no whole number of latents."""
+    base_model = load_base_model(
+        config.base_model,
+        torch.float32 if config.mixed_precision == "no" else torch.bfloat16,
+        device,
+        config.image_encoder,
+        base_config=config.base_config,
+        prediction_type=config.prediction_type,
+        needs_image_encoder=config.train_kind.takes_image,
+    )
+    if config.resolution % base_model.latent_scale:
+        raise ConfigError(
+            f"resolution = {config.resolution}: expected a multiple of {base_model.latent_scale}, the pixels per "
+            f"latent of {base_model.name}."
+        )
+    return base_model

@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ipadapter_core import AdapterApplication, AdapterSpec, init_adapter, inject
 
 from ..engine.denoiser import adapter_spec
+from ..engine.inputs import open_base_model
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
-from .setup import open_base_model, total_steps
+from .setup import total_steps
 from .sources import count_examples
 
 # Bytes beside each float32 weight in training: its gradient and what the optimizer remembers of it.

@@ -19,11 +19,12 @@ from ipadapter_core import AdapterSpec, IPAdapter
 
 from ..engine.denoiser import TrainingBatch, new_adapter
 from ..engine.features import encode_batch
+from ..engine.inputs import open_base_model
 from ..engine.objective import Objective, new_objective
 from ..engine.optimizers import AveragedWeights, new_optimizer, new_schedule
 from ..errors import CheckpointError, ConfigError
 from ..files.provenance import provenance
-from ..models.base_model import BaseModel, load_base_model
+from ..models.base_model import BaseModel
 from ..models.tuning import tune_unet
 from ..monitor.trackers import tracker_arguments
 from ..monitor.validation import Samples, Validation
@@ -141,25 +142,6 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
         start=start,
         unlogged=unlogged,
     )
-
-
-def open_base_model(config: TrainConfig, device: torch.device | str = "cpu") -> BaseModel:
-    """The base model of a training, in its precision; refuses a resolution that is no whole number of latents."""
-    base_model = load_base_model(
-        config.base_model,
-        torch.float32 if config.mixed_precision == "no" else torch.bfloat16,
-        device,
-        config.image_encoder,
-        base_config=config.base_config,
-        prediction_type=config.prediction_type,
-        needs_image_encoder=config.train_kind.takes_image,
-    )
-    if config.resolution % base_model.latent_scale:
-        raise ConfigError(
-            f"resolution = {config.resolution}: expected a multiple of {base_model.latent_scale}, the pixels per "
-            f"latent of {base_model.name}."
-        )
-    return base_model
 
 
 def total_steps(config: TrainConfig, size: int | None, images_per_batch: int) -> int:
