@@ -78,8 +78,8 @@ def _forget_other_graphs(guider: Any, model_options: Options, patches: Mapping[A
     Torch Compile Model of newer versions drops all guards on the transformer options: which layers have an image
     prompt, and the shapes of its keys, are frozen into the graph. Two things stay invisible: a compiled run without
     any Apply IP Adapter passes no wrapper (after a run with the node, set its weight to 0 instead of taking it
-    away), and a node that breaks the graph between blocks (Deep Shrink reads the sigma) makes layers of one shape
-    share a graph, with the image prompt of the first.
+    away), and some nodes that work between the blocks still go wrong with a compiled model: with Deep Shrink the
+    pictures differ from the uncompiled ones. Its cause is not known.
     """
     if "torch_compile_kwargs" not in model_options:
         return

@@ -21,9 +21,11 @@ from ipadapter_trainer.models.generate import generate, initial_latents
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.checkpoints import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.training.train import Interrupted, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ipadapter_core import AdapterApplication, inject, load_adapter
+
+from .ldm import write_single_file
 
 Losses = list[tuple[int, float]]
 FILE = "ip-adapter_context-32.safetensors"
@@ -215,6 +217,26 @@ def test_a_kill_while_saving_leaves_the_last_good_checkpoint(settings: dict[str,
     assert second == losses[2:]
     assert all(torch.equal(whole[name], rest[name]) for name in whole)
     assert not list(output.glob(".unfinished*"))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_single_file_trains_as_its_folder_does(
+    family: str, settings: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue({"sd15": "model_folder", "sdxl": "sdxl_folder"}[family])
+    settings |= {"image_encoder": str(folder / "image_encoder"), "kind": "plus", "steps": 2}
+    file = write_single_file(folder, tmp_path / "base.safetensors", family)
+    _, of_folder = run(settings, base_model=folder, output=tmp_path / "folder")
+    _, of_file = run(settings, base_model=file, base_config=folder, output=tmp_path / "file")
+    assert of_file == of_folder
+
+
+def test_fine_tuning_starts_from_a_published_file(settings: dict[str, Any], tmp_path: Path) -> None:
+    """What another host wrote: the published keys in float16, without metadata."""
+    weights, losses = run(settings, steps=4, output=tmp_path / "first")
+    save_file({name: weight.half() for name, weight in weights.items()}, str(tmp_path / "published.safetensors"))
+    _, tuned = run(settings, steps=1, init_from=tmp_path / "published.safetensors", output=tmp_path / "tuned")
+    assert tuned[0][1] < losses[0][1]  # the same draws as the first step of the first training
 
 
 FULL_DISK = """
