@@ -50,8 +50,8 @@ def test_train_inspect_generate_as_written(models: Path) -> None:
         (models / "pictures" / f"{name}.txt").write_text("a cat", encoding="utf-8")
     commands = block.replace("\\\n", " ").strip().splitlines()
     small = " resolution=64 batch_size=2 steps=2 save_every=2 workers=0 mixed_precision=no"
-    assert [command.split()[1] for command in commands] == ["train", "inspect", "generate"]
-    commands[0] += small  # the README's is for a real model
+    assert [command.split()[1] for command in commands] == ["data", "train", "inspect", "generate"]
+    commands[1] += small  # the README's is for a real model
     for command in commands:
         run = f"{sys.executable} -m ipadapter_trainer.cli " + command.removeprefix("ipadapter ")
         done = subprocess.run(run, shell=True, cwd=models, capture_output=True, text=True, check=False)
