@@ -121,11 +121,13 @@ def eval_command(
         try:
             evaluation = evaluate(settings, say=typer.echo, progress_bar=True)
         except KeyboardInterrupt:
-            typer.echo("Stopped; what is measured is kept. Run the same command again to go on.", err=True)
+            if PartialState().is_main_process:
+                typer.echo("Stopped; what is measured is kept. Run the same command again to go on.", err=True)
             raise typer.Exit(INTERRUPTED) from None
         if not PartialState().is_main_process:
             return
         typer.echo(evaluation.as_text())
         if json is not None:
+            json.parent.mkdir(parents=True, exist_ok=True)
             json.write_text(dumps(evaluation.as_json(), indent=2) + "\n", encoding="utf-8")
             typer.echo(f"Saved {json}")

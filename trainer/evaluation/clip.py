@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ..errors import BaseModelError, EvaluationError
 from ..models.image_encoder import ImageEncoder
@@ -21,7 +21,8 @@ from ..models.weight_files import weights_fingerprint
 
 CLIP_SCORE_SCALE = 2.5
 _CHUNK = 64  # texts or pictures at once
-_VIT_L = (1024, 24, 14, 224, 768)  # width, layers, patch, pixels, projection
+_VIT_L = (1024, 24, 14, 224, "quick_gelu", 768)  # width, layers, patch, pixels, activation, projection
+_VIT_L_NAME = "CLIP ViT-L/14"
 _WHAT = (
     "--clip takes a local folder of a whole CLIP (transformers' CLIPModel: both encoders, their projections and the "
     "tokenizer). For numbers beside the paper's: openai/clip-vit-large-patch14 from the Hugging Face hub."
@@ -29,22 +30,13 @@ _WHAT = (
 
 
 class MeasuringClip:
-    """A frozen CLIP in float32; `load_clip` makes it. `name` is for people.
-
-    `is_vit_l` tells OpenAI's ViT-L/14, with which the paper measures: LAION's of the same shape has another activation
-    function.
-    """
+    """A frozen CLIP in float32; `load_clip` makes it. `name` is for people, `is_vit_l` as the function of that name."""
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, encoder: ImageEncoder, device: torch.device) -> None:
         self._model = model.requires_grad_(False).eval().float().to(device)
         self._tokenizer, self._encoder, self._device = tokenizer, encoder, device
-        vision: Any = model.config.vision_config
-        sizes = (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.image_size)
-        has_shape = (*sizes, int(model.config.projection_dim)) == _VIT_L
-        self.is_vit_l = has_shape and vision.hidden_act == "quick_gelu"
-        self.name = "CLIP ViT-L/14" if self.is_vit_l else encoder.name
-        if has_shape and not self.is_vit_l:
-            self.name = "CLIP ViT-L/14, not OpenAI's"
+        self.is_vit_l = is_vit_l(model.config)
+        self.name = encoder.name if self.is_vit_l or encoder.name != _VIT_L_NAME else f"{encoder.name} of another kind"
 
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         """RGB pictures of any size, through CLIP's own preprocessing -> unit embeddings, float32 [B, D] on the CPU."""
@@ -89,6 +81,15 @@ class MeasuringClip:
     @torch.no_grad()
     def _unit(self, embeds: Tensor) -> Tensor:
         return F.normalize(embeds, dim=-1).cpu()
+
+
+def is_vit_l(config: CLIPConfig) -> bool:
+    """Whether this is OpenAI's ViT-L/14 at 224 px, with which the paper measures. LAION's of the same shape has another
+    activation function.
+    """
+    vision: Any = config.vision_config
+    shape = (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.image_size, vision.hidden_act)
+    return (*shape, int(config.projection_dim)) == _VIT_L
 
 
 def load_clip(folder: Path | None, device: torch.device | str = "cpu") -> MeasuringClip:

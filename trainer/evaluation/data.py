@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.examples import Example, find_examples
+from ..data.face_embeds import face_id_embed
 from ..data.pixels import Picture, open_rgb, why_broken
 from ..data.shard_files import is_shards
 from ..errors import DataError, EvaluationError
@@ -85,14 +86,16 @@ def open_prompts(
     limit: int | None = None,
     seed: int = 0,
     caption_prefix: str = "",
+    face_width: int | None = None,
     progress_bar: bool = False,
 ) -> Prompts:
     """The first `limit` examples of an order drawn with `seed`, so that a higher limit only adds to a lower one. Their
-    prompt is their first reference, or the picture itself.
+    prompt is their first reference, or the picture itself; and, with `face_width`, a face embedding of so many values.
 
     The other prompt of each is the next one in the same order that shows another picture. Raises DataError when none of
-    the pictures can be read.
+    the prompts can be read.
     """
+    eyes = _Eyes(examples, clip, caption_prefix, face_width)
     order = random.Random(f"{seed}/order").sample(range(len(examples)), len(examples))
     chosen = order if limit is None else order[:limit]
     broken: list[str] = []
@@ -100,14 +103,14 @@ def open_prompts(
     chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
     with tqdm(total=len(chosen), desc="prompts", unit="picture", disable=not progress_bar) as bar:
         for chunk in chunks:
-            opened += _open(examples, chunk, clip, caption_prefix, broken)
+            opened += eyes.open(chunk, broken)
             bar.update(len(chunk))
     if not opened:
-        raise DataError(f"None of the {len(chosen)} pictures can be read. The first: {broken[0]}")
+        raise DataError(f"None of the {len(chosen)} prompts can be read. The first: {broken[0]}")
     if broken:
-        log.warning("%d pictures cannot be read and are left out, such as %s", len(broken), broken[0])
+        log.warning("%d of %d prompts cannot be read and are left out, such as %s", len(broken), len(chosen), broken[0])
     # Behind the limit only as many as the last ones need.
-    rest = (p for index in order[len(chosen) :] for p in _open(examples, [index], clip, caption_prefix, []))
+    rest = (p for index in order[len(chosen) :] for p in eyes.open([index], []))
     return Prompts({prompt.index: prompt for prompt in opened}, _others(opened, rest), broken)
 
 
@@ -129,26 +132,41 @@ def _others(prompts: Sequence[Prompt], rest: Iterator[Prompt]) -> dict[int, Prom
     return {p.index: next((o for o in following(place) if differ(o, p)), None) for place, p in enumerate(prompts)}
 
 
-def _open(
-    examples: Sequence[Example], indices: Sequence[int], clip: MeasuringClip, prefix: str, broken: list[str]
-) -> list[Prompt]:
-    """Some examples as the CLIP sees them; what cannot be read is added to `broken`."""
-    pictures: dict[int, Image.Image] = {}
-    for index in indices:
+@dataclass(frozen=True, eq=False)
+class _Eyes:
+    """Examples as the CLIP sees them."""
+
+    examples: Sequence[Example]
+    clip: MeasuringClip
+    prefix: str
+    face_width: int | None
+
+    def open(self, indices: Sequence[int], broken: list[str]) -> list[Prompt]:
+        """Those that can be read; the others are added to `broken`."""
+        pictures: dict[int, Image.Image] = {}
+        for index in indices:
+            try:
+                pictures[index] = self._read(self.examples[index])
+            except DataError as error:
+                broken.append(str(error))
+        if not pictures:
+            return []
+        images = dict(zip(pictures, self.clip.embed_pictures(list(pictures.values())), strict=True))
+        captioned = [index for index in pictures if self.examples[index].text]
+        captions = [self.prefix + self.examples[index].text for index in captioned]
+        texts = dict(zip(captioned, self.clip.embed_texts(captions), strict=True)) if captions else {}
+        examples = [(index, self.examples[index]) for index in pictures]
+        return [Prompt(i, e, prompt_picture(e), e.text, images[i], texts.get(i)) for i, e in examples]
+
+    def _read(self, example: Example) -> Image.Image:
+        """Raises DataError for a picture or a face embedding that cannot be read."""
+        if self.face_width is not None:
+            face_id_embed(example, self.face_width)
+        picture = prompt_picture(example)
         try:
-            pictures[index] = open_rgb(prompt_picture(examples[index]))[0]
+            return open_rgb(picture)[0]
         except Exception as error:  # whatever a decoder raises
-            broken.append(f"{prompt_picture(examples[index])}: {why_broken(error)}")
-    if not pictures:
-        return []
-    images = dict(zip(pictures, clip.embed_pictures(list(pictures.values())), strict=True))
-    captioned = [index for index in pictures if examples[index].text]
-    captions = [prefix + examples[index].text for index in captioned]
-    texts = dict(zip(captioned, clip.embed_texts(captions), strict=True)) if captions else {}
-    return [
-        Prompt(index, example, prompt_picture(example), example.text, images[index], texts.get(index))
-        for index, example in ((index, examples[index]) for index in pictures)
-    ]
+            raise DataError(f"{picture}: {why_broken(error)}") from error
 
 
 def prompt_picture(example: Example) -> Picture:

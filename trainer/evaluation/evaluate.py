@@ -27,7 +27,7 @@ from ..data.face_embeds import face_id_embed, with_faces
 from ..data.pixels import open_rgb
 from ..errors import EvaluationError
 from ..models.base_model import BaseModel, load_base_model
-from ..models.generate import generate
+from ..models.generate import generate, initial_latents
 from ..models.image_features import encode_pictures
 from ..pictures import adapter_to_use, parse_size, to_pictures
 from .clip import MeasuringClip, clip_i, clip_t, load_clip
@@ -69,6 +69,7 @@ def evaluate(settings: EvalSettings, *, say: Callable[[str], None] = print, prog
         limit=settings.limit,
         seed=settings.seed,
         caption_prefix=settings.caption_prefix,
+        face_width=parts.adapter.spec.face_width,
         progress_bar=progress_bar and state.is_main_process,
     )
     digest = _digest(parts)
@@ -135,14 +136,16 @@ def _load(settings: EvalSettings, device: torch.device) -> _Parts:
         needs_image_encoder=spec.image_width is not None,
     )
     check_compatible(spec, base_model.sites, settings.adapter.name)
+    side = base_model.sample_size
+    size = size or (side, side)
+    initial_latents(base_model, 1, 0, size)  # refuses a size that is no whole number of latents
     clip = load_clip(settings.clip, device)
     # Fails now, not after all prompts have been read, when the image encoder is another one.
     faces = None if spec.face_width is None else torch.zeros(1, spec.face_width)
     features = encode_pictures(base_model, spec, [Image.new("RGB", (64, 64))], faces)
     adapter.to(device)
     adapter.encode(*(feature.to(device, torch.float32) for feature in features))
-    side = base_model.sample_size
-    return _Parts(settings, base_model, adapter, clip, examples, size or (side, side))
+    return _Parts(settings, base_model, adapter, clip, examples, size)
 
 
 def _digest(parts: _Parts) -> str:

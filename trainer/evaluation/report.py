@@ -69,7 +69,7 @@ class Gain:
 @dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` found. `differs` says what keeps the numbers from being compared with the paper's; `notes` what
-    else to know. `skipped` pictures could not be read.
+    else to know. `skipped` prompts could not be read.
     """
 
     title: str
@@ -112,7 +112,7 @@ class Evaluation:
             )
         lines += self.notes
         if self.skipped:
-            lines.append(f"{len(self.skipped):,} pictures were skipped, such as {self.skipped[0]}")
+            lines.append(f"Skipped, as they cannot be read: {len(self.skipped):,}, such as {self.skipped[0]}")
         if self.grid is not None:
             lines.append(f"Pictures: {self.grid}")
         return "\n".join(lines)

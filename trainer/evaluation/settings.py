@@ -15,7 +15,7 @@ TEXTS = ("none", "caption")
 class EvalSettings:
     """What to evaluate, and how; the defaults are the paper's.
 
-    `data` is what `eval_data.read_examples` takes, `root` the folder of its pictures. `clip` is the folder of the CLIP
+    `data` is what `data.read_examples` takes, `root` the folder of its pictures. `clip` is the folder of the CLIP
     that measures. `text` "none" generates from the image alone, "caption" from image and caption. `controls` adds
     weight 0. `pictures` prompts keep theirs, for the grid. `caption_prefix` goes before the captions in CLIP-T.
 
