@@ -194,8 +194,6 @@ class _AttentionView:
 
     def __init__(self, attn: Any, processor: ImageAttnProcessor) -> None:
         self._attn = attn
-        self._processor = processor
-        self._query: Tensor | None = None
         adapted = [
             (a.lora, a.lora_weight) for a, _ in processor.applications if a.lora is not None and a.lora_weight != 0
         ]
@@ -204,20 +202,31 @@ class _AttentionView:
         for part in LORA_PARTS:
             for lora, weight in adapted:
                 projections[part] = _with_lora(projections[part], lora.part(processor.id, part), weight)
-        self._to_q, self._to_out = projections["to_q"], projections["to_out"]
-        self.to_k, self.to_v = projections["to_k"], projections["to_v"]
-        self.to_out = [self._add_image, *attn.to_out[1:]]
+        self._to_q, self.to_k, self.to_v = (projections[part] for part in LORA_PARTS[:3])
+        # Not a method of the view: a cycle would keep the query alive until Python's garbage collector runs.
+        self._out = _ImageOut(projections["to_out"], processor, attn.heads)
+        self.to_out = [self._out, *attn.to_out[1:]]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attn, name)
 
     def to_q(self, hidden_states: Tensor) -> Tensor:
-        self._query = self._to_q(hidden_states)
-        return self._query
+        self._out.query = self._to_q(hidden_states)
+        return self._out.query
 
-    def _add_image(self, hidden_states: Tensor) -> Tensor:
-        query = self._query
-        term = None if query is None else self._processor.image_term(query, self._attn.heads, hidden_states)
+
+class _ImageOut:
+    """The output projection of an `_AttentionView`: adds the image attention of the query first."""
+
+    query: Tensor | None = None
+
+    def __init__(self, to_out: Projection, processor: ImageAttnProcessor, heads: int) -> None:
+        self._to_out = to_out
+        self._processor = processor
+        self._heads = heads
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        term = None if self.query is None else self._processor.image_term(self.query, self._heads, hidden_states)
         return self._to_out(hidden_states if term is None else hidden_states + term)
 
 

@@ -123,6 +123,17 @@ def config(settings: dict[str, Any]) -> TrainConfig:
     return make_config(settings)
 
 
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole random CLIP, as transformers saves it."""
+    from ipadapter_trainer.emoji.clip import new_clip, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    new_clip(train_tokenizer([f"a {c} square" for c in COLOURS], folder, size=300)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def run_ipadapter() -> Callable[..., subprocess.Popen[str]]:
     """Start the command as a user would, in a process of its own."""

@@ -1,46 +1,47 @@
-"""`ipadapter eval`: the scores by hand, and a whole evaluation on tiny models."""
+"""`ipadapter eval` on tiny models: whole evaluations, stopped ones, and by several processes."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ipadapter_trainer.data.pixels import open_rgb
-from ipadapter_trainer.emoji.clip import new_clip, train_tokenizer
 from ipadapter_trainer.errors import DataError, EvaluationError
-from ipadapter_trainer.evaluation.clip import clip_i, clip_t, load_clip
 from ipadapter_trainer.evaluation.evaluate import evaluate, seed_of
 from ipadapter_trainer.evaluation.report import PAPER_TABLE, Evaluation
-from ipadapter_trainer.evaluation.settings import EvalSettings, parse_weights
-from ipadapter_trainer.models.base_model import BaseModel
+from ipadapter_trainer.evaluation.settings import EvalSettings
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.models.generate import generate
+from ipadapter_trainer.pictures import to_pictures
+from PIL import Image, ImageChops
+from safetensors.torch import save_file
 
-from ipadapter_core import save_adapter
+from ipadapter_core import AdapterError, IPAdapter, init_adapter, new_spec, save_adapter
 
-from .tiny_models import COLOURS, adapter_of
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole random CLIP, as transformers saves it."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    new_clip(train_tokenizer([f"a {c} square" for c in COLOURS], folder, size=300)).save_pretrained(folder)
-    return folder
+from .tiny_models import adapter_of
 
 
 @pytest.fixture
-def settings(base_model: BaseModel, model_folder: Path, pictures: Path, clip: Path, tmp_path: Path) -> EvalSettings:
+def settings(
+    base_model: BaseModel, model_folder: Path, pictures: Path, clip_folder: Path, tmp_path: Path
+) -> EvalSettings:
     torch.manual_seed(1)
     save_adapter(tmp_path / "a.safetensors", adapter_of(base_model, "base"))
     return EvalSettings(
         base_model=model_folder,
         adapter=tmp_path / "a.safetensors",
         data=pictures,
-        clip=clip,
+        clip=clip_folder,
         output=tmp_path / "evaluation",
         images_per_caption=2,
         steps=2,
@@ -51,25 +52,6 @@ def settings(base_model: BaseModel, model_folder: Path, pictures: Path, clip: Pa
 
 def run(settings: EvalSettings) -> Evaluation:
     return evaluate(settings, say=lambda line: None)
-
-
-def test_the_scores_are_the_papers() -> None:
-    """CLIP-I is a cosine; CLIP-T is CLIPScore, 2.5 times the cosine and never negative (arXiv 2104.08718)."""
-    one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
-    assert clip_i(one, other).item() == pytest.approx(0.6)
-    assert clip_t(one, other).item() == pytest.approx(1.5)
-    assert clip_t(one, -other).item() == 0
-    assert clip_i(one, -other).item() == pytest.approx(-0.6)
-
-
-def test_a_picture_is_as_like_itself_as_can_be(clip: Path, pictures: Path) -> None:
-    measuring = load_clip(clip)
-    opened = [open_rgb(file)[0] for file in sorted(pictures.glob("*.png"))]
-    embeds = measuring.embed_pictures(opened)
-    torch.testing.assert_close(clip_i(embeds, embeds), torch.ones(len(opened)))
-    torch.testing.assert_close(measuring.embed_pictures(opened[2:3]), embeds[2:3], atol=1e-5, rtol=1e-5)
-    texts = measuring.embed_texts(["a red square", "a very long text " * 50])
-    torch.testing.assert_close(texts.norm(dim=-1), torch.ones(2))
 
 
 def test_an_evaluation_says_what_it_measured(settings: EvalSettings) -> None:
@@ -91,6 +73,68 @@ def test_an_evaluation_says_what_it_measured(settings: EvalSettings) -> None:
     assert "Not to be compared with the paper's numbers" in text
     assert "images per caption 2, not 4" in text
     assert (settings.output / "grid.png").is_file()
+
+
+def test_the_seed_of_a_score_makes_its_picture_again(settings: EvalSettings, base_model: BaseModel) -> None:
+    run(replace(settings, limit=1, images_per_caption=1))
+    lines = [json.loads(line) for line in (settings.output / "scores.jsonl").open()]
+    (line,) = (line for line in lines if line["weight"] == 0)
+    (kept,) = (settings.output / "pictures").rglob(f"{line['index']:05}-0-0.png")
+    pixels = generate(
+        base_model, None, prompts=[""], image_features=None, seed=line["seed"], steps=settings.steps, guidance=7.5
+    )
+    difference = ImageChops.difference(Image.open(kept), to_pictures(pixels)[0])
+    assert max(high for _, high in difference.getextrema()) <= 1
+
+
+def test_captions_as_prompts_give_other_pictures(settings: EvalSettings) -> None:
+    without, with_text = run(settings), run(replace(settings, text="caption", output=settings.output / "c"))
+    assert without.rows[1].clip_i != with_text.rows[1].clip_i  # at weight 0 as well
+    assert "with their captions" in with_text.as_text()
+    assert "text caption, not none" in with_text.as_text()
+
+
+def test_captions_are_needed_as_prompts_only(settings: EvalSettings) -> None:
+    for file in settings.data.glob("*.txt"):
+        file.unlink()
+    evaluation = run(settings)
+    assert {row.clip_t for row in evaluation.rows} == {None}
+    assert evaluation.rows[2].clip_i is not None
+    with pytest.raises(DataError, match="no picture with a caption"):
+        run(replace(settings, text="caption"))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("sd15", "plus"), ("sd2", "full"), ("sdxl", "base"), ("sd15", "faceid"), ("sdxl", "faceid-plusv2")],
+)
+def test_every_kind_and_family(settings: EvalSettings, family: str, kind: str, request: Any) -> None:
+    folder = request.getfixturevalue({"sd15": "model_folder"}.get(family, f"{family}_folder"))
+    adapter, table = adapter_of(load_base_model(folder), kind), settings.output.parent / "faces.safetensors"
+    save_adapter(settings.adapter, adapter)
+    save_file({f"{c}.png": torch.randn(512) for c in ("red", "green", "blue")}, table)
+    takes_face = adapter.spec.face_width is not None
+    evaluation = run(
+        replace(
+            settings,
+            base_model=folder,
+            face_embeds=table if takes_face else None,
+            shortcut=True if kind == "faceid-plusv2" else None,
+            steps=1,
+        )
+    )
+    assert evaluation.prompts == (3 if takes_face else 6)
+    gain = evaluation.gains[0].clip_i
+    assert gain is not None and gain.value != 0  # the adapter does something
+
+
+def test_a_broken_face_is_skipped_as_well(settings: EvalSettings, base_model: BaseModel) -> None:
+    save_adapter(settings.adapter, adapter_of(base_model, "faceid"))
+    faces = {f"{c}.png": torch.randn(512) for c in ("red", "green", "blue")}
+    save_file({**faces, "teal.png": torch.full((512,), torch.nan)}, settings.data / "faces.safetensors")
+    evaluation = run(replace(settings, face_embeds=settings.data / "faces.safetensors"))
+    assert evaluation.prompts == 3
+    assert "teal.png: the face embedding has values that are not finite" in evaluation.skipped[0]
 
 
 def test_a_score_depends_on_its_example_and_number_alone(settings: EvalSettings, tmp_path: Path) -> None:
@@ -129,8 +173,7 @@ def test_a_broken_picture_is_skipped_and_counted(settings: EvalSettings) -> None
     (settings.data / "red.png").write_text("not a picture")
     evaluation = run(settings)
     assert evaluation.prompts == 5
-    assert "1 pictures were skipped" in evaluation.as_text()
-    assert "red.png" in evaluation.as_text()
+    assert re.search(r"cannot be read: 1, such as .*red\.png", evaluation.as_text())
 
 
 @pytest.mark.parametrize(
@@ -141,6 +184,8 @@ def test_a_broken_picture_is_skipped_and_counted(settings: EvalSettings) -> None
         ({"data": Path("nowhere")}, "nowhere: no such file or folder"),
         ({"adapter": Path("nowhere.safetensors")}, "nowhere.safetensors: no such file"),
         ({"face_embeds": Path("f.safetensors")}, "takes no face embeddings"),
+        ({"size": "60"}, "multiple of 8"),
+        ({"data": Path("s-{0..9}.tar")}, "shards are read as a stream"),
     ],
 )
 def test_what_is_wrong_is_named(settings: EvalSettings, changes: dict[str, Any], words: str) -> None:
@@ -148,15 +193,19 @@ def test_what_is_wrong_is_named(settings: EvalSettings, changes: dict[str, Any],
         run(replace(settings, **changes))
 
 
-def test_half_a_clip_is_no_clip(settings: EvalSettings, model_folder: Path) -> None:
+def test_what_does_not_fit_is_refused_before_anything_is_generated(
+    settings: EvalSettings, sd2_folder: Path, random_adapter: Callable[..., IPAdapter], base_model: BaseModel
+) -> None:
     with pytest.raises(EvaluationError, match="its vision half alone"):
-        run(replace(settings, clip=model_folder / "image_encoder"))
-
-
-def test_weights_are_numbers_with_commas() -> None:
-    assert parse_weights("0,0.5,1") == (0.0, 0.5, 1.0)
-    with pytest.raises(EvaluationError, match="expected numbers"):
-        parse_weights("0;1")
+        run(replace(settings, clip=settings.base_model / "image_encoder"))
+    with pytest.raises(AdapterError, match=r"a\.safetensors is made for a model of context 32"):
+        run(replace(settings, base_model=sd2_folder))
+    widths = [site.width for site in base_model.sites]
+    spec = new_spec("base", widths, base_model.sites[0].context_width, image_width=40)
+    save_adapter(settings.adapter, init_adapter(spec))
+    with pytest.raises(AdapterError, match="40"):  # of another image encoder
+        run(settings)
+    assert not settings.output.exists()
 
 
 def test_the_command(settings: EvalSettings, run_ipadapter: Any) -> None:
@@ -170,3 +219,58 @@ def test_the_command(settings: EvalSettings, run_ipadapter: Any) -> None:
     process = run_ipadapter(*arguments)
     _, err = process.communicate(timeout=120)
     assert (process.returncode, "--clip is missing" in err) == (2, True)
+
+
+def arguments_of(settings: EvalSettings) -> list[str]:
+    paths = ("base_model", "adapter", "data", "clip", "output")
+    numbers = ("images_per_caption", "steps", "batch_size")
+    named = [(f"--{name.replace('_', '-')}", str(getattr(settings, name))) for name in (*paths, *numbers)]
+    return ["eval", *(part for pair in named for part in pair), "--controls"]
+
+
+def test_ctrl_c_keeps_what_is_measured(settings: EvalSettings, run_ipadapter: Any) -> None:
+    process = run_ipadapter(*arguments_of(replace(settings, images_per_caption=1000, batch_size=3)))
+    file, deadline = settings.output / "scores.jsonl", time.monotonic() + 120
+    while not (file.is_file() and file.read_text().count("\n") >= 6):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Run the same command again to go on" in err
+    assert "Traceback" not in err
+    lines = file.read_text().splitlines()
+    assert len(lines) % 3 == 0
+    said: list[str] = []
+    # All of them are of the first prompt; the same settings with a few pictures more than that find them.
+    evaluate(replace(settings, images_per_caption=len(lines) // 2 + 1, limit=1), say=said.append)
+    assert f"; {len(lines)} are measured already." in said[0]
+
+
+def test_two_processes_share_the_work(settings: EvalSettings, tmp_path: Path) -> None:
+    run(settings)
+    settings = replace(settings, output=tmp_path / "two")
+    launched = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        + ["--main_process_port", "0", "-m", "ipadapter_trainer.cli", *arguments_of(settings)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert launched.stdout.count("The paper") == 1
+    files = sorted(settings.output.glob("scores*.jsonl"))
+    assert [file.name for file in files] == ["scores-1.jsonl", "scores.jsonl"]
+    one, two = (
+        {(r["index"], r["number"], r["weight"]): r["clip_i"] for r in map(json.loads, "".join(texts).splitlines())}
+        for texts in ([(tmp_path / "evaluation" / "scores.jsonl").read_text()], [file.read_text() for file in files])
+    )
+    assert [file.read_text().count("\n") for file in files] == [12, 12]
+    assert two == pytest.approx(one, abs=2e-4)

@@ -58,7 +58,7 @@ def with_images(batch: TrainingBatch, *image_features: torch.Tensor) -> Training
 
 def measure(model: BaseModel, adapter: IPAdapter, batch: TrainingBatch, **options: Any) -> dict[str, float]:
     with denoiser(model, adapter) as denoising:
-        return Validation(model, batch, **options).measure(denoising)
+        return Validation(model, batch.features, **options).measure(denoising)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_the_same_weights_give_the_same_numbers(
 ) -> None:
     """Again, in other chunks, and without touching any random state."""
     with denoiser(base_model, adapter) as denoising:
-        validation = Validation(base_model, batch)
+        validation = Validation(base_model, batch.features)
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         first = validation.measure(denoising)
         assert random.getstate() == states[0]
@@ -129,7 +129,7 @@ def test_the_same_weights_give_the_same_numbers(
         assert torch.equal(torch.get_rng_state(), states[2])
         assert validation.measure(denoising) == first
         for chunk in (3, 100):
-            again = Validation(base_model, batch, chunk=chunk).measure(denoising)
+            again = Validation(base_model, batch.features, chunk=chunk).measure(denoising)
             assert again == pytest.approx(first, rel=1e-4, abs=1e-6)
         with torch.no_grad():
             adapter.projector.proj.weight.mul_(2)
@@ -145,7 +145,7 @@ def test_the_attention_ratio(base_model: BaseModel, adapter: IPAdapter, batch: T
     it is 0, and the loss that of the base model.
     """
     with denoiser(base_model, adapter) as denoising:
-        validation = Validation(base_model, batch)
+        validation = Validation(base_model, batch.features)
         numbers, ratios = validation.measure(denoising), validation.layer_ratios
         assert list(ratios) == [2 * i + 1 for i in range(16)]
         assert numbers["validation/attention_ratio"] == pytest.approx(sum(ratios.values()) / 16)
@@ -179,7 +179,7 @@ def test_the_gap_opens_when_the_image_is_read(base_model: BaseModel, adapter: IP
             )
 
     with denoiser(base_model, adapter) as denoising:
-        validation = Validation(base_model, batch)
+        validation = Validation(base_model, batch.features)
         before = validation.measure(denoising)
         for _ in train_steps(denoising, steps(), optimizer=new_optimizer(adapter, 1e-2), steps=60):
             pass
@@ -225,7 +225,7 @@ def test_half_precision_is_that_of_the_steps(model_folder: Path) -> None:
     adapter = new_adapter(model, TRAIN_KINDS["faceid"])
     batch = examples(model, adapter, rows=2)
     with denoiser(model, adapter) as denoising:
-        validation = Validation(model, batch)
+        validation = Validation(model, batch.features)
         numbers = validation.measure(denoising)
         step = TrainingBatch(batch.features, torch.zeros(2), validation._noise[:2], validation._timesteps[:2])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -247,7 +247,7 @@ def test_a_compiled_unet_is_not_compiled_again(model_folder: Path) -> None:
     plain = measure(model, adapter, batch)
     model.unet.compile(backend=backend)
     with denoiser(model, adapter) as denoising:
-        validation = Validation(model, batch, sample=sample)
+        validation = Validation(model, batch.features, sample=sample)
         assert validation.measure(denoising) == plain
         validation.samples(adapter)
         assert not compiled
@@ -261,7 +261,7 @@ def test_samples(model: str, kind: str, request: pytest.FixtureRequest) -> None:
     adapter = new_adapter(base, TRAIN_KINDS[kind])
     batch = examples(base, adapter, rows=3)
     pictures = [(draw_picture(colour), f"a {colour} square") for colour in COLOURS[:2]]
-    validation = Validation(base, batch, sample=Samples(pictures, "a blue square", steps=2), chunk=1)
+    validation = Validation(base, batch.features, sample=Samples(pictures, "a blue square", steps=2), chunk=1)
     base.release("vae", "text_encoders", "image_encoder")
     loaded = set(base._loaded)
     with denoiser(base, adapter) as denoising:
@@ -274,7 +274,9 @@ def test_samples(model: str, kind: str, request: pytest.FixtureRequest) -> None:
         assert torch.equal(torch.get_rng_state(), state)
         assert all(base.unet.attn_processors[name] is processor for name, processor in processors.items())
         assert set(base._loaded) == loaded
-        one_go = Validation(base, batch, sample=Samples(pictures, "a blue square", steps=2), chunk=8).samples(adapter)
+        one_go = Validation(base, batch.features, sample=Samples(pictures, "a blue square", steps=2), chunk=8).samples(
+            adapter
+        )
         difference = np.abs(np.asarray(grid, np.int16) - np.asarray(one_go, np.int16))
         assert difference.max() <= 2
         with torch.no_grad():
@@ -286,9 +288,9 @@ def test_samples(model: str, kind: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_samples_may_be_off_or_without_a_text(base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch) -> None:
-    assert Validation(base_model, batch).samples(adapter) is None
-    assert Validation(base_model, batch, sample=Samples([])).samples(adapter) is None
-    grid = Validation(base_model, batch, sample=Samples([(draw_picture("red"), "")], steps=1)).samples(adapter)
+    assert Validation(base_model, batch.features).samples(adapter) is None
+    assert Validation(base_model, batch.features, sample=Samples([])).samples(adapter) is None
+    grid = Validation(base_model, batch.features, sample=Samples([(draw_picture("red"), "")], steps=1)).samples(adapter)
     assert grid is not None and grid.width == 16 + 4 * 136
 
 

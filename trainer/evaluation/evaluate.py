@@ -242,7 +242,9 @@ def _sum_up(parts: _Parts, prompts: Prompts, scores: Sequence[Score], grid: Path
     text = "their captions" if settings.text == "caption" else "no text"
     notes: list[str] = []
     if spec.image_width is not None and base_model.encoder_fingerprint() == parts.clip.vision_fingerprint():
-        notes.append("The adapter reads its prompts with this same CLIP, so its CLIP-I is higher than it looks.")
+        notes.append(
+            "The adapter reads its prompts with this same CLIP, so CLIP-I flatters it; another CLIP judges better."
+        )
     return Evaluation(
         title=(
             f"{settings.adapter} ({spec.kind} for {spec.family_name}) on {base_model.name}\n{count:,} prompts x "

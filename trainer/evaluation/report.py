@@ -204,7 +204,8 @@ def differences(settings: EvalSettings, clip: MeasuringClip, coco: bool, family:
     for name, theirs in PAPER_SETTINGS.items():
         ours = getattr(settings, name)
         if ours != theirs:
-            found.append(f"{name.replace('_', ' ')} {ours}, not {theirs}")
+            shown = f"{ours:g}" if isinstance(ours, float) else ours
+            found.append(f"{name.replace('_', ' ')} {shown}, not {theirs}")
     return found
 
 

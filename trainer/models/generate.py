@@ -17,7 +17,8 @@ from .base_model import BaseModel
 from .conditioning import TextStates, added_conditions, encode_prompts, time_ids
 from .image_features import dropped_features
 
-DECODE_ROWS = 16  # pictures that the VAE decodes at once; decoding needs the most memory of all
+# Pictures, and pixels of them in all, that the VAE decodes at once; decoding needs the most memory of all.
+DECODE_ROWS, DECODE_PIXELS = 16, 2**20
 
 
 @torch.no_grad()
@@ -94,8 +95,14 @@ def initial_latents(
 def decode(base_model: BaseModel, latents: Tensor) -> Tensor:
     """Latents [B, C, h, w] -> pixels [B, 3, H, W] in [-1, 1], in float32."""
     scaled = latents.to(base_model.vae_dtype) / base_model.scaling_factor
-    pixels = [base_model.vae.decode(rows).sample.float() for rows in scaled.split(DECODE_ROWS)]
+    rows_at_once = decode_rows(latents.shape[-2:].numel() * base_model.latent_scale**2)
+    pixels = [base_model.vae.decode(rows).sample.float() for rows in scaled.split(rows_at_once)]
     return torch.cat(pixels).clamp(-1, 1)
+
+
+def decode_rows(pixels: int) -> int:
+    """How many pictures of so many pixels `decode` takes at once."""
+    return max(1, min(DECODE_ROWS, DECODE_PIXELS // pixels))
 
 
 @dataclass(frozen=True, eq=False)

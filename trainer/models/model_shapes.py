@@ -85,11 +85,6 @@ class ModelShapes:
         return torch.float32 if self.is_sdxl and self._parts.vae_config["force_upcast"] else self.dtype
 
     @property
-    def vae_channels(self) -> int:
-        """Channels of the VAE's first level (128)."""
-        return int(self._parts.vae_config["block_out_channels"][0])
-
-    @property
     def latent_channels(self) -> int:
         """Channels of the latents (4)."""
         return int(self._parts.vae_config["latent_channels"])

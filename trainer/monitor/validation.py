@@ -22,6 +22,7 @@ from torch import Tensor
 from ipadapter_core import AdapterApplication, IPAdapter
 
 from ..engine.denoiser import Denoiser, TrainingBatch
+from ..engine.features import Features
 from ..models.base_model import BaseModel
 from ..models.conditioning import TextStates, encode_prompts
 from ..models.generate import generate
@@ -48,8 +49,8 @@ class Samples:
 
 
 class Validation:
-    """Held-out examples at fixed timesteps with fixed noise. `batch` holds V of them, encoded, with the features of
-    the right image; its own draws and dropout are not used. `chunk` is how many rows the UNet takes at once.
+    """Held-out examples at fixed timesteps with fixed noise. `examples` are V of them, encoded, with the features of
+    the right image. `chunk` is how many rows the UNet takes at once.
 
     Nothing of it depends on the number of processes, and no random state is touched.
     """
@@ -57,19 +58,19 @@ class Validation:
     def __init__(
         self,
         base_model: BaseModel,
-        batch: TrainingBatch,
+        examples: Features,
         *,
         sample: Samples | None = None,
         chunk: int = 8,
     ) -> None:
         self.base_model = base_model
         self.layer_ratios: dict[int, float] = {}  # of the newest `measure`, by layer id
-        self._examples, self._chunk, self._sample = batch.features, chunk, sample
-        count, generator = len(batch.features), torch.Generator().manual_seed(SEED)
+        self._examples, self._chunk, self._sample = examples, chunk, sample
+        count, generator = len(examples), torch.Generator().manual_seed(SEED)
         self._rows = torch.arange(count).repeat(QUARTERS)
         self._timesteps = stratified_timesteps(count, base_model.num_train_timesteps, generator)
-        self._noise = torch.randn(len(self._rows), *batch.features.latents.shape[1:], generator=generator)
-        self._others = other_rows(batch.features.image_features)
+        self._noise = torch.randn(len(self._rows), *examples.latents.shape[1:], generator=generator)
+        self._others = other_rows(examples.image_features)
         self._no_image: Tensor | None = None
         texts = [] if sample is None else ["", sample.text]  # once, while the text encoders are there
         self._texts = {text: encode_prompts(base_model, [text]) for text in texts}

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from ipadapter_core import AdapterApplication, AdapterSpec, init_adapter, inject
 
 from ..models.base_model import BaseModel
+from ..models.generate import decode_rows
 from ..settings.config import TrainConfig
 
 
@@ -29,7 +30,7 @@ class Cost:
     forward_flops: int
     flops: int  # forward and backward of the UNet and the adapter
     encoder_flops: int  # VAE, text and image encoders; 0 with a cache
-    activation_bytes: int  # the most that is alive at once, weights and their gradients left out
+    activation_bytes: int  # the most beside weights, gradients and optimizer: in the step, the encoders or a sample
 
 
 def step_cost(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Cost:
@@ -58,11 +59,12 @@ def step_cost(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> 
         predicted = forward()
         forward_flops = step.flops
         predicted.float().mean().backward()
-    if config.cache is not None:
-        return Cost(forward_flops, step.flops, 0, step.most_bytes)
-    encoders = _encoder_meter(base_model, spec, config)
-    # They have finished when the UNet begins, so the larger of the two counts.
-    return Cost(forward_flops, step.flops, encoders.flops, max(step.most_bytes, encoders.most_bytes))
+    # One after the other, so the largest counts.
+    most, encoder_flops = max(step.most_bytes, _sampling_bytes(base_model, config)), 0
+    if config.cache is None:
+        encoders = _encoder_meter(base_model, spec, config)
+        most, encoder_flops = max(most, encoders.most_bytes), encoders.flops
+    return Cost(forward_flops, step.flops, encoder_flops, most)
 
 
 def _meta_features(base_model: BaseModel, spec: AdapterSpec, batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -92,6 +94,25 @@ def _encoder_meter(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig
             pixels = int(image.config.image_size)
             image(torch.zeros(batch, 3, pixels, pixels, device="meta", dtype=base_model.dtype))
     return meter
+
+
+def _sampling_bytes(base_model: BaseModel, config: TrainConfig) -> int:
+    """The most while the validation decodes its samples, with the models that a cache spares the steps."""
+    if not config.validation_pictures or not config.sample_pictures or config.from_shards:
+        return 0
+    vae = base_model.meta_vae()
+    nn.Module.to(vae, base_model.vae_dtype)
+    rows = min(config.batch_size, config.sample_pictures, decode_rows(config.resolution**2))
+    side = config.resolution // base_model.latent_scale
+    latents = torch.zeros(rows, base_model.latent_channels, side, side, device="meta", dtype=base_model.vae_dtype)
+    with torch.no_grad(), metered(vae.parameters()) as meter:
+        vae.decode(latents)
+    if config.cache is None:
+        return meter.most_bytes
+    loaded = [*vae.parameters()]
+    if config.train_kind.takes_hidden_states:
+        loaded += nn.Module.to(base_model.meta_image_encoder(), base_model.dtype).parameters()
+    return meter.most_bytes + sum(p.nbytes for p in loaded)
 
 
 def _forget_gradient(parameter: Tensor) -> None:

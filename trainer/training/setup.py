@@ -15,10 +15,10 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from ipadapter_core import AdapterSpec, IPAdapter
+from ipadapter_core import AdapterSpec
 
-from ..engine.denoiser import TrainingBatch, new_adapter
-from ..engine.features import encode_batch
+from ..engine.denoiser import adapter_spec, new_adapter
+from ..engine.features import Features, encode_batch
 from ..engine.inputs import open_base_model
 from ..engine.objective import Objective, new_objective
 from ..engine.optimizers import AveragedWeights, new_optimizer, new_schedule
@@ -30,7 +30,7 @@ from ..monitor.trackers import tracker_arguments
 from ..monitor.validation import Samples, Validation
 from ..settings.config import TrainConfig
 from .checkpoints import Identity, Position, State, checkpoint_folders, resume
-from .sources import Source, open_source, prompt_picture, validation_batch
+from .sources import Source, open_source, prompt_picture, validation_batches
 
 Say = Callable[[str], None]
 
@@ -104,6 +104,8 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
         zero_terminal_snr=config.zero_terminal_snr,
     )
     source = open_source(config, base_model, accelerator)
+    # Before the UNet and the optimizer take their memory.
+    validation = _validation(config, base_model, objective, source)
     set_seed(config.seed)
     adapter = new_adapter(base_model, config.train_kind, config.tokens, config.init_from)
     optimizer = new_optimizer(adapter, config.learning_rate, config.weight_decay, config.optimizer)
@@ -138,7 +140,7 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
             done=start.step,
         ),
         source=source,
-        validation=_validation(config, base_model, adapter, objective, source),
+        validation=validation,
         start=start,
         unlogged=unlogged,
     )
@@ -208,14 +210,13 @@ def _check_output(config: TrainConfig) -> list[Path]:
     return folders
 
 
-def _validation(
-    config: TrainConfig, base_model: BaseModel, adapter: IPAdapter, objective: Objective, source: Source
-) -> Validation | None:
+def _validation(config: TrainConfig, base_model: BaseModel, objective: Objective, source: Source) -> Validation | None:
     """The held-out pictures, encoded; with a cache the encoders then leave the memory."""
     if not source.held_out:
         return None
-    batch = validation_batch(config, base_model, source.held_out)
-    features = encode_batch(base_model, batch, adapter.spec)
+    spec = adapter_spec(base_model, config.train_kind, config.tokens)
+    batches = validation_batches(config, base_model, source.held_out)
+    features = Features.cat([encode_batch(base_model, batch, spec) for batch in batches])
     sample = None
     if config.sample_pictures:
         shown = source.held_out[: config.sample_pictures]
@@ -225,8 +226,7 @@ def _validation(
             steps=config.sample_steps,
             scheduler=objective.scheduler,
         )
-    encoded = TrainingBatch(features, batch["drop_image_embeds"], batch["noise"], batch["timesteps"])
-    validation = Validation(base_model, encoded, sample=sample, chunk=config.batch_size)
+    validation = Validation(base_model, features, sample=sample, chunk=config.batch_size)
     if source.cached:
         base_model.release("vae", "text_encoders", "image_encoder")
     return validation

@@ -117,11 +117,13 @@ def count_examples(config: TrainConfig) -> int | None:
     return len(examples) - len(held_out_rows(examples, config.validation_pictures))
 
 
-def validation_batch(config: TrainConfig, base_model: BaseModel, held_out: Sequence[Example]) -> Batch:
-    """The held-out examples as squares, without crops, flips and dropout."""
+def validation_batches(config: TrainConfig, base_model: BaseModel, held_out: Sequence[Example]) -> Iterator[Batch]:
+    """The held-out examples as squares, without crops, flips and dropout, as many at once as in training."""
     dataset = PictureDataset(held_out, encoding_of(config, base_model), Recipe(config.resolution, config.seed))
     with plain_errors():
-        return collate([dataset[row] for row in range(len(held_out))])
+        for start in range(0, len(held_out), config.batch_size):
+            rows = range(start, min(start + config.batch_size, len(held_out)))
+            yield collate([dataset[row] for row in rows])
 
 
 def prompt_picture(example: Example) -> Image.Image:
