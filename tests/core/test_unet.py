@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -368,6 +369,19 @@ def test_training_with_gradient_checkpointing(
     assert all(gradient.abs().max() > 0 for gradient in plain)
     for a, b in zip(plain, checkpointed, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_a_call_leaves_no_tensor_to_the_garbage_collector(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
+    """A cycle would hold the queries of every layer, and a GPU's memory, until it runs."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(type(thing) is Tensor for thing in gc.get_objects())
+        run_injected(sd15, case[1], latents, text)
+        after = sum(type(thing) is Tensor for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert after == before
 
 
 def test_half_precision_unet(new_unet: Any, case: Any, latents: Tensor, text: Tensor) -> None:

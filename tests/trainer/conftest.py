@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from ipadapter_core import IPAdapter, init_adapter, new_spec
 
+from .published_bases import write_published_base
 from .tiny_models import COLOURS, write_model
 
 
@@ -57,6 +58,13 @@ def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two text encoders, pooled text and time ids; 2 to 4 cross-attention layers in two of its three levels."""
     return write_model(tmp_path_factory.mktemp("models") / "tiny-sdxl", "sdxl")
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By family: the shapes of the published base models, without weights."""
+    folder = tmp_path_factory.mktemp("published")
+    return {family: write_published_base(folder / family, family) for family in ("sd15", "sd2", "sdxl")}
 
 
 @pytest.fixture(scope="session")

@@ -298,16 +298,23 @@ def test_two_processes_write_what_one_does(settings: dict[str, Any], tmp_path: P
         "from ipadapter_trainer.cli import main\nmain()"
     )
     settings |= {"kind": "plus", "workers": 1}
+    # "--multi_gpu" is its launcher over torch.distributed; "--cpu" starts one process, whatever their number.
     launched = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-        + ["--num_cpu_threads_per_process", "1", "--main_process_port", "0", script, "cache"]
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        + ["--main_process_port", "0", script, "cache"]
         + keys(settings, cache=tmp_path / "two"),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        },
         capture_output=True,
         text=True,
         check=False,
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
+    assert "2 processes share the work" in launched.stdout
     assert launched.stdout.count("Cached 18 pictures") == 1
     one = contents(write_cache(make_config({**settings, "cache": tmp_path / "one"})))
     assert len(one) > 6

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from ipadapter_trainer.cli import app
 from ipadapter_trainer.errors import DataError, EvaluationError
 from ipadapter_trainer.evaluation.evaluate import evaluate, seed_of
 from ipadapter_trainer.evaluation.report import PAPER_TABLE, Evaluation
@@ -25,6 +26,7 @@ from ipadapter_trainer.models.generate import generate
 from ipadapter_trainer.pictures import to_pictures
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from ipadapter_core import AdapterError, IPAdapter, init_adapter, new_spec, save_adapter
 
@@ -208,17 +210,34 @@ def test_what_does_not_fit_is_refused_before_anything_is_generated(
     assert not settings.output.exists()
 
 
-def test_the_command(settings: EvalSettings, run_ipadapter: Any) -> None:
-    arguments = ["eval", "--base-model", settings.base_model, "--adapter", settings.adapter, "--data", settings.data]
-    arguments += ["--output", settings.output, "--steps", 1, "--images-per-caption", 1, "--limit", 2]
-    process = run_ipadapter(*arguments, "--clip", settings.clip, "--json", settings.output.parent / "result.json")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "IP-Adapter" in out
-    assert json.loads((settings.output.parent / "result.json").read_text())["prompts"] == 2
-    process = run_ipadapter(*arguments)
-    _, err = process.communicate(timeout=120)
-    assert (process.returncode, "--clip is missing" in err) == (2, True)
+def test_the_command(settings: EvalSettings) -> None:
+    result = settings.output.parent / "new" / "result.json"
+    done = CliRunner().invoke(app, [*arguments_of(settings), "--limit", "2", "--json", str(result)])
+    assert done.exit_code == 0, done.output
+    assert "IP-Adapter" in done.stdout
+    assert f"Saved {result}" in done.stdout
+    saved = json.loads(result.read_text())
+    assert (saved["prompts"], saved["paper"]["rows"][-1]["clip_i"]) == (2, 0.828)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--clip", None, "--clip is missing"),
+        ("--base-model", "nowhere", "nowhere: no such folder"),
+        ("--data", "nowhere", "nowhere: no such file or folder"),
+        ("--weights", "one", "expected numbers with commas"),
+        ("--text", "some", "expected none or caption"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(settings: EvalSettings, option: str, value: str | None, words: str) -> None:
+    arguments = arguments_of(settings)
+    if option in arguments:
+        del arguments[arguments.index(option) : arguments.index(option) + 2]
+    done = CliRunner().invoke(app, [*arguments, *([] if value is None else [option, value])])
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def arguments_of(settings: EvalSettings) -> list[str]:

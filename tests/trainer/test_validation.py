@@ -299,7 +299,7 @@ def test_samples_follow_the_noise_schedule_of_the_training(v_model: BaseModel) -
     batch, picture = examples(v_model, adapter, rows=1), [(draw_picture("red"), "a red square")]
     scheduler = new_objective(v_model.scheduler, zero_terminal_snr=True).scheduler
     usual, rescaled = (
-        Validation(v_model, batch, sample=Samples(picture, steps=2, scheduler=s)).samples(adapter)
+        Validation(v_model, batch.features, sample=Samples(picture, steps=2, scheduler=s)).samples(adapter)
         for s in (None, scheduler)
     )
     assert np.asarray(usual).shape == np.asarray(rescaled).shape

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from ..data.buckets import assign, read_sizes
 from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, open_base_model, recipe_of
@@ -61,7 +62,8 @@ def write_cache(
     """
     if config.cache is None:
         raise ConfigError("Where shall the cache go? Name a folder with cache=...")
-    state = PartialState(timeout=_PATIENCE)
+    # Accelerator reads this variable of Accelerate's launcher, PartialState does not.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
     say = say if state.is_main_process else lambda line: None
     caching = _prepare(config, state, _dtype)
     missing = [shard for shard in caching.plan if not _is_written(caching.folder, shard)]
@@ -69,6 +71,8 @@ def write_cache(
         say(f"{caching.folder} is complete: {len(caching.examples):,} pictures. Train with cache={caching.folder}")
         return caching.folder
     say(_summary(caching, missing))
+    if state.num_processes > 1:
+        say(f"{state.num_processes} processes share the work.")
     _check_room(caching, missing, force, say)
     state.wait_for_everyone()  # nobody writes before all have looked
     if state.is_main_process:

@@ -113,18 +113,17 @@ def eval_command(
         )
         from json import dumps
 
-        from accelerate import PartialState
-
-        from ..evaluation.evaluate import evaluate
+        from ..evaluation.evaluate import evaluate, processes
 
         quiet()
+        is_main = processes().is_main_process
         try:
             evaluation = evaluate(settings, say=typer.echo, progress_bar=True)
         except KeyboardInterrupt:
-            if PartialState().is_main_process:
+            if is_main:
                 typer.echo("Stopped; what is measured is kept. Run the same command again to go on.", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        if not PartialState().is_main_process:
+        if not is_main:
             return
         typer.echo(evaluation.as_text())
         if json is not None:

@@ -12,10 +12,12 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -38,6 +40,7 @@ from .scores import Job, Score, ScoreFile
 from .settings import EvalSettings
 
 _DIGITS = 6  # of a score
+_PATIENCE = timedelta(days=7)  # processes wait for each other at the end only, and some are slower
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +64,8 @@ def evaluate(settings: EvalSettings, *, say: Callable[[str], None] = print, prog
 
     Raises TrainerError and AdapterError for parts that are wrong or do not fit.
     """
-    state = PartialState()
-    parts = _load(settings, state.device if state.device.type == "cuda" else torch.device("cpu"))
+    state = processes()
+    parts = _load(settings, state.device)
     prompts = open_prompts(
         parts.examples,
         parts.clip,
@@ -108,6 +111,13 @@ def evaluate(settings: EvalSettings, *, say: Callable[[str], None] = print, prog
         )
     grid = kept.grid(settings.all_weights, settings.images_per_caption) if state.is_main_process else None
     return _sum_up(parts, prompts, [scores[job] for job in jobs], grid)
+
+
+def processes() -> PartialState:
+    """This process among those that share the work; on the CPU unless there is a CUDA device."""
+    # Accelerator reads this variable of Accelerate's launcher, PartialState does not.
+    on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=on_cpu, timeout=_PATIENCE)
 
 
 def seed_of(seed: int, index: int, number: int) -> int:
