@@ -49,23 +49,15 @@ class MeasuringClip:
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts, cut to what the text encoder takes (77 tokens) -> unit embeddings, float32 [B, D] on the CPU."""
-        text_config: Any = self._model.config.text_config
-        longest = min(int(self._tokenizer.model_max_length), int(text_config.max_position_embeddings))
         embeds = []
         for start in range(0, len(texts), _CHUNK):
-            ids = self._tokenizer(
-                list(texts[start : start + _CHUNK]),
-                padding="max_length",
-                truncation=True,
-                max_length=longest,
-                return_tensors="pt",
-            ).input_ids.to(self._device)
+            ids = self._tokenize(texts[start : start + _CHUNK]).to(self._device)
             embeds.append(self._unit(self._model.text_projection(self._pooled(self._model.text_model, ids))))
         return torch.cat(embeds)
 
     def fingerprint(self) -> str:
         """16 hex digits of the weights, the preprocessing and what the tokenizer makes of a text."""
-        ids = self._tokenizer("The quick brown fox, 13 naïve façades; 50%!").input_ids
+        ids = self._tokenize(["The quick brown fox, 13 naïve façades; 50%!"]).tolist()
         files = chosen_weights(self._encoder.path).files
         parts = [weights_fingerprint(files), self._encoder.fingerprint(), ids]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -73,6 +65,13 @@ class MeasuringClip:
     def vision_fingerprint(self) -> str:
         """As `BaseModel.encoder_fingerprint` of the same vision encoder."""
         return self._encoder.fingerprint()
+
+    def _tokenize(self, texts: Sequence[str]) -> Tensor:
+        text_config: Any = self._model.config.text_config
+        longest = min(int(self._tokenizer.model_max_length), int(text_config.max_position_embeddings))
+        return self._tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
+        ).input_ids
 
     @torch.no_grad()
     def _pooled(self, encoder: Any, inputs: Tensor) -> Tensor:
