@@ -118,15 +118,16 @@ def fingerprint(examples: Iterable[Example], root: Path | None = None) -> str:
     digest = hashlib.sha256()
     for example in examples:
         files = (example.image, *example.references, example.face_id_embed)
-        for part in (example.text, *(_relative(file, root) for file in files)):
+        for part in (example.text, *(relative_name(file, root) for file in files)):
             digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
         digest.update(b"\n")
     return digest.hexdigest()[:16]
 
 
-def _relative(image: Image.Image | Path | TableEntry | None, root: Path | None) -> str:
+def relative_name(image: Image.Image | Path | TableEntry | None, root: Path | None) -> str:
+    """A file's name relative to `root`, so that the data set may move; "" for a picture in memory."""
     if isinstance(image, TableEntry):
-        return f"{_relative(image.table, root)}:{image.key}"
+        return f"{relative_name(image.table, root)}:{image.key}"
     if not isinstance(image, Path):
         return ""
     return image.relative_to(root).as_posix() if root is not None and image.is_relative_to(root) else image.name

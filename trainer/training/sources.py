@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ..data.batches import Batch, GlobalBatches, PictureDataset, Recipe, collate, loader
-from ..data.examples import Example
-from ..data.pixels import open_rgb
+from ..data.examples import Example, relative_name
+from ..data.pixels import open_rgb, why_broken
 from ..data.shard_files import expand_shards, fingerprint_shards
 from ..data.shards import shard_loader
-from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, recipe_of
+from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, recipe_of, root_of
 from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
@@ -44,7 +44,7 @@ class Source:
 
 
 def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Accelerator) -> Source:
-    """Find the data of a training; no picture is decoded.
+    """Find the data of a training; no picture is decoded but the held-out ones.
 
     Raises DataError when there is nothing to train on, CacheError when the cache does not fit the settings.
     """
@@ -73,7 +73,7 @@ def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Acceler
         return Source(None, fingerprint_shards(shards), open_shards)
 
     examples = examples_of(config)
-    held_out = held_out_rows(examples, config.validation_pictures)
+    held_out = held_out_rows(examples, config.validation_pictures, root_of(config))
     global_batch = config.batch_size * processes
     data_hash = hash_of(config, examples)
     if config.cache is None:
@@ -99,11 +99,13 @@ def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Acceler
             )
         )
 
+    shown, broken = readable([examples[row] for row in sorted(held_out)])
     return Source(
         size=len(examples) - len(held_out),
         data_hash=data_hash,
         open=open_pictures,
-        held_out=[examples[row] for row in sorted(held_out)],
+        held_out=shown,
+        broken=broken,
         cached=config.cache is not None,
     )
 
@@ -114,7 +116,7 @@ def count_examples(config: TrainConfig) -> int | None:
         expand_shards(config.data)
         return None
     examples = examples_of(config)
-    return len(examples) - len(held_out_rows(examples, config.validation_pictures))
+    return len(examples) - len(held_out_rows(examples, config.validation_pictures, root_of(config)))
 
 
 def validation_batches(config: TrainConfig, base_model: BaseModel, held_out: Sequence[Example]) -> Iterator[Batch]:
@@ -131,15 +133,29 @@ def prompt_picture(example: Example) -> Image.Image:
     return open_rgb(example.references[0] if example.references else example.image)[0]
 
 
-def held_out_rows(examples: Sequence[Example], wanted: int) -> set[int]:
+def held_out_rows(examples: Sequence[Example], wanted: int, root: Path | None = None) -> set[int]:
     """The rows that are kept from the training for the validation: at most a tenth, chosen by the hash of their
-    names, so that they stay the same when pictures are added elsewhere.
+    names relative to `root`, so that they stay the same when pictures are added elsewhere.
     """
 
     def order(row: int) -> bytes:
-        return hashlib.sha256(Path(examples[row].name).name.encode("utf-8", "surrogateescape")).digest()
+        return hashlib.sha256(relative_name(examples[row].image, root).encode("utf-8", "surrogateescape")).digest()
 
     return set(sorted(range(len(examples)), key=order)[: min(wanted, len(examples) // 10)])
+
+
+def readable(examples: Sequence[Example]) -> tuple[list[Example], set[str]]:
+    """The examples whose pictures can be decoded, and a line for each that cannot."""
+    fine, broken = [], set[str]()
+    for example in examples:
+        try:
+            for picture in (example.image, *example.references):
+                open_rgb(picture)
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+            broken.add(f"{example.name}: {why_broken(error)}")
+        else:
+            fine.append(example)
+    return fine, broken
 
 
 @contextmanager
