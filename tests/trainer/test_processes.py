@@ -9,13 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
 from safetensors.torch import load_file
 
+# Without a GPU the processes meet over gloo on the CPU.
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
 
-def test_two_processes_are_one_with_the_same_global_batch(settings: dict[str, Any], tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_are_one_with_the_same_global_batch(
+    launcher: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     """The same pictures, noise and timesteps, whoever draws them; sums differ in their order only."""
     settings |= {"steps": 5, "flip": True, "gradient_accumulation": 2, "ema_decay": 0.5, "kind": "faceid-plusv2"}
     folder = Path(settings["data"])
@@ -27,16 +37,9 @@ def test_two_processes_are_one_with_the_same_global_batch(settings: dict[str, An
 
     one = load_file(train(make_config({**settings, "batch_size": 4, "output": tmp_path / "one"})))
     arguments = [f"{key}={value}" for key, value in {**settings, "batch_size": 2, "output": tmp_path / "two"}.items()]
-    # "--multi_gpu" is its launcher over torch.distributed; without a GPU the processes meet over gloo on the CPU.
     launched = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-        + ["--main_process_port", "0", "-m", "ipadapter_trainer.cli", "train", *arguments],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-        },
+        [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "ipadapter_trainer.cli", "train", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from ..data.buckets import assign, read_sizes
 from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, open_base_model, recipe_of
+from ..engine.processes import launched_on_cpu
 from ..errors import CacheError, ConfigError, DataError
 from ..files.provenance import trainer_version
 from ..settings.config import TrainConfig
@@ -62,8 +62,7 @@ def write_cache(
     """
     if config.cache is None:
         raise ConfigError("Where shall the cache go? Name a folder with cache=...")
-    # Accelerator reads this variable of Accelerate's launcher, PartialState does not.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
+    state = PartialState(cpu=launched_on_cpu(), timeout=_PATIENCE)
     say = say if state.is_main_process else lambda line: None
     caching = _prepare(config, state, _dtype)
     missing = [shard for shard in caching.plan if not _is_written(caching.folder, shard)]

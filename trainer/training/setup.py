@@ -22,6 +22,7 @@ from ..engine.features import Features, encode_batch
 from ..engine.inputs import open_base_model
 from ..engine.objective import Objective, new_objective
 from ..engine.optimizers import AveragedWeights, new_optimizer, new_schedule
+from ..engine.processes import launched_on_cpu
 from ..errors import CheckpointError, ConfigError
 from ..files.provenance import provenance
 from ..models.base_model import BaseModel
@@ -92,6 +93,7 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
     """
     folders = _check_output(config)
     accelerator = Accelerator(
+        cpu=launched_on_cpu(),
         mixed_precision="no" if config.mixed_precision == "no" else "bf16",
         gradient_accumulation_steps=config.gradient_accumulation,
         **tracker_arguments(config.log_with, config.output),
