@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = ("sd15", "sd2", "sdxl")
 CONFIGS = [ROOT / "configs" / f"{family}-{kind}.toml" for family in FAMILIES for kind in TRAIN_KINDS]
 FINETUNE = ROOT / "configs" / "sd15-plus-finetune.toml"
+EMOJI = ROOT / "configs" / "emoji-base.toml"
 PARTS = ("image_proj", "ip_adapter")
 
 # The published tensors, and their names in that file.
@@ -60,7 +61,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_is_one_for_each_kind_and_family() -> None:
-    assert sorted((ROOT / "configs").glob("*.toml")) == sorted([*CONFIGS, FINETUNE])
+    assert sorted((ROOT / "configs").glob("*.toml")) == sorted([*CONFIGS, FINETUNE, EMOJI])
 
 
 def overrides(file: Path, base: Path, faces: Path, *more: str) -> list[str]:
@@ -141,3 +142,14 @@ def test_the_fine_tune_goes_on_from_its_file(
     end = load_adapter(train(load_config(FINETUNE, overrides(FINETUNE, model_folder, faces, *more))))
     moved = torch.cat([(a - b).flatten() for a, b in zip(end.parameters(), start.parameters(), strict=True)]).abs()
     assert 0 < moved.max() < 1e-3
+
+
+def test_the_emoji_config_runs_in_a_checkout(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    more = (f"data={pictures}", f"output={tmp_path / 'run'}", "log_with=none")
+    plan, config = plan_training(load_config(EMOJI, more)), load_config(EMOJI)
+    work = (plan.cost.flops + plan.cost.encoder_flops) * config.steps
+    head = re.sub(r"\n# ", " ", EMOJI.read_text().split("\n\n")[0])
+    said = numbers(head, r"Trains ([\d.]+) M parameters.* needs ([\d.]+) GB.* (\d+) steps below are (\d+) TFLOP")
+    assert said == pytest.approx([plan.trained / 1e6, plan.memory / 1e9, config.steps, work / 1e12], rel=0.05, abs=0.06)
+    assert infer_spec(read_checkpoint(train(load_config(EMOJI, (*more, "steps=2"))))).kind == "base"
