@@ -35,7 +35,10 @@ from ipadapter_trainer.errors import CacheError, ConfigError
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
+
+from .tiny_data import assert_same, write_shard
 
 
 @pytest.fixture
@@ -94,6 +97,32 @@ def test_cache_and_train(settings: dict[str, Any], tmp_path: Path) -> None:
     assert "all 2 shards" in out
 
 
+def test_shards_are_cached_as_the_folder_that_they_were_made_of(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Same pictures in the same order: the same tensors, and a training that knows its pictures, with epochs, buckets
+    and a validation.
+    """
+    files = sorted(p for p in Path(settings["data"]).iterdir() if p.suffix in (".png", ".txt"))
+    samples = {p.stem: {"txt": p.with_suffix(".txt").read_bytes()} for p in files}
+    for file in files:
+        samples[file.stem][file.suffix[1:]] = file.read_bytes()
+    names = sorted(samples)
+    for number in range(2):
+        write_shard(tmp_path / f"s{number}.tar", {name: samples[name] for name in names[9 * number :][:9]})
+    changes = {"data": f"{tmp_path}/s{{0..1}}.tar", "buckets": True, "bucket_step": 16, "batch_size": 2}
+    code, _, err = ipadapter("cache", *keys({**settings, **changes}))
+    assert code == 0, err
+    code, _, err = ipadapter("cache", *keys({**settings, **changes}, data=settings["data"], cache=tmp_path / "other"))
+    assert code == 0, err
+    caches = [Path(settings["cache"]), tmp_path / "other"]
+    found = [sorted((folder / "pictures").iterdir()) for folder in caches]
+    assert len(found[0]) == len(found[1]) > 1  # more than one bucket
+    for one, other in zip(*found, strict=True):
+        assert_same(load_file(one), load_file(other))
+    code, out, err = ipadapter("train", *keys({**settings, **changes}, epochs=1, validation_pictures=1), "steps=")
+    assert code == 0, err
+    assert "features from the cache" in out
+
+
 def test_the_manifest_says_what_made_it(settings: dict[str, Any]) -> None:
     folder = write_cache(make_config({**settings, "flip": True, "kind": "plus", "cache_image_features": "int8"}))
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -119,7 +148,8 @@ def test_the_manifest_says_what_made_it(settings: dict[str, Any]) -> None:
         (["cache_variants=3"], ["cache_variants=3", "the same crop 3 times", "crop=random"]),
         (["cache_image_features=int4"], ["cache_image_features", "int4", "float16"]),
         (["data=nowhere"], ["nowhere"]),
-        (["data=some.tar"], ["stream of shards", "unpack"]),
+        (["data=https://host/some.tar"], ["shards on this machine", "download"]),
+        (["data=nowhere.tar"], ["nowhere.tar", "no such file"]),
         (["resolution=60"], ["resolution", "multiple of 8"]),
         (["second.toml"], ["Write `ipadapter cache [CONFIG.toml] [key=value ...]`"]),
         (["--check=nothing"], ["alone"]),

@@ -37,7 +37,7 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"data": 3}, ["data = 3", "text"]),
         ({"output": 3}, ["output = 3", "a path"]),
         ({"data": "s-{0..9}.tar", "steps": None, "epochs": 1}, ["epochs=1.0", "give steps"]),
-        ({"data": "s-{0..9}.tar", "buckets": True}, ["buckets", "unpack the shards"]),
+        ({"data": "s-{0..9}.tar", "buckets": True}, ["buckets", "cache the shards"]),
         ({"face_embeds": "f.safetensors"}, ["face_embeds", "'base'"]),
         ({"kind": "full", "tokens": 4}, ["tokens=4", "every patch"]),
         ({"optimizer": "prodigy"}, ["learning_rate=1", "0.0001"]),

@@ -15,6 +15,8 @@ import pytest
 import torch
 from ipadapter_trainer.data import shard_files, shards
 from ipadapter_trainer.data.batches import Encoding, Recipe
+from ipadapter_trainer.data.face_embeds import face_id_embed
+from ipadapter_trainer.data.pixels import open_rgb
 from ipadapter_trainer.data.shard_files import (
     UrlStream,
     count_samples,
@@ -24,6 +26,7 @@ from ipadapter_trainer.data.shard_files import (
     parse_sample,
     raw_samples,
 )
+from ipadapter_trainer.data.shard_index import index_shards
 from ipadapter_trainer.data.shards import Place, sample_stream, shard_loader
 from ipadapter_trainer.errors import DataError
 from ipadapter_trainer.models.base_model import BaseModel
@@ -372,3 +375,58 @@ def test_a_server_that_cannot_be_reached_is_an_error(host: tuple[str, type[Host]
     host[1].failures += [500] * 20
     with pytest.raises(DataError, match=r"HTTP Error 500"):
         UrlStream(f"{host[0]}/s0.tar")
+
+
+# --- As examples
+
+
+def test_indexed_samples_are_those_of_the_stream(tmp_path: Path) -> None:
+    """Every file of a sample, read at its place in the shard, is what webdataset gives."""
+    face = io.BytesIO()
+    np.save(face, np.arange(512, dtype=np.float32))
+    prompt = encoded_picture(Image.new("RGB", (9, 9), "blue"), "jpeg")
+    first = write_shard(
+        tmp_path / "a.tar",
+        {
+            "cats/one": {**sample(1), "json": b'{"text": "not this"}'},
+            "no picture": {"txt": b"nothing"},
+            "last": {
+                "JPG": prompt,
+                "json": b'{"caption": " said "}',
+                "reference.jpg": prompt,
+                "face.npy": face.getvalue(),
+            },
+        },
+    )
+    second = write_shard(tmp_path / "b.tar", {"0": sample(2), "1": sample(3)})
+    shards = [str(first), str(second)]
+    raw = [row for shard in shards for row in raw_samples(shard, pytest.fail)]
+    streamed = [parse_sample(row) for row in raw if row["__key__"] != "no picture"]
+    indexed = index_shards(shards)
+    assert [example.text for example in indexed] == [row.text for row in streamed]
+    for example, row in zip(indexed, streamed, strict=True):
+        assert open_rgb(example.image)[0].tobytes() == open_rgb(io.BytesIO(row.picture))[0].tobytes()
+        assert [reference.read() for reference in example.references] == list(row.references)
+    assert torch.equal(face_id_embed(indexed[1]), torch.arange(512.0))
+    assert indexed[1].name == f"{first}/last.JPG"
+
+
+def test_index_leaves_out_what_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard = write_shard(tmp_path / "a.tar", {"0": sample(0), "1": {"png": b""}, "2": sample(2), "3": sample(3)})
+    damaged = tmp_path / "b.tar"
+    damaged.write_bytes(shard.read_bytes()[: -2 * 10240] + b"x" * 700)
+    indexed = index_shards([str(shard), str(damaged)])
+    assert [example.text for example in indexed][:3] == ["caption 0", "caption 2", "caption 3"]
+    assert "left out" in caplog.text
+    assert "a.tar/1: no caption" in caplog.text
+    with pytest.raises(DataError, match=r"s\.tar\.gz is compressed.*[Dd]ownload or unpack"):
+        index_shards([f"{tmp_path}/s.tar.gz"])
+    with pytest.raises(DataError, match=r"https://host/s\.tar is an address"):
+        index_shards(["https://host/s.tar"])
+    damaged.write_bytes(b"no tar")
+    with pytest.raises(DataError, match="hold no sample"):
+        index_shards([str(damaged)])
+    # Found at the start, gone or cut off when it is its turn.
+    shard.write_bytes(shard.read_bytes()[:1200])
+    with pytest.raises(DataError, match="cut off"):
+        open_rgb(indexed[2].image)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.engine.denoiser import Progress
 from ipadapter_trainer.errors import CheckpointError, ConfigError, DivergedError
 from ipadapter_trainer.files.provenance import BASE_MODEL, DATA_SIZE, PREDICTION_TYPE, STEPS
@@ -160,6 +161,23 @@ def test_the_learning_rate_may_change_at_a_resume(settings: dict[str, Any], tmp_
     before = load_file(checkpoint_folders(Path(settings["output"]))[-1] / ADAPTER_FILE)
     after, _ = run(settings, steps=2, learning_rate=1e-9)
     assert all((after[name] - before[name]).abs().max() < 1e-6 for name in before)
+
+
+def test_a_resume_may_turn_to_a_cache_and_says_so(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its features are the pictures' rounded, so the training is the same one, though not bit for bit."""
+    cache = write_cache(make_config({**settings, "cache": tmp_path / "cache"}))
+    run(settings, steps=2)
+    assert "trained on" not in caplog.text
+    _, losses = run(settings, steps=4, cache=cache)
+    assert "was trained on the pictures, this run goes on with a cache of 1 variants" in caplog.text
+    _, uncached = run(settings, steps=4, output=tmp_path / "uncached")
+    assert [step for step, _ in losses] == [3, 4]
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in uncached[2:]], rel=2e-2)
+    caplog.clear()
+    run(settings, steps=5, cache=cache)
+    assert "trained on" not in caplog.text
 
 
 def test_a_diverged_training_saves_nothing(settings: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from ..data.buckets import Buckets
 from ..data.examples import Example
-from ..data.pixels import Size
+from ..data.packed import PackedFile
+from ..data.pixels import Size, Stored
 from ..models.base_model import BaseModel
 from .settings import RowBytes, Settings, row_bytes
 
@@ -29,22 +30,22 @@ class Rows:
 
     captions: list[str]  # the empty one first
     caption_of: np.ndarray  # int32 [N]
-    references: list[Image.Image | Path]
+    references: list[Stored]
     references_of: list[tuple[int, ...]]  # empty: the picture is its own reference
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Rows:
         """Of the examples in their order."""
         captions = {"": 0}
-        references: dict[Path | int, int] = {}  # pictures in memory by their id
-        pictures: list[Image.Image | Path] = []
+        references: dict[Path | PackedFile | int, int] = {}  # pictures in memory by their id
+        pictures: list[Stored] = []
         caption_of = np.empty(len(examples), dtype=np.int32)
         references_of: list[tuple[int, ...]] = []
         for row, example in enumerate(examples):
             caption_of[row] = captions.setdefault(example.text, len(captions))
             numbers: list[int] = []
             for reference in example.references:
-                key = reference if isinstance(reference, Path) else id(reference)
+                key = id(reference) if isinstance(reference, Image.Image) else reference
                 if key not in references:
                     references[key] = len(references)
                     pictures.append(reference)

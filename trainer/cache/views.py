@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils.data import Dataset
 from ..data.batches import Encoding, open_picture, picture_tensors, reference_tensor
 from ..data.draws import Geometry, Recipe, geometry
 from ..data.examples import Example
-from ..data.pixels import Size
+from ..data.pixels import Size, Stored
 
 Item = tuple[int, Size | None, bool]  # number, bucket, whether the picture is its own reference
 
@@ -70,9 +69,7 @@ class PictureViews(Dataset[dict[str, Any]]):
 class ReferenceViews(Dataset[dict[str, Any]]):
     """`clip_images` [V, 3, S, S] of pictures that are other pictures' references."""
 
-    def __init__(
-        self, references: Sequence[Image.Image | Path], encoding: Encoding, recipe: Recipe, variants: int
-    ) -> None:
+    def __init__(self, references: Sequence[Stored], encoding: Encoding, recipe: Recipe, variants: int) -> None:
         self._references = references
         self._encoding = encoding
         self._recipe = recipe
@@ -84,10 +81,10 @@ class ReferenceViews(Dataset[dict[str, Any]]):
         try:
             return {**self._tensors(number, picture), "broken": ""}
         except Exception as error:
-            name = str(picture) if isinstance(picture, Path) else "a reference in memory"
+            name = "a reference in memory" if isinstance(picture, Image.Image) else str(picture)
             return {**self._tensors(number, Image.new("RGB", (8, 8))), "broken": reason(name, error)}
 
-    def _tensors(self, number: int, picture: Image.Image | Path) -> dict[str, Tensor]:
+    def _tensors(self, number: int, picture: Stored) -> dict[str, Tensor]:
         size = (self._recipe.resolution, self._recipe.resolution)
         opened, _ = open_picture(self._encoding, self._recipe, size, picture)
         seen = views(self._recipe, reference_place(number), self._variants)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..errors import ConfigError, DataError
 from .draws import Draw
 from .examples import Example
-from .pixels import Size, upright_size
+from .pixels import Size, open_lazily, upright_size
 
 _THREADS = 16  # more than cores: opening a file is waiting
 
@@ -85,7 +85,7 @@ def _read_size(example: Example) -> Size | None:
     if isinstance(example.image, Image.Image):
         return upright_size(example.image)
     try:
-        with Image.open(example.image) as picture:
+        with open_lazily(example.image) as picture:
             return upright_size(picture)
     except Exception:  # Pillow raises nearly anything on damaged files; the data set names them when it reads them
         return None

@@ -13,6 +13,8 @@ from typing import Any
 from PIL import Image
 
 from ..errors import DataError
+from .packed import PackedFile
+from .pixels import Stored
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -36,16 +38,16 @@ class Example:
     `face_id_embed` is where a face embedding is. `size` is (width, height) where the data set says it.
     """
 
-    image: Image.Image | Path
+    image: Stored
     text: str
-    references: tuple[Image.Image | Path, ...] = ()
-    face_id_embed: Path | TableEntry | None = None
+    references: tuple[Stored, ...] = ()
+    face_id_embed: Path | PackedFile | TableEntry | None = None
     size: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
         """For messages."""
-        return str(self.image) if isinstance(self.image, Path) else f"a picture in memory ({self.text!r})"
+        return f"a picture in memory ({self.text!r})" if isinstance(self.image, Image.Image) else str(self.image)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,10 +126,12 @@ def fingerprint(examples: Iterable[Example], root: Path | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def relative_name(image: Image.Image | Path | TableEntry | None, root: Path | None) -> str:
+def relative_name(image: Stored | TableEntry | None, root: Path | None) -> str:
     """A file's name relative to `root`, so that the data set may move; "" for a picture in memory."""
     if isinstance(image, TableEntry):
         return f"{relative_name(image.table, root)}:{image.key}"
+    if isinstance(image, PackedFile):
+        return f"{image.archive.name}/{image.member}"
     if not isinstance(image, Path):
         return ""
     return image.relative_to(root).as_posix() if root is not None and image.is_relative_to(root) else image.name

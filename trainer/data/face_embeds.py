@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .examples import Example, TableEntry
+from .packed import PackedFile
 
 TABLE_SUFFIXES = (".safetensors", ".npz")
 _LOOKED_AT = 32  # how many are read before the start
@@ -68,7 +69,7 @@ def face_id_embed(example: Example, width: int = 512) -> Tensor:
     place = example.face_id_embed
     if place is None:
         raise DataError(f"{example.name}: no face embedding.")
-    if isinstance(place, Path):
+    if isinstance(place, Path | PackedFile):
         return check_face_embed(read_face_embed(place), width, str(place))
     # A forked worker must not share the position in a file with its parent, so it opens its own.
     table = _open_table(place.table, os.getpid())
@@ -81,7 +82,7 @@ def face_id_embed(example: Example, width: int = 512) -> Tensor:
     return check_face_embed(embed, width, f"{place.table}: {place.key}")
 
 
-def read_face_embed(file: Path) -> Tensor:
+def read_face_embed(file: Path | PackedFile) -> Tensor:
     """One embedding from a .npy file, or from a torch file (.pt, .pth, .bin) that holds a tensor or, as the original
     trainer's do, a numpy array. Nothing in a file is executed.
 
@@ -90,10 +91,11 @@ def read_face_embed(file: Path) -> Tensor:
     if file.suffix not in (".npy", ".pt", ".pth", ".bin"):
         raise DataError(f"{file}: expected a .npy, .pt, .pth or .bin file with a face embedding.")
     try:
+        opened = file.open() if isinstance(file, PackedFile) else file
         if file.suffix == ".npy":
-            return torch.from_numpy(np.load(file, allow_pickle=False))
+            return torch.from_numpy(np.load(opened, allow_pickle=False))
         with torch.serialization.safe_globals(_numpy_globals()):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(opened, map_location="cpu", weights_only=True)
         return content if isinstance(content, Tensor) else torch.from_numpy(content)
     except pickle.UnpicklingError as error:
         raise DataError(f"{file}: holds more than an array. Save the array alone, with numpy.save as .npy.") from error

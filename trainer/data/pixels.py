@@ -10,8 +10,11 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .packed import PackedFile
+
 Size = tuple[int, int]  # width, height
-Picture = Image.Image | Path | IO[bytes]  # in memory, a file, or an open file
+Stored = Image.Image | Path | PackedFile  # in memory, a file, or a file in a shard
+Picture = Stored | IO[bytes]  # or an open file
 
 _ON_ITS_SIDE = (5, 6, 7, 8)  # values of EXIF's orientation
 
@@ -35,11 +38,16 @@ def open_rgb(picture: Picture, at_least: int | None = None) -> tuple[Image.Image
     if isinstance(picture, Image.Image):
         rgb = to_rgb(picture)
         return rgb, rgb.size
-    with Image.open(picture) as opened:
+    with open_lazily(picture) as opened:
         size = upright_size(opened)
         if at_least is not None:
             opened.draft(None, (at_least, at_least))
         return to_rgb(opened), size
+
+
+def open_lazily(picture: Path | PackedFile | IO[bytes]) -> Image.Image:
+    """The picture with nothing decoded but its header. Raises what Pillow raises."""
+    return Image.open(picture.open() if isinstance(picture, PackedFile) else picture)
 
 
 def why_broken(error: Exception) -> str:

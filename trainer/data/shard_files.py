@@ -17,11 +17,11 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ _TIMEOUT = 30.0  # seconds without a byte
 _PERMANENT = range(400, 500)  # HTTP statuses that trying again does not change, but for these:
 _BUSY = (408, 425, 429)
 
+T = TypeVar("T")
 RawSample = dict[str, Any]  # "__key__", "__url__", and the bytes of each file by its suffix
 
 
@@ -83,7 +84,7 @@ def expand_shards(data: str | Path | Sequence[str]) -> list[str]:
             )
         if not _suffix(shard).endswith(SHARD_SUFFIXES):
             raise DataError(f"{shard}: expected a shard ({', '.join(SHARD_SUFFIXES)}).")
-    missing = [shard for shard in shards if not _is_url(shard) and not Path(shard).is_file()]
+    missing = [shard for shard in shards if not is_url(shard) and not Path(shard).is_file()]
     if missing:
         raise DataError(f"{missing[0]}: no such file ({len(missing)} of {len(shards)} shards do not exist).")
     return shards
@@ -93,7 +94,7 @@ def fingerprint_shards(shards: Sequence[str]) -> str:
     """16 hex digits of the shards' names, and the sizes of local ones: it tells data sets apart."""
     digest = hashlib.sha256()
     for shard in shards:
-        size = "" if _is_url(shard) else Path(shard).stat().st_size
+        size = "" if is_url(shard) else Path(shard).stat().st_size
         digest.update(f"{shard_name(shard)} {size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
@@ -134,7 +135,7 @@ def count_samples(shard: str) -> int | None:
     """How many samples `raw_samples` gives for an undamaged local file, from the tar headers alone; None when only
     reading all can tell.
     """
-    if _is_url(shard) or not shard.endswith(".tar"):
+    if is_url(shard) or not shard.endswith(".tar"):
         return None
     wds = import_webdataset()
     try:
@@ -152,12 +153,32 @@ def count_samples(shard: str) -> int | None:
 def parse_sample(raw: RawSample) -> Sample:
     """Raises DataError for a sample without a picture or a caption, or with a face embedding that cannot be read."""
     name = f"{shard_name(raw['__url__'])}/{raw['__key__']}"
-    picture = next((raw[key] for key in PICTURE_KEYS if key in raw), None)
-    if picture is None:
-        found = ", ".join(key for key in raw if not key.startswith("__"))
-        raise DataError(f"{name}: no picture ({', '.join(PICTURE_KEYS)}) among its files ({found}).")
+    picture = picture_of(raw, name)
     references = tuple(raw[f"reference.{key}"] for key in PICTURE_KEYS if f"reference.{key}" in raw)
-    return Sample(name, picture, _caption(raw, name), references, _face(raw, name))
+    return Sample(name, picture, caption_of(raw, name), references, _face(raw, name))
+
+
+def picture_of(files: Mapping[str, T], name: str) -> T:
+    """The picture among a sample's files by suffix. Raises DataError when there is none."""
+    picture = next((files[key] for key in PICTURE_KEYS if key in files), None)
+    if picture is None:
+        found = ", ".join(key for key in files if not key.startswith("__"))
+        raise DataError(f"{name}: no picture ({', '.join(PICTURE_KEYS)}) among its files ({found}).")
+    return picture
+
+
+def caption_of(files: Mapping[str, bytes], name: str) -> str:
+    """The caption in a sample's .txt or .json. Raises DataError when there is none that can be read."""
+    try:
+        if "txt" in files:
+            return files["txt"].decode("utf-8-sig").strip()
+        row = json.loads(files["json"]) if "json" in files else {}
+    except ValueError as error:
+        raise DataError(f"{name}: its caption cannot be read ({error}).") from error
+    text = next((row[key] for key in ("text", "caption") if isinstance(row.get(key), str)), None)
+    if text is None:
+        raise DataError(f"{name}: no caption: no .txt, and no 'text' or 'caption' in a .json.")
+    return text.strip()
 
 
 def import_webdataset() -> Any:
@@ -171,19 +192,6 @@ def import_webdataset() -> Any:
     return webdataset
 
 
-def _caption(raw: RawSample, name: str) -> str:
-    try:
-        if "txt" in raw:
-            return raw["txt"].decode("utf-8-sig").strip()
-        row = json.loads(raw["json"]) if "json" in raw else {}
-    except ValueError as error:
-        raise DataError(f"{name}: its caption cannot be read ({error}).") from error
-    text = next((row[key] for key in ("text", "caption") if isinstance(row.get(key), str)), None)
-    if text is None:
-        raise DataError(f"{name}: no caption: no .txt, and no 'text' or 'caption' in a .json.")
-    return text.strip()
-
-
 def _face(raw: RawSample, name: str) -> Tensor | None:
     if "face.npy" not in raw:
         return None
@@ -193,17 +201,17 @@ def _face(raw: RawSample, name: str) -> Tensor | None:
         raise DataError(f"{name}: its face embedding cannot be read ({error}).") from error
 
 
-def _is_url(shard: str) -> bool:
+def is_url(shard: str) -> bool:
     return shard.startswith(("http://", "https://"))
 
 
 def _suffix(shard: str) -> str:
     """A shard's address without what follows the path."""
-    return urllib.parse.urlsplit(shard).path if _is_url(shard) else shard
+    return urllib.parse.urlsplit(shard).path if is_url(shard) else shard
 
 
 def _open(shard: str) -> IO[bytes]:
-    return cast("IO[bytes]", UrlStream(shard)) if _is_url(shard) else Path(shard).open("rb")
+    return cast("IO[bytes]", UrlStream(shard)) if is_url(shard) else Path(shard).open("rb")
 
 
 class UrlStream(io.RawIOBase):

@@ -11,6 +11,8 @@ from ..data.batches import Encoding, Recipe
 from ..data.buckets import Buckets, find_buckets
 from ..data.examples import Example, find_examples, fingerprint
 from ..data.face_embeds import with_faces
+from ..data.shard_files import expand_shards
+from ..data.shard_index import index_shards
 from ..errors import ConfigError
 from ..models.base_model import BaseModel, load_base_model
 from ..settings.config import TrainConfig
@@ -18,8 +20,11 @@ from ..settings.kinds import FACE_WIDTH
 
 
 def examples_of(config: TrainConfig) -> list[Example]:
-    """The examples of a folder or list, with their face embeddings found where the kind takes them."""
-    examples = find_examples(Path(config.data), config.data_root)
+    """The examples of a folder, a list or local shards, with their face embeddings found where the kind takes them."""
+    if config.from_shards:
+        examples = index_shards(expand_shards(config.data))
+    else:
+        examples = find_examples(Path(config.data), config.data_root)
     return with_faces(examples, config.face_embeds, root_of(config)) if config.train_kind.takes_face else examples
 
 

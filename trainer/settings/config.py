@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .combinations import CHECKS
 from .kinds import TRAIN_KINDS, TrainKind
 
 KindName = Literal["base", "plus", "full", "faceid", "faceid-plus", "faceid-plusv2", "portrait"]
@@ -233,6 +234,11 @@ class TrainConfig(BaseModel):
         """Whether the data are WebDataset shards."""
         return self.data.split("?")[0].endswith((".tar", ".tar.gz", ".tgz"))
 
+    @property
+    def streams(self) -> bool:
+        """Whether the data are a stream of unknown length: shards, of which no cache says what is in them."""
+        return self.from_shards and self.cache is None
+
     @model_validator(mode="before")
     @classmethod
     def _expand_home(cls, values: Any) -> Any:
@@ -247,79 +253,7 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> TrainConfig:
-        problems = [problem for check in _CHECKS if (problem := check(self)) is not None]
+        problems = [problem for check in CHECKS if (problem := check(self)) is not None]
         if problems:
             raise ValueError("; ".join(problems))
         return self
-
-
-def _length(c: TrainConfig) -> str | None:
-    if (c.steps is None) != (c.epochs is None):
-        return None
-    given = "neither is given" if c.steps is None else f"steps={c.steps}, epochs={c.epochs} are"
-    return f"give either steps or epochs ({given})"
-
-
-def _dropout(c: TrainConfig) -> str | None:
-    total = c.text_dropout + c.image_dropout + c.both_dropout
-    if total <= 1:
-        return None
-    return f"text_dropout + image_dropout + both_dropout is {total:g}, but they are shares of one whole (at most 1)"
-
-
-def _data(c: TrainConfig) -> str | None:
-    if c.data_root is not None and Path(c.data).suffix not in (".json", ".jsonl"):
-        return f"data_root belongs to a .json or .jsonl list, but data is {c.data!r}"
-    if c.from_shards and c.epochs is not None:
-        return f"epochs={c.epochs} needs a data set of known length, but data is a stream of shards; give steps"
-    if c.from_shards and c.buckets:
-        return "buckets need the size of every picture before the start; unpack the shards, or set buckets=false"
-    return None
-
-
-def _faces(c: TrainConfig) -> str | None:
-    if c.face_embeds is not None and not c.train_kind.takes_face:
-        return f"face_embeds is for the faceid and portrait kinds, but kind is {c.kind!r}"
-    return None
-
-
-def _cache(c: TrainConfig) -> str | None:
-    if c.cache_variants > 1 and c.crop == "center" and c.reference_crop == 1:
-        return (
-            f"cache_variants={c.cache_variants} would hold the same crop {c.cache_variants} times; set crop=random or "
-            "reference_crop below 1, or leave it out"
-        )
-    if c.cache is not None and c.from_shards:
-        return (
-            "the cache is made from a folder or a list, but data is a stream of shards; unpack them, or leave cache out"
-        )
-    return None
-
-
-def _shape(c: TrainConfig) -> str | None:
-    if c.kind == "full" and c.tokens is not None:
-        return f"tokens={c.tokens}: a full adapter has one token for every patch; leave tokens out"
-    if c.buckets and c.bucket_step > c.resolution:
-        return f"bucket_step={c.bucket_step} is more than resolution={c.resolution}; lower it"
-    return None
-
-
-def _schedule(c: TrainConfig) -> str | None:
-    if c.optimizer == "schedulefree" and c.lr_schedule != "constant":
-        return f"optimizer=schedulefree needs no schedule, but lr_schedule is {c.lr_schedule!r}; set constant"
-    if c.optimizer == "schedulefree" and c.ema_decay:
-        return f"optimizer=schedulefree averages the weights itself; set ema_decay=0 (it is {c.ema_decay:g})"
-    if c.optimizer == "prodigy" and c.learning_rate < 0.1:
-        return f"optimizer=prodigy finds the learning rate: set learning_rate=1 (it is {c.learning_rate:g})"
-    if c.steps is not None and c.warmup_steps >= c.steps:
-        return f"warmup_steps={c.warmup_steps} leave nothing of steps={c.steps}"
-    return None
-
-
-def _objective(c: TrainConfig) -> str | None:
-    if c.zero_terminal_snr and c.prediction_type == "epsilon":
-        return "zero_terminal_snr leaves an epsilon model nothing to predict at the last timestep; use v_prediction"
-    return None
-
-
-_CHECKS = (_length, _dropout, _data, _faces, _cache, _shape, _schedule, _objective)

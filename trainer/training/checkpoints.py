@@ -8,6 +8,7 @@ A checkpoint appears under its name by one rename, so whatever has that name is 
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import random
@@ -34,6 +35,8 @@ STATE_FILE = "training.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = ".unfinished-"
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -50,6 +53,7 @@ class Identity:
     geometry: str  # crops, flips and buckets
     images_per_batch: int  # of all processes together
     data: str
+    features: str = field(compare=False)  # what the frozen models said, or the cache that keeps it: rounding only
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,9 @@ def resume(folder: Path, identity: Identity, state: State) -> tuple[Position, Te
 
 
 def check_identity(folder: Path, found: Mapping[str, Any], wanted: Identity) -> None:
-    """Raises CheckpointError that names every difference between a checkpoint and this training."""
+    """Raises CheckpointError that names every difference between a checkpoint and this training; a difference of
+    `features` alone is a warning.
+    """
     now = asdict(wanted)
     compared = [f.name for f in fields(Identity) if f.compare]
     differences = [
@@ -161,6 +167,14 @@ def check_identity(folder: Path, found: Mapping[str, Any], wanted: Identity) -> 
         raise CheckpointError(
             f"{folder} belongs to another training: {'; '.join(differences)}. Choose another output, with "
             f"init_from={folder / ADAPTER_FILE} to go on from its weights."
+        )
+    before = found.get("features", wanted.features)  # older checkpoints do not say
+    if before != wanted.features:
+        log.warning(
+            "%s was trained on %s, this run goes on with %s: the same training but for rounding, not bit for bit.",
+            folder,
+            before,
+            wanted.features,
         )
 
 

@@ -98,7 +98,7 @@ def _encoder_meter(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig
 
 def _sampling_bytes(base_model: BaseModel, config: TrainConfig) -> int:
     """The most while the validation decodes its samples, with the models that a cache spares the steps."""
-    if not config.validation_pictures or not config.sample_pictures or config.from_shards:
+    if not config.validation_pictures or not config.sample_pictures or config.streams:
         return 0
     vae = base_model.meta_vae()
     nn.Module.to(vae, base_model.vae_dtype)

@@ -162,7 +162,7 @@ def identify(
     """What a checkpoint of this training must agree with."""
     encoder = f"{base_model.encoder_name} {base_model.encoder_fingerprint()}" if config.train_kind.takes_image else ""
     geometry = {name: getattr(config, name) for name in ("crop", "flip", "buckets", "reference_crop", "self_reference")}
-    if config.from_shards:  # another number of them deals the shards otherwise
+    if config.streams:  # another number of them deals the shards otherwise
         processes = images_per_batch // config.batch_size
         geometry["shards"] = f"{processes} processes of {max(config.workers, 1)} workers"
     return Identity(
@@ -177,7 +177,16 @@ def identify(
         geometry=json.dumps(geometry),
         images_per_batch=images_per_batch,
         data=source.data_hash,
+        features=_features(config),
     )
+
+
+def _features(config: TrainConfig) -> str:
+    """Where the outputs of the frozen models come from, for messages."""
+    if config.cache is None:
+        return "the pictures"
+    quantised = config.train_kind.takes_hidden_states and config.cache_image_features == "int8"
+    return f"a cache of {config.cache_variants} variants{' with int8 image features' if quantised else ''}"
 
 
 def summary(training: Training) -> str:

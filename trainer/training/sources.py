@@ -51,7 +51,7 @@ def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Acceler
     encoding, recipe = encoding_of(config, base_model), recipe_of(config)
     process, processes = accelerator.process_index, accelerator.num_processes
     pin = accelerator.device.type == "cuda"
-    if config.from_shards:
+    if config.streams:
         shards = expand_shards(config.data)
 
         def open_shards(start: int) -> Iterator[Batch]:
@@ -112,7 +112,7 @@ def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Acceler
 
 def count_examples(config: TrainConfig) -> int | None:
     """How many examples a training draws from; None for shards."""
-    if config.from_shards:
+    if config.streams:
         expand_shards(config.data)
         return None
     examples = examples_of(config)
