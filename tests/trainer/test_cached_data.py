@@ -16,7 +16,9 @@ from ipadapter_trainer.cache.files import MANIFEST, read_manifest
 from ipadapter_trainer.cache.read import CachedDataset, open_cache
 from ipadapter_trainer.cache.settings import cache_size
 from ipadapter_trainer.cache.write import write_cache
-from ipadapter_trainer.data.batches import Batch, Draw, GlobalBatches, PictureDataset, loader
+from ipadapter_trainer.data.batches import Batch, PictureDataset, loader
+from ipadapter_trainer.data.buckets import GlobalBatches
+from ipadapter_trainer.data.draws import Draw
 from ipadapter_trainer.engine.denoiser import TrainingBatch, adapter_spec, denoiser, new_adapter
 from ipadapter_trainer.engine.features import Features, encode_batch
 from ipadapter_trainer.engine.inputs import buckets_of, encoding_of, examples_of, hash_of, open_base_model, recipe_of
@@ -24,6 +26,7 @@ from ipadapter_trainer.errors import CacheError, DataError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
+from ipadapter_trainer.training.dry_run import plan_training
 from ipadapter_trainer.training.sources import open_source
 from PIL import Image
 
@@ -220,6 +223,7 @@ def test_the_forecast_is_what_is_written(many: dict[str, Any], base_model: BaseM
             content = file.read_bytes()
             found += len(content) - 8 - int.from_bytes(content[:8], "little")
         assert forecast == found
+        assert plan_training(config).cache == found
 
 
 # --- Broken pictures

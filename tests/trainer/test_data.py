@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ipadapter_trainer.data.batches import Draw, Encoding, GlobalBatches, PictureDataset, Recipe, collate, loader
-from ipadapter_trainer.data.buckets import Buckets
-from ipadapter_trainer.data.draws import geometry, randomness
+from ipadapter_trainer.data.batches import PictureDataset, collate, loader
+from ipadapter_trainer.data.buckets import Buckets, GlobalBatches
+from ipadapter_trainer.data.draws import Draw, Recipe, geometry, randomness
 from ipadapter_trainer.data.examples import Example, find_examples
 from ipadapter_trainer.data.face_embeds import with_faces
+from ipadapter_trainer.data.items import Encoding
 from ipadapter_trainer.data.pixels import cover_and_crop, open_rgb, share_of, to_rgb, upright_size
 from ipadapter_trainer.errors import ConfigError, DataError
 from ipadapter_trainer.models.base_model import BaseModel

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from ipadapter_trainer.data import shard_files, shards
-from ipadapter_trainer.data.batches import Encoding, Recipe
+from ipadapter_trainer.data.draws import Recipe
 from ipadapter_trainer.data.face_embeds import face_id_embed
+from ipadapter_trainer.data.items import Encoding
 from ipadapter_trainer.data.pixels import open_rgb
 from ipadapter_trainer.data.shard_files import (
     UrlStream,

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data.batches import Encoding, Recipe, worker_options
+from ..data.batches import worker_options
 from ..data.buckets import Buckets
+from ..data.draws import Recipe
 from ..data.examples import Example
+from ..data.items import Encoding
 from ..engine.features import encode_moments
 from ..errors import CacheError
 from ..models.base_model import BaseModel

@@ -12,19 +12,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..data.batches import (
-    Draw,
-    Encoding,
-    PictureDataset,
-    Recipe,
-    drawn_values,
-    open_picture,
-    picture_tensors,
-    reference_tensor,
-)
+from ..data.batches import PictureDataset
 from ..data.buckets import Buckets
-from ..data.draws import Geometry, geometry, randomness
+from ..data.draws import Draw, Geometry, Recipe, geometry, randomness
 from ..data.examples import Example
+from ..data.items import Encoding, drawn_values, open_picture, picture_tensors, reference_tensor
 from ..data.pixels import Size
 from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel

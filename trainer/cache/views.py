@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data.batches import Encoding, open_picture, picture_tensors, reference_tensor
 from ..data.draws import Geometry, Recipe, geometry
 from ..data.examples import Example
+from ..data.items import Encoding, open_picture, picture_tensors, reference_tensor
 from ..data.pixels import Size, Stored
 
 Item = tuple[int, Size | None, bool]  # number, bucket, whether the picture is its own reference

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from ..data.batches import Encoding, Recipe
 from ..data.buckets import Buckets, find_buckets
+from ..data.draws import Recipe
 from ..data.examples import Example, find_examples, fingerprint
 from ..data.face_embeds import with_faces
+from ..data.items import Encoding
 from ..data.shard_files import expand_shards
 from ..data.shard_index import index_shards
 from ..errors import ConfigError

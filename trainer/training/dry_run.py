@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +10,17 @@ from torch import nn
 
 from ipadapter_core import AdapterSpec, init_adapter
 
+from ..cache.files import show_bytes
+from ..cache.plan import Rows
+from ..cache.settings import cache_size
+from ..data.examples import Example
 from ..engine.denoiser import adapter_spec
-from ..engine.inputs import open_base_model
+from ..engine.inputs import open_base_model, root_of
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
 from .cost import Cost, step_cost
 from .setup import total_steps
-from .sources import count_examples
+from .sources import held_out_rows, known_examples
 
 # Bytes beside each float32 weight in training: its gradient and what the optimizer remembers of it.
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "schedulefree": 8}
@@ -34,6 +39,7 @@ class Plan:
     frozen: int  # parameters that stay in memory
     cost: Cost
     bytes: dict[str, int]  # expected memory by what needs it
+    cache: int | None  # bytes on disk of what `ipadapter cache` keeps; None for shards that stream
 
     @property
     def memory(self) -> int:
@@ -48,7 +54,10 @@ def plan_training(config: TrainConfig, processes: int = 1) -> Plan:
     """
     base_model = open_base_model(config)
     spec = adapter_spec(base_model, config.train_kind, config.tokens)
-    examples = count_examples(config)
+    known = known_examples(config)
+    examples = None
+    if known is not None:
+        examples = len(known) - len(held_out_rows(known, config.validation_pictures, root_of(config)))
     cost = step_cost(base_model, spec, config)
     modules = _frozen_parts(base_model, cached=config.cache is not None, image=spec.image_width is not None)
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
@@ -62,6 +71,19 @@ def plan_training(config: TrainConfig, processes: int = 1) -> Plan:
         frozen=sum(parameters.values()),
         cost=cost,
         bytes=_memory(config, base_model, parameters, trained, cost),
+        cache=None if known is None else _cache_bytes(config, base_model, known),
+    )
+
+
+def _cache_bytes(config: TrainConfig, base_model: BaseModel, examples: Sequence[Example]) -> int:
+    rows = Rows.of(examples)
+    return cache_size(
+        config,
+        base_model,
+        pictures=len(examples),
+        captions=len(rows.captions),
+        references=len(rows.references),
+        own=sum(not references for references in rows.references_of),
     )
 
 
@@ -107,6 +129,11 @@ def plan_text(config: TrainConfig, plan: Plan) -> str:
         ("", f"{per_image * images * config.gradient_accumulation / 1e9:,.1f} GFLOPs a step and process"),
         ("memory", f"about {plan.memory / 1e9:.1f} GB a process: {parts}"),
         ("", "arithmetic: what is stored; allocators and kernels take 1 to 2 GB more on a GPU"),
+        ("cache", "" if plan.cache is None else f"{show_bytes(plan.cache)} on disk ({_with_or_without(config)})"),
         ("output", str(config.output)),
     ]
-    return "\n".join(f"{name:<10}  {value}" for name, value in rows)
+    return "\n".join(f"{name:<10}  {value}" for name, value in rows if value)
+
+
+def _with_or_without(config: TrainConfig) -> str:
+    return "`ipadapter cache` would write it" if config.cache is None else f"{config.cache}, used by this training"

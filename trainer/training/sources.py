@@ -11,7 +11,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from PIL import Image
 
-from ..data.batches import Batch, GlobalBatches, PictureDataset, Recipe, collate, loader
+from ..data.batches import Batch, PictureDataset, collate, loader
+from ..data.buckets import GlobalBatches
+from ..data.draws import Recipe
 from ..data.examples import Example, relative_name
 from ..data.pixels import open_rgb, why_broken
 from ..data.shard_files import expand_shards, fingerprint_shards
@@ -110,13 +112,12 @@ def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Acceler
     )
 
 
-def count_examples(config: TrainConfig) -> int | None:
-    """How many examples a training draws from; None for shards."""
+def known_examples(config: TrainConfig) -> list[Example] | None:
+    """The examples of a training, the held-out ones included; None for a stream, whose shards must be there."""
     if config.streams:
         expand_shards(config.data)
         return None
-    examples = examples_of(config)
-    return len(examples) - len(held_out_rows(examples, config.validation_pictures, root_of(config)))
+    return examples_of(config)
 
 
 def validation_batches(config: TrainConfig, base_model: BaseModel, held_out: Sequence[Example]) -> Iterator[Batch]:
