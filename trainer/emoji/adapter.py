@@ -28,6 +28,7 @@ from .vae import augment
 
 BATCH, LEARNING_RATE = 64, 1e-3
 SELF_PAIRS = 0.5  # share of the examples whose reference is the picture itself, without text
+VIEWS = 12  # of each picture that the image encoder sees
 IMAGE_DROPOUT = BOTH_DROPOUT = 0.05  # the original's shares
 
 
@@ -104,7 +105,7 @@ def fit_adapter(
     base_model: BaseModel, pictures: EmojiPictures, *, checkpoint: Path, steps: int, minutes: float, seed: int = 0
 ) -> IPAdapter:
     """Train an adapter of the base kind, keys and values starting from the UNet's own; resumes from ``checkpoint``."""
-    features = encode_emoji(base_model, pictures, seed)
+    features = encode_emoji(base_model, pictures, seed, VIEWS)
     torch.manual_seed(seed)
     adapter = new_adapter(base_model)
     with denoiser(base_model, adapter) as denoising:

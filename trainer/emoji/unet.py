@@ -11,9 +11,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .clip import WIDTH, styled_caption, tokenize
 from .loop import LossFunction, device_of
 from .pictures import EmojiPictures
-from .vae import encode
+from .vae import encode_views
 
 NO_TEXT, PLAIN = 0.1, 0.4  # shares of the batch without text, and with a caption that names no style
+VIEWS = 16  # of each picture, mirrored and shifted: six thousand latents alone are soon known by heart
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -55,8 +56,7 @@ def unet_losses(
     batch_size: int = 64,
 ) -> LossFunction:
     """Plain v-prediction MSE over uniform timesteps; latents and text states are computed once, here."""
-    latents = torch.stack([encode(vae, pictures.images), encode(vae, pictures.images.flip(-1))])
-    latents = latents * vae.config.scaling_factor
+    latents = encode_views(vae, pictures, VIEWS) * vae.config.scaling_factor
     styled = [styled_caption(c, s) for c, s in zip(pictures.captions, pictures.styles, strict=True)]
     states = torch.stack(
         [
@@ -69,7 +69,7 @@ def unet_losses(
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(pictures), (batch_size,), generator=generator)
-        clean = latents[torch.randint(2, (batch_size,), generator=generator), rows]
+        clean = latents[torch.randint(VIEWS, (batch_size,), generator=generator), rows]
         draw = torch.rand(batch_size, generator=generator)
         context = states[(draw > NO_TEXT).long() + (draw > NO_TEXT + (1 - NO_TEXT) * PLAIN).long(), rows]
         noise = torch.randn(clean.shape, generator=generator)

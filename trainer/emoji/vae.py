@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from .loop import LossFunction, device_of
 from .pictures import EmojiPictures, to_pixels
 
-KL_WEIGHT = 2e-4
+MOST_NOISE = 0.6  # of the latents' own spread: about what a small UNet leaves in them
+SIZE_WEIGHT = 3e-5  # keeps the latents from growing; their scale is free
+POSTERIOR_STD = 0.02  # of a latent of unit variance: the encoder is certain
 SD15_SCALING = 0.18215  # every SD1.5 tool multiplies latents by this
 
 
@@ -54,21 +56,21 @@ def _edges(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vae_losses(pictures: EmojiPictures, batch_size: int = 8) -> LossFunction:
-    """Absolute errors of the pixels, of their edges, and of the mean colour of each latent's 8x8 cell, plus a small KL.
+    """Absolute errors of the pixels, of their edges, and of the mean colour of each latent's 8x8 cell, through noise.
 
     The edges keep outlines sharp; the cells make the latents carry colour from the start, which pixel errors alone find
-    only after thousands of steps.
+    only after thousands of steps. The noise, up to ``MOST_NOISE`` of the latents' spread, takes the place of a KL term:
+    what a style is, exact colours and edges, must survive the errors that a UNet of this size makes.
     """
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(pictures), (batch_size,), generator=generator)
         pixels = augment(to_pixels(pictures.images[rows]), generator).to(device_of(model))
-        posterior = model.encode(pixels).latent_dist  # type: ignore[operator]
-        noise = torch.randn(posterior.mean.shape, generator=generator)
-        latents = posterior.mean + posterior.std * noise.to(posterior.mean)
-        terms = _reconstruction(model.decode(latents).sample, pixels)  # type: ignore[operator]
-        kl = posterior.kl().mean() / latents[0].numel()
-        return {**terms, "loss": terms["loss"] + KL_WEIGHT * kl, "kl": kl.detach()}
+        latents = model.encode(pixels).latent_dist.mean  # type: ignore[operator]
+        share = MOST_NOISE * torch.rand(batch_size, 1, 1, 1, generator=generator)
+        noise = (share * torch.randn(latents.shape, generator=generator)).to(latents)
+        terms = _reconstruction(model.decode(latents + noise * latents.std()).sample, pixels)  # type: ignore[operator]
+        return {**terms, "loss": terms["loss"] + SIZE_WEIGHT * latents.square().mean()}
 
     return losses
 
@@ -113,14 +115,16 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def fold_scaling(vae: AutoencoderKL, pictures: EmojiPictures) -> float:
     """Rescale the latent space inside the weights so that latents times 0.18215 have unit variance; returns the gain.
 
-    The posterior is scaled with it, so reconstructions do not change, and tools that assume SD1.5's constant work.
+    Reconstructions do not change, and tools that assume SD1.5's constant work. The posterior's variance, which the
+    losses do not train, becomes a small constant (``POSTERIOR_STD``).
     """
     latents = encode(vae, pictures.images[:: max(1, len(pictures) // 512)])
     gain = 1.0 / (latents.std().item() * SD15_SCALING)
-    mean, log_variance = slice(0, 4), slice(4, 8)
+    mean, variance = slice(0, 4), slice(4, 8)
     vae.quant_conv.weight[mean] *= gain
     vae.quant_conv.bias[mean] *= gain
-    vae.quant_conv.bias[log_variance] += 2 * math.log(gain)
+    vae.quant_conv.weight[variance] = 0
+    vae.quant_conv.bias[variance] = 2 * math.log(POSTERIOR_STD / SD15_SCALING)
     vae.post_quant_conv.weight /= gain
     return gain
 
@@ -128,5 +132,17 @@ def fold_scaling(vae: AutoencoderKL, pictures: EmojiPictures) -> float:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tensor:
     """uint8 images [N, 3, 64, 64] -> posterior means [N, 4, 8, 8], not yet multiplied by the scaling factor."""
-    chunks = images.split(batch_size)
-    return torch.cat([vae.encode(to_pixels(chunk)).latent_dist.mean for chunk in chunks])
+    return _means(vae, to_pixels(images), batch_size)
+
+
+@torch.no_grad()
+def _means(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> Tensor:
+    return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in pixels.split(batch_size)])
+
+
+def encode_views(vae: AutoencoderKL, pictures: EmojiPictures, views: int) -> Tensor:
+    """[views, N, 4, 8, 8]: the posterior means of the pictures, their mirror images, and some shifted at random."""
+    generator = torch.Generator().manual_seed(0)
+    shifted = (augment(to_pixels(pictures.images), generator) for _ in range(views - 2))
+    plain = to_pixels(pictures.images)
+    return torch.stack([_means(vae, pixels) for pixels in (plain, plain.flip(-1), *shifted)])
