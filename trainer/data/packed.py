@@ -33,7 +33,9 @@ class PackedFile:
             stream.seek(self.offset)
             content = stream.read(self.size)
         if len(content) < self.size:
-            raise DataError(f"{self}: cut off after {len(content):,} of {self.size:,} bytes.")
+            raise DataError(
+                f"{self}: cut off after {len(content):,} of {self.size:,} bytes. Make or download the archive again."
+            )
         return content
 
     def open(self) -> io.BytesIO:

@@ -31,6 +31,7 @@ from ..errors import DataError
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PICTURE_KEYS = ("jpg", "jpeg", "png", "webp")
+FACE_KEY = "face.npy"
 SHUFFLED = 256  # samples of a shard that are held, undecoded, to shuffle them
 _RETRIES = 5
 _PAUSE = 1.0  # seconds before the first of them, doubled each time
@@ -135,27 +136,34 @@ def count_samples(shard: str) -> int | None:
     """How many samples `raw_samples` gives for an undamaged local file, from the tar headers alone; None when only
     reading all can tell.
     """
-    if is_url(shard) or not shard.endswith(".tar"):
+    if not is_plain(shard):
         return None
-    wds = import_webdataset()
     try:
-        with tarfile.open(shard, "r:") as tar:
-            names = [info.name for info in tar if info.isreg() and not re.match(r"__[^/]*__($|/)", info.name)]
+        files = [(key, suffix) for key, suffix, _ in tar_headers(Path(shard))]
     except (OSError, tarfile.TarError):
         return None
-    parts = [wds.tariterators.base_plus_ext(name) for name in names]
-    if len({(key, suffix.lower()) for key, suffix in parts if key}) < sum(key is not None for key, _ in parts):
+    if len(set(files)) < len(files):
         return None  # a file that comes twice
-    keys = [key for key, _ in parts if key is not None]
-    return sum(1 for i, key in enumerate(keys) if i == 0 or key != keys[i - 1])
+    return sum(1 for i, (key, _) in enumerate(files) if i == 0 or key != files[i - 1][0])
+
+
+def tar_headers(shard: Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """The sample, the suffix and the header of every file that webdataset would read; of neighbours with one sample's
+    name it makes a sample. Raises OSError or TarError where the file is damaged.
+    """
+    split = import_webdataset().tariterators.base_plus_ext
+    with tarfile.open(shard, "r:") as tar:
+        for info in tar:
+            key, suffix = split(info.name)
+            if key is not None and info.isreg() and not re.match(r"__[^/]*__($|/)", info.name):
+                yield key, suffix.lower(), info
 
 
 def parse_sample(raw: RawSample) -> Sample:
     """Raises DataError for a sample without a picture or a caption, or with a face embedding that cannot be read."""
     name = f"{shard_name(raw['__url__'])}/{raw['__key__']}"
     picture = picture_of(raw, name)
-    references = tuple(raw[f"reference.{key}"] for key in PICTURE_KEYS if f"reference.{key}" in raw)
-    return Sample(name, picture, caption_of(raw, name), references, _face(raw, name))
+    return Sample(name, picture, caption_of(raw, name), references_of(raw), _face(raw, name))
 
 
 def picture_of(files: Mapping[str, T], name: str) -> T:
@@ -165,6 +173,11 @@ def picture_of(files: Mapping[str, T], name: str) -> T:
         found = ", ".join(key for key in files if not key.startswith("__"))
         raise DataError(f"{name}: no picture ({', '.join(PICTURE_KEYS)}) among its files ({found}).")
     return picture
+
+
+def references_of(files: Mapping[str, T]) -> tuple[T, ...]:
+    """The other prompt pictures among a sample's files by suffix."""
+    return tuple(files[f"reference.{key}"] for key in PICTURE_KEYS if f"reference.{key}" in files)
 
 
 def caption_of(files: Mapping[str, bytes], name: str) -> str:
@@ -193,16 +206,22 @@ def import_webdataset() -> Any:
 
 
 def _face(raw: RawSample, name: str) -> Tensor | None:
-    if "face.npy" not in raw:
+    if FACE_KEY not in raw:
         return None
     try:
-        return torch.from_numpy(np.load(io.BytesIO(raw["face.npy"]), allow_pickle=False))
+        return torch.from_numpy(np.load(io.BytesIO(raw[FACE_KEY]), allow_pickle=False))
     except Exception as error:
         raise DataError(f"{name}: its face embedding cannot be read ({error}).") from error
 
 
 def is_url(shard: str) -> bool:
+    """Whether a shard is not on this machine."""
     return shard.startswith(("http://", "https://"))
+
+
+def is_plain(shard: str) -> bool:
+    """Whether a shard's files can be found and opened alone: a local file that is not compressed."""
+    return shard.endswith(".tar") and not is_url(shard)
 
 
 def _suffix(shard: str) -> str:

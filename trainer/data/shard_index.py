@@ -5,17 +5,16 @@ alone, as a feature cache and the training from it need.
 from __future__ import annotations
 
 import logging
-import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from ..errors import DataError
 from .examples import Example
 from .packed import PackedFile
-from .shard_files import PICTURE_KEYS, caption_of, import_webdataset, is_url, picture_of, shard_name
-
-FACE = "face.npy"
+from .shard_files import FACE_KEY, caption_of, is_plain, is_url, picture_of, references_of, shard_name, tar_headers
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ def index_shards(shards: Sequence[str]) -> list[Example]:
     examples: list[Example] = []
     problems: list[str] = []
     for shard in shards:
-        if is_url(shard) or not shard.endswith(".tar"):
+        if not is_plain(shard):
             what = "an address" if is_url(shard) else "compressed"
             raise DataError(
                 f"{shard} is {what}: a cache is made from .tar files on this machine. Download or unpack it first."
@@ -55,21 +54,12 @@ def index_shards(shards: Sequence[str]) -> list[Example]:
 
 
 def _samples(shard: Path) -> Iterator[tuple[str, Files]]:
-    """The files of each sample; neighbours with one name belong together, as webdataset groups them."""
-    split = import_webdataset().tariterators.base_plus_ext
-    current, files = None, Files()
-    with tarfile.open(shard, "r:") as tar:
-        for info in tar:
-            key, suffix = split(info.name)
-            if key is None or not info.isreg() or re.match(r"__[^/]*__($|/)", info.name):
-                continue
-            if key != current:
-                if current is not None:
-                    yield current, files
-                current, files = key, Files()
-            files.setdefault(suffix.lower(), PackedFile(shard, info.name, info.offset_data, info.size))
-    if current is not None:
-        yield current, files
+    """The files of each sample; of two with one suffix the first."""
+    for key, headers in groupby(tar_headers(shard), key=itemgetter(0)):
+        files: Files = {}
+        for _, suffix, info in headers:
+            files.setdefault(suffix, PackedFile(shard, info.name, info.offset_data, info.size))
+        yield key, files
 
 
 def _example(name: str, files: Files) -> Example:
@@ -77,6 +67,6 @@ def _example(name: str, files: Files) -> Example:
     return Example(
         picture_of(files, name),
         caption_of(texts, name),
-        tuple(files[f"reference.{key}"] for key in PICTURE_KEYS if f"reference.{key}" in files),
-        files.get(FACE),
+        references_of(files),
+        files.get(FACE_KEY),
     )

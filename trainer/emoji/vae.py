@@ -92,7 +92,7 @@ def only_decoder(vae: AutoencoderKL) -> AutoencoderKL:
 def decoder_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int = 8) -> LossFunction:
     """The reconstruction of ``vae_losses`` alone, from latents that are computed once, here."""
     pixels = torch.cat([to_pixels(pictures.images), to_pixels(pictures.images.flip(-1))])
-    latents = torch.cat([encode(vae, pictures.images), encode(vae, pictures.images.flip(-1))])
+    latents = encode_views(vae, pictures, 2).flatten(0, 1)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(latents), (batch_size,), generator=generator)
