@@ -31,7 +31,7 @@ from ipadapter_trainer.data.shard_index import index_shards
 from ipadapter_trainer.data.shards import Place, sample_stream, shard_loader
 from ipadapter_trainer.errors import DataError
 from ipadapter_trainer.models.base_model import BaseModel
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .tiny_data import assert_same, encoded_picture, encoding_of, sample, write_shard
 
@@ -429,5 +429,11 @@ def test_index_leaves_out_what_cannot_be_used(tmp_path: Path, caplog: pytest.Log
         index_shards([str(damaged)])
     # Found at the start, gone or cut off when it is its turn.
     shard.write_bytes(shard.read_bytes()[:1200])
-    with pytest.raises(DataError, match="cut off"):
+    with pytest.raises(DataError, match=r"cut off after .* Make or download"):
         open_rgb(indexed[2].image)
+
+
+def test_what_is_no_picture_is_named_as_a_file_is(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.tar", {"0": {"png": b"abc", "txt": b"text"}})
+    with pytest.raises(UnidentifiedImageError, match=r"cannot identify image file '.*a\.tar/0\.png'"):
+        open_rgb(index_shards([str(shard)])[0].image)

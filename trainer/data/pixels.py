@@ -47,7 +47,12 @@ def open_rgb(picture: Picture, at_least: int | None = None) -> tuple[Image.Image
 
 def open_lazily(picture: Path | PackedFile | IO[bytes]) -> Image.Image:
     """The picture with nothing decoded but its header. Raises what Pillow raises."""
-    return Image.open(picture.open() if isinstance(picture, PackedFile) else picture)
+    if not isinstance(picture, PackedFile):
+        return Image.open(picture)
+    try:
+        return Image.open(picture.open())
+    except UnidentifiedImageError as error:  # it names the object in memory, another one in each run
+        raise UnidentifiedImageError(f"cannot identify image file '{picture}'") from error
 
 
 def why_broken(error: Exception) -> str:
