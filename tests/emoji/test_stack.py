@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from ipadapter_trainer.demo import COLUMNS, ROWS, demo, train_demo_adapter
 from ipadapter_trainer.emoji.adapter import draw_batch, encode_emoji
-from ipadapter_trainer.emoji.loop import fit, steps_done
+from ipadapter_trainer.emoji.loop import fit, progress
 from ipadapter_trainer.emoji.pictures import STYLE_NAMES, load_pictures, to_pixels
 from ipadapter_trainer.emoji.quality import Judges, choose_references, judge_the_judges, load_judges
 from ipadapter_trainer.emoji.stack import load_clip, load_unet, load_vae, unpack
@@ -143,4 +143,4 @@ def test_unpacked_weights_are_the_shipped_ones_and_train_on(tmp_path: Path) -> N
         assert torch.equal(ours, theirs)
     losses = unet_losses(some, vae, clip.text_model, tokenizer, batch_size=8)
     fit(new_unet(), losses, checkpoint=tmp_path / "unet.pt", steps=2, learning_rate=1e-4)
-    assert steps_done(tmp_path / "unet.pt") == 2
+    assert progress(tmp_path / "unet.pt").step == 2

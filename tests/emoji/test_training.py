@@ -24,8 +24,9 @@ from ipadapter_trainer.emoji.judges import (
     histogram_similarity,
     style_features,
 )
-from ipadapter_trainer.emoji.loop import fit, load_ema
+from ipadapter_trainer.emoji.loop import Progress, fit, load_ema, progress
 from ipadapter_trainer.emoji.pictures import EmojiPictures, load_pictures, to_pixels
+from ipadapter_trainer.emoji.train import PARTS, Run
 from ipadapter_trainer.emoji.vae import (
     POSTERIOR_STD,
     SD15_SCALING,
@@ -69,6 +70,27 @@ def test_fit_resumed_equals_uninterrupted(tmp_path: Path) -> None:
 def test_fit_stops_after_its_minutes(tmp_path: Path) -> None:
     fit(nn.Linear(4, 1), _toy, checkpoint=tmp_path / "x.pt", steps=10**9, minutes=0.005, learning_rate=1e-2)
     assert 0 < torch.load(tmp_path / "x.pt", weights_only=True)["step"] < 10**6
+
+
+def test_a_checkpoint_counts_the_pictures_of_every_batch_size(tmp_path: Path) -> None:
+    fit(nn.Linear(4, 1), _toy, checkpoint=tmp_path / "x.pt", steps=3, batch_size=8, learning_rate=1e-2)
+    fit(nn.Linear(4, 1), _toy, checkpoint=tmp_path / "x.pt", steps=5, batch_size=32, learning_rate=1e-2)
+    assert progress(tmp_path / "x.pt") == Progress(step=5, images=3 * 8 + 2 * 32)
+
+
+def test_a_larger_batch_has_a_larger_learning_rate(some: EmojiPictures, tmp_path: Path) -> None:
+    def run(batch_size: int | None) -> Run:
+        return Run(tmp_path, some, tmp_path, tmp_path, steps=1, minutes=1.0, batch_size=batch_size)
+
+    assert run(None).sized(64, 5e-4) == {"batch_size": 64, "learning_rate": 5e-4}
+    assert run(256).sized(64, 5e-4) == {"batch_size": 256, "learning_rate": pytest.approx(1e-3)}
+
+
+def test_parts_take_the_batch_size_that_was_asked_for(some: EmojiPictures, tmp_path: Path) -> None:
+    run = Run(tmp_path, some, tmp_path, tmp_path, steps=2, minutes=1.0, batch_size=5)
+    for part in ("vae", "decoder"):
+        PARTS[part](run)
+        assert progress(tmp_path / f"{part}.pt") == Progress(step=2, images=10)
 
 
 def test_load_ema_names_the_missing_checkpoint(tmp_path: Path) -> None:

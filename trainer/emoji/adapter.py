@@ -102,7 +102,15 @@ def emoji_batches(features: EmojiFeatures, batch_size: int, generator: torch.Gen
 
 
 def fit_adapter(
-    base_model: BaseModel, pictures: EmojiPictures, *, checkpoint: Path, steps: int, minutes: float, seed: int = 0
+    base_model: BaseModel,
+    pictures: EmojiPictures,
+    *,
+    checkpoint: Path,
+    steps: int,
+    minutes: float,
+    batch_size: int = BATCH,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
 ) -> IPAdapter:
     """Train an adapter of the base kind, keys and values starting from the UNet's own; resumes from ``checkpoint``."""
     features = encode_emoji(base_model, pictures, seed, VIEWS)
@@ -111,10 +119,17 @@ def fit_adapter(
     with denoiser(base_model, adapter) as denoising:
 
         def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-            return {"loss": denoising.loss(draw_batch(features, BATCH, generator))}
+            return {"loss": denoising.loss(draw_batch(features, batch_size, generator))}
 
         fit(
-            adapter, losses, checkpoint=checkpoint, steps=steps, minutes=minutes, learning_rate=LEARNING_RATE, seed=seed
+            adapter,
+            losses,
+            checkpoint=checkpoint,
+            steps=steps,
+            minutes=minutes,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
         )
     return adapter
 

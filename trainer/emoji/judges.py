@@ -78,8 +78,9 @@ def classifier_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: i
 
 @torch.no_grad()
 def round_trip(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] as the autoencoder gives them back."""
-    return torch.cat([vae.decode(vae.encode(chunk).latent_dist.mean).sample for chunk in pixels.split(64)]).clamp(-1, 1)
+    """Pixels in [-1, 1] as the autoencoder gives them back, on the CPU."""
+    chunks = (chunk.to(device_of(vae)) for chunk in pixels.split(64))
+    return torch.cat([vae.decode(vae.encode(chunk).latent_dist.mean).sample.cpu() for chunk in chunks]).clamp(-1, 1)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -16,6 +16,18 @@ from tqdm.auto import tqdm
 LossFunction = Callable[[nn.Module, torch.Generator], dict[str, Tensor]]
 
 
+class Progress(NamedTuple):
+    """How many steps, and pictures in them, a part has been trained for, all runs together."""
+
+    step: int
+    images: int
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Progress:
+        """What a checkpoint's state says of it."""
+        return cls(int(state["step"]), int(state["images"]))
+
+
 def fit(
     model: nn.Module,
     losses: LossFunction,
@@ -23,6 +35,7 @@ def fit(
     checkpoint: Path,
     steps: int,
     minutes: float = float("inf"),
+    batch_size: int = 1,
     learning_rate: float,
     weight_decay: float = 0.01,
     warmup: int = 100,
@@ -33,36 +46,37 @@ def fit(
 
     The learning rate is constant after the warm-up and the weights are averaged, so a later, longer run continues
     from the checkpoint as if it had never stopped. Only parameters that require a gradient are trained,
-    on the GPU when there is one.
+    on the GPU when there is one. ``batch_size`` is that of ``losses``, for the checkpoint's count of pictures.
     """
-    model.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)  # faster convolutions
+    model.to(training_device(), memory_format=torch.channels_last)  # faster convolutions
+    torch.backends.cuda.matmul.allow_tf32 = True
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
     ema = _new_ema(parameters)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    step = _resume(checkpoint, parameters, optimizer, ema, generator)
+    done = _resume(checkpoint, parameters, optimizer, ema, generator)
     start = saved = time.monotonic()
     model.train()
-    bar = tqdm(total=steps, initial=step, desc=checkpoint.stem, unit="step", dynamic_ncols=True, mininterval=5.0)
-    while step < steps and time.monotonic() - start < 60 * minutes:
+    bar = tqdm(total=steps, initial=done.step, desc=checkpoint.stem, unit="step", dynamic_ncols=True, mininterval=5.0)
+    while done.step < steps and time.monotonic() - start < 60 * minutes:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / warmup)
+            group["lr"] = learning_rate * min(1.0, (done.step + 1) / warmup)
         terms = losses(model, generator)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         ema.step(parameters)
-        step += 1
+        done = Progress(done.step + 1, done.images + batch_size)
         bar.update()
-        if step % 20 == 0:
+        if done.step % 20 == 0:
             bar.set_postfix({name: f"{value.item():.4f}" for name, value in terms.items()}, refresh=False)
         if time.monotonic() - saved > save_every_s:
-            _save(checkpoint, parameters, optimizer, ema, generator, step)
+            _save(checkpoint, parameters, optimizer, ema, generator, done)
             saved = time.monotonic()
     bar.close()
-    _save(checkpoint, parameters, optimizer, ema, generator, step)
+    _save(checkpoint, parameters, optimizer, ema, generator, done)
     ema.copy_to(parameters)
     return model.to("cpu", memory_format=torch.contiguous_format).eval()
 
@@ -72,7 +86,12 @@ def start_from(model: nn.Module, checkpoint: Path, seed: int = 0) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
     ema = _new_ema(parameters)
-    _save(checkpoint, parameters, optimizer, ema, torch.Generator().manual_seed(seed), 0)
+    _save(checkpoint, parameters, optimizer, ema, torch.Generator().manual_seed(seed), Progress(0, 0))
+
+
+def training_device() -> torch.device:
+    """The GPU when there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -91,17 +110,22 @@ def load_ema(model: nn.Module, checkpoint: Path) -> nn.Module:
     return model.eval()
 
 
-def steps_done(checkpoint: Path) -> int:
-    """How many steps a checkpoint has seen, all runs together."""
-    return int(torch.load(checkpoint, weights_only=True, map_location="cpu")["step"])
+def progress(checkpoint: Path) -> Progress:
+    """What a checkpoint has seen."""
+    return Progress.of(torch.load(checkpoint, weights_only=True, map_location="cpu"))
 
 
 def _new_ema(parameters: list[nn.Parameter]) -> EMAModel:
-    return EMAModel(parameters, decay=0.9995, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    return EMAModel(parameters, decay=0.9995, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True)
 
 
 def _save(
-    file: Path, parameters: list[nn.Parameter], optimizer: Any, ema: EMAModel, generator: torch.Generator, step: int
+    file: Path,
+    parameters: list[nn.Parameter],
+    optimizer: Any,
+    ema: EMAModel,
+    generator: torch.Generator,
+    done: Progress,
 ) -> None:
     state = {
         "parameters": [p.detach() for p in parameters],
@@ -109,7 +133,7 @@ def _save(
         "ema": ema.state_dict(),
         "generator": generator.get_state(),
         "global_generator": torch.get_rng_state(),
-        "step": step,
+        **done._asdict(),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
@@ -119,9 +143,9 @@ def _save(
 
 def _resume(
     file: Path, parameters: list[nn.Parameter], optimizer: Any, ema: EMAModel, generator: torch.Generator
-) -> int:
+) -> Progress:
     if not file.is_file():
-        return 0
+        return Progress(0, 0)
     state = torch.load(file, weights_only=True, map_location="cpu")
     for parameter, value in zip(parameters, state["parameters"], strict=True):
         parameter.data.copy_(value)
@@ -131,4 +155,4 @@ def _resume(
     ema.to(parameters[0].device)
     generator.set_state(state["generator"])
     torch.set_rng_state(state["global_generator"])
-    return int(state["step"])
+    return Progress.of(state)

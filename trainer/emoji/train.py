@@ -5,6 +5,7 @@
     python -m ipadapter_trainer.emoji.train export --work work/emoji --output assets/emoji
     python -m ipadapter_trainer.emoji.train adapter --work work/emoji --output assets/emoji --minutes 15
 
+A GPU is used when there is one, and worth larger batches (``--batch-size 512``).
 Running a part again with more steps or minutes continues it; ``unpack`` makes checkpoints from the shipped weights,
 for whoever has no others. A part that is trained further makes those after it stale:
 the UNet learns the latents of one autoencoder and the states of one text encoder.
@@ -13,9 +14,11 @@ the UNet learns the latents of one autoencoder and the states of one text encode
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ipadapter_core.assets import MODEL, PROMPTS, emoji_folder
 
@@ -34,37 +37,36 @@ class Run:
     output: Path
     steps: int
     minutes: float
+    batch_size: int | None
+
+    def sized(self, batch_size: int, learning_rate: float) -> dict[str, Any]:
+        """The batch size that was asked for, or a part's own, and the learning rate for it.
+
+        It grows with the square root of the batch, as AdamW's should (arXiv 2205.10287).
+        """
+        wanted = self.batch_size or batch_size
+        return {"batch_size": wanted, "learning_rate": learning_rate * math.sqrt(wanted / batch_size)}
 
 
 def train_vae(run: Run) -> None:
     from .loop import fit
-    from .vae import new_vae, vae_losses
+    from .vae import BATCH, new_vae, vae_losses
 
-    fit(
-        new_vae(),
-        vae_losses(run.train),
-        checkpoint=run.work / "vae.pt",
-        steps=run.steps,
-        minutes=run.minutes,
-        learning_rate=1e-3,
-    )
+    sized = run.sized(BATCH, 1e-3)
+    losses = vae_losses(run.train, sized["batch_size"])
+    fit(new_vae(), losses, checkpoint=run.work / "vae.pt", steps=run.steps, minutes=run.minutes, **sized)
 
 
 def train_decoder(run: Run) -> None:
     """Go on with the autoencoder's decoder alone; the latents, which the UNet knows, stay."""
-    from .loop import fit
+    from .loop import fit, training_device
     from .stack import load_vae
-    from .vae import decoder_losses, only_decoder
+    from .vae import BATCH, decoder_losses, only_decoder
 
-    vae = load_vae(run.work, run.train, with_decoder=False)
-    fit(
-        only_decoder(vae),
-        decoder_losses(run.train, vae),
-        checkpoint=run.work / "decoder.pt",
-        steps=run.steps,
-        minutes=run.minutes,
-        learning_rate=5e-4,
-    )
+    sized = run.sized(BATCH, 5e-4)
+    vae = load_vae(run.work, run.train, with_decoder=False).to(training_device())
+    losses = decoder_losses(run.train, vae, sized["batch_size"])
+    fit(only_decoder(vae), losses, checkpoint=run.work / "decoder.pt", steps=run.steps, minutes=run.minutes, **sized)
 
 
 def train_clip(run: Run) -> None:
@@ -104,12 +106,12 @@ def train_vision(run: Run) -> None:
 
 def train_judge(run: Run) -> None:
     from .judges import StyleClassifier, classifier_losses
-    from .loop import fit
+    from .loop import fit, training_device
     from .stack import load_vae
 
     fit(
         StyleClassifier(),
-        classifier_losses(run.train, load_vae(run.work, run.train)),
+        classifier_losses(run.train, load_vae(run.work, run.train).to(training_device())),
         checkpoint=run.work / "judge.pt",
         steps=min(run.steps, JUDGE_STEPS),
         minutes=run.minutes,
@@ -119,37 +121,30 @@ def train_judge(run: Run) -> None:
 
 
 def train_unet(run: Run) -> None:
-    from .loop import fit
+    from .loop import fit, training_device
     from .stack import load_clip, load_vae
-    from .unet import new_unet, unet_losses
+    from .unet import BATCH, new_unet, unet_losses
 
+    sized = run.sized(BATCH, 5e-4)
     clip, tokenizer = load_clip(run.work)
-    losses = unet_losses(run.train, load_vae(run.work, run.train), clip.text_model, tokenizer)
-    fit(
-        new_unet(),
-        losses,
-        checkpoint=run.work / "unet.pt",
-        steps=run.steps,
-        minutes=run.minutes,
-        learning_rate=5e-4,
-    )
+    vae, text_encoder = load_vae(run.work, run.train).to(training_device()), clip.text_model.to(training_device())
+    losses = unet_losses(run.train, vae, text_encoder, tokenizer, sized["batch_size"])
+    fit(new_unet(), losses, checkpoint=run.work / "unet.pt", steps=run.steps, minutes=run.minutes, **sized)
 
 
 def train_adapter(run: Run) -> None:
     """The bundled adapter, over the exported model, by the same loss as ``ipadapter train``."""
-    import torch
-
     from ..files.provenance import export_adapter, provenance
     from ..models.base_model import load_base_model
-    from .adapter import BATCH, fit_adapter
-    from .loop import steps_done
+    from .adapter import BATCH, LEARNING_RATE, fit_adapter
+    from .loop import progress, training_device
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base_model = load_base_model(run.output / MODEL, device=device)
+    base_model = load_base_model(run.output / MODEL, device=training_device())
     checkpoint = run.work / "adapter.pt"
-    adapter = fit_adapter(base_model, run.train, checkpoint=checkpoint, steps=run.steps, minutes=run.minutes)
-    steps = steps_done(checkpoint)
-    metadata = provenance(base_model, adapter.spec, steps=steps, images_seen=steps * BATCH, seed=0)
+    sized = run.sized(BATCH, LEARNING_RATE)
+    adapter = fit_adapter(base_model, run.train, checkpoint=checkpoint, steps=run.steps, minutes=run.minutes, **sized)
+    done = progress(checkpoint)
+    metadata = provenance(base_model, adapter.spec, steps=done.step, images_seen=done.images, seed=0)
     export_adapter(run.output / "adapter.safetensors", adapter, metadata)
 
 
@@ -189,6 +184,9 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=1_000_000, help="steps of a part in all, earlier runs counted in")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop a part after this long")
+    parser.add_argument(
+        "--batch-size", type=int, help="pictures a step of vae, decoder, unet and adapter (default: 8, 8, 64, 64)"
+    )
     arguments = parser.parse_args()
     pictures = arguments.pictures or emoji_folder() / "pictures.zip"
     run = Run(
@@ -198,6 +196,7 @@ def main() -> None:
         output=arguments.output or emoji_folder(),
         steps=arguments.steps,
         minutes=arguments.minutes,
+        batch_size=arguments.batch_size,
     )
     for part in arguments.parts:
         PARTS[part](run)

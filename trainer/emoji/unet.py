@@ -13,6 +13,7 @@ from .loop import LossFunction, device_of
 from .pictures import EmojiPictures
 from .vae import encode_views
 
+BATCH = 64
 NO_TEXT, PLAIN = 0.1, 0.4  # shares of the batch without text, and with a caption that names no style
 VIEWS = 16  # of each picture, mirrored and shifted: six thousand latents alone are soon known by heart
 
@@ -43,9 +44,10 @@ def new_scheduler() -> DDPMScheduler:
 
 @torch.no_grad()
 def text_states(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """[N, 16, 128]: the last hidden states that condition the UNet."""
+    """[N, 16, 128] on the CPU: the last hidden states that condition the UNet."""
     ids = tokenize(tokenizer, texts)
-    return torch.cat([text_encoder(chunk).last_hidden_state for chunk in ids.split(256)])
+    device = device_of(text_encoder)
+    return torch.cat([text_encoder(chunk.to(device)).last_hidden_state.cpu() for chunk in ids.split(256)])
 
 
 def unet_losses(
@@ -53,7 +55,7 @@ def unet_losses(
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
-    batch_size: int = 64,
+    batch_size: int = BATCH,
 ) -> LossFunction:
     """Plain v-prediction MSE over uniform timesteps; latents and text states are computed once, here."""
     latents = encode_views(vae, pictures, VIEWS) * vae.config.scaling_factor
