@@ -26,7 +26,7 @@ from ipadapter_trainer.emoji.judges import (
 )
 from ipadapter_trainer.emoji.loop import Progress, fit, load_ema, progress
 from ipadapter_trainer.emoji.pictures import EmojiPictures, load_pictures, to_pixels
-from ipadapter_trainer.emoji.train import PARTS, Run
+from ipadapter_trainer.emoji.train import PARTS, Run, main
 from ipadapter_trainer.emoji.vae import (
     POSTERIOR_STD,
     SD15_SCALING,
@@ -91,6 +91,26 @@ def test_parts_take_the_batch_size_that_was_asked_for(some: EmojiPictures, tmp_p
     for part in ("vae", "decoder"):
         PARTS[part](run)
         assert progress(tmp_path / f"{part}.pt") == Progress(step=2, images=10)
+
+
+def test_a_checkpoint_without_a_count_of_pictures_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "x.pt"
+    fit(nn.Linear(4, 1), _toy, checkpoint=file, steps=3, learning_rate=1e-2)
+    state = torch.load(file, weights_only=True)
+    del state["images"]
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"x\.pt holds 3 steps and no count of pictures.*train this part anew"):
+        fit(nn.Linear(4, 1), _toy, checkpoint=file, steps=4, learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("batch_size", ["0", "-3"])
+def test_a_batch_of_nothing_is_refused(
+    batch_size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "vae", "--work", str(tmp_path), "--batch-size", batch_size])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"--batch-size {batch_size}: expected at least 1" in capsys.readouterr().err
 
 
 def test_load_ema_names_the_missing_checkpoint(tmp_path: Path) -> None:

@@ -17,15 +17,10 @@ LossFunction = Callable[[nn.Module, torch.Generator], dict[str, Tensor]]
 
 
 class Progress(NamedTuple):
-    """How many steps, and pictures in them, a part has been trained for, all runs together."""
+    """How many steps, and pictures in them where they are counted, a part was trained for, all runs together."""
 
-    step: int
-    images: int
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> Progress:
-        """What a checkpoint's state says of it."""
-        return cls(int(state["step"]), int(state["images"]))
+    step: int = 0
+    images: int = 0
 
 
 def fit(
@@ -35,7 +30,7 @@ def fit(
     checkpoint: Path,
     steps: int,
     minutes: float = float("inf"),
-    batch_size: int = 1,
+    batch_size: int = 0,
     learning_rate: float,
     weight_decay: float = 0.01,
     warmup: int = 100,
@@ -46,10 +41,10 @@ def fit(
 
     The learning rate is constant after the warm-up and the weights are averaged, so a later, longer run continues
     from the checkpoint as if it had never stopped. Only parameters that require a gradient are trained,
-    on the GPU when there is one. ``batch_size`` is that of ``losses``, for the checkpoint's count of pictures.
+    on the GPU when there is one. ``batch_size`` is that of ``losses``, for the checkpoint's count of pictures;
+    without it they are not counted.
     """
     model.to(training_device(), memory_format=torch.channels_last)  # faster convolutions
-    torch.backends.cuda.matmul.allow_tf32 = True
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
     ema = _new_ema(parameters)
@@ -86,7 +81,7 @@ def start_from(model: nn.Module, checkpoint: Path, seed: int = 0) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
     ema = _new_ema(parameters)
-    _save(checkpoint, parameters, optimizer, ema, torch.Generator().manual_seed(seed), Progress(0, 0))
+    _save(checkpoint, parameters, optimizer, ema, torch.Generator().manual_seed(seed), Progress())
 
 
 def training_device() -> torch.device:
@@ -103,7 +98,7 @@ def load_ema(model: nn.Module, checkpoint: Path) -> nn.Module:
     """Put the averaged weights of a checkpoint into ``model`` (whose trained parameters must be the same)."""
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} does not exist: train this part first")
-    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    state = _load(checkpoint)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter, value in zip(parameters, state["ema"]["shadow_params"], strict=True):
         parameter.data.copy_(value)
@@ -112,7 +107,20 @@ def load_ema(model: nn.Module, checkpoint: Path) -> nn.Module:
 
 def progress(checkpoint: Path) -> Progress:
     """What a checkpoint has seen."""
-    return Progress.of(torch.load(checkpoint, weights_only=True, map_location="cpu"))
+    return _progress(_load(checkpoint), checkpoint)
+
+
+def _load(checkpoint: Path) -> dict[str, Any]:
+    return torch.load(checkpoint, weights_only=True, map_location="cpu")
+
+
+def _progress(state: dict[str, Any], checkpoint: Path) -> Progress:
+    if "images" not in state:
+        raise ValueError(
+            f"{checkpoint} holds {state['step']} steps and no count of pictures: it was written by an older version. "
+            "Go on with that version, or move the file away and train this part anew."
+        )
+    return Progress(state["step"], state["images"])
 
 
 def _new_ema(parameters: list[nn.Parameter]) -> EMAModel:
@@ -145,8 +153,9 @@ def _resume(
     file: Path, parameters: list[nn.Parameter], optimizer: Any, ema: EMAModel, generator: torch.Generator
 ) -> Progress:
     if not file.is_file():
-        return Progress(0, 0)
-    state = torch.load(file, weights_only=True, map_location="cpu")
+        return Progress()
+    state = _load(file)
+    done = _progress(state, file)
     for parameter, value in zip(parameters, state["parameters"], strict=True):
         parameter.data.copy_(value)
     if state["step"] > 0:  # else there is nothing in it, and the settings are those of this run
@@ -155,4 +164,4 @@ def _resume(
     ema.to(parameters[0].device)
     generator.set_state(state["generator"])
     torch.set_rng_state(state["global_generator"])
-    return Progress.of(state)
+    return done

@@ -5,7 +5,7 @@
     python -m ipadapter_trainer.emoji.train export --work work/emoji --output assets/emoji
     python -m ipadapter_trainer.emoji.train adapter --work work/emoji --output assets/emoji --minutes 15
 
-A GPU is used when there is one, and worth larger batches (``--batch-size 512``).
+A GPU is used when there is one; ``--batch-size 512`` gives it more to do in unet and adapter.
 Running a part again with more steps or minutes continues it; ``unpack`` makes checkpoints from the shipped weights,
 for whoever has no others. A part that is trained further makes those after it stale:
 the UNet learns the latents of one autoencoder and the states of one text encoder.
@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ipadapter_core.assets import MODEL, PROMPTS, emoji_folder
 
@@ -188,6 +190,9 @@ def main() -> None:
         "--batch-size", type=int, help="pictures a step of vae, decoder, unet and adapter (default: 8, 8, 64, 64)"
     )
     arguments = parser.parse_args()
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        parser.error(f"--batch-size {arguments.batch_size}: expected at least 1; leave it out for each part's own.")
+    torch.backends.cuda.matmul.allow_tf32 = True  # small models in fp32, for which that is precise enough
     pictures = arguments.pictures or emoji_folder() / "pictures.zip"
     run = Run(
         pictures=pictures,

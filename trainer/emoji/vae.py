@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .loop import LossFunction, device_of
 from .pictures import EmojiPictures, to_pixels
 
-BATCH = 8  # fastest learning on two CPU cores
+BATCH = 8
 MOST_NOISE = 0.6  # of the latents' own spread: about what a small UNet leaves in them
 SIZE_WEIGHT = 3e-5  # keeps the latents from growing; their scale is free
 POSTERIOR_STD = 0.02  # of a latent of unit variance: the encoder is certain
