@@ -10,7 +10,9 @@ from .adapter import (
     load_adapter,
     save_adapter,
 )
+from .application import AdapterApplication
 from .attention import SCALINGS, Attend, KeyValue, Scaling, image_attention, scale_keys_values
+from .attn_processor import ImageAttnProcessor
 from .build import build_layers, build_lora, build_projector, load_layers, load_projector
 from .checkpoint import AdapterCheckpoint, checkpoint_from_state, read_checkpoint
 from .compatible import check_compatible
@@ -33,6 +35,7 @@ from .lora import LoraLayers
 from .masks import level_grid, resize_mask
 from .operations import Operations
 from .projectors import FaceIDPlusProjection, FaceIDProjection, FullProjection, ImageProjection, Resampler
+from .rows import pipeline_rows
 from .spec import (
     FAMILIES,
     FAMILY_NAMES,
@@ -53,7 +56,7 @@ from .spec import (
     with_shortcut,
 )
 from .tensors import TensorMap
-from .unet import AdapterApplication, ImageAttnProcessor, Injection, inject
+from .unet import Injection, inject
 from .weight_types import WEIGHT_TYPES, LayerWeight, WeightType, layer_weights, weight_layout
 
 __all__ = [
@@ -120,6 +123,7 @@ __all__ = [
     "load_projector",
     "looks_like",
     "new_spec",
+    "pipeline_rows",
     "read_checkpoint",
     "resize_mask",
     "save_adapter",

@@ -57,7 +57,10 @@ def test_equality(pack, world, both, weight_type, masked):
     pairs = adapter.adapter.keys_values(torch.cat([prompt.negative, prompt.positive]))
     for latents, timestep, context, output in calls:
         application = core.AdapterApplication(
-            key_values=pairs, weight=[weights[site.transformer_index] for site in sites], mask=mask
+            key_values=pairs,
+            weight=[weights[site.transformer_index] for site in sites],
+            mask=mask,
+            rows=[0, 1],
         )
         with core.inject(unet, [application]):
             want = unet(latents, timestep, context).sample

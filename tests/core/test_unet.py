@@ -14,6 +14,7 @@ from torch import Tensor
 import ipadapter_core as ic
 
 Pairs = Sequence[ic.KeyValue]
+BOTH = (0, 1)  # an image prompt for each row of a batch of two
 
 
 class HandProcessor:
@@ -70,6 +71,8 @@ def run_in_diffusers(
 
 
 def run_injected(unet: Any, pairs: Pairs | None, latents: Tensor, text: Tensor, **application: Any) -> Tensor:
+    """With an image prompt for each row of the batch, unless `rows` says otherwise."""
+    application.setdefault("rows", range(len(latents)) if pairs and len(pairs[0].key) > 1 else None)
     with ic.inject(unet, ic.AdapterApplication(pairs, **application)):
         return run(unet, latents, text)
 
@@ -170,7 +173,10 @@ def test_nested_injections(
     other = new_adapter(sd15, seed=9)
     more = other(*features(other, seed=10))
     before = dict(sd15.attn_processors)
-    one, two = ic.AdapterApplication(pairs, 0.5, name="one"), ic.AdapterApplication(more, 0.8, name="two")
+    one, two = (
+        ic.AdapterApplication(given, weight, name=name, rows=BOTH)
+        for given, weight, name in ((pairs, 0.5, "one"), (more, 0.8, "two"))
+    )
     with ic.inject(sd15, [one, two]):
         together = run(sd15, latents, text)
     first = ic.inject(sd15, one)
@@ -187,20 +193,6 @@ def test_nested_injections(
     assert all(sd15.attn_processors[name] is before[name] for name in before)
 
 
-def test_eject_names_foreign_processors(sd15: Any, case: Any) -> None:
-    from diffusers.models.attention_processor import AttnProcessor
-
-    before = dict(sd15.attn_processors)
-    injection = ic.inject(sd15, ic.AdapterApplication(case[1], name="mine"))
-    ours = dict(sd15.attn_processors)
-    sd15.set_attn_processor(AttnProcessor())
-    with pytest.raises(ic.AdapterError, match=r"Injection\(mine\).*AttnProcessor was put on top"):
-        injection.eject()
-    sd15.set_attn_processor(ours)
-    injection.eject()
-    assert all(sd15.attn_processors[name] is before[name] for name in before)
-
-
 def test_over_diffusers_own_adapter(
     new_unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor
 ) -> None:
@@ -208,7 +200,7 @@ def test_over_diffusers_own_adapter(
     unet = new_unet("sd15").requires_grad_(False)
     theirs, ours = new_adapter(unet), new_adapter(unet, seed=8)
     (given,) = features(theirs)
-    both = [ic.AdapterApplication(theirs(given)), ic.AdapterApplication(ours(given))]
+    both = [ic.AdapterApplication(adapter(given), rows=BOTH) for adapter in (theirs, ours)]
     with ic.inject(unet, both):
         expected = run(unet, latents, text)
     run_in_diffusers(unet, theirs, given, latents, text, 1.0)
@@ -221,7 +213,7 @@ def test_over_diffusers_own_adapter(
 
 def test_cached_keys_equal_fresh_ones(sd15: Any, case: Any, features: Any, latents: Tensor, text: Tensor) -> None:
     adapter, cached = case
-    application = ic.AdapterApplication(cached)
+    application = ic.AdapterApplication(cached, rows=BOTH)
     with ic.inject(sd15, application):
         for step in range(3):
             x = latents * (1 + step)
@@ -248,11 +240,22 @@ def test_rows_and_roles(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> 
     _, pairs = case
     negative, positive = ([ic.KeyValue(k[i : i + 1], v[i : i + 1]) for k, v in pairs] for i in (0, 1))
     x, states = latents.repeat(2, 1, 1, 1), text.repeat(2, 1, 1)
-    roles = run_injected(sd15, pairs, x, states)  # [negative, positive] over a batch of four
+    roles = run_injected(sd15, pairs, x, states, rows=[0, 0, 1, 1])
     torch.testing.assert_close(roles[:2], run_injected(sd15, negative, latents, text), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(roles[2:], run_injected(sd15, positive, latents, text), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ic.AdapterError, match=r"face: 2 rows of image keys for a UNet batch of 3"):
-        run_injected(sd15, pairs, x[:3], states[:3], name="face")
+
+
+def test_rows_are_never_guessed(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
+    """Two image prompts and a batch of two: [negative, positive], or two pictures? The caller has to say."""
+    _, pairs = case
+    for batch in (1, 2, 4):
+        x, states = latents[:1].repeat(batch, 1, 1, 1), text[:1].repeat(batch, 1, 1)
+        with pytest.raises(ic.AdapterError, match=rf"face: 2 rows of image keys.*each of the {batch} rows"):
+            run_injected(sd15, pairs, x, states, name="face", rows=None)
+    with pytest.raises(ic.AdapterError, match=r"face: the rows are \[0, 1\]; expected 4 numbers below 2"):
+        run_injected(sd15, pairs, x, states, name="face", rows=[0, 1])
+    with pytest.raises(ic.AdapterError, match=r"face: the rows are \[0, 2\]; expected 2 numbers below 2"):
+        run_injected(sd15, pairs, latents, text, name="face", rows=[0, 2])
 
 
 def test_weights_per_layer_and_per_row(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
@@ -277,12 +280,12 @@ def test_mask_on_the_true_grid(sd15: Any, case: Any, text: Tensor, size: tuple[i
     while len(grids) < 4:
         grids.append((-(-grids[-1][0] // 2), -(-grids[-1][1] // 2)))
     masks = {a * b: ic.resize_mask(soft, (a, b)) for a, b in grids}
-    expected = run_by_hand(sd15, pairs, x, text, masks=masks)
-    application = ic.AdapterApplication(pairs, mask=soft)
+    expected, unmasked = run_by_hand(sd15, pairs, x, text, masks=masks), run_by_hand(sd15, pairs, x, text)
+    application = ic.AdapterApplication(pairs, mask=soft, rows=BOTH)
     with ic.inject(sd15, application):
         torch.testing.assert_close(run(sd15, x, text), expected, atol=1e-5, rtol=1e-5)
         application.mask = torch.ones(3, 3)  # another mask takes effect at once
-        torch.testing.assert_close(run(sd15, x, text), run_by_hand(sd15, pairs, x, text), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(run(sd15, x, text), unmasked, atol=1e-5, rtol=1e-5)
         application.mask = torch.zeros(3, 3)
         masked_out = run(sd15, x, text)
     torch.testing.assert_close(masked_out, run(sd15, x, text), atol=1e-6, rtol=1e-6)
@@ -300,7 +303,7 @@ def test_an_observer_sees_both_attentions(sd15: Any, case: Any, latents: Tensor,
         for id, module in cross.items()
     ]
     plain = run_injected(sd15, pairs, latents, text, weight=0.5)
-    application = ic.AdapterApplication(pairs, 0.5, observe=lambda id, a, b: seen.update({id: (a, b)}))
+    application = ic.AdapterApplication(pairs, 0.5, rows=BOTH, observe=lambda id, a, b: seen.update({id: (a, b)}))
     with ic.inject(sd15, application):
         assert torch.equal(run(sd15, latents, text), plain)
     for hook in hooks:
@@ -336,15 +339,130 @@ def test_lora_equals_merged_weights(
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     assert apart(ours, run_injected(unet, pairs, latents, text)) > 1e-3
     # Injected in two steps, the image attention of the first still sees the LoRA's query.
-    with ic.inject(unet, ic.AdapterApplication(pairs)):
+    with ic.inject(unet, ic.AdapterApplication(pairs, rows=BOTH)):
         stacked = run_injected(unet, None, latents, text, lora=adapter.lora, lora_weight=0.6)
     torch.testing.assert_close(stacked, expected, atol=1e-5, rtol=1e-4)
+
+
+def slice_attention(unet: Any) -> None:
+    unet.set_attention_slice("max")
+
+
+def use_plain_processor(unet: Any) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    unet.set_attn_processor(AttnProcessor())
+
+
+def use_xformers(unet: Any) -> None:
+    from diffusers.models.attention_processor import XFormersAttnProcessor
+
+    unet.set_attn_processor(XFormersAttnProcessor())  # what enable_xformers_memory_efficient_attention does on a GPU
+
+
+def fuse(unet: Any) -> None:
+    unet.fuse_qkv_projections()
+
+
+def load_another_adapter(unet: Any) -> None:
+    sites = ic.diffusers_sites(unet)
+    spec = ic.new_spec("base", [site.width for site in sites], sites[0].context_width, image_width=20)
+    unet._load_ip_adapter_weights([state_for_diffusers(ic.init_adapter(spec))], low_cpu_mem_usage=False)
+
+
+CHANGES = (slice_attention, use_plain_processor, use_xformers, fuse)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    # With a LoRA in the self-attention, diffusers' own loader fails before it replaces anything.
+    [("base", load_another_adapter), *((kind, change) for kind in ("base", "faceid") for change in CHANGES)],
+)
+def test_a_processor_that_replaces_ours_is_noticed(
+    new_unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor, kind: str, change: Any
+) -> None:
+    """Before the first layer; and the block ends as always: nothing of ours is left, not even for later."""
+    unet = new_unet("sd15").requires_grad_(False)
+    adapter = new_adapter(unet, kind)
+    application = ic.AdapterApplication(adapter(*features(adapter)), lora=adapter.lora, name="mine", rows=BOTH)
+    before = dict(unet.attn_processors)
+    for _ in range(2):
+        with (
+            pytest.raises(ic.AdapterError, match=r"Injection\(mine\): \w+Processor\w* took the place"),
+            ic.inject(unet, application),
+        ):
+            change(unet)
+            run(unet, latents, text)
+        with ic.inject(unet, application):
+            change(unet)  # and no forward pass after it
+        assert not unet._forward_pre_hooks
+        assert not any(isinstance(processor, ic.ImageAttnProcessor) for processor in unet.attn_processors.values())
+    if change is fuse:
+        unet.unfuse_qkv_projections()
+        assert all(type(processor).__name__ == "FusedAttnProcessor2_0" for processor in unet.attn_processors.values())
+    unet.set_attn_processor(before)
+    unet.encoder_hid_proj = None
+    run_injected(unet, application.key_values, latents, text)
+    assert all(unet.attn_processors[name] is before[name] for name in before)
+
+
+def test_one_replaced_processor_is_enough(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    before = dict(sd15.attn_processors)
+    name, foreign = "mid_block.attentions.0.transformer_blocks.0.attn2", AttnProcessor()
+    one, two = (ic.AdapterApplication(case[1], name=name, rows=BOTH) for name in ("one", "two"))
+    with (
+        pytest.raises(ic.AdapterError, match=r"Injection\(one\): AttnProcessor took the place"),
+        ic.inject(sd15, one),
+        ic.inject(sd15, two),
+    ):
+        sd15.get_submodule(name).set_processor(foreign)
+        run(sd15, latents, text)
+    after = sd15.attn_processors
+    assert after.pop(f"{name}.processor") is foreign
+    assert all(after[name] is before[name] for name in after)
+    sd15.set_attn_processor(before)
+
+
+@pytest.mark.parametrize("change", [slice_attention, use_plain_processor, fuse])
+@pytest.mark.parametrize("kind", ["base", "faceid"])
+def test_over_other_processors(
+    new_unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor, kind: str, change: Any
+) -> None:
+    """Set before inject, they change nothing: with fused projections the LoRA reaches keys and values as well."""
+    unet = new_unet("sd15").requires_grad_(False)
+    adapter = new_adapter(unet, kind)
+    if adapter.lora is not None:
+        for parameter in adapter.lora.parameters():
+            parameter.mul_(0.3)
+    pairs = adapter(*features(adapter))
+    expected = run_injected(unet, pairs, latents, text, lora=adapter.lora, lora_weight=0.6)
+    change(unet)
+    changed = dict(unet.attn_processors)
+    out = run_injected(unet, pairs, latents, text, lora=adapter.lora, lora_weight=0.6)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    assert apart(out, run(unet, latents, text)) > 1e-3
+    assert all(unet.attn_processors[name] is changed[name] for name in changed)
+
+
+def test_a_processor_that_cannot_carry_the_image_is_refused(
+    new_unet: Any, case: Any, latents: Tensor, text: Tensor
+) -> None:
+    class WithoutQuery:
+        def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return attn.to_out[0](hidden_states)
+
+    unet = new_unet("sd15").requires_grad_(False)
+    unet.set_attn_processor(WithoutQuery())
+    with pytest.raises(ic.AdapterError, match=r"WithoutQuery .*no image attention can be added"):
+        run_injected(unet, case[1], latents, text)
 
 
 def train_step(
     unet: Any, adapter: ic.IPAdapter, given: tuple[Tensor, ...], latents: Tensor, text: Tensor
 ) -> list[Tensor]:
-    application = ic.AdapterApplication(lora=adapter.lora)
+    application = ic.AdapterApplication(lora=adapter.lora, rows=BOTH)
     with ic.inject(unet, application):
         application.key_values = adapter(*given)
         unet(latents, 500, encoder_hidden_states=text).sample.square().mean().backward()

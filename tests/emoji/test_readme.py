@@ -29,11 +29,13 @@ def models(tmp_path: Path) -> Path:
     shutil.copy(FOLDER / "adapter.safetensors", tmp_path / "ip-adapter_sd15.safetensors")
     held_out = load_pictures(FOLDER / "pictures.zip", "held_out")
     Image.fromarray(held_out.images[0].permute(1, 2, 0).numpy()).save(tmp_path / "cat.jpg")
+    shutil.copy(tmp_path / "cat.jpg", tmp_path / "dog.jpg")
     return tmp_path
 
 
-def test_the_python_example_runs(models: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_python_examples_run(models: Path) -> None:
+    """One after the other, as they are read."""
+    example = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     done = subprocess.run([sys.executable, "-c", example], cwd=models, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with Image.open(models / "moon.png") as picture:

@@ -89,9 +89,9 @@ def test_weight_zero_is_the_plain_unet(base_model: BaseModel, adapter: IPAdapter
     unet, time, text = base_model.unet, torch.tensor([500] * 4), batch.features.text.states
     plain = unet(batch.features.latents, time, text).sample
     key_values = adapter(*batch.features.image_features)
-    with inject(unet, AdapterApplication(key_values, weight=0.0)):
+    with inject(unet, AdapterApplication(key_values, weight=0.0, rows=range(4))):
         assert torch.equal(unet(batch.features.latents, time, text).sample, plain)
-    with inject(unet, AdapterApplication(key_values)):
+    with inject(unet, AdapterApplication(key_values, rows=range(4))):
         assert not torch.equal(unet(batch.features.latents, time, text).sample, plain)
 
 
@@ -109,7 +109,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_target(name: str, request: py
     target = batch.noise if name == "base_model" else alpha * batch.noise - sigma * latents
     embeds = batch.features.image_features[0].clone()
     embeds[0] = 0
-    with inject(model.unet, AdapterApplication(adapter(embeds))):
+    with inject(model.unet, AdapterApplication(adapter(embeds), rows=range(4))):
         said = model.unet(alpha * latents + sigma * batch.noise, batch.timesteps, batch.features.text.states).sample
     torch.testing.assert_close(loss, (said - target).square().mean())
 

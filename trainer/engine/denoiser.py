@@ -101,6 +101,7 @@ class Denoiser:
         """Let the UNet see these features [B, ...], but for the rows [B] that are dropped."""
         seen = dropped(image_features, self.no_image, drop_image_embeds)
         self.application.key_values = self.adapter(*(feature.float() for feature in seen))
+        self.application.rows = range(len(drop_image_embeds))
         self.application.lora_weight = 1.0
 
     def rest(self) -> None:

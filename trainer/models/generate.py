@@ -127,6 +127,7 @@ class _ImagePrompt:
             weights[0] if same else torch.tensor(weights, device=rows.device),
             lora=self.lora,
             lora_weight=weights[0],
+            rows=range(len(weights)),
         )
 
 

@@ -43,7 +43,7 @@ def step_cost(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> 
         unet.train()
         unet.enable_gradient_checkpointing()
     adapter = init_adapter(spec, device="meta", dtype=dtype)
-    application = AdapterApplication(lora=adapter.lora)
+    application = AdapterApplication(lora=adapter.lora, rows=range(batch))
 
     def forward() -> Tensor:
         application.key_values = adapter(*_meta_features(base_model, spec, batch, dtype))

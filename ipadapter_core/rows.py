@@ -1,0 +1,99 @@
+"""Which image prompt each row of a diffusers UNet's batch gets, told by the pipeline that builds the batch.
+
+Guidance, perturbed-attention guidance and `num_images_per_prompt` all change the batch, and no size tells which
+of them did. A pipeline treats its `ip_adapter_image_embeds` exactly as it treats its batch, so row numbers travel
+there to the UNet's `added_cond_kwargs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .errors import AdapterError
+
+ROWS = "ipadapter_core.rows"  # in added_cond_kwargs, for injections below the first
+
+
+def pipeline_rows(positive: Sequence[int] = (1,), negative: int = 0) -> list[Tensor]:
+    """What a diffusers pipeline takes as `ip_adapter_image_embeds` while `inject` is at work in its UNet.
+
+    `positive` has the row of `key_values` for all pictures, or one row for each picture, in the order in which the
+    pipeline returns them; `negative` has the row of all negative branches. The default fits the rows [negative,
+    positive] and any number of prompts; `pipeline_rows([1, 2])` is for two pictures with an image each. Guidance may
+    be on or off.
+
+    Raises AdapterError for an empty `positive` or a number below 0; while the pipeline runs, for another number of
+    pictures.
+    """
+    if not positive or min(*positive, negative) < 0:
+        raise AdapterError(
+            f"pipeline_rows({list(positive)}, {negative}): expected rows of key_values, counted from 0, for all "
+            "pictures or for each."
+        )
+    rows = torch.tensor(positive).reshape(-1, 1, 1).as_subclass(_Rows)
+    rows.negative_row = negative
+    return [rows]
+
+
+class _Rows(Tensor):
+    """Row numbers [B, 1, 1]: 3 dims because pipelines refuse 2, 1 channel because no image embedding has only 1."""
+
+    negative_row: int = 0
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """With guidance, a pipeline splits its embeds into the negative and the positive ones: make the negative
+        ones here.
+        """
+        if (chunks, dim) != (2, 0):
+            raise AdapterError(
+                f"The pipeline splits its image embeds into {chunks} branches of guidance; expected 2, negative and "
+                "positive. Set AdapterApplication.rows instead, to the row of key_values for each row of its batch."
+            )
+        return torch.full_like(self, self.negative_row).as_subclass(_Rows), self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.cat and all(part is args[0][0] for part in args[0]):
+            return _one_each(cast("Tensor", args[0][0]).as_subclass(Tensor), pictures=len(args[0]))
+        # Every other result is a plain tensor.
+        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
+            return func(*args, **(kwargs or {}))
+
+
+def _one_each(rows: Tensor, pictures: int) -> Tensor:
+    """A pipeline repeats its image embeds once for each picture: the row of all, or the rows of each as they are."""
+    if len(rows) not in (1, pictures):
+        raise AdapterError(
+            f"pipeline_rows has {len(rows)} rows, the pipeline makes {pictures} pictures. Give one row for all "
+            f"pictures, or {pictures}."
+        )
+    return rows.expand(pictures, -1, -1)
+
+
+def take_rows(kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+    """The row numbers in the keyword arguments of a UNet's call, and the arguments as the UNet expects them.
+
+    Nothing of the caller's is changed: a pipeline passes the same dict in every step.
+    """
+    added = cast("dict[str, Any]", kwargs.get("added_cond_kwargs") or {})
+    if ROWS in added:
+        return added[ROWS], kwargs
+    embeds = added.get("image_embeds")
+    if not isinstance(embeds, (list, tuple)):
+        return None, kwargs
+    items = cast("Sequence[Tensor]", embeds)
+    ours = [item for item in items if item.shape[1:] == (1, 1)]
+    if not ours:
+        return None, kwargs
+    if len(ours) > 1:
+        raise AdapterError(
+            f"ip_adapter_image_embeds holds {len(ours)} pipeline_rows. Pass one: it holds for every adapter of inject."
+        )
+    others = [item for item in items if item is not ours[0]]
+    return ours[0], {**kwargs, "added_cond_kwargs": {**added, "image_embeds": others, ROWS: ours[0]}}
