@@ -96,8 +96,13 @@ def diffusers_sites(unet: nn.Module) -> tuple[Site, ...]:
 
 
 def named_modules(model: nn.Module) -> dict[str, Any]:
-    """`model.named_modules()` as a dict of duck-typed modules."""
-    return dict(cast("Iterator[tuple[str, Any]]", model.named_modules()))
+    """`model.named_modules()` as a dict of duck-typed modules, those of a torch.compile wrapper without its prefix."""
+    return dict(cast("Iterator[tuple[str, Any]]", unwrap(model).named_modules()))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside the wrapper that torch.compile returns, or the model itself."""
+    return cast("nn.Module", getattr(model, "_orig_mod", model))
 
 
 def _transformer(name: str) -> str:

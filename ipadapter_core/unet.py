@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .application import AdapterApplication
 from .attn_processor import ImageAttnProcessor
 from .errors import AdapterError
-from .layers import Site, attention_ids, diffusers_sites, named_modules
+from .layers import Site, attention_ids, diffusers_sites, named_modules, unwrap
 from .rows import take_rows
 
 
@@ -24,7 +24,7 @@ class Injection:
         self.rows: Sequence[int] | None = None
         self.active = True
         self._rows_tensor: Tensor | None = None
-        self._unet = unet
+        self._unet = unet = unwrap(unet)
         modules = named_modules(unet)
         self._replaced = [
             (modules[name], modules[name].processor, processor)

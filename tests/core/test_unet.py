@@ -446,6 +446,21 @@ def test_over_other_processors(
     assert all(unet.attn_processors[name] is changed[name] for name in changed)
 
 
+def test_a_compiled_unet(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
+    """The wrapper of torch.compile may be passed in place of the UNet, also after a run without adapter."""
+    _, pairs = case
+    plain, expected = run(sd15, latents, text), run_injected(sd15, pairs, latents, text)
+    compiled = torch.compile(sd15, backend="eager")
+    run(compiled, latents, text)
+    application = ic.AdapterApplication(pairs)
+    told = {"added_cond_kwargs": {"image_embeds": [torch.tensor(BOTH).reshape(2, 1, 1)]}}
+    with ic.inject(compiled, application):
+        out = run(compiled, latents, text, **told)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(compiled, latents, text), plain, atol=1e-5, rtol=1e-5)
+    torch.compiler.reset()
+
+
 def test_a_processor_that_cannot_carry_the_image_is_refused(
     new_unet: Any, case: Any, latents: Tensor, text: Tensor
 ) -> None:
