@@ -31,9 +31,10 @@ _OTHER_FILES: tuple[tuple[str, str], ...] = (
     (r"^down_blocks\..*attn2\.to_k\.|^input_blocks\.\d+", "a UNet"),
     (r"^double_blocks\.|^joint_blocks\.|^transformer_blocks\.", "a diffusion transformer"),
     (r"^vision_model\.|^visual\.|^visual_projection", "an image encoder (CLIP vision)"),
-    (r"^text_model\.|^transformer\.text_model", "a text encoder"),
+    (r"^text_model\.|^transformer\.text_model|^embeddings\.token_embedding", "a text encoder"),
     (r"^encoder\.conv_in\.|^decoder\.conv_in\.", "a VAE"),
     (r"^adapter\.body\.|^body\.\d+\.", "a T2I-Adapter"),
+    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter"),
     (r"^emb_params$|^string_to_param|^clip_[gl]$", "a textual inversion embedding"),
 )
 
