@@ -19,10 +19,13 @@ SAFETENSORS = FileType("a safetensors file")
 ZIP = FileType("a PyTorch file or another zip archive")
 PICKLE = FileType("a PyTorch file of the old format or another pickle")
 JSON = FileType("a JSON file")
+EMPTY = FileType("empty (0 bytes)", is_failed_download=True)
+LFS_POINTER = FileType("a Git LFS pointer, not the file itself", is_failed_download=True)
+WEB_PAGE = FileType("a web page, not the file itself", is_failed_download=True)
 
 _MAGIC: tuple[tuple[bytes, FileType], ...] = (
-    (b"version https://git-lfs", FileType("a Git LFS pointer, not the file itself", is_failed_download=True)),
-    (b"<", FileType("a web page, not the file itself", is_failed_download=True)),
+    (b"version https://git-lfs", LFS_POINTER),
+    (b"<", WEB_PAGE),
     (b"{", JSON),
     (b"PK\x03\x04", ZIP),
     (b"\x80", PICKLE),
@@ -41,9 +44,9 @@ def file_type(path: Path) -> FileType:
     with path.open("rb") as stream:
         start = stream.read(_START)
     if not start:
-        return FileType("empty (0 bytes)", is_failed_download=True)
+        return EMPTY
     if not start.strip(b"\0"):
-        return FileType("not a model (it starts with zero bytes)", is_failed_download=True)
+        return FileType("a file that starts with zero bytes", is_failed_download=True)
     # Before the magic numbers: the length of the header comes first, and its low byte may be any of theirs. Eight
     # printable characters would be a length beyond all limits.
     if start[8:9] == b"{" and not _is_text(start[:8]):

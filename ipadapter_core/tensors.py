@@ -203,7 +203,7 @@ def read_pickle(path: Path, *, is_zip: bool, source: str = "") -> TensorFile:
             "tensors. Convert it to safetensors where you trust it, or get another copy."
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).split("\n", 1)[0]
+        reason = str(error).split("\n", 1)[0].split(". ", 1)[0]
         raise AdapterError(
             f"{path}: truncated or not a PyTorch file ({path.stat().st_size} bytes; {reason}). {download_again(source)}"
         ) from error

@@ -130,7 +130,7 @@ def read_judges(file: Path) -> dict[str, Tensor]:
     Raises BaseModelError for another file and for a damaged one.
     """
     source = "the package: install ip-adapter-kit anew"
-    opened = open_weights(file, StyleClassifier, source)
+    opened = open_weights(file, "the judges of the emoji model", source)
     expected = {"text_projection.weight", *(f"style_classifier.{key}" for key in StyleClassifier().state_dict())}
     if lacking := sorted(expected - set(opened.infos)):
         raise BaseModelError(

@@ -29,6 +29,7 @@ _ENCODER_NAMES = {  # (width, layers, patch, projection) -> the name that adapte
 # What shapes cannot tell: (heads, activation) of the encoders that adapters are published with, by width.
 _BY_WIDTH = {1024: (16, "quick_gelu"), 1280: (16, "gelu"), 1664: (16, "gelu")}
 _SOURCE = "its page; published adapters use models/image_encoder of https://huggingface.co/h94/IP-Adapter"
+_EXPECTED = "image encoder weights"
 _PREFIXES = ("vision_model.", "visual_projection.")
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class ImageEncoder:
             self.config = _config_of_folder(path)
             self._files = chosen_weights(path).files
             for file in self._files:
-                check_header(file, _SOURCE)
+                check_header(file, _EXPECTED, _SOURCE)
         else:
             raise BaseModelError(
                 f"{path}: no image encoder there{found_beside}. Set image_encoder to the folder of a "
@@ -83,7 +84,7 @@ class ImageEncoder:
         return load_network(kind, None, list(state), self.path, _SOURCE, config=self.config, state_dict=state)
 
     def _open(self) -> TensorFile:
-        return open_weights(self.path, CLIPVisionModelWithProjection, _SOURCE)
+        return open_weights(self.path, _EXPECTED, _SOURCE)
 
     def fingerprint(self) -> str:
         """16 hex digits of the weights and the preprocessing, read from the files."""
@@ -112,7 +113,7 @@ def _config_of_folder(folder: Path) -> CLIPVisionConfig:
         return whole.vision_config
     if found != "clip_vision_model":
         raise BaseModelError(
-            f"{folder}: its config.json is that of a {found}; expected an image encoder (clip_vision_model). Set "
+            f"{folder}: its config.json is of {found}; expected an image encoder (clip_vision_model). Set "
             f"image_encoder to another folder; published adapters use {_VIT_H}."
         )
     return load_part(CLIPVisionConfig, folder, _SOURCE)

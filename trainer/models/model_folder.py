@@ -54,7 +54,7 @@ class ModelFolder:
         if needs_weights:
             for part in self.parts:
                 for file in chosen_weights(folder / part).files:
-                    check_header(file)
+                    check_header(file, f"{part} weights")
         self.scheduler_config = _scheduler_config(folder)
         self.tokenizers: tuple[CLIPTokenizer, ...] = tuple(
             load_tokenizer(folder / part.replace("text_encoder", "tokenizer"), int(config.vocab_size))
@@ -197,9 +197,7 @@ def _check_class(file: Path, config: Mapping[str, Any], expected: str) -> None:
     """Refuse the config of another class: what it leaves out would be filled in with defaults."""
     found = config.get("_class_name", config.get("model_type", expected))
     if not str(found).endswith(expected):
-        raise BaseModelError(
-            f"{file}: the config of a {found}; expected that of a {expected}. Download it again from {PAGE}."
-        )
+        raise BaseModelError(f"{file}: a config of {found}; expected one of {expected}. Download it again from {PAGE}.")
 
 
 def _text_config(folder: Path) -> CLIPTextConfig:

@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ipadapter_core import AdapterError, looks_like
-from ipadapter_core.file_types import file_type, unexpected_type
+from ipadapter_core.file_types import EMPTY, LFS_POINTER, WEB_PAGE, file_type, unexpected_type
 from ipadapter_core.tensors import check_weights
 
 from ..errors import BaseModelError
@@ -65,9 +65,9 @@ def load_part(kind: Any, folder: Path, source: str = PAGE, **options: Any) -> An
     for file in sorted(folder.glob("[!.]*.json")):
         read_json(file, source)
     if not issubclass(kind, nn.Module):
-        return _from_pretrained(kind, folder, **options)
+        return _from_pretrained(kind, folder, source, **options)
     files, variant = chosen_weights(folder)
-    names = [name for file in files for name in open_weights(file, kind, source).infos]
+    names = [name for file in files for name in open_weights(file, _expected(kind), source).infos]
     where = files[0] if len(files) == 1 else folder
     if variant:
         options["variant"] = variant
@@ -81,7 +81,7 @@ def load_network(
     if issubclass(kind, PreTrainedModel):
         options["ignore_mismatched_sizes"] = True  # they are refused by name
     try:
-        network, info = _from_pretrained(kind, folder, output_loading_info=True, **options)
+        network, info = _from_pretrained(kind, folder, source, output_loading_info=True, **options)
     except BaseModelError:
         _check_model(kind, names, file, source)
         raise
@@ -89,13 +89,19 @@ def load_network(
     return network
 
 
-def _from_pretrained(kind: Any, folder: Path | None, **options: Any) -> Any:
+def _expected(kind: type[nn.Module]) -> str:
+    return f"{kind.__name__} weights"
+
+
+def _from_pretrained(kind: Any, folder: Path | None, source: str, **options: Any) -> Any:
     try:
         with quiet_libraries():
             return kind.from_pretrained(None if folder is None else str(folder), local_files_only=True, **options)
     except Exception as error:  # of any class, from three libraries
         reason = " ".join(str(error).split()).split(". If you want", 1)[0][:300]
-        raise BaseModelError(f"{folder or ''}: cannot be read as {kind.__name__}: {reason}") from error
+        raise BaseModelError(
+            f"{folder or ''}: cannot be read as a {kind.__name__} ({reason}). Download it again from {source}."
+        ) from error
 
 
 def _check_network(network: nn.Module, info: Any, names: Sequence[str], file: Path, source: str = PAGE) -> None:
@@ -130,7 +136,7 @@ def _check_model(kind: type[nn.Module], names: Sequence[str], file: Path, source
     expected, found = _MODELS[kind.__name__], looks_like(names)
     if found != expected:
         raise BaseModelError(
-            f"{file}: looks like {found}; expected the weights of a {kind.__name__}. Download it again from {source}."
+            f"{file}: looks like {found}; expected {_expected(kind)}. Download it again from {source}."
         )
 
 
@@ -155,15 +161,17 @@ def _check_merges(folder: Path, source: str) -> None:
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
             raise BaseModelError(f"{folder / name}: is missing. Download it from {source}.")
+    merges = folder / "merges.txt"
+    if file_type(merges) in (EMPTY, LFS_POINTER, WEB_PAGE):
+        raise BaseModelError(str(unexpected_type(merges, "the merges of a tokenizer", source)))
     tokens = read_json(folder / "vocab.json", source)
     # Every other token is a single byte, which may end a word, or one of the special ones.
     expected = sum(len(token.removesuffix("</w>")) > 1 and not token.startswith("<") for token in tokens)
-    lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = merges.read_text(encoding="utf-8", errors="replace").splitlines()
     found = sum(len(line.split()) == 2 and not line.startswith("#version") for line in lines)
     if found < expected:
         raise BaseModelError(
-            f"{folder / 'merges.txt'}: damaged: it has {found} merges, vocab.json needs {expected}. Download it again "
-            f"from {source}."
+            f"{merges}: damaged: it has {found} merges, vocab.json needs {expected}. Download it again from {source}."
         )
 
 

@@ -65,7 +65,7 @@ class SingleFile:
 
     def __init__(self, path: Path, base_config: Path | None = None, prediction_type: str | None = None) -> None:
         self.path = path
-        header = open_weights(path, UNet2DConditionModel)
+        header = open_weights(path, f"a checkpoint of {FAMILIES}")
         self.family = checkpoint_family(header, str(path))
         folder = hub_configs(self.family, path) if base_config is None else Path(base_config)
         self.configs = ModelFolder(folder, needs_weights=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipadapter_core import AdapterError
 from ipadapter_core.file_types import PICKLE, file_type
@@ -22,22 +22,22 @@ SAMPLES = 16  # values of a tensor, evenly spaced: a merged LoRA changes them al
 PAGE = "its page"  # where to download a model whose origin is unknown
 
 
-def open_weights(file: Path, kind: type[nn.Module] | None, source: str = PAGE) -> TensorFile:
-    """The header of a .safetensors or .bin file; its tensors stay on disk. `kind` is the model that is expected in it,
-    `source` where to download it from, for messages.
+def open_weights(file: Path, expected: str = "model weights", source: str = PAGE) -> TensorFile:
+    """The header of a .safetensors or .bin file; its tensors stay on disk. `expected` ("UNet weights") and
+    `source`, where to download it from, are for messages.
 
     Raises BaseModelError that says what the file is when it is something else, or damaged.
     """
     try:
-        return open_tensors(file, "model weights" if kind is None else f"the weights of a {kind.__name__}", source)
+        return open_tensors(file, expected, source)
     except AdapterError as error:
         raise BaseModelError(str(error)) from error
 
 
-def check_header(file: Path, source: str = PAGE) -> None:
+def check_header(file: Path, expected: str, source: str = PAGE) -> None:
     """`open_weights`, but for pickles of the old format, which cannot be opened without reading all of them."""
     if file_type(file) != PICKLE:
-        open_weights(file, None, source)
+        open_weights(file, expected, source)
 
 
 def weights_fingerprint(files: Iterable[Path], prefixes: tuple[str, ...] = ("",)) -> str:
@@ -56,7 +56,7 @@ def weights_fingerprint(files: Iterable[Path], prefixes: tuple[str, ...] = ("",)
 
 
 def _sampled(file: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    opened = open_weights(file, None)
+    opened = open_weights(file)
     floats = {n: i for n, i in opened.infos.items() if i.dtype.is_floating_point and n.startswith(prefixes)}
     if not all(info.offset for info in floats.values()):  # a pickle
         for name, info in floats.items():
