@@ -17,7 +17,7 @@ from ipadapter_core import (
     infer_spec,
     shortcut_hint,
 )
-from ipadapter_core.file_types import file_type, unexpected_type
+from ipadapter_core.file_types import JSON, PICKLE, SAFETENSORS, ZIP, file_type, unexpected_type
 from ipadapter_core.tensors import open_tensors
 
 from .data.face_embeds import check_face_embed, read_face_embed
@@ -179,7 +179,8 @@ def open_picture(path: Path) -> Image.Image:
     """Raises DataError when the file is missing or is no picture."""
     if not path.is_file():
         raise DataError(f"{path}: no such picture.")
-    if file_type(path).is_failed_download:
+    found = file_type(path)
+    if found.is_failed_download or found in (JSON, PICKLE, SAFETENSORS, ZIP):
         raise DataError(str(unexpected_type(path, "an image")))
     try:
         picture = open_rgb(path)[0]

@@ -158,7 +158,7 @@ PICTURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "lfs.webp": (lambda file: file.write_text("version https://git-lfs.github.com"), "a Git LFS pointer.*again"),
     "folder.png": (lambda file: file.mkdir(), "no such picture"),
-    "model.jpg": (lambda file: save_file({"a": torch.zeros(1)}, file), "not a picture"),
+    "model.jpg": (lambda file: save_file({"a": torch.zeros(1)}, file), "a safetensors file; expected an image"),
     "zeros.png": (lambda file: file.write_bytes(bytes(999)), "zero bytes"),
 }
 
