@@ -6,26 +6,29 @@ import re
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from PIL import Image
 from torch import Tensor
 
 from ipadapter_core import (
+    AdapterError,
     AdapterSpec,
     IPAdapter,
     adapter_from_checkpoint,
     infer_spec,
     shortcut_hint,
 )
+from ipadapter_core.file_types import JSON, PICKLE, SAFETENSORS, ZIP, file_type, unexpected_type
+from ipadapter_core.tensors import open_tensors
 
 from .data.face_embeds import check_face_embed, read_face_embed
-from .data.pixels import to_rgb
+from .data.pixels import open_rgb, why_broken
 from .errors import DataError, TrainerError
 from .files.opening import open_checkpoint
 from .models.base_model import load_base_model
-from .models.generate import generate
+from .models.generate import check_numbers, generate
 from .models.image_features import encode_pictures
+
+MAX_COUNT = 1000  # pictures of one call, which are one batch
 
 
 def generate_files(
@@ -61,6 +64,9 @@ def generate_files(
     if adapter is None and (image is not None or face_embed is not None):
         given = "--image" if image is not None else "--face-embed"
         raise TrainerError(f"An image prompt needs an adapter; {given} was given, --adapter is missing.")
+    check_numbers([weight], guidance, steps)
+    if count > MAX_COUNT:
+        raise TrainerError(f"--count {count}: expected at most {MAX_COUNT:,}.")
     pixels_of = None if size is None else parse_size(size)
     loaded = None if adapter is None else adapter_to_use(adapter, shortcut)
     if loaded is not None:
@@ -94,6 +100,11 @@ def generate_files(
         seed=seed,
         size=pixels_of,
     )
+    if not pixels.isfinite().all():
+        raise TrainerError(
+            f"{output}: not written: the image holds NaN. The base model or the adapter overflows in {dtype}, or is "
+            "damaged."
+        )
     names = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(1, count + 1)]
     output.parent.mkdir(parents=True, exist_ok=True)
     for name, picture_out in zip(names, to_pictures(pixels), strict=True):
@@ -139,16 +150,19 @@ def open_face(path: Path, spec: AdapterSpec) -> Tensor:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such face embedding.")
+    expected = "a face embedding in a .npy or .safetensors file"
+    if file_type(path).is_failed_download:
+        raise DataError(str(unexpected_type(path, expected)))
     if path.suffix != ".safetensors":
         embed = read_face_embed(path)
     else:
         try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{path}: cannot be read as a face embedding ({error}).") from error
-        if len(tensors) != 1:
-            raise DataError(f"{path}: holds {len(tensors)} tensors; expected one, a face embedding.")
-        embed = next(iter(tensors.values()))
+            opened = open_tensors(path, expected)
+        except AdapterError as error:
+            raise DataError(str(error)) from error
+        if len(opened.infos) != 1:
+            raise DataError(f"{path}: holds {len(opened.infos)} tensors; expected one, a face embedding.")
+        embed = opened.read(next(iter(opened.infos)))
     return check_face_embed(embed, int(spec.face_width or 0), str(path))[None]
 
 
@@ -163,13 +177,18 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def open_picture(path: Path) -> Image.Image:
     """Raises DataError when the file is missing or is no picture."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such picture.")
+    found = file_type(path)
+    if found.is_failed_download or found in (JSON, PICKLE, SAFETENSORS, ZIP):
+        raise DataError(str(unexpected_type(path, "an image")))
     try:
-        with Image.open(path) as picture:
-            return to_rgb(picture)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such picture.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as a picture ({error}).") from error
+        picture = open_rgb(path)[0]
+    except Exception as error:  # whatever a decoder raises
+        raise DataError(f"{path}: cannot be read as a picture: {why_broken(error)}") from error
+    if 0 in picture.size:
+        raise DataError(f"{path}: an image of {picture.width} x {picture.height} pixels. Choose another one.")
+    return picture
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:

@@ -213,7 +213,7 @@ def test_a_single_file_that_is_no_known_image_encoder_is_refused(model_folder: P
     for part, words in (
         (f"unet/{WEIGHTS}", "class_embedding' is missing"),
         ("image_encoder/model.safetensors", "32 wide.*1024, 1280, 1664.*Use its folder"),
-        ("model_index.json", "not a safetensors file"),
+        ("model_index.json", "model_index.json: a JSON file; expected image encoder weights"),
     ):
         with pytest.raises(BaseModelError, match=words):
             load_base_model(model_folder, image_encoder=model_folder / part)
@@ -264,9 +264,9 @@ def flux(folder: Path) -> None:
         (lambda f: edit(f / "text_encoder" / "config.json", model_type="chatglm"), "type 'chatglm'; expected CLIP"),
         (lambda f: edit(f / "vae" / "config.json", latent_channels=3), "takes 4 channels, the VAE makes 3"),
         (lambda f: edit(f / "vae" / "config.json", latents_mean=[0.0] * 4), "Playground v2.5"),
-        (lambda f: (f / "unet" / "config.json").write_text("{"), "cannot be read as UNet2DConditionModel"),
+        (lambda f: (f / "unet" / "config.json").write_text("{"), r"unet/config.json: damaged JSON.*Download it again"),
         (lambda f: (f / "unet" / WEIGHTS).unlink(), r"unet: no weights \(found: config.json\)"),
-        (lambda f: (f / "tokenizer" / "tokenizer_config.json").write_text("{"), "cannot be read as CLIPTokenizer"),
+        (lambda f: (f / "tokenizer" / "tokenizer_config.json").write_text("{"), r"tokenizer_config.json: damaged JSON"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said_at_once(copy: Path, damage: Callable[[Path], Any], words: str) -> None:
@@ -289,12 +289,15 @@ def test_what_is_wrong_with_an_sdxl_folder_is_said(sdxl_copy: Path, damage: Call
         load_base_model(sdxl_copy)
 
 
-def test_damaged_weights_are_named_when_they_are_used(copy: Path) -> None:
-    (copy / "unet" / WEIGHTS).write_bytes(b"12345678")
+def test_weights_that_are_damaged_later_are_named_when_they_are_used(copy: Path) -> None:
     model = load_base_model(copy)
-    with pytest.raises(BaseModelError, match="unet: cannot be read as UNet2DConditionModel"):
+    (copy / "unet" / WEIGHTS).write_bytes(b"12345678")
+    with pytest.raises(
+        BaseModelError,
+        match=rf"{WEIGHTS}: a text file that begins with '12345678'; expected UNet2DConditionModel weights",
+    ):
         _ = model.unet
-    with pytest.raises(BaseModelError, match="not a safetensors file"):
+    with pytest.raises(BaseModelError, match="a text file that begins with '12345678'"):
         model.fingerprint()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ipadapter_trainer.data.examples import Example
 from ipadapter_trainer.data.pixels import open_rgb
-from ipadapter_trainer.errors import DataError, EvaluationError
+from ipadapter_trainer.errors import BaseModelError, DataError, EvaluationError
 from ipadapter_trainer.evaluation.clip import MeasuringClip, clip_i, clip_t, is_vit_l, load_clip
 from ipadapter_trainer.evaluation.data import is_coco, open_prompts, read_examples
 from ipadapter_trainer.evaluation.report import PAPER_TABLE, Mean, differences, mean_over_prompts
@@ -92,7 +92,7 @@ def test_what_is_no_clip_is_refused(clip_folder: Path, model_folder: Path, tmp_p
     state = load_file(folder / "model.safetensors")
     del state["text_projection.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EvaluationError, match=r"lack 1 tensors .* such as text_projection\.weight"):
+    with pytest.raises(BaseModelError, match=r"lacks 1 of the tensors .* such as text_projection\.weight"):
         load_clip(folder)
 
 

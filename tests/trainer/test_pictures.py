@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ipadapter_core import save_adapter
+from ipadapter_core.assets import emoji_folder
 
 from .ldm import write_single_file
 from .tiny_models import adapter_of
@@ -101,7 +106,7 @@ def test_a_face_embedding_comes_from_an_array_or_a_tensor(base_model: BaseModel,
     for name, words in (
         ("two.safetensors", "holds 2 tensors; expected one"),
         ("short.safetensors", "512 values"),
-        ("broken.safetensors", "cannot be read as a face embedding"),
+        ("broken.safetensors", "begins with '12345678'; expected a face embedding.*Download it again"),
         ("none.npy", "no such face embedding"),
         ("x.txt", "no such face embedding"),
     ):
@@ -121,3 +126,122 @@ def test_the_version_of_faceid_plus_comes_from_the_option_the_file_or_its_name(
     assert adapter_to_use(tmp_path / "x.safetensors", shortcut=False).spec.shortcut is False
     with pytest.raises(TrainerError, match=r"v1 or v2\?.*--shortcut for v2"):
         adapter_to_use(tmp_path / "x.safetensors")
+
+
+def bomb(file: Path) -> None:
+    """A PNG of 60,000 x 60,000 pixels in few bytes, of which the header alone is there."""
+    Image.new("L", (1, 1)).save(file, "PNG")
+    data = bytearray(file.read_bytes())
+    data[16:24] = struct.pack(">II", 60_000, 60_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    file.write_bytes(data)
+
+
+def without_pixels(file: Path) -> None:
+    file.write_bytes(b"\x00" * 2 + b"\x02" + b"\x00" * 9 + struct.pack("<HHBB", 0, 5, 24, 0))
+
+
+def cut(file: Path) -> None:
+    Image.effect_noise((200, 200), 50).save(file, "PNG")
+    file.write_bytes(file.read_bytes()[:2000])
+
+
+PICTURES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a.png": (bomb, "pixels"),
+    "a.tga": (without_pixels, "pixels|not a picture"),
+    "cut.png": (cut, "truncated"),
+    "text.png": (lambda file: file.write_text("hello"), "'hello'; expected an image"),
+    "empty.jpg": (lambda file: file.touch(), r"empty \(0 bytes\); expected an image. Download it again"),
+    "page.jpg": (
+        lambda file: file.write_text("<html>404</html>"),
+        "a web page, not the file itself; expected an image",
+    ),
+    "lfs.webp": (lambda file: file.write_text("version https://git-lfs.github.com"), "a Git LFS pointer.*again"),
+    "folder.png": (lambda file: file.mkdir(), "no such picture"),
+    "model.jpg": (lambda file: save_file({"a": torch.zeros(1)}, file), "a safetensors file; expected an image"),
+    "zeros.png": (lambda file: file.write_bytes(bytes(999)), "zero bytes"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_what_is_no_picture_is_named(
+    base_model: BaseModel, model_folder: Path, tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    save_adapter(tmp_path / "a.safetensors", adapter_of(base_model, "base"))
+    write, words = PICTURES[name]
+    write(tmp_path / name)
+    common = ("--base-model", model_folder, "--adapter", tmp_path / "a.safetensors", "--output", tmp_path / "o.png")
+    code, _, err = ipadapter(*common, "--image", tmp_path / name)
+    (line,) = err.strip().splitlines()
+    assert code == 2
+    assert line.startswith(f"ipadapter: {tmp_path / name}: ")
+    assert re.search(words, line), line
+    assert not (tmp_path / "o.png").exists()
+
+
+def test_numbers_that_generate_nothing_are_refused(
+    base_model: BaseModel, model_folder: Path, pictures: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "a.safetensors"
+    save_adapter(adapter, adapter_of(base_model, "base"))
+    generate = ("generate", "--image", pictures / "red.png", "--output", tmp_path / "o.png")
+    evaluate = ("eval", "--data", pictures, "--clip", clip_folder, "--output", tmp_path / "evaluation")
+    for option, value, words in (
+        ("--weight", "nan", "nan"),
+        ("--weight", "inf", "inf"),
+        ("--weight", "-inf", "-inf"),
+        ("--weight", "1e6", r"1e\+06; expected a number from -10 to 10"),
+        ("--guidance", "nan", "guidance is nan; expected a number from 0 to 100"),
+        ("--guidance", "inf", "guidance is inf; expected a number from 0 to 100"),
+        ("--guidance", "-3", "guidance is -3; expected a number from 0 to 100"),
+        ("--steps", "1001", "steps is 1001; expected a number from 1 to 1000"),
+        ("--size", "100000", "at most 16384 pixels"),
+        ("--seed", str(2**70), f"seed is {2**70}; expected a whole number of 64 bits"),
+        ("--count", "1001", "--count 1001: expected at most 1,000"),
+    ):
+        for command in (generate, evaluate):
+            if command is evaluate and option in ("--seed", "--count"):  # any seed; there is no count
+                continue
+            arguments = (*command, "--base-model", model_folder, "--adapter", adapter, option, value)
+            result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+            assert result.exit_code == 2, (arguments, result.exception)
+            (line,) = result.stderr.strip().splitlines()
+            assert re.search(words, line), line
+    assert not (tmp_path / "o.png").exists()
+
+
+def test_a_damaged_face_embedding_is_named(base_model: BaseModel, model_folder: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a.safetensors", adapter_of(base_model, "faceid"))
+    face = np.linspace(-1, 1, 512, dtype=np.float32)
+    files: dict[str, tuple[Callable[[Path], Any], str]] = {
+        "nan.npy": (lambda file: np.save(file, np.where(face > 0, np.nan, face)), "values that are not finite"),
+        "short.npy": (lambda file: np.save(file, face[:500]), r"of 512 values, found the shape \(500,\)"),
+        "two.npy": (lambda file: np.save(file, np.stack([face, face])), r"found the shape \(2, 512\)"),
+        "objects.npy": (lambda file: np.save(file, np.array([{}]), allow_pickle=True), "cannot be read as a face"),
+        "cut.npy": (lambda file: file.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr'"), "cannot be read as a face"),
+        "lfs.npy": (lambda file: file.write_text("version https://git-lfs.github.com"), "a Git LFS pointer.*again"),
+        "page.bin": (lambda file: file.write_text("<html>404</html>"), "a web page.*expected a face embedding"),
+        "empty.npy": (lambda file: file.touch(), r"empty \(0 bytes\)"),
+        "nan.safetensors": (lambda file: save_file({"a": torch.full((512,), torch.nan)}, file), "not finite"),
+        "cut.safetensors": (lambda file: file.write_bytes(b"\x80\0\0\0\0\0\0\0{"), "truncated"),
+        "picture.npy": (lambda file: Image.new("L", (1, 1)).save(file, "PNG"), "cannot be read as a face"),
+    }
+    common = ("--base-model", model_folder, "--adapter", tmp_path / "a.safetensors", "--output", tmp_path / "o.png")
+    for name, (write, words) in files.items():
+        write(tmp_path / name)
+        code, _, err = ipadapter(*common, "--face-embed", tmp_path / name)
+        (line,) = err.strip().splitlines()
+        assert code == 2
+        assert line.startswith(f"ipadapter: {tmp_path / name}: ")
+        assert re.search(words, line), line
+
+
+def test_the_libraries_print_nothing(model_folder: Path, tmp_path: Path, run_ipadapter: Any) -> None:
+    """Neither about torchvision, which is not needed, nor while they load."""
+    for arguments in (
+        ("generate", "--base-model", model_folder, "--output", tmp_path / "o.png", "--steps", "1"),
+        ("convert", emoji_folder() / "adapter.safetensors", tmp_path / "converted.safetensors"),
+        ("demo", "--adapter", "/nowhere.safetensors"),
+    ):
+        _, err = run_ipadapter(*arguments).communicate(timeout=300)
+        assert [line for line in err.splitlines() if not line.startswith("ipadapter: /nowhere")] == []

@@ -16,6 +16,7 @@ USER_ERROR, INTERRUPTED = 2, 130
 def user_errors() -> Iterator[None]:
     """Turn what the user can put right into one line on stderr and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_of_use)
     try:
         yield
     except KeyboardInterrupt:
@@ -33,6 +34,11 @@ def user_errors() -> Iterator[None]:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except ModuleNotFoundError as error:
         _fail(f"{error.name} is not installed. Install the trainer with: pip install 'ip-adapter-kit[train]'")
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """diffusers imports image processors by names that transformers warns about where torchvision is missing."""
+    return "requires torchvision" not in record.getMessage()
 
 
 def quiet() -> None:

@@ -43,8 +43,6 @@ def export_command(
     ipadapter export runs/cats adapters/
     """
     with user_errors():
-        _quiet()
-
         from ..files.export import export
         from ..files.writing import dtype_of
 
@@ -71,8 +69,6 @@ def convert_command(
     ipadapter convert sd-ip_adapter/checkpoint-20000 ip-adapter_sd15.safetensors
     """
     with user_errors():
-        _quiet()
-
         from ..errors import ExportError
         from ..files.convert import convert
         from ..files.writing import dtype_of
@@ -116,13 +112,6 @@ def diff_command(
         equal = difference.equal(tolerance)
     if not equal:
         raise typer.Exit(DIFFERENT)
-
-
-def _quiet() -> None:
-    """No warnings about picture processors: diffusers' loader imports them, an adapter file needs none."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
 
 
 def _report(written: Written) -> None:

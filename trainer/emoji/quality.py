@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,7 +30,7 @@ from .clip import normalize, styled_caption, tokenize
 from .concepts import TEXT_CONCEPTS
 from .judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity, judge_styles
 from .pictures import STYLE_NAMES, EmojiPictures, load_pictures, to_pixels
-from .stack import style_classifier_state
+from .stack import read_judges, style_classifier_state
 
 PROMPTS = 64
 STEPS, GUIDANCE = 25, 3.0
@@ -79,8 +78,8 @@ class Judges:
 
 
 def load_judges(base_model: BaseModel, file: Path) -> Judges:
-    """Read judges.safetensors."""
-    state = load_file(file)
+    """Read judges.safetensors. Raises BaseModelError for another or a damaged file."""
+    state = read_judges(file)
     classifier = StyleClassifier()
     classifier.load_state_dict(style_classifier_state(state))
     return Judges(base_model, classifier.eval(), state["text_projection.weight"].float())

@@ -17,9 +17,13 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ipadapter_core import AdapterError, looks_like
 from ipadapter_core.assets import MODEL
+from ipadapter_core.tensors import check_weights
 
-from ..models.image_encoder import CLIPImageProcessor
+from ..errors import BaseModelError
+from ..models.image_processor import CLIPImageProcessor
+from ..models.weight_files import open_weights
 from .clip import MAX_TOKENS, new_clip
 from .judges import StyleClassifier
 from .loop import load_ema, start_from
@@ -104,7 +108,7 @@ def _prefix_keys(file: Path, prefix: str) -> None:
 def unpack(folder: Path, work: Path) -> None:
     """The reverse of ``export``: checkpoints of step 0 from the shipped weights, for anyone to train them further."""
     model = folder / MODEL
-    judges = load_file(folder / "judges.safetensors")
+    judges = read_judges(folder / "judges.safetensors")
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
     clip, classifier = new_clip(tokenizer), StyleClassifier()
@@ -118,6 +122,27 @@ def unpack(folder: Path, work: Path) -> None:
     start_from(classifier, work / "judge.pt")
     start_from(AutoencoderKL.from_pretrained(model / "vae"), work / "vae.pt")
     start_from(UNet2DConditionModel.from_pretrained(model / "unet"), work / "unet.pt")
+
+
+def read_judges(file: Path) -> dict[str, Tensor]:
+    """The tensors of judges.safetensors: a style classifier's, and CLIP's text projection.
+
+    Raises BaseModelError for another file and for a damaged one.
+    """
+    source = "the package: install ip-adapter-kit anew"
+    opened = open_weights(file, "the judges of the emoji model", source)
+    expected = {"text_projection.weight", *(f"style_classifier.{key}" for key in StyleClassifier().state_dict())}
+    if lacking := sorted(expected - set(opened.infos)):
+        raise BaseModelError(
+            f"{file}: looks like {looks_like(opened.infos)}; expected the judges of the emoji model ({lacking[0]} is "
+            f"missing). Take it from {source}."
+        )
+    tensors = {name: opened.read(name) for name in opened.infos}
+    try:
+        check_weights(tensors, str(file))
+    except AdapterError as error:
+        raise BaseModelError(str(error)) from error
+    return tensors
 
 
 def style_classifier_state(judges: dict[str, Tensor]) -> dict[str, Tensor]:

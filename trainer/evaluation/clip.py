@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from ..errors import BaseModelError, EvaluationError
+from ..errors import EvaluationError
 from ..models.image_encoder import ImageEncoder
-from ..models.model_folder import chosen_weights, load_part
+from ..models.parts import chosen_weights, load_part, load_tokenizer, read_json
 from ..models.weight_files import weights_fingerprint
 
 CLIP_SCORE_SCALE = 2.5
 _CHUNK = 64  # texts or pictures at once
 _VIT_L = (1024, 24, 14, 224, "quick_gelu", 768)  # width, layers, patch, pixels, activation, projection
 _VIT_L_NAME = "CLIP ViT-L/14"
+_SOURCE = "its page; the paper's is https://huggingface.co/openai/clip-vit-large-patch14"
 _WHAT = (
     "--clip takes a local folder of a whole CLIP (transformers' CLIPModel: both encoders, their projections and the "
     "tokenizer). For numbers beside the paper's: openai/clip-vit-large-patch14 from the Hugging Face hub."
@@ -94,31 +95,20 @@ def is_vit_l(config: CLIPConfig) -> bool:
 def load_clip(folder: Path | None, device: torch.device | str = "cpu") -> MeasuringClip:
     """Load a transformers CLIPModel from a local folder; nothing is downloaded.
 
-    Raises EvaluationError when none is named, for a folder that is missing or holds another model, such as half a CLIP,
-    and for weights that lack a part; BaseModelError for files that cannot be read.
+    Raises EvaluationError when none is named, and for a folder that is missing or holds another model, such as half a
+    CLIP; BaseModelError for files that are damaged, and for weights that lack a part.
     """
     if folder is None:
         raise EvaluationError(f"--clip is missing. {_WHAT}")
     if not (folder / "config.json").is_file():
         what = "no config.json in it" if folder.is_dir() else "no such folder"
         raise EvaluationError(f"--clip {folder}: {what}. {_WHAT}")
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise BaseModelError(f"{folder / 'config.json'}: cannot be read ({error}). Copy it again.") from error
+    found = read_json(folder / "config.json", _SOURCE).get("model_type")
     if found != "clip":
         half = {"clip_vision_model": ", its vision half alone", "clip_text_model": ", its text half alone"}
         raise EvaluationError(f"--clip {folder}: holds a {found!r}{half.get(str(found), '')}, expected 'clip'. {_WHAT}")
-    variant = chosen_weights(folder).variant
-    options = {"variant": variant} if variant else {}
-    model, info = load_part(CLIPModel, folder, output_loading_info=True, **options)
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lacking:
-        raise EvaluationError(
-            f"--clip {folder}: its weights lack {len(lacking)} tensors that its config names, such as {lacking[0]}. "
-            "Copy the folder again."
-        )
-    tokenizer = load_part(CLIPTokenizer, folder)
+    model: CLIPModel = load_part(CLIPModel, folder, _SOURCE)
+    tokenizer = load_tokenizer(folder, int(model.config.text_config.vocab_size), _SOURCE)
     return MeasuringClip(model, tokenizer, ImageEncoder(folder), torch.device(device))
 
 

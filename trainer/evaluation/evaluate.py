@@ -29,7 +29,7 @@ from ..data.face_embeds import face_id_embed, with_faces
 from ..data.pixels import open_rgb
 from ..errors import EvaluationError
 from ..models.base_model import BaseModel, load_base_model
-from ..models.generate import generate, initial_latents
+from ..models.generate import check_numbers, generate, initial_latents
 from ..models.image_features import encode_pictures
 from ..pictures import adapter_to_use, parse_size, to_pictures
 from .clip import MeasuringClip, clip_i, clip_t, load_clip
@@ -127,6 +127,7 @@ def seed_of(seed: int, index: int, number: int) -> int:
 
 def _load(settings: EvalSettings, device: torch.device) -> _Parts:
     size = None if settings.size is None else parse_size(settings.size)
+    check_numbers(settings.weights, settings.guidance, settings.steps)
     if settings.output.exists() and not settings.output.is_dir():
         raise EvaluationError(f"--output {settings.output} is a file; expected a folder.")
     examples = read_examples(settings.data, settings.root, require_caption=settings.text == "caption")

@@ -19,6 +19,8 @@ from .image_features import dropped_features
 
 # Pictures, and pixels of them in all, that the VAE decodes at once; decoding needs the most memory of all.
 DECODE_ROWS, DECODE_PIXELS = 16, 2**20
+# Beyond these there is only noise, and beyond the last a number of pixels that no memory holds.
+MAX_WEIGHT, MAX_GUIDANCE, MAX_SIDE = 10.0, 100.0, 16384
 
 
 @torch.no_grad()
@@ -51,9 +53,11 @@ def generate(
     the last timestep, where pure noise is what the model was trained on -- right for v-prediction, needed for
     zero-terminal-SNR schedules, and harmless for epsilon. The last step returns the predicted clean latent.
 
-    Raises TrainerError for lengths that do not fit, AdapterError for an adapter or features that do not fit.
+    Raises TrainerError for lengths and numbers that do not fit and for an image prompt that is not finite, AdapterError
+    for an adapter or features that do not fit.
     """
     weights = [float(weight)] if isinstance(weight, (int, float)) else [float(w) for w in weight]
+    check_numbers(weights, guidance, steps, (scheduler or base_model.scheduler).config["num_train_timesteps"])
     features = tuple(image_features or ())
     count = _batch(len(prompts), [len(feature) for feature in features], len(weights))
     weights = _repeated(weights, count)
@@ -83,6 +87,8 @@ def initial_latents(
     Raises TrainerError when the size in pixels is not a whole number of latents, and for another number of seeds.
     """
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if outside := [seed for seed in seeds if not -(2**63) <= seed < 2**63]:
+        raise TrainerError(f"seed is {outside[0]}; expected a whole number of 64 bits.")
     if len(seeds) != count:
         raise TrainerError(f"seed has {len(seeds)} rows in a batch of {count}; expected a number or {count} of them.")
     height, width = _size(base_model, size)
@@ -163,14 +169,38 @@ def _image_prompt(
         return [KeyValue(*(part.to(device) for part in pair)) for pair in adapter.keys_values(tokens)]
 
     tokens = tokens_of(features)
+    _check_finite(features, tokens, "the image prompt")
     negative = None
     if guided:
-        none = tokens_of(dropped_features(base_model, adapter.spec))
+        dropped = dropped_features(base_model, adapter.spec)
+        none = tokens_of(dropped)
+        _check_finite(dropped, none, "the negative image")
         # Several faces bring the tokens of each.
         negative = keys_values(none.repeat(1, tokens.shape[1] // none.shape[1], 1))
     # A LoRA computes in the UNet's precision; the adapter's own weights stay as they are.
     lora = None if adapter.lora is None else copy.deepcopy(adapter.lora).to(device, base_model.dtype)
     return _ImagePrompt(keys_values(tokens), negative, lora)
+
+
+def _check_finite(features: Sequence[Tensor], tokens: Tensor, what: str) -> None:
+    """One wait for the device, where the tokens of an image are made; training steps do without."""
+    for values, origin in ((features, "The image encoder"), ((tokens,), "The adapter")):
+        if not all(part.isfinite().all() for part in values):
+            raise TrainerError(
+                f"{origin} makes NaN or infinity of {what}: its weights are damaged or overflow in this precision. "
+                "Download it again, or use float32."
+            )
+
+
+def check_numbers(weights: Sequence[float], guidance: float, steps: int, timesteps: int = 1000) -> None:
+    """Raises TrainerError for numbers that generate no image: NaN, infinity, and those far outside what is of use."""
+    for name, values, low, high in (
+        ("weight", weights, -MAX_WEIGHT, MAX_WEIGHT),
+        ("guidance", [guidance], 0, MAX_GUIDANCE),
+        ("steps", [steps], 1, timesteps),
+    ):
+        if outside := [value for value in values if not low <= value <= high]:  # NaN is in no range
+            raise TrainerError(f"{name} is {outside[0]:g}; expected a number from {low:g} to {high:g}.")
 
 
 def _states(base_model: BaseModel, texts: str | Sequence[str] | TextStates, count: int) -> TextStates:
@@ -222,6 +252,8 @@ def _size(base_model: BaseModel, size: int | tuple[int, int] | None) -> tuple[in
     if height % scale or width % scale or min(height, width) < scale:
         shown = height if height == width else f"{height} x {width} (height x width)"
         raise TrainerError(f"size {shown}: expected a multiple of {scale} pixels.")
+    if max(height, width) > MAX_SIDE:
+        raise TrainerError(f"size {height} x {width} (height x width): expected at most {MAX_SIDE} pixels a side.")
     return height, width
 
 

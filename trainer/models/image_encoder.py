@@ -6,19 +6,19 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from ipadapter_core import looks_like
+from ipadapter_core.tensors import TensorFile, TensorInfo
 
 from ..errors import BaseModelError
-from .model_folder import chosen_weights, load_part
-from .weight_files import Header, read_header, weights_fingerprint
-
-try:  # the name without torchvision since transformers 5; before, CLIPImageProcessor was this class
-    from transformers import CLIPImageProcessorPil as CLIPImageProcessor
-except ImportError:
-    from transformers import CLIPImageProcessor
+from .image_processor import CLIPImageProcessor
+from .parts import chosen_weights, load_network, load_part, read_json
+from .weight_files import check_header, open_weights, weights_fingerprint
 
 _VIT_H = "CLIP ViT-H/14"
 _ENCODER_NAMES = {  # (width, layers, patch, projection) -> the name that adapters are published with
@@ -28,6 +28,8 @@ _ENCODER_NAMES = {  # (width, layers, patch, projection) -> the name that adapte
 }
 # What shapes cannot tell: (heads, activation) of the encoders that adapters are published with, by width.
 _BY_WIDTH = {1024: (16, "quick_gelu"), 1280: (16, "gelu"), 1664: (16, "gelu")}
+_SOURCE = "its page; published adapters use models/image_encoder of https://huggingface.co/h94/IP-Adapter"
+_EXPECTED = "image encoder weights"
 _PREFIXES = ("vision_model.", "visual_projection.")
 
 log = logging.getLogger(__name__)
@@ -46,10 +48,12 @@ class ImageEncoder:
         self.path = path
         if path.is_file():
             self._files = [path]
-            self.config = _config_from_shapes(path, read_header(path))
+            self.config = _config_from_shapes(path, self._open().infos)
         elif path.is_dir():
+            self.config = _config_of_folder(path)
             self._files = chosen_weights(path).files
-            self.config = load_part(CLIPVisionConfig, path)
+            for file in self._files:
+                check_header(file, _EXPECTED, _SOURCE)
         else:
             raise BaseModelError(
                 f"{path}: no image encoder there{found_beside}. Set image_encoder to the folder of a "
@@ -72,12 +76,15 @@ class ImageEncoder:
 
     def load(self) -> CLIPVisionModelWithProjection:
         """Read the weights, in the file's dtype."""
+        kind = CLIPVisionModelWithProjection
         if self.path.is_dir():
-            return load_part(CLIPVisionModelWithProjection, self.path)
-        from safetensors.torch import load_file
+            return load_part(kind, self.path, _SOURCE, config=self.config)
+        opened = self._open()
+        state = {name: opened.read(name) for name in opened.infos if not name.endswith("position_ids")}
+        return load_network(kind, None, list(state), self.path, _SOURCE, config=self.config, state_dict=state)
 
-        state = {name: tensor for name, tensor in load_file(self.path).items() if not name.endswith("position_ids")}
-        return CLIPVisionModelWithProjection.from_pretrained(None, config=self.config, state_dict=state)
+    def _open(self) -> TensorFile:
+        return open_weights(self.path, _EXPECTED, _SOURCE)
 
     def fingerprint(self) -> str:
         """16 hex digits of the weights and the preprocessing, read from the files."""
@@ -92,8 +99,28 @@ class ImageEncoder:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _config_from_shapes(file: Path, header: Header) -> CLIPVisionConfig:
-    shapes = {name: entry.shape for name, entry in header.tensors.items()}
+def _config_of_folder(folder: Path) -> CLIPVisionConfig:
+    """The config of a CLIP vision model, or of the vision half of a whole CLIP. Raises BaseModelError for others."""
+    if not (folder / "config.json").is_file():
+        inside = folder / "image_encoder"
+        advice = f"Use {inside}." if inside.is_dir() else f"Download it from {_SOURCE}."
+        raise BaseModelError(f"{folder}: no config.json in it; expected the folder of an image encoder. {advice}")
+    config = read_json(folder / "config.json", _SOURCE)
+    found = config.get("model_type") or config.get("_class_name")
+    if found == "clip":
+        whole = load_part(CLIPConfig, folder, _SOURCE)
+        whole.vision_config.projection_dim = whole.projection_dim
+        return whole.vision_config
+    if found != "clip_vision_model":
+        raise BaseModelError(
+            f"{folder}: its config.json is of {found}; expected an image encoder (clip_vision_model). Set "
+            f"image_encoder to another folder; published adapters use {_VIT_H}."
+        )
+    return load_part(CLIPVisionConfig, folder, _SOURCE)
+
+
+def _config_from_shapes(file: Path, infos: Mapping[str, TensorInfo]) -> CLIPVisionConfig:
+    shapes = {name: info.shape for name, info in infos.items()}
     layers = {name.split(".")[3] for name in shapes if name.startswith("vision_model.encoder.layers.")}
     try:
         width = shapes["vision_model.embeddings.class_embedding"][0]
@@ -101,10 +128,11 @@ def _config_from_shapes(file: Path, header: Header) -> CLIPVisionConfig:
         tokens = shapes["vision_model.embeddings.position_embedding.weight"][0]
         intermediate = shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0]
         projection = shapes["visual_projection.weight"][0]
-    except (KeyError, IndexError) as error:
+        side = math.isqrt(tokens - 1) * patch
+    except (KeyError, IndexError, ValueError) as error:
         raise BaseModelError(
-            f"{file}: not an image encoder with transformers' names ({error} is missing). Use the model.safetensors of "
-            f"a CLIPVisionModelWithProjection; published adapters use {_VIT_H}."
+            f"{file}: looks like {looks_like(shapes)}, not an image encoder with transformers' names ({error} is "
+            f"missing). Use the model.safetensors of a CLIPVisionModelWithProjection; published adapters use {_VIT_H}."
         ) from error
     if width not in _BY_WIDTH:
         known = ", ".join(map(str, _BY_WIDTH))
@@ -119,7 +147,7 @@ def _config_from_shapes(file: Path, header: Header) -> CLIPVisionConfig:
         projection_dim=projection,
         num_hidden_layers=len(layers),
         num_attention_heads=heads,
-        image_size=math.isqrt(tokens - 1) * patch,
+        image_size=side,
         patch_size=patch,
         hidden_act=activation,
     )

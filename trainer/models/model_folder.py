@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import json
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..errors import BaseModelError
-from .weight_files import weights_fingerprint
+from .parts import chosen_weights, load_part, load_tokenizer, read_json
+from .weight_files import PAGE, check_header, weights_fingerprint
 
 FAMILIES = "SD1.5, SD2 and SDXL"
 _REFUSED = {  # in model_index.json's _class_name -> the name to refuse
@@ -27,45 +26,7 @@ _REFUSED = {  # in model_index.json's _class_name -> the name to refuse
     "Refiner": "the SDXL refiner",
 }
 TIME_IDS = 6  # SDXL: (height, width), (top, left), (height, width)
-_WEIGHTS = re.compile(
-    r"(diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.(safetensors|bin)"
-)
-
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-
-
-class ChosenWeights(NamedTuple):
-    """The weight files of a part that `from_pretrained` reads, and the variant to ask it for."""
-
-    files: list[Path]
-    variant: str | None
-
-
-def chosen_weights(folder: Path) -> ChosenWeights:
-    """Safetensors before pickles, full precision before fp16.
-
-    Raises BaseModelError when there are none.
-    """
-    for fp16 in (False, True):
-        for suffix in (".safetensors", ".bin"):
-            names = [p for p in sorted(folder.glob(f"*{suffix}")) if _WEIGHTS.fullmatch(p.name)]
-            files = [p for p in names if (".fp16" in p.name) == fp16]
-            if files:
-                return ChosenWeights(files, "fp16" if fp16 else None)
-    found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-    raise BaseModelError(f"{folder}: no weights (found: {found}). Download the folder again.")
-
-
-def load_part(kind: Any, folder: Path, **options: Any) -> Any:
-    """`from_pretrained` without network.
-
-    Raises BaseModelError for what cannot be read.
-    """
-    try:
-        return kind.from_pretrained(str(folder), local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BaseModelError(f"{folder}: cannot be read as {kind.__name__}: {reason}") from error
 
 
 class ModelFolder:
@@ -92,10 +53,12 @@ class ModelFolder:
         check_configs(str(folder), self.unet_config, self.vae_config, self.text_configs)
         if needs_weights:
             for part in self.parts:
-                chosen_weights(folder / part)
+                for file in chosen_weights(folder / part).files:
+                    check_header(file, f"{part} weights")
         self.scheduler_config = _scheduler_config(folder)
         self.tokenizers: tuple[CLIPTokenizer, ...] = tuple(
-            load_part(CLIPTokenizer, folder / part.replace("text_encoder", "tokenizer")) for part in encoders
+            load_tokenizer(folder / part.replace("text_encoder", "tokenizer"), int(config.vocab_size))
+            for part, config in zip(encoders, self.text_configs, strict=True)
         )
 
     @property
@@ -131,8 +94,7 @@ class ModelFolder:
         return "".join(weights_fingerprint(chosen_weights(self.folder / name).files) for name in names)
 
     def _load(self, kind: Any, part: str, **options: Any) -> Any:
-        variant = chosen_weights(self.folder / part).variant
-        return load_part(kind, self.folder / part, **options, **({"variant": variant} if variant else {}))
+        return load_part(kind, self.folder / part, **options)
 
     def _check_parts(self) -> None:
         folder = self.folder
@@ -143,7 +105,7 @@ class ModelFolder:
                 f"{folder}: {what}; base_model must be a local folder in the diffusers layout, or a single "
                 ".safetensors checkpoint."
             )
-        index = _read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+        index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
         pipeline = str(index.get("_class_name", ""))
         refiner = bool(index.get("requires_aesthetics_score")) or (
             (folder / "text_encoder_2").is_dir() and not (folder / "text_encoder").is_dir()
@@ -213,7 +175,8 @@ def new_scheduler(config: Mapping[str, Any], **changes: Any) -> DDPMScheduler:
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
     file = folder / "scheduler" / "scheduler_config.json"
-    config = _read_json(file)
+    config = read_json(file)
+    _check_class(file, config, "Scheduler")
     name, kind = str(config.get("_class_name", "")), config.get("prediction_type", "epsilon")
     foreign = name.startswith(("FlowMatch", "EDM"))
     if kind not in PREDICTION_TYPES or foreign:
@@ -224,29 +187,23 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
 
 def _config(kind: Any, folder: Path) -> dict[str, Any]:
     """A part's config with the defaults of what it leaves out, without its weights."""
-    try:
-        given = kind.load_config(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BaseModelError(f"{folder}: cannot be read as {kind.__name__}: {reason}") from error
+    given = read_json(folder / "config.json")
+    _check_class(folder / "config.json", given, kind.__name__)
     parameters = inspect.signature(kind.__init__).parameters
     return {**{k: p.default for k, p in parameters.items() if p.default is not p.empty}, **given}
 
 
+def _check_class(file: Path, config: Mapping[str, Any], expected: str) -> None:
+    """Refuse the config of another class: what it leaves out would be filled in with defaults."""
+    found = config.get("_class_name", config.get("model_type", expected))
+    if not str(found).endswith(expected):
+        raise BaseModelError(f"{file}: a config of {found}; expected one of {expected}. Download it again from {PAGE}.")
+
+
 def _text_config(folder: Path) -> CLIPTextConfig:
-    model_type = _read_json(folder / "config.json").get("model_type", "clip_text_model")
+    model_type = read_json(folder / "config.json").get("model_type", "clip_text_model")
     if model_type not in ("clip_text_model", "clip"):
         raise BaseModelError(
             f"{folder}: a text encoder of the type {model_type!r}; expected CLIP's. Use {FAMILIES} models."
         )
     return load_part(CLIPTextConfig, folder)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{file}: cannot be read ({error}). Copy it from the base model again.") from error
-    if not isinstance(content, dict):
-        raise BaseModelError(f"{file}: holds no JSON object. Copy it from the base model again.")
-    return content

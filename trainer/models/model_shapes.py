@@ -20,7 +20,8 @@ from transformers import (
 from ipadapter_core import Site, diffusers_sites, family_of
 
 from ..errors import BaseModelError
-from .image_encoder import CLIPImageProcessor, ImageEncoder
+from .image_encoder import ImageEncoder
+from .image_processor import CLIPImageProcessor
 from .model_folder import TIME_IDS
 
 

@@ -15,16 +15,17 @@ from diffusers.loaders.single_file_utils import (
     DIFFUSERS_DEFAULT_PIPELINE_PATHS,
     create_diffusers_clip_model_from_ldm,
 )
-from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from ipadapter_core import FAMILY_NAMES, looks_like
+from ipadapter_core import FAMILY_NAMES, AdapterError, looks_like
+from ipadapter_core.tensors import TensorFile, check_weights
 
 from ..errors import BaseModelError
 from .model_folder import FAMILIES, ModelFolder, new_scheduler
-from .weight_files import Header, read_header, weights_fingerprint
+from .parts import quiet_libraries
+from .weight_files import PAGE, open_weights, weights_fingerprint
 
 Family = Literal["sd15", "sd2", "sdxl"]
 
@@ -64,7 +65,7 @@ class SingleFile:
 
     def __init__(self, path: Path, base_config: Path | None = None, prediction_type: str | None = None) -> None:
         self.path = path
-        header = read_header(path)
+        header = open_weights(path, f"a checkpoint of {FAMILIES}")
         self.family = checkpoint_family(header, str(path))
         folder = hub_configs(self.family, path) if base_config is None else Path(base_config)
         self.configs = ModelFolder(folder, needs_weights=False)
@@ -101,29 +102,31 @@ class SingleFile:
     def _load(self, part: str, load: Callable[..., nn.Module], dtype: torch.dtype) -> Any:
         """Load a part. Raises BaseModelError when its tensors do not fit the config, or some are missing."""
         options = {"config": str(self.configs.folder), "subfolder": part, "local_files_only": True}
-        verbosity = diffusers_logging.get_verbosity()
-        diffusers_logging.set_verbosity_error()  # it warns of every change of dtype, even when it makes it itself
         try:
-            return load(**options, torch_dtype=dtype).to("cpu")
+            with quiet_libraries():  # they warn of every change of dtype, even when they make it themselves
+                network = load(**options, torch_dtype=dtype).to("cpu")
         except NotImplementedError as error:  # tensors without data were left, and cannot be moved
             raise BaseModelError(
                 f"{self.path}: its {part} is incomplete: tensors that the config in {self.configs.folder} asks for are "
-                "missing. Download it again, or use the base_config of its family."
+                f"missing. Download it again from {PAGE}, or use the base_config of its family."
             ) from error
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # of any class, from three libraries
             reason = " ".join(str(error).split())[:300]
             raise BaseModelError(
                 f"{self.path}: its {part} does not fit the config in {self.configs.folder}: {reason}"
             ) from error
-        finally:
-            diffusers_logging.set_verbosity(verbosity)
+        try:
+            check_weights(network.state_dict(), f"{self.path}, {part}")
+        except AdapterError as error:
+            raise BaseModelError(str(error)) from error
+        return network
 
     def _read(self, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
         with safe_open(str(self.path), framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
 
-    def _check_family(self, header: Header) -> None:
-        to_k = next(t for n, t in header.tensors.items() if n.startswith(_UNET) and n.endswith("attn2.to_k.weight"))
+    def _check_family(self, header: TensorFile) -> None:
+        to_k = next(t for n, t in header.infos.items() if n.startswith(_UNET) and n.endswith("attn2.to_k.weight"))
         found, wanted = to_k.shape[-1], self.configs.unet_config["cross_attention_dim"]
         if found != wanted or self.configs.is_sdxl != (self.family == "sdxl"):
             raise BaseModelError(
@@ -131,7 +134,7 @@ class SingleFile:
                 f"{self.configs.folder} is for a context of {wanted}. Use a folder of the same family."
             )
 
-    def _new_scheduler(self, header: Header, prediction_type: str | None) -> DDPMScheduler:
+    def _new_scheduler(self, header: TensorFile, prediction_type: str | None) -> DDPMScheduler:
         stated = stated_prediction(header)
         if stated and prediction_type not in (None, stated):
             raise BaseModelError(f"prediction_type is {prediction_type!r}, {self.path} says {stated!r}. Leave it out.")
@@ -139,7 +142,7 @@ class SingleFile:
         target = stated or prediction_type or configured
         if self.family == "sd2" and stated is None and prediction_type is None:
             self._doubt(target)
-        changes = {"rescale_betas_zero_snr": True} if "ztsnr" in header.tensors else {}
+        changes = {"rescale_betas_zero_snr": True} if "ztsnr" in header.infos else {}
         return new_scheduler(self.configs.scheduler_config, prediction_type=target, **changes)
 
     def _doubt(self, target: str) -> None:
@@ -157,40 +160,45 @@ class SingleFile:
             )
 
 
-def checkpoint_family(header: Header, origin: str) -> Family:
+def _has(header: TensorFile, *prefixes: str) -> bool:
+    """Whether any tensor's name starts with one of these."""
+    return any(name.startswith(prefixes) for name in header.infos)
+
+
+def checkpoint_family(header: TensorFile, origin: str) -> Family:
     """The family of a checkpoint, from its tensors' names and shapes; `origin` is for errors.
 
     Raises BaseModelError for anything but a whole SD1.5, SD2 or SDXL text-to-image model, by name.
     """
-    other = next((what for rule, what in _OTHERS if any(re.search(rule, name) for name in header.tensors)), None)
-    if other or _CONV_IN not in header.tensors:
-        what = other or looks_like(header.tensors)
+    other = next((what for rule, what in _OTHERS if any(re.search(rule, name) for name in header.infos)), None)
+    if other or _CONV_IN not in header.infos:
+        what = other or looks_like(header.infos)
         raise BaseModelError(
             f"{origin}: looks like {what}, not a checkpoint that can be trained on. Use a whole {FAMILIES} checkpoint "
             "in the original layout, or a diffusers folder."
         )
-    sdxl = header.has("conditioner.embedders.1.")
-    if header.has("conditioner.embedders.0.model.") and not sdxl:
+    sdxl = _has(header, "conditioner.embedders.1.")
+    if _has(header, "conditioner.embedders.0.model.") and not sdxl:
         raise BaseModelError(f"{origin}: the SDXL refiner, which takes no image prompts. Use the SDXL base model.")
-    channels = header.tensors[_CONV_IN].shape[1]
+    channels = header.infos[_CONV_IN].shape[1]
     if channels in _INPUTS:
         raise BaseModelError(
             f"{origin}: the UNet takes {channels} channels: {_INPUTS[channels]}. Use the plain text-to-image model."
         )
     for what, prefixes in (("VAE", (_VAE,)), ("text encoder", _TEXT)):
-        if not header.has(*prefixes):
+        if not _has(header, *prefixes):
             raise BaseModelError(
                 f"{origin}: has a UNet but no {what} (no tensor starts with {prefixes[0]!r}). Use a whole checkpoint, "
                 "or a diffusers folder."
             )
     if sdxl:
         return "sdxl"
-    return "sd2" if header.has("cond_stage_model.model.") else "sd15"
+    return "sd2" if _has(header, "cond_stage_model.model.") else "sd15"
 
 
-def stated_prediction(header: Header) -> str | None:
+def stated_prediction(header: TensorFile) -> str | None:
     """What a file itself says that its UNet predicts: "v_prediction", "epsilon", or None when it is silent."""
-    if "v_pred" in header.tensors:
+    if "v_pred" in header.infos:
         return "v_prediction"
     return _STATED.get(str(header.metadata.get("modelspec.prediction_type", "")).lower())
 

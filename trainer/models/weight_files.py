@@ -1,76 +1,43 @@
-"""Weight files from the outside: what a header says, and a fingerprint from a few values of every tensor."""
+"""Weight files from the outside: what they are, and a fingerprint from a few values of every tensor."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from ipadapter_core import AdapterError
+from ipadapter_core.file_types import PICKLE, file_type
+from ipadapter_core.tensors import TensorFile, TensorInfo, open_tensors
+
 from ..errors import BaseModelError
 
 SAMPLES = 16  # values of a tensor, evenly spaced: a merged LoRA changes them all
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-_FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+PAGE = "its page"  # where to download a model whose origin is unknown
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a safetensors file. `offset` is in bytes from the start of the file."""
+def open_weights(file: Path, expected: str = "model weights", source: str = PAGE) -> TensorFile:
+    """The header of a .safetensors or .bin file; its tensors stay on disk. `expected` ("UNet weights") and
+    `source`, where to download it from, are for messages.
 
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file says before its tensors."""
-
-    metadata: Mapping[str, str]
-    tensors: Mapping[str, TensorEntry]
-
-    def has(self, *prefixes: str) -> bool:
-        """Whether any tensor's name starts with one of these."""
-        return any(name.startswith(prefixes) for name in self.tensors)
-
-
-def read_header(file: Path) -> Header:
-    """The header of a .safetensors file; its tensors stay on disk.
-
-    Raises BaseModelError when it is no such file, or shorter than its header says.
+    Raises BaseModelError that says what the file is when it is something else, or damaged.
     """
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            entries: dict[str, Any] = json.loads(stream.read(length))
-        metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
-        tensors = {
-            name: TensorEntry(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in entries.items()
-        }
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BaseModelError(f"{file}: not a safetensors file ({error}). Download it again.") from error
-    if (size := file.stat().st_size) < end:
-        raise BaseModelError(f"{file}: truncated: it has {size} bytes, its header says {end}. Download it again.")
-    return Header(metadata, tensors)
+        return open_tensors(file, expected, source)
+    except AdapterError as error:
+        raise BaseModelError(str(error)) from error
+
+
+def check_header(file: Path, expected: str, source: str = PAGE) -> None:
+    """`open_weights`, but for pickles of the old format, which cannot be opened without reading all of them."""
+    if file_type(file) != PICKLE:
+        open_weights(file, expected, source)
 
 
 def weights_fingerprint(files: Iterable[Path], prefixes: tuple[str, ...] = ("",)) -> str:
@@ -83,35 +50,31 @@ def weights_fingerprint(files: Iterable[Path], prefixes: tuple[str, ...] = ("",)
     digests = sorted(
         hashlib.sha256(repr(_core(shape)).encode() + _canonical(values)).digest()
         for file in files
-        for shape, values in (_sampled(file, prefixes) if file.suffix == ".safetensors" else _unpickled(file, prefixes))
+        for shape, values in _sampled(file, prefixes)
     )
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _sampled(file: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    header = read_header(file)
+    opened = open_weights(file)
+    floats = {n: i for n, i in opened.infos.items() if i.dtype.is_floating_point and n.startswith(prefixes)}
+    if not all(info.offset for info in floats.values()):  # a pickle
+        for name, info in floats.items():
+            yield info.shape, opened.read(name).flatten()[_positions(math.prod(info.shape))]
+        return
     with file.open("rb", buffering=0) as stream:
         if hasattr(os, "posix_fadvise"):  # else the system reads ahead, in effect the whole file
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        for name, entry in header.tensors.items():
-            if entry.dtype in _FLOATS and name.startswith(prefixes):
-                yield entry.shape, _read_values(stream, entry)
+        for info in floats.values():
+            yield info.shape, _read_values(stream, info)
 
 
-def _read_values(stream: BinaryIO, entry: TensorEntry) -> Tensor:
-    dtype = _FLOATS[entry.dtype]
+def _read_values(stream: BinaryIO, info: TensorInfo) -> Tensor:
     raw = bytearray()
-    for position in _positions(math.prod(entry.shape)):
-        stream.seek(entry.offset + position * dtype.itemsize)
-        raw += stream.read(dtype.itemsize)
-    return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0)
-
-
-def _unpickled(file: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    state: Mapping[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    for name, tensor in state.items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and name.startswith(prefixes):
-            yield tuple(tensor.shape), tensor.flatten()[_positions(tensor.numel())]
+    for position in _positions(math.prod(info.shape)):
+        stream.seek(info.offset + position * info.dtype.itemsize)
+        raw += stream.read(info.dtype.itemsize)
+    return torch.frombuffer(raw, dtype=info.dtype) if raw else torch.empty(0)
 
 
 def _positions(count: int) -> list[int]:

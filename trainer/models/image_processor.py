@@ -1,0 +1,39 @@
+"""CLIP's preprocessing of pictures for the image encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+try:  # the name without torchvision since transformers 5; before, CLIPImageProcessor was this class
+    from transformers import CLIPImageProcessorPil as _Processor
+except ImportError:
+    from transformers import CLIPImageProcessor as _Processor
+
+_STRIP = 8  # a picture that is so many times longer than wide
+
+
+class CLIPImageProcessor(_Processor):
+    """transformers' own, which scales the short side and then cuts off the rest of the long one: of a strip of 8192 x 4
+    pixels it would make one of 458,752 x 224 first. Of strips only the middle is scaled here.
+    """
+
+    def preprocess(self, images: Any, *arguments: Any, **options: Any) -> Any:
+        """See transformers."""
+        if self.do_center_crop and isinstance(images, Image.Image):
+            images = _middle(images)
+        elif self.do_center_crop and isinstance(images, list):
+            images = [_middle(image) if isinstance(image, Image.Image) else image for image in images]
+        return super().preprocess(images, *arguments, **options)
+
+
+def _middle(picture: Image.Image) -> Image.Image:
+    """Of a strip what the square in its centre, and the filter of the scaling around it, are made of."""
+    short, long = sorted(picture.size)
+    if long <= _STRIP * short:
+        return picture
+    kept = 2 * short + long % 2  # so that the centre stays where it is
+    start = (long - kept) // 2
+    box = (start, 0, start + kept, short) if picture.width == long else (0, start, short, start + kept)
+    return picture.crop(box)
