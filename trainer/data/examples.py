@@ -58,7 +58,7 @@ class Found:
 
     examples: list[Example]
     without_caption: list[Example]
-    missing: list[str]  # files that a list names, with the place in the list, and links to nothing
+    missing: list[str]  # files that a list names, with the place in the list
     nothing: str  # what to say when there is no example
     unreadable: list[str] = field(default_factory=list[str])  # a sentence for each row or caption
     unused: list[str] = field(default_factory=list[str])  # caption files, with the reason
@@ -106,12 +106,13 @@ def find_examples(path: Path, root: Path | None = None, require_caption: bool = 
             len(examples) + count,
             found.missing[0],
         )
-    rest = list(found.ignored)
+    rest: list[str] = []
     if found.unused:
         rest.append(f"Unused caption files: {len(found.unused):,}, such as {found.unused[0]}.")
     empty = [example.name for example in found.examples if not example.text.strip()]
     if empty:
         rest.append(f"Empty captions: {len(empty):,}, such as that of {empty[0]}.")
+    rest += found.ignored
     if rest:
         log.warning("%s: %s", path, _some(rest))
     return examples
@@ -166,8 +167,7 @@ def _from_folder(folder: Path, root: Path | None) -> Found:
     if metadata:
         return _with_rest_of_folder(_from_list(metadata[0], root), metadata[0], listing)
     pairs, unused = listing.pairs()
-    found = Found([], [], [f"{file} (a link to nothing)" for file in listing.dangling], "", unused=unused)
-    found.ignored.extend(listing.ignored())
+    found = Found([], [], [], "", unused=unused, ignored=listing.ignored())
     for image, caption in pairs:
         if caption is None:
             found.without_caption.append(Example(image, ""))
@@ -253,5 +253,5 @@ def _face_file(folder: Path, name: str) -> Path:
 
 def _some(names: Sequence[str]) -> str:
     """The first of many, and how many more there are."""
-    more = f" ... and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    more = f" And {len(names) - _NAMED:,} more: `ipadapter data check` lists all." if len(names) > _NAMED else ""
     return " ".join(names[:_NAMED]) + more

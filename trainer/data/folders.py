@@ -65,9 +65,12 @@ class Listing:
             for file in nested
         ]
         for suffix, number in sorted(counts.items()):
-            name = f"{suffix} {'file' if number == 1 else 'files'}" if suffix else "without a suffix"
+            files = "file" if number == 1 else "files"
+            name = f"{suffix} {files}" if suffix else f"{files} without a suffix"
             advice = f": {_ADVICE_OF[suffix]}" if suffix in _ADVICE_OF else ""
             sentences.append(f"{number:,} {name} {'is' if number == 1 else 'are'} ignored{advice}.")
+        if self.dangling:
+            sentences.append(f"Links to nothing: {len(self.dangling):,}, such as {self.dangling[0]}.")
         return sentences
 
     @property

@@ -43,7 +43,7 @@ def index_shards(shards: Sequence[str]) -> list[Example]:
                 except DataError as error:
                     problems.append(str(error))
         except (OSError, tarfile.TarError) as error:
-            problems.append(f"{shard}: {type(error).__name__}: {error}")
+            problems.append(f"{shard}: cut off or damaged ({error}). Download or make it again.")
     if not examples:
         raise DataError(f"The shards hold no sample. {problems[0] if problems else f'The first is {shards[0]}.'}")
     if problems:
