@@ -91,8 +91,8 @@ def read_manifest(file: Path) -> Manifest:
         found = (what_is(first_bytes(file)) or "it is damaged") if file.is_file() else "no such file"
         raise CacheError(f"{file}: not a cache's manifest ({found}). Make the cache again.")
     raise CacheError(
-        f"{file}: a cache of format {version}, this version reads {FORMAT}. Make the cache again with `ipadapter cache`, "
-        "in another folder."
+        f"{file}: a cache of format {version}, this version reads {FORMAT}. Make the cache again with "
+        "`ipadapter cache`, in another folder."
     )
 
 
@@ -188,7 +188,7 @@ def read_header(file: Path) -> ShardHeader | None:
 def _ends_in_zeros(file: Path) -> bool:
     """Whether the end of a file was never written; what encoders give is never zero for so long."""
     with file.open("rb") as stream:
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL))
+        stream.seek(max(0, stream.seek(0, 2) - _TAIL))  # 2: from the end
         return not stream.read().strip(b"\0")
 
 

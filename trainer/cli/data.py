@@ -48,11 +48,17 @@ def check_command(
 
         target = sheet or Path("sheet.png")
         refused = sheet is None and not no_sheet and is_inside(target, path)
-        report = check_data(path, root, min_side=min_side, sheet=None if no_sheet or refused else target, progress_bar=True)
+        report = check_data(
+            path, root, min_side=min_side, sheet=None if no_sheet or refused else target, progress_bar=True
+        )
         typer.echo(dumps(report.as_json(), indent=2, ensure_ascii=False) if json else report.as_text())
         if refused:
-            typer.echo("No samples were written, as this is the data set's folder; --sheet ../sheet.png does.", err=True)
+            typer.echo(
+                "No samples were written, as this is the data set's folder; --sheet ../sheet.png does.", err=True
+            )
         if not report.usable:
             raise DataError(f"{path}: none of the {report.pictures} pictures can be used.")
         if report.unreadable:
-            raise DataError(f"{path}: {len(report.unreadable)} captions or rows cannot be read; a training refuses them.")
+            raise DataError(
+                f"{path}: {len(report.unreadable)} captions or rows cannot be read; a training refuses them."
+            )

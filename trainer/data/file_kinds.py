@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import DataError
 
 START = 512  # bytes that `what_is` looks at
+IMAGES = ("a PNG image", "a JPEG image", "a GIF image")
+ARCHIVES = ("a tar archive", "a gzip archive")
+ARRAYS = ("a .npy array", "a zip archive", "a safetensors file")  # torch and .npz files are zip archives
 LFS_POINTER, WEB_PAGE = "a Git LFS pointer, not the file itself", "a web page"
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", LFS_POINTER),
@@ -21,8 +25,6 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"<svg", "an SVG drawing"),
     (b"<?xml", "an XML document"),
 )
-AN_IMAGE = "JPEG, PNG, WebP or the like"
-_IMAGES = ("a PNG image", "a JPEG image", "a GIF image")  # which Pillow reads
 _ADVICE = {
     LFS_POINTER: "Run `git lfs pull` in its folder.",
     **dict.fromkeys(("a HEIC image", "an SVG drawing", "a PDF document"), "Convert it to JPEG or PNG."),
@@ -46,18 +48,20 @@ def what_is(start: bytes) -> str | None:
     return next((name for magic, name in _MAGIC if start.startswith(magic)), None)
 
 
-def fault(start: bytes, expected: str, otherwise: str = "damaged") -> str:
-    """What is wrong with a file that cannot be read as what was `expected`, and what to do; `otherwise` describes it
-    when its first bytes tell nothing.
+def fault(start: bytes, expected: str, own: Collection[str] = ()) -> str:
+    """What is wrong with a file that cannot be read as what was `expected`, and what to do. A file of its `own` kind,
+    or of an unknown one, is damaged.
     """
     found = what_is(start)
-    described = otherwise if found is None or found in _IMAGES and expected == AN_IMAGE else f"this is {found}"
-    return f"{described}; expected {expected}. {_ADVICE.get(found or '', 'Download or make it again.')}"
+    described = f"{found}; expected {expected}"
+    if found is None or found in own:
+        described = f"cannot be read as {expected}"
+    return f"{described}. {_ADVICE.get(found or '', 'Download or make it again.')}"
 
 
-def wrong_file(name: object, start: bytes, expected: str, otherwise: str = "damaged") -> DataError:
+def wrong_file(name: object, start: bytes, expected: str, own: Collection[str] = ()) -> DataError:
     """The error that names such a file."""
-    return DataError(f"{name}: {fault(start, expected, otherwise)}")
+    return DataError(f"{name}: {fault(start, expected, own)}")
 
 
 def first_bytes(file: Path) -> bytes:

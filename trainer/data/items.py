@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .draws import Address, Geometry, Randomness, Recipe, geometry, randomness
-from .pixels import Picture, Size, cover_and_crop, middle_of_strip, open_rgb, share_of, to_tensor
+from .pixels import Picture, Size, cover_and_crop, open_rgb, share_of, to_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ def _clip_image(encoding: Encoding, reference: Image.Image, where: Geometry) -> 
     if where.reference_area < 1:
         reference = share_of(reference, where.reference_area, where.reference_left, where.reference_top)
     assert encoding.image_processor is not None
-    return encoding.image_processor(images=middle_of_strip(reference), return_tensors="pt").pixel_values[0]
+    return encoding.image_processor(images=reference, return_tensors="pt").pixel_values[0]
 
 
 def _enough_pixels(encoding: Encoding, recipe: Recipe, size: Size) -> int:

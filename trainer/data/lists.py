@@ -79,18 +79,18 @@ def _jsonl(text: str, file: Path, report: Callable[[str], None]) -> Iterator[tup
 def _csv(text: str, file: Path, report: Callable[[str], None]) -> Iterator[tuple[str, Any]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        columns = next(reader)
+        columns = [column.strip() for column in next(reader)]
         if not set(_TEXT_COLUMNS) <= set(columns):
-            raise DataError(
-                f"{file}: its columns are {', '.join(columns):.100}; expected {' and '.join(_TEXT_COLUMNS)} among them, "
-                "separated by commas."
-            )
+            found = ", ".join(columns)[:100]
+            raise DataError(f"{file}: its columns are {found}; expected file_name and text, separated by commas.")
         for cells in reader:
             where = f"{file} line {reader.line_num}"
             if len(cells) == len(columns):
                 yield where, dict(_cell(*pair) for pair in zip(columns, cells, strict=True))
             elif cells:
-                report(f'{where}: {len(cells)} values for {len(columns)} columns. Put "a caption, with commas" in quotes.')
+                report(
+                    f'{where}: {len(cells)} values for {len(columns)} columns. Put "a caption, with commas" in quotes.'
+                )
     except csv.Error as error:
         report(f"{file} line {reader.line_num}: not valid CSV ({error}); the lines after it are not read.")
 

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from ..errors import DataError
-from .file_kinds import AN_IMAGE, START, fault, what_is
+from .file_kinds import IMAGES, START, fault, what_is
 from .packed import PackedFile
 
 Size = tuple[int, int]  # width, height
@@ -29,7 +29,8 @@ PICTURE_SUFFIXES = (
 
 _ON_ITS_SIDE = (5, 6, 7, 8)  # values of EXIF's orientation
 _DEPTHS = (255, 4095, 65535, 2**31 - 1)  # white of 8, 12, 16 and 31 bits
-_UNCHECKED = ("WEBP", "AVIF")  # their decoders draw grey where a file ends in zeros, and raise nothing
+_UNCHECKED = ("PNG", "WEBP", "AVIF")  # their decoders draw black or grey where a file ends in zeros, and raise nothing
+_ZERO_TAIL = 64  # bytes
 _STRIP = 8  # a picture that covers its target with more than so many times its pixels
 
 # Pillow warns at half of what it refuses; large photographs are fine.
@@ -63,7 +64,7 @@ def open_rgb(picture: Picture, at_least: int | None = None) -> tuple[Image.Image
         size = upright_size(opened)
         if at_least is not None:
             opened.draft(None, (at_least, at_least))
-        if opened.format in _UNCHECKED and not _edge(picture, io.SEEK_END).strip(b"\0"):
+        if opened.format in _UNCHECKED and not _edge(picture, io.SEEK_END)[-_ZERO_TAIL:].strip(b"\0"):
             raise PictureError("ends in zeros, so its download is incomplete. Download it again.")
         return to_rgb(opened), size
 
@@ -77,7 +78,7 @@ def open_lazily(picture: Path | PackedFile | IO[bytes]) -> Image.Image:
     except UnidentifiedImageError as error:
         start = _edge(picture, io.SEEK_SET)
         if what_is(start) is not None:
-            raise PictureError(fault(start, AN_IMAGE)) from error
+            raise PictureError(fault(start, "JPEG, PNG, WebP or the like", IMAGES)) from error
         # Pillow's text names the object in memory, another one in each run.
         raise UnidentifiedImageError(f"cannot identify image file '{picture}'") from error
 
@@ -164,7 +165,12 @@ def cover_and_crop(picture: Image.Image, size: Size, left: float = 0.5, top: flo
     width, height = (max(side, int(full * scale)) for side, full in zip(size, picture.size, strict=True))
     x, y = round((width - size[0]) * left), round((height - size[1]) * top)
     across, down = picture.width / width, picture.height / height
-    exact = (x * across, y * down, min((x + size[0]) * across, picture.width), min((y + size[1]) * down, picture.height))
+    exact = (
+        x * across,
+        y * down,
+        min((x + size[0]) * across, picture.width),
+        min((y + size[1]) * down, picture.height),
+    )
     if width * height > _STRIP * size[0] * size[1]:  # of a strip the cut alone is scaled; it may differ by a level
         cut = picture.resize(size, Image.Resampling.BILINEAR, box=exact)
     else:
@@ -172,20 +178,6 @@ def cover_and_crop(picture: Image.Image, size: Size, left: float = 0.5, top: flo
         cut = resized.crop((x, y, x + size[0], y + size[1]))
     box = (round(exact[0]), round(exact[1]), round(exact[2]), round(exact[3]))
     return Cut(cut, (y, x), box)
-
-
-def middle_of_strip(picture: Image.Image) -> Image.Image:
-    """The picture, or of a strip its middle, which is all that the centre crop of an image encoder's preprocessor uses;
-    the preprocessor would scale the whole strip.
-    """
-    short, long = sorted(picture.size)
-    if long <= _STRIP * short:
-        return picture
-    kept = 2 * short + (long - 2 * short) % 2  # so that the centre stays where it is
-    start = (long - kept) // 2
-    if picture.width == long:
-        return picture.crop((start, 0, start + kept, short))
-    return picture.crop((0, start, short, start + kept))
 
 
 def share_of(picture: Image.Image, area: float, left: float, top: float) -> Image.Image:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .file_kinds import fault, first_bytes
+from .file_kinds import ARCHIVES, fault, first_bytes
 from .pixels import PICTURE_SUFFIXES
 from .url_stream import UrlStream
 
@@ -59,8 +59,8 @@ def is_shards(data: str | Path | Sequence[str]) -> bool:
 
 
 def expand_shards(data: str | Path | Sequence[str]) -> list[str]:
-    """The shards that a pattern names: "pictures-{000..099}.tar", a path or an http(s) URL, "pictures-*.tar", several of
-    them joined by "::", or a list of such.
+    """The shards that a pattern names: "pictures-{000..099}.tar", a path or an http(s) URL, "pictures-*.tar", several
+    of them joined by "::", or a list of such.
 
     Raises DataError for another scheme ("pipe:" would run a program), for names without a shard's suffix, and for local
     files that do not exist or are no archives.
@@ -88,9 +88,8 @@ def expand_shards(data: str | Path | Sequence[str]) -> list[str]:
     local = [Path(shard) for shard in shards if not is_url(shard)]
     missing = [shard for shard in local if not shard.is_file()]
     if missing:
-        raise DataError(
-            f"{missing[0]}: no such file ({len(missing)} of {len(shards)} shards do not exist). {_tars_beside(missing[0])}"
-        )
+        many = f"({len(missing)} of {len(shards)} shards do not exist)"
+        raise DataError(f"{missing[0]}: no such file {many}. {_tars_beside(missing[0])}")
     faults = [f"{shard}: {reason}" for shard in local if (reason := _why_no_archive(shard)) is not None]
     if faults:
         many = "" if len(faults) == 1 else f" ({len(faults)} of {len(shards)} shards are no archives.)"
@@ -106,7 +105,7 @@ def _matches(shard: str) -> list[str]:
         return [shard]
     if not glob.has_magic(shard) or Path(shard).is_file():
         return [shard]
-    files = sorted(glob.glob(shard, recursive=True))
+    files = sorted(glob.glob(shard, recursive=True))  # noqa: PTH207, Path.glob takes no absolute pattern
     if not files:
         raise DataError(f"{shard}: no file matches. {_tars_beside(Path(shard))}")
     return files
@@ -128,7 +127,7 @@ def _why_no_archive(shard: Path) -> str | None:
     except PermissionError:
         raise
     except (OSError, EOFError, zlib.error, tarfile.TarError):
-        return fault(first_bytes(shard), "a tar archive")
+        return fault(first_bytes(shard), "a tar archive", ARCHIVES)
     return None
 
 

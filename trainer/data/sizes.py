@@ -43,7 +43,7 @@ def size_notes(
     if bucket_step is not None and few and len(buckets.rows) > 1:
         guess = "" if times == 1 else f" by a sample of {len(sizes):,}"
         notes.append(
-            f"Buckets with fewer than {batch_size} images, a batch: {few} of {len(buckets.rows)}{guess}; their images go to "
-            "the next nearest one."
+            f"Buckets with fewer than {batch_size} images, a batch: {few} of {len(buckets.rows)}{guess}; their images "
+            "go to the next nearest one."
         )
     return notes
