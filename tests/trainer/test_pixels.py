@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import struct
 import time
-import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -151,14 +150,10 @@ def test_a_picture_without_pixels_is_named() -> None:
     assert reason(png_header(0, 5)) == "cannot be read as JPEG, PNG, WebP or the like. Download or make it again."
 
 
-def test_a_decompression_bomb_is_named_and_a_large_photograph_is_no_warning() -> None:
+def test_a_decompression_bomb_is_named_before_it_is_decoded() -> None:
     started = time.perf_counter()
     assert reason(png_header(20_000, 20_000)) == "more than 178,956,970 pixels. Scale it down."
     assert time.perf_counter() - started < 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        with Image.open(io.BytesIO(png_header(10_000, 10_000))) as large:
-            assert large.size == (10_000, 10_000)
 
 
 @pytest.mark.parametrize("size", [(8192, 4), (4, 8192), (8192, 1)])

@@ -12,6 +12,7 @@ START = 512  # bytes that `what_is` looks at
 IMAGES = ("a PNG image", "a JPEG image", "a GIF image")
 ARCHIVES = ("a tar archive", "a gzip archive")
 ARRAYS = ("a .npy array", "a zip archive", "a safetensors file")  # torch and .npz files are zip archives
+ZEROS = "a file of zeros"
 LFS_POINTER, WEB_PAGE = "a Git LFS pointer, not the file itself", "a web page"
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", LFS_POINTER),
@@ -36,7 +37,7 @@ _HEIC = re.compile(rb"....ftyp(heic|heix|hevc|hevx|heim|heis|mif1|msf1)", re.DOT
 def what_is(start: bytes) -> str | None:
     """A noun for a file that starts with these bytes; None for an unknown one."""
     if not start.strip(b"\0"):
-        return "a file of zeros" if start else "an empty file"
+        return ZEROS if start else "an empty file"
     if _HTML.match(start):
         return WEB_PAGE
     if _HEIC.match(start):

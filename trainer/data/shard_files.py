@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .file_kinds import ARCHIVES, fault, first_bytes
+from .file_kinds import ARCHIVES, ZEROS, fault, first_bytes, what_is
 from .pixels import PICTURE_SUFFIXES
 from .url_stream import UrlStream
 
@@ -210,11 +210,15 @@ def tar_headers(shard: Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
 
 
 def _why_early(shard: Path, end: int) -> str | None:
-    """What is wrong with an archive that goes on behind its end: zeros where files were, or another archive."""
+    """What is wrong with an archive that was read without an error to `end`: it goes on there, or has no end marker."""
     size = shard.stat().st_size
-    if size - end <= _PADDING:
+    if what_is(first_bytes(shard)) not in (ARCHIVES[0], ZEROS):  # compressed, whatever its name
         return None
-    return f"it ends after {end:,} of {size:,} bytes: an incomplete download, or several archives in one"
+    if size - end > _PADDING:  # behind zeros, which readers take for the end
+        return f"it ends after {end:,} of {size:,} bytes: an incomplete download, or several archives in one"
+    with shard.open("rb") as stream:
+        stream.seek(-tarfile.BLOCKSIZE, io.SEEK_END)
+        return "it has no end marker: cut off" if stream.read().strip(b"\0") else None
 
 
 def parse_sample(raw: RawSample) -> Sample:
