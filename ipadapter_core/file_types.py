@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,61 +10,86 @@ from .errors import AdapterError
 
 
 class FileType(NamedTuple):
-    """`name` is for messages ("a PNG image"); `is_failed_download` is true of what is left when a download failed."""
+    """`name` is for messages ("a PNG image"); `is_failed_download` is true of what is left when a download failed;
+    `advice` is what to do with such a file, where there is more to say than to choose another one.
+    """
 
     name: str
     is_failed_download: bool = False
+    advice: str = ""
 
 
 SAFETENSORS = FileType("a safetensors file")
 ZIP = FileType("a PyTorch file or another zip archive")
 PICKLE = FileType("a PyTorch file of the old format or another pickle")
+NUMPY = FileType("a NumPy array")
 JSON = FileType("a JSON file")
-EMPTY = FileType("empty (0 bytes)", is_failed_download=True)
-LFS_POINTER = FileType("a Git LFS pointer, not the file itself", is_failed_download=True)
+TAR, GZIP = FileType("a tar archive"), FileType("a gzip archive")
+PNG, JPEG, GIF = FileType("a PNG image"), FileType("a JPEG image"), FileType("a GIF image")
+EMPTY = FileType("an empty file (0 bytes)", is_failed_download=True)
+ZEROS = FileType("a file of zero bytes", is_failed_download=True)
 WEB_PAGE = FileType("a web page, not the file itself", is_failed_download=True)
-
-_MAGIC: tuple[tuple[bytes, FileType], ...] = (
-    (b"version https://git-lfs", LFS_POINTER),
-    (b"<", WEB_PAGE),
-    (b"{", JSON),
-    (b"PK\x03\x04", ZIP),
-    (b"\x80", PICKLE),
-    (b"\x93NUMPY", FileType("a NumPy array")),
-    (b"\x89PNG", FileType("a PNG image")),
-    (b"\xff\xd8\xff", FileType("a JPEG image")),
-    (b"GIF8", FileType("a GIF image")),
-    (b"RIFF", FileType("a WebP image or another RIFF file")),
-    (b"GGUF", FileType("a GGUF model")),
+LFS_POINTER = FileType(
+    "a Git LFS pointer, not the file itself",
+    is_failed_download=True,
+    advice="Download it again; in a git repository with `git lfs pull`.",
 )
-_START = 64  # bytes
+
+_CONVERT = "Convert it to JPEG or PNG."
+_STARTS: tuple[tuple[bytes, FileType], ...] = (
+    (rb"version https://git-lfs", LFS_POINTER),
+    (rb"(?i)<(!doctype html|html|head)", WEB_PAGE),
+    (rb"(<\?xml[^>]*>\s*)?<svg", FileType("an SVG drawing", advice=_CONVERT)),
+    (rb"<", FileType("an XML document, not the file itself", is_failed_download=True)),
+    (rb"\{", JSON),
+    (rb"PK\x03\x04", ZIP),
+    (rb"\x80", PICKLE),
+    (rb"\x93NUMPY", NUMPY),
+    (rb"\x89PNG", PNG),
+    (rb"\xff\xd8\xff", JPEG),
+    (rb"GIF8", GIF),
+    (rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", FileType("a HEIC image", advice=_CONVERT)),
+    (rb"RIFF", FileType("a WebP image or another RIFF file")),
+    (rb"GGUF", FileType("a GGUF model")),
+    (rb"%PDF", FileType("a PDF document", advice=_CONVERT)),
+    (rb"\x1f\x8b", GZIP),
+)
+START = 512  # bytes that `type_of` looks at: those of the header of a tar archive
+_SHOWN = 48  # characters of a text
+
+
+def type_of(start: bytes) -> FileType | None:
+    """What a file with these first bytes is; None for an unknown one."""
+    if not start.strip(b"\0"):
+        return ZEROS if start else EMPTY
+    # Before all others: the length of the header comes first, and its low byte may be any of theirs. Eight printable
+    # characters would be a length beyond all limits.
+    if start[8:9] == b"{" and not _is_text(start[:8]):
+        return SAFETENSORS
+    if start[257:262] == b"ustar":
+        return TAR
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for pattern, found in _STARTS:
+        if re.match(pattern, text, re.DOTALL):
+            return found
+    if _is_text(start):  # what servers answer instead: "Entry not found", "Access to model ... is restricted"
+        return FileType(f"a text file that begins with {start.decode()[:_SHOWN]!r}", is_failed_download=True)
+    return None
 
 
 def file_type(path: Path) -> FileType:
     """What a file is, by its first bytes. Raises OSError when it cannot be read."""
     with path.open("rb") as stream:
-        start = stream.read(_START)
-    if not start:
-        return EMPTY
-    if not start.strip(b"\0"):
-        return FileType("a file that starts with zero bytes", is_failed_download=True)
-    # Before the magic numbers: the length of the header comes first, and its low byte may be any of theirs. Eight
-    # printable characters would be a length beyond all limits.
-    if start[8:9] == b"{" and not _is_text(start[:8]):
-        return SAFETENSORS
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    for magic, found in _MAGIC:
-        if text.startswith(magic):
-            return found
-    if _is_text(start):  # what servers answer instead: "Entry not found", "Access to model ... is restricted"
-        return FileType(f"a text file that begins with {start.decode()!r}", is_failed_download=True)
-    return FileType(f"neither safetensors nor a PyTorch file (it starts with {start[:8]!r})")
+        start = stream.read(START)
+    return type_of(start) or FileType(f"neither safetensors nor a PyTorch file (it starts with {start[:8]!r})")
 
 
 def unexpected_type(path: Path, expected: str, source: str = "") -> AdapterError:
     """The error for a file that is something else than `expected`; `source` is where to download it from."""
     found = file_type(path)
     advice = download_again(source) if found.is_failed_download else "Choose another file."
+    if found.advice and not source:
+        advice = found.advice
     return AdapterError(f"{path}: {found.name}; expected {expected}. {advice}")
 
 

@@ -257,7 +257,7 @@ def test_convert_names_what_is_wrong(random_adapter: Make, tmp_path: Path) -> No
     before = file.read_bytes()
     cases: list[tuple[list[str | Path], str]] = [
         (["/nowhere.bin", tmp_path / "o.bin"], "/nowhere.bin: no such file"),
-        ([tmp_path / "lora.safetensors", tmp_path / "o.bin"], "empty (0 bytes)"),
+        ([tmp_path / "lora.safetensors", tmp_path / "o.bin"], "an empty file (0 bytes)"),
         ([folder, tmp_path / "o.bin"], "no adapter in this folder (found: optimizer.bin)"),
         ([file, tmp_path / "o.ckpt"], "the suffix '.ckpt' is unknown. Use .safetensors or .bin, or a folder."),
         ([file, file], "is the file that is read"),

@@ -57,7 +57,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "lfs pointer": (lambda file: LFS, r"a Git LFS pointer, not the file itself; expected .*Download it again"),
     "web page": (lambda file: PAGE, r"a web page, not the file itself; expected .*Download it again"),
     "server's answer": (lambda file: b"Entry not found", r"'Entry not found'.*Download it again|damaged JSON"),
-    "empty": (lambda file: b"", r"empty \(0 bytes\); expected .*Download it again"),
+    "empty": (lambda file: b"", r"an empty file \(0 bytes\); expected .*Download it again"),
     "cut off": (lambda file: file.read_bytes()[: file.stat().st_size // 2], "truncated|damaged"),
     "a zero tail": (
         lambda file: file.read_bytes()[: file.stat().st_size // 2].ljust(file.stat().st_size, b"\0"),

@@ -189,15 +189,17 @@ def test_the_command_reports_and_draws(flawed: Path, tmp_path: Path) -> None:
 
 
 def test_a_sheet_has_a_bounded_number_of_samples(tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
     for i in range(SAMPLES + 10):
-        add(tmp_path, f"{i:02}.png", painting(i, (30, 30)), "a")
+        add(folder, f"{i:02}.png", painting(i, (30, 30)), "a")
     sheet = tmp_path / "sheet.png"
-    check_data(tmp_path, sheet=sheet)
+    check_data(folder, sheet=sheet)
     with Image.open(sheet) as picture:
         assert picture.height == 4 * 283 + 12
     before = sheet.read_bytes()
     sheet.unlink()
-    check_data(tmp_path, sheet=sheet)
+    check_data(folder, sheet=sheet)
     assert sheet.read_bytes() == before  # the same samples each time
 
 

@@ -101,7 +101,8 @@ def test_rows_with_missing_files_are_reported(pictures: Path, caplog: pytest.Log
         ("a.json", '[{"image_file": "x", "text": "y", "id_embed_file": 1}]', "'id_embed_file' must be text"),
         ("a.jsonl", '{"file_name": "x", "text": "y"}\n{', "line 2: not valid JSON"),
         ("a.jsonl", "", "it is empty"),
-        ("a.csv", "", "expected a folder"),
+        ("a.csv", "", "it is empty"),
+        ("a.zip", "", "expected a folder"),
     ],
 )
 def test_a_bad_list_is_named(tmp_path: Path, name: str, content: str, words: str) -> None:

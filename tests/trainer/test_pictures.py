@@ -151,7 +151,7 @@ PICTURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a.tga": (without_pixels, "pixels|not a picture"),
     "cut.png": (cut, "truncated"),
     "text.png": (lambda file: file.write_text("hello"), "'hello'; expected an image"),
-    "empty.jpg": (lambda file: file.touch(), r"empty \(0 bytes\); expected an image. Download it again"),
+    "empty.jpg": (lambda file: file.touch(), r"an empty file \(0 bytes\); expected an image. Download it again"),
     "page.jpg": (
         lambda file: file.write_text("<html>404</html>"),
         "a web page, not the file itself; expected an image",
@@ -221,7 +221,7 @@ def test_a_damaged_face_embedding_is_named(base_model: BaseModel, model_folder: 
         "cut.npy": (lambda file: file.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr'"), "cannot be read as a face"),
         "lfs.npy": (lambda file: file.write_text("version https://git-lfs.github.com"), "a Git LFS pointer.*again"),
         "page.bin": (lambda file: file.write_text("<html>404</html>"), "a web page.*expected a face embedding"),
-        "empty.npy": (lambda file: file.touch(), r"empty \(0 bytes\)"),
+        "empty.npy": (lambda file: file.touch(), r"an empty file \(0 bytes\)"),
         "nan.safetensors": (lambda file: save_file({"a": torch.full((512,), torch.nan)}, file), "not finite"),
         "cut.safetensors": (lambda file: file.write_bytes(b"\x80\0\0\0\0\0\0\0{"), "truncated"),
         "picture.npy": (lambda file: Image.new("L", (1, 1)).save(file, "PNG"), "cannot be read as a face"),

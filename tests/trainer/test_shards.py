@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ipadapter_trainer.data import shard_files, shards
+from ipadapter_trainer.data import shards, url_stream
 from ipadapter_trainer.data.draws import Recipe
 from ipadapter_trainer.data.face_embeds import face_id_embed
 from ipadapter_trainer.data.items import Encoding
 from ipadapter_trainer.data.pixels import open_rgb
 from ipadapter_trainer.data.shard_files import (
-    UrlStream,
     count_samples,
     expand_shards,
     fingerprint_shards,
@@ -29,6 +28,7 @@ from ipadapter_trainer.data.shard_files import (
 )
 from ipadapter_trainer.data.shard_index import index_shards
 from ipadapter_trainer.data.shards import Place, sample_stream, shard_loader
+from ipadapter_trainer.data.url_stream import UrlStream
 from ipadapter_trainer.errors import DataError
 from ipadapter_trainer.models.base_model import BaseModel
 from PIL import Image, UnidentifiedImageError
@@ -332,7 +332,7 @@ class Host(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Host]]]:
-    monkeypatch.setattr(shard_files, "_PAUSE", 0.0)
+    monkeypatch.setattr(url_stream, "_PAUSE", 0.0)
     handler = type("TestHost", (Host,), {"folder": tmp_path, "breaks": [], "failures": [], "seen": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -16,14 +16,17 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ipadapter_core.file_types import file_type
 
 from ..errors import CacheError
 
@@ -33,6 +36,7 @@ UNFINISHED = "unfinished.json"  # the manifest of a cache that is being written
 TABLES = ("texts", "references", "pictures")
 _HEADER = "ipadapter.cache"  # one entry of metadata: safetensors writes several in an order that changes
 SCALES = "image_features_scale"
+_TAIL = 64  # bytes
 _GROUP = 64  # channels that share a scale of the quantised features
 
 
@@ -45,6 +49,7 @@ class ShardEntry:
     stop: int
     bytes: int
     sha256: str
+    key: str = ""  # `Shard.key`; "" in a cache of an earlier version
 
 
 @dataclass(frozen=True)
@@ -75,20 +80,21 @@ class Manifest:
 def read_manifest(file: Path) -> Manifest:
     """Raises CacheError for a file that is none, or of another version."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_bytes())
         version = content["format"]
-        if version != FORMAT:
-            raise CacheError(
-                f"{file}: a cache of format {version}, this version reads {FORMAT}. Make the cache again with "
-                "`ipadapter cache`, in another folder."
-            )
-        known = {f.name for f in fields(Manifest)}
-        shards = {table: [ShardEntry(**entry) for entry in entries] for table, entries in content["shards"].items()}
-        return Manifest(**{**{k: v for k, v in content.items() if k in known}, "shards": shards})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CacheError):
-            raise
-        raise CacheError(f"{file}: not a cache's manifest ({error!r:.200}). Make the cache again.") from error
+        if version == FORMAT:
+            manifest = TypeAdapter(Manifest).validate_python(content)
+            if set(manifest.shards) == set(TABLES):
+                return manifest
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        version = FORMAT
+    if version == FORMAT:
+        found = file_type(file).name if file.is_file() else "no such file"
+        raise CacheError(f"{file}: not a cache's manifest ({found}). Make the cache again.")
+    raise CacheError(
+        f"{file}: a cache of format {version}, this version reads {FORMAT}. Make the cache again with "
+        "`ipadapter cache`, in another folder."
+    )
 
 
 def check_hashes(folder: Path) -> Manifest:
@@ -99,7 +105,7 @@ def check_hashes(folder: Path) -> Manifest:
     manifest = read_manifest(folder / MANIFEST)
     problems: list[str] = []
     for entry in (entry for entries in manifest.shards.values() for entry in entries):
-        problem = size_problem(folder, entry)
+        problem = shard_problem(folder, entry)
         if problem is None and sha256_of(folder / entry.file) != entry.sha256:
             problem = f"{entry.file} has other content than when it was written"
         if problem is not None:
@@ -112,13 +118,20 @@ def check_hashes(folder: Path) -> Manifest:
     return manifest
 
 
-def size_problem(folder: Path, entry: ShardEntry) -> str | None:
-    """What is wrong with a shard at first sight."""
+def shard_problem(folder: Path, entry: ShardEntry) -> str | None:
+    """What is wrong with a shard at first sight: its size, its header and its last bytes."""
     file = folder / entry.file
     if not file.is_file():
         return f"{entry.file} is missing"
     found = file.stat().st_size
-    return None if found == entry.bytes else f"{entry.file} has {found:,} bytes instead of {entry.bytes:,}"
+    if found != entry.bytes:
+        return f"{entry.file} has {found:,} bytes instead of {entry.bytes:,}"
+    if _ends_in_zeros(file):
+        return f"{entry.file} ends in zeros"
+    header = read_header(file)
+    if header is None:
+        return f"{entry.file} is damaged"
+    return f"{entry.file} belongs to another cache" if entry.key and header.key != entry.key else None
 
 
 class ShardHeader(NamedTuple):
@@ -165,10 +178,19 @@ def write_whole(file: Path, content: bytes) -> None:
 def read_header(file: Path) -> ShardHeader | None:
     """Of a shard that is all there; None when it is missing, cut off or another file. Tensors are not read."""
     try:
+        if _ends_in_zeros(file):
+            return None
         with safe_open(file, "pt") as opened:
             return ShardHeader(**json.loads(opened.metadata()[_HEADER]))
     except (OSError, SafetensorError, TypeError, KeyError, ValueError):
         return None
+
+
+def _ends_in_zeros(file: Path) -> bool:
+    """Whether the end of a file was never written; what encoders give is never zero for so long."""
+    with file.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, 2) - _TAIL))  # 2: from the end
+        return not stream.read().strip(b"\0")
 
 
 def sha256_of(file: Path) -> str:

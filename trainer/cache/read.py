@@ -21,7 +21,7 @@ from ..data.pixels import Size
 from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
-from .files import MANIFEST, SCALES, UNFINISHED, ShardEntry, dequantise, read_manifest, size_problem
+from .files import MANIFEST, SCALES, UNFINISHED, ShardEntry, dequantise, read_manifest, shard_problem
 from .plan import Rows
 from .settings import Settings, settings_of
 
@@ -170,7 +170,7 @@ def open_cache(
     """Open the cache of a training; no model is loaded.
 
     Raises CacheError for a folder without finished cache, one that was made of other data, models or settings (naming
-    every difference), and for shards that are missing or cut off.
+    every difference), and for shards that are missing or damaged.
     """
     folder, rows = Path(folder), Rows.of(examples)
     wanted = settings_of(config, base_model, data_hash, len(examples), any_reference=bool(rows.references))
@@ -187,11 +187,11 @@ def open_cache(
             "cache` with these and another folder, cache=..."
         )
     entries = [entry for entries in manifest.shards.values() for entry in entries]
-    problems = [problem for entry in entries if (problem := size_problem(folder, entry)) is not None]
+    problems = [problem for entry in entries if (problem := shard_problem(folder, entry)) is not None]
     if problems:
         raise CacheError(
             f"{folder}: {'; '.join(problems[:5])}{' and more' if len(problems) > 5 else ''}. Run `ipadapter cache` "
-            "with the same settings again: it makes what is missing."
+            "with the same settings again: it makes these again."
         )
     tables = {name: Table(folder, entries) for name, entries in manifest.shards.items()}
     broken = {name: {int(n): why for n, why in reasons.items()} for name, reasons in manifest.broken.items()}

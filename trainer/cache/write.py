@@ -208,7 +208,7 @@ def _finish(caching: Caching) -> Manifest:
         manifest.broken.setdefault(shard.table, {}).update(header.broken)
         size = (folder / shard.file).stat().st_size
         digest = _known_digest(folder, shard, size, known)
-        manifest.shards[shard.table].append(ShardEntry(shard.file, shard.start, shard.stop, size, digest))
+        manifest.shards[shard.table].append(ShardEntry(shard.file, shard.start, shard.stop, size, digest, shard.key))
     reasons = manifest.broken.get("pictures", {})
     if len(reasons) == len(caching.examples):
         raise DataError(f"None of the {len(reasons)} pictures can be read. The first: {reasons['0']}")

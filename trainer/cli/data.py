@@ -20,13 +20,16 @@ def register(app: typer.Typer) -> None:
 def check_command(
     path: Annotated[
         str,
-        typer.Argument(help="A folder, a .json or .jsonl list, or shards such as 'pictures-{000..099}.tar'."),
+        typer.Argument(help="A folder, a .json, .jsonl or .csv list, or shards such as 'pictures-*.tar'."),
     ],
     root: Annotated[
         Path | None,
         typer.Option(help="Folder that file names in a list are relative to; default: the list's folder."),
     ] = None,
-    sheet: Annotated[Path, typer.Option(help="Picture to write: samples with their captions.")] = Path("sheet.png"),
+    sheet: Annotated[
+        Path | None,
+        typer.Option(help="Picture to write: samples with their captions.", show_default="sheet.png, outside the data"),
+    ] = None,
     no_sheet: Annotated[bool, typer.Option("--no-sheet", help="Write no samples.")] = False,
     min_side: Annotated[int, typer.Option(min=1, help="Name pictures with a shorter side, in pixels.")] = 512,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with every name.")] = False,
@@ -40,10 +43,22 @@ def check_command(
     with user_errors():
         from json import dumps
 
-        from ..data.check import check_data
+        from ..data.check import check_data, is_inside
         from ..errors import DataError
 
-        report = check_data(path, root, min_side=min_side, sheet=None if no_sheet else sheet, progress_bar=True)
+        target = sheet or Path("sheet.png")
+        refused = sheet is None and not no_sheet and is_inside(target, path)
+        report = check_data(
+            path, root, min_side=min_side, sheet=None if no_sheet or refused else target, progress_bar=True
+        )
         typer.echo(dumps(report.as_json(), indent=2, ensure_ascii=False) if json else report.as_text())
+        if refused:
+            typer.echo(
+                "No samples were written, as this is the data set's folder; --sheet ../sheet.png does.", err=True
+            )
         if not report.usable:
             raise DataError(f"{path}: none of the {report.pictures} pictures can be used.")
+        if report.unreadable:
+            raise DataError(
+                f"{path}: {len(report.unreadable)} captions or rows cannot be read; a training refuses them."
+            )

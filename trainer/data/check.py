@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from ..errors import DataError
 from .contact_sheet import Cell, contact_sheet
 from .duplicates import can_look, look_of
-from .examples import Example, scan
-from .pixels import to_rgb, why_broken
+from .examples import Example, Found, scan
+from .pixels import open_rgb, why_broken
 from .report import DataReport, Facts, make_report
 from .shard_files import expand_shards, is_shards, parse_sample, raw_samples, shard_name
 
@@ -61,8 +61,11 @@ def check_data(
     """
     if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
         raise DataError(f"{sheet}: unknown picture suffix {sheet.suffix!r} for the samples. Use .png.")
+    if sheet is not None and is_inside(sheet, data):
+        raise DataError(f"{sheet} would be in the data set, and in the next training. Choose a place outside {data}.")
     missing: list[str] = []
     total: int | None = None
+    found: Found | None = None
     if is_shards(data):
         entries = _shard_entries(expand_shards(data), missing)
     else:
@@ -71,6 +74,8 @@ def check_data(
         entries = [_file_entry(example, example.text) for example in found.examples]
         entries += [_file_entry(example, None) for example in found.without_caption]
         total = len(entries)
+        if not total and not found.unreadable:
+            raise DataError(found.nothing)
     facts: list[Facts] = []
     samples: dict[int, Facts] = {}
     with ThreadPoolExecutor(threads) as pool:  # Pillow's decoders run beside each other
@@ -80,7 +85,14 @@ def check_data(
             facts.append(dataclasses.replace(fact, thumbnail=None, reference=None))
     if sheet is not None and samples:
         contact_sheet([_cell(samples[place]) for place in sorted(samples)], sheet)
-    return make_report(str(data), facts, missing, min_side, str(sheet) if sheet is not None and samples else None)
+    return make_report(
+        str(data), facts, missing, min_side, str(sheet) if sheet is not None and samples else None, found
+    )
+
+
+def is_inside(sheet: Path, data: str | Path) -> bool:
+    """Whether a file would be one of a data set's folder."""
+    return Path(data).is_dir() and sheet.resolve().is_relative_to(Path(data).resolve())
 
 
 def inspect_picture(entry: Entry | DataError) -> Facts:
@@ -105,9 +117,7 @@ def inspect_picture(entry: Entry | DataError) -> Facts:
 
 
 def _decode(data: bytes) -> tuple[tuple[int, int], Image.Image]:
-    with Image.open(io.BytesIO(data)) as opened:
-        picture = to_rgb(opened)
-    size = picture.size
+    picture, size = open_rgb(io.BytesIO(data))
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     return size, picture
 

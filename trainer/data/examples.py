@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from ..errors import DataError
+from .file_kinds import read_text
+from .folders import Listing, list_folder
+from .lists import LIST_SUFFIXES, METADATA_NAMES, Row, read_list
+from .lists import field as text_field
 from .packed import PackedFile
 from .pixels import Stored
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-CAPTION_SUFFIXES = (".txt", ".caption")
+_NAMED = 5  # of what is wrong, in a line
 
 log = logging.getLogger(__name__)
 
@@ -52,29 +54,40 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A data set: its examples, and what keeps other pictures out of it. Sentences that say what was looked at."""
+    """A data set: its examples, and what keeps other pictures out of it."""
 
     examples: list[Example]
     without_caption: list[Example]
     missing: list[str]  # files that a list names, with the place in the list
     nothing: str  # what to say when there is no example
+    unreadable: list[str] = field(default_factory=list[str])  # a sentence for each row or caption
+    unused: list[str] = field(default_factory=list[str])  # caption files, with the reason
+    ignored: list[str] = field(default_factory=list[str])  # a sentence for each kind of other file
+
+    def check_readable(self, path: Path) -> None:
+        """Raises DataError for captions and rows that cannot be read, all in one."""
+        if len(self.unreadable) > 1:
+            count = f"{path}: {len(self.unreadable):,} captions or rows cannot be read."
+            raise DataError(f"{count} {_some(self.unreadable)}")
+        if self.unreadable:
+            raise DataError(self.unreadable[0])
 
 
 def find_examples(path: Path, root: Path | None = None, require_caption: bool = True) -> list[Example]:
     """List the examples of a data set, in a fixed order, without opening a picture.
 
-    `path` is one of: a folder of pictures, each with its caption beside it (`cat.png`, `cat.txt` or
-    `cat.caption`), sub folders included; a folder with a `metadata.jsonl`, or such a file: one `{"file_name":
-    ..., "text": ...}` a line; the original trainer's JSON list `[{"image_file": ..., "text": ...}]`. Rows of the
-    last two may name another prompt picture, or a list of them, under "reference", the file of a face embedding
-    under "id_embed_file", and the picture's "width" and "height". File names are relative to `root`, by default the
-    list's folder.
+    `path` is one of: a folder of pictures, each with its caption beside it (`cat.png`, `cat.txt` or `cat.caption`),
+    sub folders included; a folder with a `metadata.jsonl` or `metadata.csv`, or such a file: one `{"file_name": ...,
+    "text": ...}` a line; the original trainer's JSON list `[{"image_file": ..., "text": ...}]`. Rows of a list may name
+    another prompt picture, or several, under "reference", the file of a face embedding under "id_embed_file", and the
+    picture's "width" and "height". File names are relative to `root`, by default the list's folder.
 
     Pictures without a caption, unless `require_caption` is off, and rows of which a file does not exist are left out
-    with a warning. Raises DataError when nothing is left, naming what was found, and for a list that cannot be read,
-    naming the line.
+    with a warning; another one names the files that are not read. Raises DataError when nothing is left, and for all
+    rows and captions that cannot be read.
     """
     found = scan(path, root)
+    found.check_readable(path)
     examples = found.examples
     if not require_caption and found.without_caption:
         examples = sorted(examples + found.without_caption, key=lambda example: example.name)
@@ -93,6 +106,15 @@ def find_examples(path: Path, root: Path | None = None, require_caption: bool = 
             len(examples) + count,
             found.missing[0],
         )
+    rest: list[str] = []
+    if found.unused:
+        rest.append(f"Unused caption files: {len(found.unused):,}, such as {found.unused[0]}.")
+    empty = [example.name for example in found.examples if not example.text.strip()]
+    if empty:
+        rest.append(f"Empty captions: {len(empty):,}, such as that of {empty[0]}.")
+    rest += found.ignored
+    if rest:
+        log.warning("%s: %s", path, _some(rest))
     return examples
 
 
@@ -100,16 +122,16 @@ def scan(path: Path, root: Path | None = None) -> Found:
     """What `find_examples` chooses from. Raises DataError for a path or a list that cannot be read."""
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder. Set data to your pictures.")
+        shards = "A pattern of shards ends in .tar." if set("*?[{") & set(path.name) else "Set data to your pictures."
+        raise DataError(f"{path}: no such file or folder. {shards}")
     if path.is_dir():
-        metadata = path / "metadata.jsonl"
-        return _from_jsonl(metadata, root) if metadata.is_file() else _from_folder(path)
-    if path.suffix == ".jsonl":
-        return _from_jsonl(path, root)
-    if path.suffix == ".json":
-        return _from_json(path, root)
+        return _from_folder(path, root)
+    if path.suffix.lower() in LIST_SUFFIXES:
+        return _from_list(path, root)
+    *others, last = LIST_SUFFIXES
     raise DataError(
-        f"{path}: expected a folder, a .json list, a .jsonl file or .tar shards, not a {path.suffix or 'plain'} file."
+        f"{path}: expected a folder, a list ({', '.join(others)} or {last}) or .tar shards, not a "
+        f"{path.suffix or 'plain'} file."
     )
 
 
@@ -137,72 +159,89 @@ def relative_name(image: Stored | TableEntry | None, root: Path | None) -> str:
     return image.relative_to(root).as_posix() if root is not None and image.is_relative_to(root) else image.name
 
 
-def _from_folder(folder: Path) -> Found:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    pictures = [p for p in files if p.suffix.lower() in PICTURE_SUFFIXES]
-    captions = {p for p in files if p.suffix.lower() in CAPTION_SUFFIXES}
-    pairs = [(picture, _caption_file(picture, captions)) for picture in pictures]
-    return Found(
-        [Example(picture, _read(caption).strip()) for picture, caption in pairs if caption is not None],
-        [Example(picture, "") for picture, caption in pairs if caption is None],
-        [],
-        f"{folder}: found {len(pictures)} pictures and {len(captions)} captions, but no picture with a caption. "
-        "Put cat.txt beside cat.png, or a metadata.jsonl into the folder.",
+def _from_folder(folder: Path, root: Path | None) -> Found:
+    metadata = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
+    if len(metadata) > 1:
+        raise DataError(f"{folder} holds {' and '.join(METADATA_NAMES)}. Keep one, or set data to one of the files.")
+    listing = list_folder(folder)
+    if metadata:
+        return _with_rest_of_folder(_from_list(metadata[0], root), metadata[0], listing)
+    pairs, unused = listing.pairs()
+    found = Found([], [], [], "", unused=unused, ignored=listing.ignored())
+    for image, caption in pairs:
+        if caption is None:
+            found.without_caption.append(Example(image, ""))
+            continue
+        try:
+            found.examples.append(Example(image, read_text(caption, "a caption").strip()))
+        except DataError as error:
+            found.unreadable.append(str(error))
+    return dataclasses.replace(found, nothing=_nothing_in(folder, listing, found))
+
+
+def _nothing_in(folder: Path, listing: Listing, found: Found) -> str:
+    images, captions, archives = len(listing.images), len(listing.captions), len(listing.archives)
+    if not images + captions and archives:
+        return f"{folder}: found no images but {archives} .tar files. To read shards, set data='{folder}/*.tar'."
+    if not images + captions + len(listing.others):
+        return f"{folder}: an empty folder. Put images into it, each with a caption: cat.png and cat.txt."
+    return " ".join(
+        [
+            f"{folder}: found {images} pictures and {captions} captions, but no picture with a caption.",
+            *found.ignored[:_NAMED],
+            "Put cat.txt beside cat.png, or a metadata.jsonl into the folder.",
+        ]
     )
 
 
-def _caption_file(picture: Path, captions: set[Path]) -> Path | None:
-    return next((c for s in CAPTION_SUFFIXES if (c := picture.with_suffix(s)) in captions), None)
+def _with_rest_of_folder(found: Found, metadata: Path, listing: Listing) -> Found:
+    """Names what the folder of a list holds beside it."""
+    examples = found.examples
+    used = {metadata, *(f for e in examples for f in (e.image, *e.references, e.face_id_embed) if isinstance(f, Path))}
+    unlisted = [file for file in listing.images if file not in used]
+    captions = [file for file in listing.captions if file not in used]
+    sentences = listing.ignored(used)
+    if unlisted and not found.unreadable:
+        sentences.append(f"Not in {metadata.name}: {len(unlisted):,} images, such as {unlisted[0]}.")
+    if captions:
+        sentences.append(f"Caption files are ignored, {len(captions):,} of them: captions come from {metadata.name}.")
+    return dataclasses.replace(found, ignored=sentences)
 
 
-def _from_jsonl(file: Path, root: Path | None) -> Found:
-    rows: list[tuple[str, Any]] = []
-    for number, line in enumerate(_read(file).split("\n"), 1):
-        if line.strip():
-            rows.append((f"{file} line {number}", _parse(line, f"{file} line {number}")))
-    return _from_rows(rows, "file_name", file, root)
-
-
-def _from_json(file: Path, root: Path | None) -> Found:
-    content = _parse(_read(file), str(file))
-    if not isinstance(content, list):
-        raise DataError(
-            f'{file}: expected a list [{{"image_file": ..., "text": ...}}], found a {type(content).__name__}.'
-        )
-    return _from_rows([(f"{file} entry {i}", row) for i, row in enumerate(content, 1)], "image_file", file, root)
-
-
-def _from_rows(rows: Sequence[tuple[str, Any]], key: str, file: Path, root: Path | None) -> Found:
+def _from_list(file: Path, root: Path | None) -> Found:
     folder = root if root is not None else file.parent
-    examples: list[Example] = []
-    missing: list[str] = []
-    for where, row in rows:
-        example = _from_row(row, key, folder, where)
+    rows, unreadable = read_list(file)
+    found = Found([], [], [], "", unreadable)
+    for row in rows:
+        try:
+            example = _from_row(row, folder)
+        except DataError as error:
+            unreadable.append(str(error))
+            continue
         files = (example.image, *example.references, example.face_id_embed)
         absent = next((f for f in files if isinstance(f, Path) and not f.is_file()), None)
         if absent is None:
-            examples.append(example)
+            found.examples.append(example)
         else:
-            missing.append(f"{absent} ({where})")
-    found = f"none of its {len(rows)} pictures exists, such as {missing[0]}" if missing else "it is empty"
-    nothing = f"{file}: {found}. File names are relative to {folder}; data_root changes that."
-    return Found(examples, [], missing, nothing)
+            found.missing.append(f"{absent} ({row.where})")
+    what = f"none of its {len(rows)} pictures exists, such as {found.missing[0]}" if found.missing else "it is empty"
+    nothing = f"{file}: {what}. File names are relative to {folder}; data_root changes that."
+    return dataclasses.replace(found, nothing=nothing)
 
 
-def _from_row(row: Any, key: str, folder: Path, where: str) -> Example:
-    name, text = _field(row, key, where), _field(row, "text", where)
-    references = row.get("reference") or ()
+def _from_row(row: Row, folder: Path) -> Example:
+    references = row.values.get("reference") or ()
     if isinstance(references, str):
         references = (references,)
     if not isinstance(references, list | tuple) or not all(isinstance(reference, str) for reference in references):
-        raise DataError(f"{where}: 'reference' must be a file name or a list of them, found {references!r:.60}.")
-    face = _field(row, "id_embed_file", where) if row.get("id_embed_file") is not None else None
-    width, height = row.get("width"), row.get("height")
+        raise DataError(f"{row.where}: 'reference' must be a file name or a list of them, found {references!r:.60}.")
+    has_face = row.values.get("id_embed_file") is not None
+    width, height = row.values.get("width"), row.values.get("height")
     return Example(
-        folder / name,
-        text,
+        folder / row.image,
+        row.text,
         tuple(folder / reference for reference in references),
-        None if face is None else _face_file(folder, face),
+        _face_file(folder, text_field(row.values, "id_embed_file", row.where)) if has_face else None,
         (width, height) if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 else None,
     )
 
@@ -212,24 +251,7 @@ def _face_file(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_file() or not Path(name).is_file() else Path(name)
 
 
-def _field(row: Any, key: str, where: str) -> str:
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: expected an object with {key!r} and 'text', found {row!r:.60}.")
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} must be text, found {value!r:.60} (keys: {', '.join(map(str, row))}).")
-    return value
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error}).") from error
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as UTF-8 text ({error}).") from error
+def _some(names: Sequence[str]) -> str:
+    """The first of many, and how many more there are."""
+    more = f" And {len(names) - _NAMED:,} more: `ipadapter data check` lists all." if len(names) > _NAMED else ""
+    return " ".join(names[:_NAMED]) + more

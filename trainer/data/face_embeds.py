@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -12,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
+from ipadapter_core.file_types import START
+
 from ..errors import DataError
 from .examples import Example, TableEntry
+from .file_kinds import ARRAYS, first_bytes, wrong_file
 from .packed import PackedFile
 
+EMBED_SUFFIXES = (".npy", ".safetensors", ".pt", ".pth", ".bin")
 TABLE_SUFFIXES = (".safetensors", ".npz")
 _LOOKED_AT = 32  # how many are read before the start
 
@@ -40,11 +46,10 @@ def with_faces(
     found = examples if table is None else _from_table(examples, table, root)
     having = [example for example in found if example.face_id_embed is not None]
     if not having:
-        where = (
-            f"{table} has none of their names"
-            if table is not None
-            else "no row names one (id_embed_file) and face_embeds is not set"
-        )
+        where = "no row names one (id_embed_file) and face_embeds is not set"
+        if table is not None:
+            keys = list(_open_table(table, os.getpid()).keys())
+            where = f"{table} has none of their names but {len(keys):,} others, such as {', '.join(keys[:3])}"
         raise DataError(
             f"None of the {len(examples)} pictures has a face embedding: {where}. The first picture is "
             f"{examples[0].name}."
@@ -83,36 +88,53 @@ def face_id_embed(example: Example, width: int = 512) -> Tensor:
 
 
 def read_face_embed(file: Path | PackedFile) -> Tensor:
-    """One embedding from a .npy file, or from a torch file (.pt, .pth, .bin) that holds a tensor or, as the original
-    trainer's do, a numpy array. Nothing in a file is executed.
+    """One embedding from a .npy file, a .safetensors file with one tensor, or a torch file (.pt, .pth, .bin) that holds
+    a tensor or, as the original trainer's do, a numpy array. Nothing in a file is executed.
 
     Raises DataError for another suffix and for a file that cannot be read.
     """
-    if file.suffix not in (".npy", ".pt", ".pth", ".bin"):
-        raise DataError(f"{file}: expected a .npy, .pt, .pth or .bin file with a face embedding.")
+    if file.suffix not in EMBED_SUFFIXES:
+        *others, last = EMBED_SUFFIXES
+        raise DataError(f"{file}: expected a {', '.join(others)} or {last} file with a face embedding.")
     try:
-        opened = file.open() if isinstance(file, PackedFile) else file
+        content = file.read() if isinstance(file, PackedFile) else file.read_bytes()
         if file.suffix == ".npy":
-            return torch.from_numpy(np.load(opened, allow_pickle=False))
+            return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
+        if file.suffix == ".safetensors":
+            tensors = safetensors.torch.load(content)
+            if len(tensors) != 1:
+                raise DataError(f"{file}: holds {len(tensors):,} tensors; expected one, a face embedding.")
+            return next(iter(tensors.values()))
         with torch.serialization.safe_globals(_numpy_globals()):
-            content = torch.load(opened, map_location="cpu", weights_only=True)
-        return content if isinstance(content, Tensor) else torch.from_numpy(content)
-    except pickle.UnpicklingError as error:
-        raise DataError(f"{file}: holds more than an array. Save the array alone, with numpy.save as .npy.") from error
+            value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return value if isinstance(value, Tensor) else torch.from_numpy(value)
+    except DataError:
+        raise
     except Exception as error:  # of many kinds, from three libraries
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"{file}: cannot be read as a face embedding ({reason}). Save it with numpy.save as .npy."
-        ) from error
+        if isinstance(error, OSError) and error.strerror is not None:
+            raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
+        start = _start(file)
+        if isinstance(error, pickle.UnpicklingError) and start.startswith((b"PK", b"\x80")):
+            raise DataError(
+                f"{file}: holds more than an array. Save the array alone, with numpy.save as .npy."
+            ) from error
+        raise wrong_file(file, start, "a face embedding", ARRAYS) from error
+
+
+def _start(file: Path | PackedFile) -> bytes:
+    return file.read()[:START] if isinstance(file, PackedFile) else first_bytes(file)
 
 
 def check_face_embed(embed: Tensor, width: int, name: str) -> Tensor:
-    """[F] or [1, F] of any float type -> float32 [F]. Raises DataError for another shape, NaN or infinity."""
+    """[F] or [1, F] of any float type -> float32 [F]. Raises DataError for another shape, and for values that
+    are not finite or all zero."""
     if embed.shape not in ((width,), (1, width)):
         raise DataError(f"{name}: expected a face embedding of {width} values, found the shape {tuple(embed.shape)}.")
     embed = embed.reshape(width).float()
     if not embed.isfinite().all():
         raise DataError(f"{name}: the face embedding has values that are not finite.")
+    if not embed.any():
+        raise DataError(f"{name}: the face embedding is all zeros: no face was found, or the file is damaged.")
     return embed
 
 
@@ -135,7 +157,9 @@ def _open_table(table: Path, process: int) -> Any:
 
         return safe_open(table, "pt")
     except Exception as error:
-        raise DataError(f"{table}: cannot be read as a table of face embeddings ({error}).") from error
+        if not table.is_file():
+            raise DataError(f"{table}: no such file. Set face_embeds to your table of face embeddings.") from error
+        raise wrong_file(table, first_bytes(table), "a table of face embeddings", ARRAYS) from error
 
 
 def _from_table(examples: Iterable[Example], table: Path, root: Path | None) -> list[Example]:

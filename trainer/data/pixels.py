@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
+from ipadapter_core.file_types import START, type_of
+
+from ..errors import DataError
+from .file_kinds import IMAGES, fault
 from .packed import PackedFile
 
 Size = tuple[int, int]  # width, height
 Stored = Image.Image | Path | PackedFile  # in memory, a file, or a file in a shard
 Picture = Stored | IO[bytes]  # or an open file
 
+# Pillow reads AVIF since 11.3, where it was built with libavif.
+READS_AVIF = "avif" in features.modules and bool(features.check_module("avif"))
+PICTURE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *((".avif",) if READS_AVIF else ()),
+)
+
 _ON_ITS_SIDE = (5, 6, 7, 8)  # values of EXIF's orientation
+_DEPTHS = (255, 4095, 65535, 2**31 - 1)  # white of 8, 12, 16 and 31 bits
+_UNCHECKED = ("PNG", "WEBP", "AVIF")  # their decoders draw black or grey where a file ends in zeros, and raise nothing
+_ZERO_TAIL = 64  # bytes
+_STRIP = 8  # a picture that covers its target with more than so many times its pixels
+
+# Pillow warns at half of what it refuses; large photographs are fine.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used. The text does not name it: who opened it knows its name."""
 
 
 class Cut(NamedTuple):
@@ -42,23 +66,45 @@ def open_rgb(picture: Picture, at_least: int | None = None) -> tuple[Image.Image
         size = upright_size(opened)
         if at_least is not None:
             opened.draft(None, (at_least, at_least))
+        if opened.format in _UNCHECKED and not _edge(picture, io.SEEK_END)[-_ZERO_TAIL:].strip(b"\0"):
+            raise PictureError("ends in zeros, so its download is incomplete. Download it again.")
         return to_rgb(opened), size
 
 
 def open_lazily(picture: Path | PackedFile | IO[bytes]) -> Image.Image:
-    """The picture with nothing decoded but its header. Raises what Pillow raises."""
-    if not isinstance(picture, PackedFile):
-        return Image.open(picture)
+    """The picture with nothing decoded but its header. Raises what Pillow raises, PictureError for a file that is
+    known to be something else.
+    """
     try:
-        return Image.open(picture.open())
-    except UnidentifiedImageError as error:  # it names the object in memory, another one in each run
+        return Image.open(picture.open() if isinstance(picture, PackedFile) else picture)
+    except UnidentifiedImageError as error:
+        start = _edge(picture, io.SEEK_SET)
+        if type_of(start) is not None:
+            raise PictureError(fault(start, "JPEG, PNG, WebP or the like", IMAGES)) from error
+        # Pillow's text names the object in memory, another one in each run.
         raise UnidentifiedImageError(f"cannot identify image file '{picture}'") from error
+
+
+def _edge(picture: Path | PackedFile | IO[bytes], whence: int) -> bytes:
+    """The first bytes of a file, or the last ones."""
+    if isinstance(picture, Path | PackedFile):
+        with picture.open("rb") if isinstance(picture, Path) else picture.open() as stream:
+            return _edge(stream, whence)
+    if whence == io.SEEK_END:
+        picture.seek(max(0, picture.seek(0, io.SEEK_END) - START))
+    else:
+        picture.seek(0)
+    return picture.read(START)
 
 
 def why_broken(error: Exception) -> str:
     """What a decoder's error says, in a line."""
     if isinstance(error, UnidentifiedImageError):  # its text names the object in memory
         return "not a picture, or of an unknown format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * cast('int', Image.MAX_IMAGE_PIXELS):,} pixels. Scale it down."
+    if isinstance(error, DataError | PictureError):
+        return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -70,14 +116,41 @@ def upright_size(picture: Image.Image) -> Size:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Upright, in RGB, transparency over white (dropping it would uncover whatever colour lies beneath)."""
+    """Upright, in RGB, transparency over white (dropping it would uncover whatever colour lies beneath).
+
+    Raises PictureError for a picture without pixels, and for values whose range is unknown.
+    """
+    if 0 in picture.size:
+        raise PictureError(f"an image of {picture.width}x{picture.height} pixels holds nothing.")
     picture = ImageOps.exif_transpose(picture)
-    if picture.has_transparency_data:
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = _eight_bits(picture)
+    elif picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits, which Pillow would cut off at 255: integers take the smallest depth that holds their
+    values, as 12 bits may be stored in 16; floats reach to 1, or to an integer's white.
+    """
+    values = np.asarray(picture)
+    low, high = float(values.min()), float(values.max())
+    whites = (1.001, *_DEPTHS) if picture.mode == "F" else _DEPTHS
+    white = next((white for white in whites if high <= white), None)  # none for NaN, which no number is compared to
+    # Sixteen times less than white is black: rather refused than taken for a dark picture.
+    dark = (picture.mode == "F" and white == _DEPTHS[0]) or white == _DEPTHS[-1]
+    if white is None or low < 0 or (dark and high * 16 < white):
+        raise PictureError(
+            f"its values reach from {low:g} to {high:g}, an unknown range. Scale them to 0...1 or 0...255."
+        )
+    white = 1.0 if white < 2 else white
+    grey = np.minimum(values * (255.0 / white) + 0.5, 255).astype(np.uint8)
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -92,11 +165,21 @@ def cover_and_crop(picture: Image.Image, size: Size, left: float = 0.5, top: flo
     """
     scale = max(size[0] / picture.width, size[1] / picture.height)
     width, height = (max(side, int(full * scale)) for side, full in zip(size, picture.size, strict=True))
-    resized = picture.resize((width, height), Image.Resampling.BILINEAR)
     x, y = round((width - size[0]) * left), round((height - size[1]) * top)
     across, down = picture.width / width, picture.height / height
-    box = (round(x * across), round(y * down), round((x + size[0]) * across), round((y + size[1]) * down))
-    return Cut(resized.crop((x, y, x + size[0], y + size[1])), (y, x), box)
+    exact = (
+        x * across,
+        y * down,
+        min((x + size[0]) * across, picture.width),
+        min((y + size[1]) * down, picture.height),
+    )
+    if width * height > _STRIP * size[0] * size[1]:  # of a strip the cut alone is scaled; it may differ by a level
+        cut = picture.resize(size, Image.Resampling.BILINEAR, box=exact)
+    else:
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+        cut = resized.crop((x, y, x + size[0], y + size[1]))
+    box = (round(exact[0]), round(exact[1]), round(exact[2]), round(exact[3]))
+    return Cut(cut, (y, x), box)
 
 
 def share_of(picture: Image.Image, area: float, left: float, top: float) -> Image.Image:

@@ -13,10 +13,13 @@ from typing import Any
 from PIL import Image
 
 from .duplicates import Look, alike, can_look, same
+from .examples import Found
 from .pixels import Size
+from .sizes import size_notes
 
 TOKENS = 77  # that CLIP's text encoders take, the two ends included
 _NAMED = 5  # of the pictures in a list
+_BUCKET_STEP, _BATCH = 64, 8  # of a usual training
 _BAR = 40  # characters of the longest one
 _SHAPES = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")
 
@@ -56,6 +59,10 @@ class DataReport:
     references: int  # pictures with another picture as the prompt
     faces: int  # pictures with a face embedding of their own
     missing: list[str]  # files that are listed, or shards that end early
+    unreadable: list[str]  # captions and rows of a list
+    ignored: list[str]  # a sentence for each kind of file that is not read
+    unused_captions: list[str]
+    empty_captions: list[str]
     broken: list[str]
     without_caption: list[str]
     tiny: list[str]
@@ -66,6 +73,7 @@ class DataReport:
     caption_tokens: Spread | None
     short_side: Spread | None
     min_side: int
+    size_notes: list[str]  # about a training at `min_side` pixels
     shapes: dict[str, int]  # pictures by the nearest ratio of width to height
     sheet: str | None = None
 
@@ -91,6 +99,7 @@ class DataReport:
                 ("captions", f"about {tokens.least} to {tokens.greatest} tokens, half of them up to {tokens.middle}")
             )
         lines += self._faults()
+        lines += [(f"at {self.min_side} px", note) for note in self.size_notes]
         if self.sheet is not None:
             lines.append(("samples", self.sheet))
         text = "\n".join(f"{name:<17} {content}" for name, content in lines)
@@ -100,7 +109,10 @@ class DataReport:
         lists = [
             ("missing", self.missing),
             ("broken", self.broken),
+            ("unreadable", self.unreadable),
             ("without caption", self.without_caption),
+            ("empty captions", self.empty_captions),
+            ("unused captions", self.unused_captions),
             (f"below {self.min_side} px", self.tiny),
             (f"over {TOKENS} tokens", self.long_captions),
             ("same file", [" = ".join(names) for names in self.duplicates]),
@@ -108,6 +120,7 @@ class DataReport:
             ("same caption", [f"{count:,} x {text!r}" for text, count in self.repeated_captions.items()]),
         ]
         lines = [(name, _some(names)) for name, names in lists if names]
+        lines += [("ignored", sentence) for sentence in self.ignored]
         if self.near_duplicates is None:
             lines.append(("nearly the same", "not looked for: pip install 'ip-adapter-kit[train]' brings imagehash"))
         return lines or [("faults", "none found")]
@@ -121,9 +134,14 @@ class DataReport:
 
 
 def make_report(
-    data: str, facts: Sequence[Facts], missing: Sequence[str], min_side: int, sheet: str | None = None
+    data: str,
+    facts: Sequence[Facts],
+    missing: Sequence[str],
+    min_side: int,
+    sheet: str | None = None,
+    found: Found | None = None,
 ) -> DataReport:
-    """Sum up the facts of all pictures."""
+    """Sum up the facts of all pictures, and what was `found` beside them."""
     read = [fact for fact in facts if fact.size is not None]
     sizes = [fact.size for fact in read if fact.size is not None]
     texts = [(fact.name, fact.text) for fact in facts if fact.text is not None]
@@ -140,16 +158,21 @@ def make_report(
         references=sum(fact.has_reference for fact in facts),
         faces=sum(fact.has_face for fact in facts),
         missing=list(missing),
+        unreadable=[] if found is None else found.unreadable,
+        ignored=[] if found is None else found.ignored,
+        unused_captions=[] if found is None else found.unused,
+        empty_captions=[name for name, text in texts if not text.strip()],
         broken=[fact.error for fact in facts if fact.error is not None],
         without_caption=[fact.name for fact in facts if fact.text is None and fact.name],
         tiny=[f"{f.name} ({f.size[0]}x{f.size[1]})" for f in read if f.size is not None and min(f.size) < min_side],
         duplicates=duplicates,
         near_duplicates=alike(looks) if can_look() else None,
-        repeated_captions={text: count for text, count in captions.most_common() if count > 1},
+        repeated_captions={text: count for text, count in captions.most_common() if count > 1 and text},
         long_captions=[name for name, count in tokens.items() if count > TOKENS],
         caption_tokens=_spread(list(tokens.values())),
         short_side=_spread([min(size) for size in sizes]),
         min_side=min_side,
+        size_notes=size_notes(sizes, len(sizes), min_side, min(_BUCKET_STEP, min_side), _BATCH),
         shapes={name: shapes[name] for name in _SHAPES if shapes[name]},
         sheet=sheet,
     )

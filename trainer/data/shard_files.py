@@ -1,11 +1,12 @@
 """WebDataset shards: tar files, local or by URL, whose files with one name and several suffixes are a sample.
 
-A sample is a picture (.jpg, .jpeg, .png or .webp) with its caption (.txt, or "text" or "caption" in .json), and
+A sample is a picture (.jpg, .png, .webp, ...) with its caption (.txt, or "text" or "caption" in .json), and
 optionally another prompt picture (.reference.jpg and so on) and a face embedding (.face.npy).
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -13,13 +14,11 @@ import os
 import random
 import re
 import tarfile
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -27,17 +26,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ipadapter_core.file_types import TAR, ZEROS, type_of
+
 from ..errors import DataError
+from .file_kinds import ARCHIVES, fault, first_bytes
+from .pixels import PICTURE_SUFFIXES
+from .url_stream import UrlStream
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-PICTURE_KEYS = ("jpg", "jpeg", "png", "webp")
+PICTURE_KEYS = tuple(suffix[1:] for suffix in PICTURE_SUFFIXES)
 FACE_KEY = "face.npy"
+_NAMED = 5  # files in a message
+_PADDING = 1 << 16  # bytes; writers fill the last block, of 10 KB as a rule, with zeros
 SHUFFLED = 256  # samples of a shard that are held, undecoded, to shuffle them
-_RETRIES = 5
-_PAUSE = 1.0  # seconds before the first of them, doubled each time
-_TIMEOUT = 30.0  # seconds without a byte
-_PERMANENT = range(400, 500)  # HTTP statuses that trying again does not change, but for these:
-_BUSY = (408, 425, 429)
 
 T = TypeVar("T")
 RawSample = dict[str, Any]  # "__key__", "__url__", and the bytes of each file by its suffix
@@ -60,11 +61,11 @@ def is_shards(data: str | Path | Sequence[str]) -> bool:
 
 
 def expand_shards(data: str | Path | Sequence[str]) -> list[str]:
-    """The shards that a pattern names: "pictures-{000..099}.tar", a path or an http(s) URL, several of them joined by
-    "::", or a list of such.
+    """The shards that a pattern names: "pictures-{000..099}.tar", a path or an http(s) URL, "pictures-*.tar", several
+    of them joined by "::", or a list of such.
 
     Raises DataError for another scheme ("pipe:" would run a program), for names without a shard's suffix, and for local
-    files that do not exist.
+    files that do not exist or are no archives.
     """
     wds = import_webdataset()
     patterns = [str(data)] if isinstance(data, str | Path) else [str(entry) for entry in data]
@@ -85,10 +86,51 @@ def expand_shards(data: str | Path | Sequence[str]) -> list[str]:
             )
         if not _suffix(shard).endswith(SHARD_SUFFIXES):
             raise DataError(f"{shard}: expected a shard ({', '.join(SHARD_SUFFIXES)}).")
-    missing = [shard for shard in shards if not is_url(shard) and not Path(shard).is_file()]
+    shards = [file for shard in shards for file in _matches(shard)]
+    local = [Path(shard) for shard in shards if not is_url(shard)]
+    missing = [shard for shard in local if not shard.is_file()]
     if missing:
-        raise DataError(f"{missing[0]}: no such file ({len(missing)} of {len(shards)} shards do not exist).")
+        many = f"({len(missing)} of {len(shards)} shards do not exist)"
+        raise DataError(f"{missing[0]}: no such file {many}. {_tars_beside(missing[0])}")
+    faults = [f"{shard}: {reason}" for shard in local if (reason := _why_no_archive(shard)) is not None]
+    if faults:
+        many = "" if len(faults) == 1 else f" ({len(faults)} of {len(shards)} shards are no archives.)"
+        raise DataError(f"{' '.join(faults[:_NAMED])}{many}")
     return shards
+
+
+def _matches(shard: str) -> list[str]:
+    """The files of a pattern with wildcards, in the order of their names; another name is left alone."""
+    if is_url(shard):
+        if "*" in _suffix(shard):
+            raise DataError(f"{shard}: a pattern of addresses cannot hold a *. Write pictures-{{000..099}}.tar.")
+        return [shard]
+    if not glob.has_magic(shard) or Path(shard).is_file():
+        return [shard]
+    files = sorted(glob.glob(shard, recursive=True))  # noqa: PTH207, Path.glob takes no absolute pattern
+    if not files:
+        raise DataError(f"{shard}: no file matches. {_tars_beside(Path(shard))}")
+    return files
+
+
+def _tars_beside(shard: Path) -> str:
+    """What shards its folder has."""
+    if not shard.parent.is_dir():
+        return f"There is no folder {shard.parent}."
+    names = sorted(file.name for file in shard.parent.iterdir() if file.name.endswith(SHARD_SUFFIXES))
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return f"{shard.parent} holds {', '.join(names[:_NAMED]) or 'no .tar file'}{more}."
+
+
+def _why_no_archive(shard: Path) -> str | None:
+    """What is wrong with a local shard at first sight: its first header."""
+    try:
+        tarfile.open(shard).close()
+    except PermissionError:
+        raise
+    except (OSError, EOFError, zlib.error, tarfile.TarError):
+        return fault(first_bytes(shard), "a tar archive", ARCHIVES)
+    return None
 
 
 def fingerprint_shards(shards: Sequence[str]) -> str:
@@ -111,13 +153,18 @@ def raw_samples(shard: str, report: Callable[[str], None], seed: str | None = No
     A damaged or missing shard ends early; `report` is told why. Raises DataError when a server cannot be reached.
     """
     wds = import_webdataset()
+    failed: list[Exception] = []
 
     def handler(error: Exception) -> bool:
         if isinstance(error, DataError):
             raise error
+        failed.append(error)
         reason = str(error.args[0] if error.args else "").split(" @ ")[0]  # webdataset adds the open file
-        report(f"{shard}: {type(error).__name__}: {reason}")
-        return isinstance(error, ValueError)  # a file that comes twice; the rest of the shard is good
+        if isinstance(error, ValueError):  # a file that comes twice; the rest of the shard is good
+            report(f"{shard}: {reason}")
+            return True
+        report(f"{shard}: cut off or damaged ({reason}); its rest is left out. Download or make it again.")
+        return False
 
     try:
         stream = _open(shard)
@@ -130,6 +177,8 @@ def raw_samples(shard: str, report: Callable[[str], None], seed: str | None = No
         if seed is not None:
             samples = wds.filters.shuffle(SHUFFLED, initial=SHUFFLED, rng=random.Random(seed))(samples)
         yield from samples
+        if not failed and is_plain(shard) and (why := _why_early(Path(shard), stream.tell())) is not None:
+            report(f"{shard}: {why}. Download or make it again.")
 
 
 def count_samples(shard: str) -> int | None:
@@ -157,6 +206,21 @@ def tar_headers(shard: Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
             key, suffix = split(info.name)
             if key is not None and info.isreg() and not re.match(r"__[^/]*__($|/)", info.name):
                 yield key, suffix.lower(), info
+        early = _why_early(shard, tar.offset)
+    if early is not None:
+        raise tarfile.ReadError(early)
+
+
+def _why_early(shard: Path, end: int) -> str | None:
+    """What is wrong with an archive that was read without an error to `end`: it goes on there, or has no end marker."""
+    size = shard.stat().st_size
+    if type_of(first_bytes(shard)) not in (TAR, ZEROS):  # compressed, whatever its name
+        return None
+    if size - end > _PADDING:  # behind zeros, which readers take for the end
+        return f"it ends after {end:,} of {size:,} bytes: an incomplete download, or several archives in one"
+    with shard.open("rb") as stream:
+        stream.seek(-tarfile.BLOCKSIZE, io.SEEK_END)
+        return "it has no end marker: cut off" if stream.read().strip(b"\0") else None
 
 
 def parse_sample(raw: RawSample) -> Sample:
@@ -171,7 +235,7 @@ def picture_of(files: Mapping[str, T], name: str) -> T:
     picture = next((files[key] for key in PICTURE_KEYS if key in files), None)
     if picture is None:
         found = ", ".join(key for key in files if not key.startswith("__"))
-        raise DataError(f"{name}: no picture ({', '.join(PICTURE_KEYS)}) among its files ({found}).")
+        raise DataError(f"{name}: no picture (jpg, png, webp, ...) among its files ({found}).")
     return picture
 
 
@@ -231,75 +295,3 @@ def _suffix(shard: str) -> str:
 
 def _open(shard: str) -> IO[bytes]:
     return cast("IO[bytes]", UrlStream(shard)) if is_url(shard) else Path(shard).open("rb")
-
-
-class UrlStream(io.RawIOBase):
-    """The bytes of a URL, going on where a connection broke.
-
-    A status that says that the file is not there raises urllib's HTTPError; a server that cannot be reached, DataError.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._position, self._length = 0, -1
-        self._response: HTTPResponse | None = None
-        self._again(self._connect)
-
-    def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes; none at the end."""
-        data = self._again(lambda: self._read(size))
-        self._position += len(data)
-        return data
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def close(self) -> None:
-        """Close the connection."""
-        if self._response is not None:
-            self._response.close()
-        super().close()
-
-    def _connect(self) -> None:
-        request = urllib.request.Request(self._url, headers={"User-Agent": "ip-adapter-kit"})
-        if self._position:
-            request.add_header("Range", f"bytes={self._position}-")
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
-        if response.status != 206:  # the whole file
-            self._length = int(response.headers.get("Content-Length", -1))
-            skip = self._position
-            while skip:
-                skip -= len(response.read(min(skip, 1 << 20)) or _closed(self._url))
-        self._response = response
-
-    def _read(self, size: int) -> bytes:
-        if self._response is None:
-            self._connect()
-        assert self._response is not None
-        data = self._response.read(None if size < 0 else size)
-        if not data and size and self._position < self._length:
-            _closed(self._url)
-        return data
-
-    def _again(self, action: Callable[[], Any]) -> Any:
-        reason: Exception | None = None
-        for attempt in range(_RETRIES + 1):
-            if attempt:
-                time.sleep(_PAUSE * 2 ** (attempt - 1))
-            try:
-                return action()
-            except urllib.error.HTTPError as error:
-                if error.code in _PERMANENT and error.code not in _BUSY:
-                    raise
-                reason = error
-            except (OSError, HTTPException) as error:
-                reason = error
-            self._response = None
-        raise DataError(
-            f"{self._url}: {reason} ({_RETRIES + 1} attempts). Check the network, then start the same command again."
-        )
-
-
-def _closed(url: str) -> bytes:
-    raise ConnectionError(f"{url}: the connection was closed early")

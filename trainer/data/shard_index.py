@@ -30,6 +30,7 @@ def index_shards(shards: Sequence[str]) -> list[Example]:
     """
     examples: list[Example] = []
     problems: list[str] = []
+    early: list[str] = []  # shards
     for shard in shards:
         if not is_plain(shard):
             what = "an address" if is_url(shard) else "compressed"
@@ -43,9 +44,11 @@ def index_shards(shards: Sequence[str]) -> list[Example]:
                 except DataError as error:
                     problems.append(str(error))
         except (OSError, tarfile.TarError) as error:
-            problems.append(f"{shard}: {type(error).__name__}: {error}")
+            early.append(f"{shard}: cut off or damaged ({error}). Download or make it again.")
     if not examples:
-        raise DataError(f"The shards hold no sample. {problems[0] if problems else f'The first is {shards[0]}.'}")
+        raise DataError(f"The shards hold no sample. {(early + problems + [f'The first is {shards[0]}.'])[0]}")
+    if early:
+        log.warning("%d of %d shards end early, such as %s", len(early), len(shards), early[0])
     if problems:
         log.warning(
             "%d of %d samples are left out, such as %s", len(problems), len(problems) + len(examples), problems[0]

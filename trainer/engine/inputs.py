@@ -14,6 +14,7 @@ from ..data.face_embeds import with_faces
 from ..data.items import Encoding
 from ..data.shard_files import expand_shards
 from ..data.shard_index import index_shards
+from ..data.sizes import sample_sizes, size_notes
 from ..errors import ConfigError
 from ..models.base_model import BaseModel, load_base_model
 from ..settings.config import TrainConfig
@@ -45,6 +46,12 @@ def buckets_of(config: TrainConfig, examples: Sequence[Example]) -> Buckets:
     if not config.buckets:
         return Buckets.square(config.resolution, len(examples))
     return find_buckets(examples, config.resolution, config.bucket_step, at_least=config.batch_size)
+
+
+def size_notes_of(config: TrainConfig, examples: Sequence[Example]) -> list[str]:
+    """Sentences about images that are scaled up and buckets that hold too few, from the headers of a sample."""
+    step = config.bucket_step if config.buckets else None
+    return size_notes(sample_sizes(examples), len(examples), config.resolution, step, config.batch_size)
 
 
 def encoding_of(config: TrainConfig, base_model: BaseModel) -> Encoding:

@@ -24,8 +24,8 @@ def _dropout(c: TrainConfig) -> str | None:
 
 
 def _data(c: TrainConfig) -> str | None:
-    if c.data_root is not None and Path(c.data).suffix not in (".json", ".jsonl"):
-        return f"data_root belongs to a .json or .jsonl list, but data is {c.data!r}"
+    if c.data_root is not None and Path(c.data).suffix not in (".json", ".jsonl", ".csv"):
+        return f"data_root belongs to a .json, .jsonl or .csv list, but data is {c.data!r}"
     if c.streams and c.epochs is not None:
         return f"epochs={c.epochs} needs a data set of known length, but data is a stream of shards; give steps"
     if c.streams and c.buckets:

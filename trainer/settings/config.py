@@ -58,9 +58,9 @@ class TrainConfig(BaseModel):
 
     # --- Data
     data: str = Field(
-        description="Pictures and captions: a folder (picture.png with picture.txt, or a metadata.jsonl), a .jsonl, a "
-        'JSON list [{"image_file": ..., "text": ...}], or WebDataset shards, local or by URL: '
-        "pictures-{000..099}.tar."
+        description="Pictures and captions: a folder (picture.png with picture.txt, or a metadata.jsonl or .csv), a "
+        '.jsonl or .csv, a JSON list [{"image_file": ..., "text": ...}], or WebDataset shards, local or by URL: '
+        "pictures-{000..099}.tar or pictures-*.tar."
     )
     output: Path = Field(description="Folder of the checkpoints, the logs and, at the end, the adapter.")
     data_root: Path | None = Field(
@@ -232,7 +232,8 @@ class TrainConfig(BaseModel):
     @property
     def from_shards(self) -> bool:
         """Whether the data are WebDataset shards."""
-        return self.data.split("?")[0].endswith((".tar", ".tar.gz", ".tgz"))
+        path = self.data.split("?")[0] if "://" in self.data else self.data  # else it may be a pattern, a-?.tar
+        return path.endswith((".tar", ".tar.gz", ".tgz"))
 
     @property
     def streams(self) -> bool:

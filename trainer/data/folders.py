@@ -1,0 +1,118 @@
+"""The files of a folder of images: what is read, and what is not."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .lists import METADATA_NAMES
+from .pixels import PICTURE_SUFFIXES
+
+CAPTION_SUFFIXES = (".txt", ".caption")  # the first one wins
+ARCHIVE_SUFFIXES = (".tar", ".tgz")
+_SYSTEM = ("thumbs.db", "desktop.ini", "@eadir", "__macosx")  # beside what begins with a dot
+_ADVICE = {
+    "convert to JPEG or PNG": ".heic .heif .hif .jxl .jp2 .psd .svg .tga .exr .hdr .ico .pdf .raw .dng .cr2 .cr3 .nef "
+    ".arw .orf .rw2 .raf .xcf",
+    "Pillow 11.3 or newer reads it": ".avif",
+    "save frames of it as images": ".mp4 .mov .avi .mkv .webm .m4v",
+    "unpack it": ".zip .7z .rar .gz .zst",
+    "to read shards, set data='FOLDER/*.tar'": " ".join(ARCHIVE_SUFFIXES),
+    "to read a list, set data to the file, or name it metadata": ".json .jsonl .csv",
+    "write it as metadata.jsonl": ".parquet .xlsx .tsv",
+}
+_ADVICE_OF = {suffix: advice for advice, suffixes in _ADVICE.items() for suffix in suffixes.split()}
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The files of a folder and its sub folders, in a fixed order. Hidden and system files are left out."""
+
+    images: list[Path] = field(default_factory=list[Path])
+    captions: list[Path] = field(default_factory=list[Path])
+    others: list[Path] = field(default_factory=list[Path])
+    dangling: list[Path] = field(default_factory=list[Path])  # links to nothing
+
+    def pairs(self) -> tuple[list[tuple[Path, Path | None]], list[str]]:
+        """Each image with its caption file, and the captions that are of no use, with the reason."""
+        by_name = {(file.with_suffix(""), file.suffix.lower()): file for file in self.captions}
+        pairs: list[tuple[Path, Path | None]] = []
+        chosen: dict[Path, Path] = {}
+        for image in self.images:
+            stem = image.with_suffix("")
+            caption = next((by_name[stem, s] for s in CAPTION_SUFFIXES if (stem, s) in by_name), None)
+            pairs.append((image, caption))
+            if caption is not None:
+                chosen[stem] = caption
+        used = set(chosen.values())
+        unused: list[str] = []
+        for file in self.captions:
+            if file not in used:
+                other = chosen.get(file.with_suffix(""))
+                unused.append(f"{file} ({'no image of this name' if other is None else f'{other.name} is read'})")
+        return pairs, unused
+
+    def ignored(self, used: Collection[Path] = ()) -> list[str]:
+        """A sentence for each suffix of the other files, but for those that a list uses."""
+        others = [file for file in self.others if file not in used]
+        nested = [file for file in others if file.name.lower() in METADATA_NAMES]
+        counts = Counter(file.suffix.lower() for file in others if file not in nested)
+        sentences = [
+            f"{file} is not read. Set data={file.parent} to read it, or move it to the top of the folder."
+            for file in nested
+        ]
+        for suffix, number in sorted(counts.items()):
+            files = "file" if number == 1 else "files"
+            name = f"{suffix} {files}" if suffix else f"{files} without a suffix"
+            advice = f": {_ADVICE_OF[suffix]}" if suffix in _ADVICE_OF else ""
+            sentences.append(f"{number:,} {name} {'is' if number == 1 else 'are'} ignored{advice}.")
+        if self.dangling:
+            sentences.append(f"Links to nothing: {len(self.dangling):,}, such as {self.dangling[0]}.")
+        return sentences
+
+    @property
+    def archives(self) -> list[Path]:
+        """The tar files."""
+        return [file for file in self.others if file.suffix.lower() in ARCHIVE_SUFFIXES]
+
+
+def list_folder(folder: Path) -> Listing:
+    """Links to folders elsewhere are followed, each folder once. Raises OSError for a folder that cannot be read."""
+    listing, seen, top = Listing(), set[str](), folder.resolve()
+
+    def is_elsewhere(link: Path) -> bool:
+        return not (link.resolve().is_relative_to(top) or top.is_relative_to(link.resolve()))
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        folders[:] = [n for n in folders if not (link := Path(place, n)).is_symlink() or is_elsewhere(link)]
+        for name in names:
+            if _is_hidden(name):
+                continue
+            file, suffix = Path(place, name), Path(name).suffix.lower()
+            if not file.is_file():
+                listing.dangling.append(file)
+            elif suffix in PICTURE_SUFFIXES:
+                listing.images.append(file)
+            elif suffix in CAPTION_SUFFIXES:
+                listing.captions.append(file)
+            else:
+                listing.others.append(file)
+    for files in (listing.images, listing.captions, listing.others, listing.dangling):
+        files.sort()
+    return listing
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM
