@@ -17,7 +17,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from filelock import SoftFileLease, Timeout
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from ..errors import ConfigError, InUseError
 from .processes import launched_on_cpu
@@ -80,10 +80,10 @@ def _acquire(folder: Path, say: Say) -> SoftFileLease:
 
         lease.acquire(timeout=LIFETIME + 2 * HEARTBEAT, poll_interval=HEARTBEAT / 10, cancel_check=owner_lives)
         note.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
-    except Timeout as timeout:
+    except (Timeout, LeaseSettingsMismatch) as error:  # a living owner; of another version, with another lifetime
         raise InUseError(
             f"{folder} is in use by {_owner(folder)}. Wait until it ends, stop it, or choose another folder."
-        ) from timeout
+        ) from error
     except OSError as error:
         raise ConfigError(
             f"{folder}: nothing can be written there ({error.strerror or error}). Choose another folder, or make this "

@@ -156,7 +156,10 @@ def new_adapter(
 
 
 def read_initial_adapter(base_model: BaseModel, kind: TrainKind, tokens: int | None, init_from: Path) -> IPAdapter:
-    """The adapter of the file `init_from`, frozen, in float32. Reads no weight of the model. Raises as `new_adapter`."""
+    """The adapter of the file `init_from`, frozen, in float32; no weight of the model is read.
+
+    Raises as `new_adapter`.
+    """
     spec = adapter_spec(base_model, kind, tokens)
     adapter = load_adapter(init_from, dtype=torch.float32, shortcut=spec.shortcut)
     check_compatible(adapter.spec, base_model.sites, Path(init_from).name)

@@ -16,7 +16,6 @@ _FIXED = ("kind", "tokens", "base_model", "image_encoder", "prediction_type", "o
 # They decide which image is drawn in which step, and how it is cut: with others it is not the same training.
 _DRAWS = (
     "data",
-    "images",
     "validation_pictures",
     "images_per_batch",
     "shards",
@@ -91,7 +90,7 @@ def changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, 
         )
     if draws and not accept:
         raise CheckpointError(
-            f"{folder} was trained on other images: {'; '.join(draws)}. Set it back; or add accept_changes=true to "
+            f"{folder} was trained on other data: {'; '.join(draws)}. Set it back; or add accept_changes=true to "
             "resume with the change, keeping the weights, the optimizer and the step count; or choose another output."
         )
     return [*draws, *free]
@@ -100,8 +99,6 @@ def changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, 
 def _differences(names: tuple[str, ...], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A checkpoint of an older version does not have every name; what it does not have counts as unchanged."""
     changed = [name for name in names if _value(name, before.get(name, now[name])) != _value(name, now[name])]
-    if "images" in changed and "data" in changed:
-        changed.remove("images")  # said with the data
     return [_difference(name, before, now) for name in changed]
 
 
@@ -110,12 +107,13 @@ def _difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     if name == "data":
         images = before["images"], now["images"]
         if images[0] == images[1]:
-            return f"data has other images or captions than before ({_words(images[1])} to train on, as before)"
-        return f"data had {_words(images[0])} images to train on, now {_words(images[1])}"
+            return f"other images or captions ({_words(images[1])} to train on, as before)"
+        return f"{_words(images[0])} images to train on, now {_words(images[1])}"
     if name == "features":
         return f"the features came from {was} and now come from {is_now}: the same training but for rounding"
+    shown = "batch_size x processes" if name == "images_per_batch" else name
     suffix = ", which has no effect on a resumed run; choose another output to start from it"
-    return f"{name} was {_words(was)} and is now {_words(is_now)}{suffix if name == 'init_from' else ''}"
+    return f"{shown} was {_words(was)} and is now {_words(is_now)}{suffix if name == 'init_from' else ''}"
 
 
 def _value(name: str, value: Any) -> Any:
@@ -126,7 +124,9 @@ def _value(name: str, value: Any) -> Any:
 def _words(value: Any) -> str:
     if value is None:
         return "unset"
-    return str(value).lower() if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _features(config: TrainConfig) -> str:

@@ -88,13 +88,14 @@ def check_training(config: TrainConfig) -> Checked:
         facts = _facts(config, base_model, objective, source, accelerator)
         changes = changed_settings(checkpoint, before, facts, config.accept_changes)
     tried, broken = source.try_images()
-    warnings = outlook(
-        config, source.size, source.held_out_images, steps, images_per_batch * config.gradient_accumulation
-    )
-    if broken:
-        warnings.append(f"Of {tried} images that were tried, these cannot be read: {'; '.join(broken)}")
     if start.step >= steps:
-        warnings.append(_nothing_to_do(config, checkpoint, start.step, steps))
+        warnings = [_nothing_to_do(config, checkpoint, start.step, steps)]
+    else:
+        images_per_step = images_per_batch * config.gradient_accumulation
+        warnings = outlook(config, source.size, source.held_out_images, steps, images_per_step)
+    if broken:
+        shown = f"{'; '.join(broken[:3])}{' and more' if len(broken) > 3 else ''}"
+        warnings.append(f"of {tried:,} images that were tried, {len(broken)} cannot be read: {shown}")
     return Checked(config, accelerator, base_model, objective, source, checkpoint, start, changes, warnings)
 
 
