@@ -29,6 +29,10 @@ class CheckpointError(TrainerError):
     """A checkpoint that is incomplete or belongs to another training."""
 
 
+class InUseError(TrainerError):
+    """A folder that another process writes into."""
+
+
 class DivergedError(TrainerError):
     """The loss is no longer a number."""
 

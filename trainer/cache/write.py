@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 
 from ..data.buckets import assign, read_sizes
+from ..engine.claim import LOCK, NOTE, claim
 from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, open_base_model, recipe_of
 from ..engine.processes import launched_on_cpu
 from ..errors import CacheError, ConfigError, DataError
@@ -64,6 +65,13 @@ def write_cache(
         raise ConfigError("Where shall the cache go? Name a folder with cache=...")
     state = PartialState(cpu=launched_on_cpu(), timeout=_PATIENCE)
     say = say if state.is_main_process else lambda line: None
+    with claim(config.cache, say):
+        return _write_cache(config, state, say, progress_bar, force, _dtype)
+
+
+def _write_cache(
+    config: TrainConfig, state: PartialState, say: Say, progress_bar: bool, force: bool, _dtype: torch.dtype
+) -> Path:
     caching = _prepare(config, state, _dtype)
     missing = [shard for shard in caching.plan if not _is_written(caching.folder, shard)]
     if not missing and (caching.folder / MANIFEST).is_file():
@@ -130,7 +138,7 @@ def _begun(folder: Path, settings: Settings) -> Manifest | None:
     if not folder.exists():
         return None
     found = [file for file in (folder / MANIFEST, folder / UNFINISHED) if file.is_file()]
-    if not found and (not folder.is_dir() or any(folder.iterdir())):
+    if not found and (not folder.is_dir() or any(f.name not in (LOCK, NOTE) for f in folder.iterdir())):
         what = "a folder with other files in it" if folder.is_dir() else "a file"
         raise CacheError(f"cache {folder} is {what}. Choose another folder.")
     for file in found[:1]:

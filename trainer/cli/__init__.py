@@ -75,9 +75,9 @@ def train_command(
         config = config_of_arguments("train", arguments or [])
         quiet()
         if dry_run:
-            from ..training.dry_run import plan_text, plan_training
+            from ..training.dry_run import dry_run
 
-            typer.echo(plan_text(config, plan_training(config)))
+            dry_run(config, typer.echo)
             return
         from ..training.train import Interrupted, train
 

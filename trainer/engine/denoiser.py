@@ -149,11 +149,19 @@ def new_adapter(
     Raises AdapterError when the file is not an adapter for this model, TrainerError when it has another kind,
     number of tokens or encoder width.
     """
+    if init_from is not None:
+        return read_initial_adapter(base_model, kind, tokens, init_from).requires_grad_(True).train()
+    adapter = init_adapter(adapter_spec(base_model, kind, tokens))
+    init_from_unet(adapter.layers, base_model.unet)
+    return adapter.train()
+
+
+def read_initial_adapter(base_model: BaseModel, kind: TrainKind, tokens: int | None, init_from: Path) -> IPAdapter:
+    """The adapter of the file `init_from`, frozen, in float32; no weight of the model is read.
+
+    Raises as `new_adapter`.
+    """
     spec = adapter_spec(base_model, kind, tokens)
-    if init_from is None:
-        adapter = init_adapter(spec)
-        init_from_unet(adapter.layers, base_model.unet)
-        return adapter.train()
     adapter = load_adapter(init_from, dtype=torch.float32, shortcut=spec.shortcut)
     check_compatible(adapter.spec, base_model.sites, Path(init_from).name)
     for what in ("kind", "tokens", "image_width", "face_width", "lora_rank"):
@@ -163,7 +171,7 @@ def new_adapter(
                 f"init_from {init_from}: its {what.replace('_', ' ')} is {found}, this training's {wanted}. Set kind, "
                 "tokens and image_encoder to the file's (`ipadapter inspect` prints them), or choose another file."
             )
-    return adapter.requires_grad_(True).train()
+    return adapter
 
 
 def train_steps(

@@ -28,23 +28,27 @@ def new_optimizer(
     parameters = [p for p in adapter.parameters() if p.requires_grad]
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
-    library: Any = _import(name)
+    check_optimizer(name)
+    library: Any = importlib.import_module(_PACKAGES[name])
     if name == "adamw8bit":
-        if not torch.cuda.is_available():
-            raise ConfigError("optimizer=adamw8bit needs a GPU; this machine has none. Use optimizer=adamw.")
         return library.optim.AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
     if name == "prodigy":
         return library.Prodigy(parameters, lr=learning_rate, weight_decay=weight_decay, safeguard_warmup=True)
-    if name == "schedulefree":
-        optimizer = library.AdamWScheduleFree(parameters, lr=learning_rate, weight_decay=weight_decay)
-        optimizer.train()
-        return optimizer
-    raise ConfigError(f"unknown optimizer {name!r}; expected one of adamw, {', '.join(_PACKAGES)}.")
+    optimizer = library.AdamWScheduleFree(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer.train()
+    return optimizer
 
 
-def _import(name: str) -> Any:
+def check_optimizer(name: str) -> None:
+    """Raises ConfigError when the library of an optimizer is not installed, or cannot run on this machine."""
+    if name == "adamw":
+        return
+    if name not in _PACKAGES:
+        raise ConfigError(f"unknown optimizer {name!r}; expected one of adamw, {', '.join(_PACKAGES)}.")
+    if name == "adamw8bit" and not torch.cuda.is_available():
+        raise ConfigError("optimizer=adamw8bit needs a GPU; this machine has none. Use optimizer=adamw.")
     try:
-        return importlib.import_module(_PACKAGES[name])
+        importlib.import_module(_PACKAGES[name])
     except ImportError as error:
         raise ConfigError(
             f"optimizer={name} needs {_PACKAGES[name]}. Install it with: pip install 'ip-adapter-kit[optimizers]'"

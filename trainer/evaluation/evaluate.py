@@ -27,6 +27,7 @@ from ipadapter_core import IPAdapter, check_compatible, export_state
 from ..data.examples import Example, fingerprint
 from ..data.face_embeds import face_id_embed, with_faces
 from ..data.pixels import open_rgb
+from ..engine.claim import claim
 from ..errors import EvaluationError
 from ..models.base_model import BaseModel, load_base_model
 from ..models.generate import check_numbers, generate, initial_latents
@@ -65,6 +66,13 @@ def evaluate(settings: EvalSettings, *, say: Callable[[str], None] = print, prog
     Raises TrainerError and AdapterError for parts that are wrong or do not fit.
     """
     state = processes()
+    with claim(settings.output, say):
+        return _evaluate(settings, state, say, progress_bar)
+
+
+def _evaluate(
+    settings: EvalSettings, state: PartialState, say: Callable[[str], None], progress_bar: bool
+) -> Evaluation:
     parts = _load(settings, state.device)
     prompts = open_prompts(
         parts.examples,
@@ -128,8 +136,6 @@ def seed_of(seed: int, index: int, number: int) -> int:
 def _load(settings: EvalSettings, device: torch.device) -> _Parts:
     size = None if settings.size is None else parse_size(settings.size)
     check_numbers(settings.weights, settings.guidance, settings.steps)
-    if settings.output.exists() and not settings.output.is_dir():
-        raise EvaluationError(f"--output {settings.output} is a file; expected a folder.")
     examples = read_examples(settings.data, settings.root, require_caption=settings.text == "caption")
     adapter = adapter_to_use(settings.adapter, settings.shortcut)
     spec = adapter.spec

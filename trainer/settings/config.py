@@ -219,9 +219,17 @@ class TrainConfig(BaseModel):
     export_dtype: Literal["float16", "bfloat16", "float32"] = Field(
         "float16", description="Precision of the exported adapter, float16 as published. Checkpoints are in float32."
     )
-    resume: bool = Field(
+    resume: bool | Path = Field(
         True,
-        description="Go on from the newest checkpoint in output. false refuses an output that already has some.",
+        union_mode="left_to_right",
+        description="true: resume from the newest checkpoint in output. false: refuse an output that has some. A "
+        "checkpoint, such as runs/mine/checkpoint-000400: where an output without checkpoints starts; later "
+        "checkpoints stay in their own output.",
+    )
+    accept_changes: bool = Field(
+        False,
+        description="Resume although other data or settings change which images the steps see (images added, another "
+        "crop, flip, seed or batch_size): weights, optimizer and step count are kept.",
     )
 
     @property

@@ -1,14 +1,13 @@
 """Checkpoints of a training: the adapter as any host loads it, and beside it what an exact resume needs.
 
     output/checkpoint-000200/adapter.safetensors   the published layout; the averaged weights where there are such
-                             training.pt           optimizer, average, random states, position, identity
+                             training.pt           optimizer, average, random states, position, settings
 
 A checkpoint appears under its name by one rename, so whatever has that name is complete.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import random
@@ -16,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,33 +34,14 @@ STATE_FILE = "training.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = ".unfinished-"
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What must be the same for a resume to be the same training."""
-
-    kind: str
-    base_model: str  # BaseModel.fingerprint
-    base_name: str = field(compare=False)  # for messages; a renamed folder is still the same model
-    tokens: int
-    image_encoder: str
-    optimizer: str
-    seed: int
-    resolution: int
-    geometry: str  # crops, flips and buckets
-    images_per_batch: int  # of all processes together
-    data: str
-    features: str = field(compare=False)  # what the frozen models said, or the cache that keeps it: rounding only
-
 
 @dataclass(frozen=True)
 class Position:
-    """How far the training is: optimizer steps done, and batches (of all processes together) used."""
+    """How far the training is: optimizer steps done, batches (of all processes together) used, and images in them."""
 
     step: int = 0
     batches: int = 0
+    images: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +58,20 @@ def checkpoint_folders(output: Path) -> list[Path]:
     if not output.is_dir():
         return []
     found = [p for p in output.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file()]
-    return sorted((p for p in found if (p / ADAPTER_FILE).is_file()), key=_step)
+    return sorted((p for p in found if (p / ADAPTER_FILE).is_file()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
 
 
 def save_checkpoint(
     output: Path,
     position: Position,
-    identity: Identity,
+    facts: Mapping[str, Any],
     state: State,
     *,
     unlogged: Tensor,
@@ -92,7 +79,7 @@ def save_checkpoint(
     keep: int,
 ) -> Path:
     """Write `checkpoint-<step>`, then delete all but the newest `keep`. A step that is already saved stays as
-    it is. `unlogged` are the numbers of steps that wait for a line of the log.
+    it is. `facts` are what `changes` compares. `unlogged` are the numbers of steps that wait for a line of the log.
 
     Raises AdapterError for weights that are not finite, OSError or CheckpointError when the disk refuses; older
     checkpoints stay.
@@ -111,7 +98,7 @@ def save_checkpoint(
         content = {
             "position": asdict(position),
             "unlogged": unlogged.cpu(),
-            "identity": asdict(identity),
+            "facts": dict(facts),
             "weights": state.adapter.state_dict() if state.average.exist else {},  # else adapter.safetensors has them
             "optimizer": state.optimizer.state_dict(),
             "average": state.average.state_dict(),
@@ -130,15 +117,23 @@ def save_checkpoint(
     return target
 
 
-def resume(folder: Path, identity: Identity, state: State) -> tuple[Position, Tensor]:
-    """Put a checkpoint's state into a training that was built the same way; random states are set too. The
-    optimizer keeps its learning rate and weight decay, which the settings may have changed. Returns where the training
-    was, and the numbers of the steps that wait for a line of the log.
+def read_facts(folder: Path) -> tuple[Position, Mapping[str, Any]]:
+    """Where a checkpoint is, and what it was trained with; its tensors are not read.
 
-    Raises CheckpointError when it belongs to another training (naming both values) or cannot be read.
+    Raises CheckpointError when it cannot be read.
+    """
+    content = _read(folder, mmap=True)
+    return Position(**content["position"]), content.get("facts", {})
+
+
+def resume(folder: Path, state: State) -> Tensor:
+    """Put a checkpoint's state into a training that was built the same way; random states are set too. The
+    optimizer keeps its learning rate and weight decay, which the settings may have changed. Returns the numbers of the
+    steps that wait for a line of the log.
+
+    Raises CheckpointError when it cannot be read.
     """
     content = _read(folder)
-    check_identity(folder, content["identity"], identity)
     kept = ("lr", "initial_lr", "weight_decay")
     settings = [{k: group[k] for k in kept if k in group} for group in state.optimizer.param_groups]
     weights = content["weights"] or load_adapter(folder / ADAPTER_FILE, dtype=torch.float32).state_dict()
@@ -149,33 +144,7 @@ def resume(folder: Path, identity: Identity, state: State) -> tuple[Position, Te
         group.update(setting)
     state.average.load_state_dict(content["average"])
     _restore_random_states(content["random"])
-    return Position(**content["position"]), content["unlogged"]
-
-
-def check_identity(folder: Path, found: Mapping[str, Any], wanted: Identity) -> None:
-    """Raises CheckpointError that names every difference between a checkpoint and this training; a difference of
-    `features` alone is a warning.
-    """
-    now = asdict(wanted)
-    compared = [f.name for f in fields(Identity) if f.compare]
-    differences = [
-        f"{key} was {_readable(key, found)} and is now {_readable(key, now)}"
-        for key in compared
-        if found.get(key) != now[key]
-    ]
-    if differences:
-        raise CheckpointError(
-            f"{folder} belongs to another training: {'; '.join(differences)}. Choose another output, with "
-            f"init_from={folder / ADAPTER_FILE} to go on from its weights."
-        )
-    before = found.get("features", wanted.features)  # older checkpoints do not say
-    if before != wanted.features:
-        log.warning(
-            "%s was trained on %s, this run goes on with %s: the same training but for rounding, not bit for bit.",
-            folder,
-            before,
-            wanted.features,
-        )
+    return content["unlogged"]
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
@@ -194,24 +163,13 @@ def _write(file: Path, content: dict[str, Any]) -> None:
         ) from error
 
 
-def _readable(key: str, identity: Mapping[str, Any]) -> str:
-    name = f" ({identity.get('base_name')})" if key == "base_model" else ""
-    return f"{identity.get(key)!r}{name}"
-
-
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path, mmap: bool = False) -> dict[str, Any]:
     try:
-        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{folder / STATE_FILE}: damaged ({type(error).__name__}). Delete {folder} to resume from the one before."
         ) from error
-
-
-def _step(folder: Path) -> int:
-    match = _NAME.fullmatch(folder.name)
-    assert match is not None
-    return int(match[1])
 
 
 def _random_states() -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""`ipadapter train --dry-run`: what a training would need, computed on the meta device without reading a weight."""
+"""`ipadapter train --dry-run`: every check of a training, and what it would need, computed on the meta device without
+reading a weight of the frozen models.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,13 @@ from ..cache.files import show_bytes
 from ..cache.plan import Rows
 from ..cache.settings import cache_size
 from ..data.examples import Example
+from ..engine.claim import Say, claim
 from ..engine.denoiser import adapter_spec
 from ..engine.inputs import open_base_model, root_of
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
+from .checks import Checked, check_training, notes, total_steps
 from .cost import Cost, step_cost
-from .setup import total_steps
 from .sources import held_out_rows, known_examples
 
 # Bytes beside each float32 weight in training: its gradient and what the optimizer remembers of it.
@@ -47,14 +50,26 @@ class Plan:
         return sum(self.bytes.values())
 
 
-def plan_training(config: TrainConfig, processes: int = 1) -> Plan:
-    """Check the settings, the base model's folder and the data, and count; no weight is read, nothing is written.
+def dry_run(config: TrainConfig, say: Say) -> None:
+    """Do all that `train` does before it reads weights, and say what it would need and what it would begin with.
 
-    Raises TrainerError as `train` would.
+    Raises TrainerError or AdapterError as `train` would.
     """
-    base_model = open_base_model(config)
+    with claim(config.output, say):
+        checked = check_training(config)
+        say(plan_text(config, plan_training(config, checked=checked)))
+        for line in notes(checked, "Would resume"):
+            say(line)
+
+
+def plan_training(config: TrainConfig, processes: int = 1, checked: Checked | None = None) -> Plan:
+    """Count what a training needs; no weight is read, nothing is written.
+
+    Raises TrainerError for a base model or data that cannot be used.
+    """
+    base_model = open_base_model(config) if checked is None else checked.base_model
     spec = adapter_spec(base_model, config.train_kind, config.tokens)
-    known = known_examples(config)
+    known = known_examples(config) if checked is None else checked.source.examples
     examples = None
     if known is not None:
         examples = len(known) - len(held_out_rows(known, config.validation_pictures, root_of(config)))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,23 +12,18 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from ipadapter_core import AdapterSpec
-
 from ..engine.denoiser import adapter_spec, new_adapter
 from ..engine.features import Features, encode_batch
-from ..engine.inputs import open_base_model
-from ..engine.objective import Objective, new_objective
+from ..engine.objective import Objective
 from ..engine.optimizers import AveragedWeights, new_optimizer, new_schedule
-from ..engine.processes import launched_on_cpu
-from ..errors import CheckpointError, ConfigError
 from ..files.provenance import provenance
 from ..models.base_model import BaseModel
 from ..models.tuning import tune_unet
-from ..monitor.trackers import tracker_arguments
 from ..monitor.validation import Samples, Validation
 from ..settings.config import TrainConfig
-from .checkpoints import Identity, Position, State, checkpoint_folders, resume
-from .sources import Source, open_source, prompt_picture, validation_batches
+from .checkpoints import Position, State, resume
+from .checks import Checked, check_training, notes
+from .sources import Source, prompt_picture, validation_batches
 
 Say = Callable[[str], None]
 
@@ -41,6 +33,7 @@ class Training:
     """Everything that a step touches. `adapter` and `state.optimizer` are prepared by the accelerator."""
 
     config: TrainConfig
+    checked: Checked
     accelerator: Accelerator
     base_model: BaseModel
     objective: Objective
@@ -55,23 +48,18 @@ class Training:
     @property
     def steps(self) -> int:
         """Optimizer steps in all."""
-        return total_steps(self.config, self.source.size, self.images_per_batch)
+        return self.checked.steps
 
     @property
     def images_per_batch(self) -> int:
         """Pictures in one batch of all processes."""
-        return self.config.batch_size * self.accelerator.num_processes
-
-    @property
-    def identity(self) -> Identity:
-        """What a checkpoint says that it belongs to."""
-        spec = self.state.adapter.spec
-        return identify(self.config, self.base_model, spec, self.source, self.images_per_batch)
+        return self.checked.images_per_batch
 
     def position(self, step: int) -> Position:
         """Where the training is after `step` steps."""
         batches = (step - self.start.step) * self.config.gradient_accumulation
-        return Position(step, self.start.batches + batches)
+        images = self.start.images + batches * self.images_per_batch
+        return Position(step, self.start.batches + batches, images)
 
     def metadata(self, step: int) -> dict[str, str]:
         """The provenance of the weights after `step` steps."""
@@ -80,7 +68,7 @@ class Training:
             self.state.adapter.spec,
             prediction_type=self.objective.prediction_type,
             steps=step,
-            images_seen=self.position(step).batches * self.images_per_batch,
+            images_seen=self.position(step).images,
             seed=self.config.seed,
             data_hash=self.source.data_hash,
             data_size=self.source.size,
@@ -88,39 +76,22 @@ class Training:
 
 
 def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
-    """Load everything, in the order in which mistakes are cheapest to find, and resume when there is what to
-    resume.
+    """Check everything, then load everything, and resume when there is what to resume. `say` gets what a user should
+    know before the first step.
     """
-    folders = _check_output(config)
-    accelerator = Accelerator(
-        cpu=launched_on_cpu(),
-        mixed_precision="no" if config.mixed_precision == "no" else "bf16",
-        gradient_accumulation_steps=config.gradient_accumulation,
-        **tracker_arguments(config.log_with, config.output),
-    )
-    base_model = open_base_model(config, accelerator.device)
-    objective = new_objective(
-        base_model.scheduler,
-        prediction_type=config.prediction_type,
-        min_snr_gamma=config.min_snr_gamma,
-        zero_terminal_snr=config.zero_terminal_snr,
-    )
-    source = open_source(config, base_model, accelerator)
+    checked = check_training(config)
+    accelerator, base_model, objective = checked.accelerator, checked.base_model, checked.objective
     # Before the UNet and the optimizer take their memory.
-    validation = _validation(config, base_model, objective, source)
+    validation = _validation(config, base_model, objective, checked.source)
     set_seed(config.seed)
     adapter = new_adapter(base_model, config.train_kind, config.tokens, config.init_from)
     optimizer = new_optimizer(adapter, config.learning_rate, config.weight_decay, config.optimizer)
     wrapped, optimizer = cast("Any", accelerator.prepare(adapter, optimizer))
     state = State(adapter, optimizer, AveragedWeights(adapter, optimizer, config.ema_decay))
-    images_per_batch = config.batch_size * accelerator.num_processes
-    start, unlogged = Position(), torch.zeros(2, 0)
-    if folders:
-        start, unlogged = resume(
-            folders[-1], identify(config, base_model, adapter.spec, source, images_per_batch), state
-        )
-        if accelerator.is_main_process:
-            say(f"Resuming from {folders[-1]}.")
+    unlogged = torch.zeros(2, 0) if checked.checkpoint is None else resume(checked.checkpoint, state)
+    if accelerator.is_main_process:
+        for line in notes(checked, "Resuming"):
+            say(line)
     tune_unet(
         base_model,
         fp8=config.mixed_precision == "fp8",
@@ -129,6 +100,7 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
     )
     return Training(
         config=config,
+        checked=checked,
         accelerator=accelerator,
         base_model=base_model,
         objective=objective,
@@ -138,55 +110,14 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
             optimizer,
             config.lr_schedule,
             warmup_steps=config.warmup_steps,
-            steps=total_steps(config, source.size, images_per_batch),
-            done=start.step,
+            steps=checked.steps,
+            done=checked.start.step,
         ),
-        source=source,
+        source=checked.source,
         validation=validation,
-        start=start,
+        start=checked.start,
         unlogged=unlogged,
     )
-
-
-def total_steps(config: TrainConfig, size: int | None, images_per_batch: int) -> int:
-    """Optimizer steps of the whole training on `size` pictures."""
-    if config.steps is not None:
-        return config.steps
-    images_per_step = images_per_batch * config.gradient_accumulation
-    return math.ceil(float(config.epochs or 0) * (size or 0) / images_per_step)
-
-
-def identify(
-    config: TrainConfig, base_model: BaseModel, spec: AdapterSpec, source: Source, images_per_batch: int
-) -> Identity:
-    """What a checkpoint of this training must agree with."""
-    encoder = f"{base_model.encoder_name} {base_model.encoder_fingerprint()}" if config.train_kind.takes_image else ""
-    geometry = {name: getattr(config, name) for name in ("crop", "flip", "buckets", "reference_crop", "self_reference")}
-    if config.streams:  # another number of them deals the shards otherwise
-        processes = images_per_batch // config.batch_size
-        geometry["shards"] = f"{processes} processes of {max(config.workers, 1)} workers"
-    return Identity(
-        kind=config.kind,
-        base_model=base_model.fingerprint(),
-        base_name=base_model.name,
-        tokens=spec.tokens,
-        image_encoder=encoder,
-        optimizer=config.optimizer,
-        seed=config.seed,
-        resolution=config.resolution,
-        geometry=json.dumps(geometry),
-        images_per_batch=images_per_batch,
-        data=source.data_hash,
-        features=_features(config),
-    )
-
-
-def _features(config: TrainConfig) -> str:
-    """Where the outputs of the frozen models come from, for messages."""
-    if config.cache is None:
-        return "the pictures"
-    quantised = config.train_kind.takes_hidden_states and config.cache_image_features == "int8"
-    return f"a cache of {config.cache_variants} variants{' with int8 image features' if quantised else ''}"
 
 
 def summary(training: Training) -> str:
@@ -207,18 +138,6 @@ def summary(training: Training) -> str:
         f"  steps       {training.start.step:,} to {training.steps:,}{epochs}\n"
         f"  output      {config.output}"
     )
-
-
-def _check_output(config: TrainConfig) -> list[Path]:
-    """The checkpoints to resume from. Raises ConfigError or CheckpointError when the output cannot be used."""
-    folders = checkpoint_folders(config.output)
-    if config.output.exists() and not config.output.is_dir():
-        raise ConfigError(f"output {config.output} is a file. Choose a folder.")
-    if folders and not config.resume:
-        raise CheckpointError(
-            f"{config.output} already holds {folders[-1].name}. Choose another output, or resume=true."
-        )
-    return folders
 
 
 def _validation(config: TrainConfig, base_model: BaseModel, objective: Objective, source: Source) -> Validation | None:

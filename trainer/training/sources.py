@@ -11,6 +11,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from ..data.batches import Batch, PictureDataset, collate, loader
 from ..data.buckets import GlobalBatches
@@ -24,21 +25,41 @@ from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
 
+_TRIED = 4  # images that are decoded before the first step
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set, ready to draw from. `size` is None for a stream; `held_out` are examples of the validation;
-    `broken` collects what could not be read.
+    """A data set, ready to draw from. `size` is None for a stream; `examples` are all of them, those of the validation
+    included, and None for a stream; `held_out` are the readable examples of the validation; `sample` makes a batch of a
+    few images in this process; `broken` collects what could not be read.
     """
 
     size: int | None
     data_hash: str
     open: Callable[[int], Iterator[Batch]]
+    sample: Callable[[], Batch]
+    examples: Sequence[Example] | None = None
     held_out: Sequence[Example] = ()
     broken: set[str] = field(default_factory=set[str])
     cached: bool = False
+
+    @property
+    def held_out_images(self) -> int:
+        """How many examples the training does not see, those that cannot be read included."""
+        return 0 if self.examples is None or self.size is None else len(self.examples) - self.size
+
+    def try_images(self) -> tuple[int, list[str]]:
+        """Make a few images ready as a training step would: how many were tried, those of the validation included, and
+        a line for each that cannot be read.
+
+        Raises DataError when not a single one can be read, CacheError when the cache cannot be.
+        """
+        with plain_errors():
+            batch = self.sample()
+        return len(batch["timesteps"]) + self.held_out_images, sorted({*batch["broken"], *self.broken})
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Endless batches of this process, from the number `start` on."""
@@ -59,23 +80,25 @@ def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Acceler
     if config.streams:
         shards = expand_shards(config.data)
 
-        def open_shards(start: int) -> Iterator[Batch]:
-            return iter(
-                shard_loader(
-                    shards,
-                    encoding,
-                    recipe,
-                    batch_size=config.batch_size,
-                    process=process,
-                    processes=processes,
-                    workers=config.workers,
-                    seed=config.seed,
-                    start=start,
-                    pin=pin,
-                )
+        def shards_from(start: int) -> DataLoader[Batch]:
+            return shard_loader(
+                shards,
+                encoding,
+                recipe,
+                batch_size=config.batch_size,
+                process=process,
+                processes=processes,
+                workers=config.workers,
+                seed=config.seed,
+                start=start,
+                pin=pin,
             )
 
-        return Source(None, fingerprint_shards(shards), open_shards)
+        def sample_shards() -> Batch:
+            shards_from(0)  # refuses too few shards
+            return next(iter(shard_loader(shards, encoding, recipe, batch_size=_TRIED, workers=0, seed=config.seed)))
+
+        return Source(None, fingerprint_shards(shards), lambda start: iter(shards_from(start)), sample_shards)
 
     examples = examples_of(config)
     for note in size_notes_of(config, examples) if accelerator.is_main_process else ():
@@ -106,11 +129,17 @@ def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Acceler
             )
         )
 
+    def sample_pictures() -> Batch:
+        largest = max(rows, key=len)  # of one shape, so that they make a batch
+        return collate([dataset[row] for row in largest[:: -(-len(largest) // _TRIED)]])
+
     shown, broken = readable([examples[row] for row in sorted(held_out)])
     return Source(
         size=len(examples) - len(held_out),
         data_hash=data_hash,
         open=open_pictures,
+        sample=sample_pictures,
+        examples=examples,
         held_out=shown,
         broken=broken,
         cached=config.cache is not None,

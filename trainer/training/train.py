@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..engine.claim import claim
 from ..engine.denoiser import Denoiser, Progress, TrainingBatch, check_loss, denoiser, train_steps
 from ..engine.features import encode_batch
 from ..files.file_names import published_name
@@ -44,12 +45,20 @@ def train(
     Raises TrainerError or AdapterError for everything the user can put right, and Interrupted, with a
     checkpoint saved, after SIGINT or SIGTERM.
     """
+    with claim(config.output, say) as check_claim:
+
+        def step_done(progress: Progress) -> None:
+            check_claim()  # before anything is written
+            on_progress(progress)
+
+        return _train(config, say, step_done, progress_bar)
+
+
+def _train(config: TrainConfig, say: Say, on_progress: Callable[[Progress], None], progress_bar: bool) -> Path:
     training = prepare(config, say)
     accelerator, step = training.accelerator, training.start.step
     say = say if accelerator.is_main_process else _silent
     say(summary(training))
-    if step >= training.steps:
-        say(f"{step:,} steps are done already; raise steps to train on. Exporting again.")
     model_in_training = denoiser(training.base_model, training.adapter, training.objective)
     with stop_requests(say) as stop, closing(_open_log(training)) as log, model_in_training as model:
         if step == 0:
@@ -100,11 +109,10 @@ def save(training: Training, step: int, unlogged: Tensor) -> Path:
     """Write the checkpoint of a step that was just done."""
     folder = training.config.output / f"checkpoint-{step:06d}"
     if training.accelerator.is_main_process:
-        identity = training.identity
         folder = save_checkpoint(
             training.config.output,
             training.position(step),
-            identity,
+            training.checked.facts,
             training.state,
             unlogged=unlogged,
             metadata=training.metadata(step),

@@ -1,0 +1,216 @@
+"""One process at a time writes into a folder, with real processes: two at once, a killed one, a suspended one, another
+host's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from ipadapter_trainer.cli import app
+from ipadapter_trainer.engine import claim as claim_module
+from ipadapter_trainer.engine.claim import LOCK, NOTE, claim
+from ipadapter_trainer.errors import ConfigError, InUseError
+from typer.testing import CliRunner
+
+LIFETIME, HEARTBEAT = 2.0, 0.2
+
+HOLDER = f"""
+import sys, time
+from pathlib import Path
+from ipadapter_trainer.engine import claim as claim_module
+claim_module.LIFETIME, claim_module.HEARTBEAT = {LIFETIME}, {HEARTBEAT}
+with claim_module.claim(Path(sys.argv[1])) as check:
+    print("claimed", flush=True)
+    for line in sys.stdin:
+        check()
+"""
+
+Holder = Callable[[Path], "subprocess.Popen[str]"]
+
+
+@pytest.fixture(autouse=True)
+def _short_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim_module, "LIFETIME", LIFETIME)
+    monkeypatch.setattr(claim_module, "HEARTBEAT", HEARTBEAT)
+
+
+@pytest.fixture
+def holder() -> Iterator[Holder]:
+    """A process that holds a folder until its input ends."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(folder: Path) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(folder)],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            env=environment,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "claimed\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def left_by(folder: Path, **changes: str) -> None:
+    """The lock of an owner that did not release it, with lines of it changed."""
+    with claim(folder):
+        text, note = (folder / LOCK).read_text(), (folder / NOTE).read_text()
+    lines = dict(line.partition("=")[::2] for line in text.splitlines())
+    lines |= changes
+    (folder / LOCK).write_text("".join(f"{k}={v}\n" if v else f"{k}\n" for k, v in lines.items()))
+    (folder / NOTE).write_text(note)
+
+
+def test_the_second_of_two_is_refused_until_the_first_ends(tmp_path: Path, holder: Holder) -> None:
+    folder = tmp_path / "runs" / "mine"
+    first = holder(folder)
+    with pytest.raises(InUseError) as refused, claim(folder):
+        pass
+    owner = f"process {first.pid} on {socket.gethostname()} since 20"
+    assert str(refused.value).startswith(f"{folder} is in use by {owner}")
+    assert "choose another folder" in str(refused.value)
+    assert first.poll() is None
+    first.communicate()  # its input ends
+    assert first.returncode == 0
+    assert not folder.exists()  # it was made for the claim, and nothing was written
+    said: list[str] = []
+    with claim(folder, said.append):
+        pass
+    assert said == []
+
+
+def test_a_killed_owner_is_replaced_at_once(tmp_path: Path, holder: Holder) -> None:
+    first = holder(tmp_path)
+    first.kill()
+    first.wait()
+    said: list[str] = []
+    start = time.monotonic()
+    with claim(tmp_path, said.append):
+        assert time.monotonic() - start < LIFETIME
+        assert f"process {os.getpid()} on" in (tmp_path / NOTE).read_text()
+    assert len(said) == 1
+    assert f"was claimed by process {first.pid} on" in said[0]
+    assert said[0].endswith("did not end properly: taking over.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_id_that_belongs_to_another_process_by_now_is_no_owner(tmp_path: Path) -> None:
+    left_by(tmp_path, pid=str(os.getpid()), start="12345")
+    start = time.monotonic()
+    with claim(tmp_path):
+        assert time.monotonic() - start < LIFETIME
+
+
+def test_an_owner_on_another_host_that_stopped_is_replaced_after_its_lifetime(tmp_path: Path) -> None:
+    left_by(tmp_path, host="a-node-that-died", pid="1")
+    said: list[str] = []
+    start = time.monotonic()
+    with claim(tmp_path, said.append):
+        assert time.monotonic() - start >= LIFETIME
+    assert "Checking whether it still runs (at most 2 seconds)" in said[0]
+    assert said[1].endswith("taking over.")
+
+
+def test_an_owner_on_another_host_that_lives_is_left_alone(tmp_path: Path) -> None:
+    left_by(tmp_path, host="a-node-at-work", pid="1")
+    (tmp_path / NOTE).write_text("process 1 on a-node-at-work since 2026-01-01 12:03\n")
+    done = Event()
+
+    def live() -> None:
+        while not done.wait(HEARTBEAT):
+            os.utime(tmp_path / LOCK)
+
+    thread = Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(InUseError, match="by process 1 on a-node-at-work since 2026-01-01 12:03"), claim(tmp_path):
+            pass
+    finally:
+        done.set()
+        thread.join()
+    assert "a-node-at-work" in (tmp_path / LOCK).read_text()
+
+
+def test_a_suspended_owner_learns_that_it_was_replaced(tmp_path: Path, holder: Holder) -> None:
+    first = holder(tmp_path)
+    first.send_signal(signal.SIGSTOP)
+    with claim(tmp_path) as check:
+        first.send_signal(signal.SIGCONT)
+        time.sleep(5 * HEARTBEAT)  # it notices with its next touches
+        _, err = first.communicate("a step\n", timeout=60)
+        assert first.returncode == 1
+        assert f"{tmp_path} was taken over by process {os.getpid()} on" in err
+        check()
+        assert (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+def test_it_is_released_however_the_work_ends(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), claim(tmp_path / "output"):
+        (tmp_path / "output" / "a file").touch()
+        raise error
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["a file"]
+
+
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file"), claim(tmp_path / "file"):
+        pass
+    with pytest.raises(ConfigError, match=r"inside: nothing can be written there \(Not a directory\)"):  # noqa: SIM117
+        with claim(tmp_path / "file" / "inside"):
+            pass
+
+
+@pytest.mark.parametrize("command", [("train",), ("train", "--dry-run"), ("cache",)], ids=" ".join)
+def test_every_command_that_writes_is_refused(
+    command: tuple[str, ...], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    held = tmp_path / "held"
+    name = "cache" if command == ("cache",) else "output"
+    arguments = [f"{key}={value}" for key, value in {**settings, name: held}.items()]
+    with claim(held):
+        result = CliRunner().invoke(app, [command[0], *arguments, *command[1:]])
+    assert result.exit_code == 2
+    assert f"ipadapter: {held} is in use by process {os.getpid()} on" in result.stderr
+    assert not held.exists()
+
+
+def test_the_processes_of_one_launch_share_a_claim_and_a_refusal(tmp_path: Path, holder: Holder) -> None:
+    """The main process takes it; a refusal ends them all, and none waits for the others."""
+    script = tmp_path / "launched.py"
+    script.write_text(HOLDER.replace('"claimed"', '"worked"').replace("for line in sys.stdin:", "if True:"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+
+    def launched(folder: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*launch, str(folder)], env=environment, capture_output=True, text=True, check=False)
+
+    worked = launched(tmp_path / "free")
+    assert (worked.returncode, worked.stdout.count("worked")) == (0, 2), worked.stderr[-2000:]
+    assert not (tmp_path / "free").exists()
+    first = holder(tmp_path / "held")
+    refused = launched(tmp_path / "held")
+    assert refused.returncode != 0
+    assert "worked" not in refused.stdout
+    assert f"is in use by process {first.pid} on" in refused.stderr

@@ -1,0 +1,223 @@
+"""What a resumed run may change, what it says of it, and which checkpoint it starts from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ipadapter_trainer.engine.denoiser import Progress
+from ipadapter_trainer.errors import CheckpointError
+from ipadapter_trainer.files.provenance import IMAGES_SEEN
+from ipadapter_trainer.settings.config_file import load_config, make_config
+from ipadapter_trainer.training.checkpoints import ADAPTER_FILE, checkpoint_folders
+from ipadapter_trainer.training.checks import check_training, notes
+from ipadapter_trainer.training.train import train
+from safetensors.torch import load_file
+
+from ipadapter_core import load_adapter
+
+from .conftest import draw_picture
+from .tiny_models import COLOURS, write_model
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of a run of four steps that kept its checkpoints 2 and 4, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "pictures").mkdir()
+    for number in range(12):
+        draw_picture(list(COLOURS)[number % 6]).save(folder / "pictures" / f"{number}.png")
+        (folder / "pictures" / f"{number}.txt").write_text(f"number {number}")
+    settings = {
+        "base_model": str(write_model(folder / "model")),
+        "data": str(folder / "pictures"),
+        "output": str(folder / "run"),
+        "resolution": 64,
+        "batch_size": 2,
+        "steps": STEPS,
+        "save_every": 2,
+        "workers": 0,
+        "log_with": "none",
+        "log_every": 1,
+        "learning_rate": 1e-3,
+        "sample_pictures": 0,
+    }
+    train(make_config(settings))
+    return settings
+
+
+@pytest.fixture
+def settings(finished: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The same run, whose output and pictures may be changed."""
+    for name in ("run", "pictures"):
+        shutil.copytree(Path(finished["output"]).parent / name, tmp_path / name)
+    return {**finished, "output": str(tmp_path / "run"), "data": str(tmp_path / "pictures")}
+
+
+def told(settings: dict[str, Any], **changes: Any) -> list[str]:
+    """What the dry run says of the resume."""
+    lines = notes(check_training(make_config({**settings, "steps": STEPS + 2, **changes})), "Would resume")
+    return [line for line in lines if not line.startswith("Warning: ")]
+
+
+def add_picture(settings: dict[str, Any]) -> None:
+    draw_picture("red").save(Path(settings["data"]) / "more.png")
+    (Path(settings["data"]) / "more.txt").write_text("one more")
+
+
+# ---- what changed
+
+
+def test_every_change_that_matters_is_said_with_both_values(settings: dict[str, Any]) -> None:
+    newest = f"{settings['output']}/checkpoint-000004"
+    assert told(settings, steps=STEPS) == [f"Would resume from {newest}."]
+    quiet = {"workers": 1, "log_every": 5, "save_every": 7, "keep_checkpoints": 9, "gradient_checkpointing": True}
+    assert told(settings, steps=STEPS, **quiet) == [f"Would resume from {newest}."]
+    start = f"{newest}/{ADAPTER_FILE}"
+    changes = {"learning_rate": 1e-5, "image_dropout": 0.2, "ema_decay": 0.9, "min_snr_gamma": 5, "init_from": start}
+    assert told(settings, **changes) == [
+        f"Would resume from {newest}, with changes:",
+        f"  init_from was unset and is now {start}, which has no effect on a resumed run; choose another output to "
+        "start from it",
+        "  steps was 4 and is now 6",
+        "  learning_rate was 0.001 and is now 1e-05",
+        "  ema_decay was 0 and is now 0.9",
+        "  image_dropout was 0.05 and is now 0.2",
+        "  min_snr_gamma was unset and is now 5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"flip": True}, "flip was false and is now true"),
+        ({"crop": "random", "seed": 3}, "seed was 0 and is now 3; crop was center and is now random"),
+        ({"reference_crop": 0.5}, "reference_crop was 1 and is now 0.5"),
+        ({"validation_pictures": 0}, "validation_pictures was 1 and is now 0"),
+        (
+            {"buckets": True, "bucket_step": 16},
+            "buckets was false and is now true; bucket_step was unset and is now 16",
+        ),
+        ({"batch_size": 4}, "batch_size x processes was 2 and is now 4"),
+    ],
+)
+def test_other_draws_are_resumed_on_request_only(settings: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        told(settings, **changes)
+    assert f"checkpoint-000004 was trained on other data: {words}. Set it back; or add accept_changes=true" in str(
+        refused.value
+    )
+    lines = told(settings, **changes, accept_changes=True)
+    assert lines[1:] == [f"  {word}" for word in words.split("; ")] + ["  steps was 4 and is now 6"]
+
+
+def test_added_images_are_counted_and_may_be_accepted(settings: dict[str, Any]) -> None:
+    """The adapter, the optimizer and the step count stay; the new checkpoints belong to the new data."""
+    add_picture(settings)
+    with pytest.raises(CheckpointError, match="11 images to train on, now 12"):
+        told(settings)
+    more, said, steps = {"steps": STEPS + 2, "accept_changes": True}, list[str](), list[int]()
+
+    def done(progress: Progress) -> None:
+        steps.append(progress.step)
+
+    file = train(make_config({**settings, **more}), say=said.append, on_progress=done)
+    assert said[:2] == [
+        f"Resuming from {settings['output']}/checkpoint-000004, with changes:",
+        "  11 images to train on, now 12",
+    ]
+    assert steps == [5, 6]
+    assert load_adapter(file).metadata[IMAGES_SEEN] == "12"
+    assert told(settings) == [f"Would resume from {settings['output']}/checkpoint-000006."]
+
+
+def test_images_seen_are_counted_through_another_batch_size(settings: dict[str, Any]) -> None:
+    file = train(make_config({**settings, "steps": STEPS + 1, "batch_size": 4, "accept_changes": True}))
+    assert load_adapter(file).metadata[IMAGES_SEEN] == str(4 * 2 + 4)
+
+
+def test_another_kind_is_refused_even_on_request(settings: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="kind was base and is now plus; tokens was 4 and is now 16"):
+        told(settings, kind="plus", accept_changes=True)
+    with pytest.raises(
+        CheckpointError, match=r"optimizer was adamw and is now schedulefree.* init_from=\S*checkpoint-000004"
+    ):
+        told(settings, optimizer="schedulefree", accept_changes=True)
+
+
+def test_fewer_steps_than_are_done_are_said(settings: dict[str, Any]) -> None:
+    said: list[str] = []
+    weights = load_file(next(Path(settings["output"]).glob("ip-adapter*.safetensors")))
+    again = train(make_config({**settings, "steps": 3}), say=said.append)
+    newest = f"{settings['output']}/checkpoint-000004"
+    assert f"Warning: steps=3, but {newest} has already done 4: there is nothing to train, so its adapter is exported again. Raise steps to train on." in said  # fmt: skip  # noqa: E501
+    assert all(torch.equal(weight, weights[name]) for name, weight in load_file(again).items())
+    (warning,) = check_training(make_config({**settings, "steps": None, "epochs": 0.5})).warnings
+    assert warning.startswith(f"epochs=0.5 (3 steps), but {newest} has already done 4")
+
+
+# ---- which checkpoint
+
+
+def test_an_older_checkpoint_starts_an_output_of_its_own(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Its steps are those of the run it comes from; that run keeps its later checkpoint; the same command resumes."""
+    chosen = Path(settings["output"]) / "checkpoint-000002"
+    branch = tmp_path / "branch"
+    config = make_config({**settings, "resume": chosen, "output": branch})
+    said: list[str] = []
+    file = train(config, say=said.append)
+    assert f"Resuming from {chosen}." in said
+    whole = load_file(next(Path(settings["output"]).glob("ip-adapter*.safetensors")))
+    assert all(torch.equal(weight, whole[name]) for name, weight in load_file(file).items())
+    assert [f.name for f in checkpoint_folders(Path(settings["output"]))] == ["checkpoint-000002", "checkpoint-000004"]
+    assert [json.loads(line)["step"] for line in (branch / "log.jsonl").open() if '"loss"' in line] == [3, 4]
+    again = told(settings, resume=chosen, output=branch)
+    newest = branch / "checkpoint-000004"
+    assert again[0] == f"Would resume from {newest}, the newest in output, not from resume={chosen}, with changes:"
+
+
+def test_a_run_never_forks_inside_its_output(settings: dict[str, Any]) -> None:
+    output = Path(settings["output"])
+    with pytest.raises(CheckpointError) as refused:
+        told(settings, resume=output / "checkpoint-000002")
+    assert str(refused.value) == (
+        f"{output} already goes on to checkpoint-000004. To train on from checkpoint-000002 choose another output, "
+        f"such as output={output}-from-2; or delete checkpoint-000004."
+    )
+    newest = output / "checkpoint-000004"
+    assert told(settings, resume=newest)[0] == f"Would resume from {newest}, with changes:"
+    assert len(checkpoint_folders(output)) == 2
+
+
+def test_what_is_no_checkpoint_is_named_with_those_that_are(settings: dict[str, Any], tmp_path: Path) -> None:
+    output = Path(settings["output"])
+    both = "There are checkpoint-000002, checkpoint-000004."
+    for wrong in (output, output / "checkpoint-000003"):
+        with pytest.raises(CheckpointError, match=f"resume={wrong}: no complete checkpoint.*{both}"):
+            told(settings, resume=wrong)
+    with pytest.raises(CheckpointError, match="resume=maybe: no complete checkpoint"):
+        told(settings, resume="maybe")
+    done = output / "checkpoint-000004"
+    with pytest.raises(CheckpointError, match="Raise steps to train on, or write its adapter with `ipadapter export"):
+        told(settings, resume=done, steps=STEPS, output=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_output_with_earlier_checkpoints_is_not_the_one_that_was_meant(settings: dict[str, Any]) -> None:
+    output = Path(settings["output"])
+    elsewhere = shutil.copytree(output, output.with_name("elsewhere"))
+    with pytest.raises(
+        CheckpointError, match=r"run holds checkpoint-000004, which is not later than resume=\S*elsewhere"
+    ):
+        told(settings, resume=elsewhere / "checkpoint-000004")
+
+
+@pytest.mark.parametrize(("given", "found"), [("true", True), ("false", False), ("runs/a", Path("runs/a"))])
+def test_resume_is_a_truth_value_or_a_folder(given: str, found: bool | Path, tmp_path: Path) -> None:
+    assert load_config(None, ["base_model=a", "data=b", "output=c", "steps=1", f"resume={given}"]).resume == found

@@ -1,0 +1,122 @@
+"""One process at a time writes into a folder: the output of a training, a cache, an evaluation.
+
+The lock is filelock's lease, a file that its owner touches every few seconds. It needs no lock support of the file
+system, so it works on NFS and Lustre. An owner of this machine whose process is gone (or whose process id belongs to
+another process by now) is replaced at once; an owner that cannot be looked at, on another machine or in another
+container, when its file has not changed for `LIFETIME`. So a node that died does not keep a requeued job out.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
+
+from ..errors import ConfigError, InUseError
+from .processes import launched_on_cpu
+
+LOCK, NOTE = ".in-use.lock", ".in-use.txt"  # the note is the owner in words
+LIFETIME = 120.0  # seconds; file servers and suspended processes pause for less, a requeued job waits longer anyway
+HEARTBEAT = 5.0  # seconds between two touches, so that long is a living owner watched before a refusal
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def claim(folder: Path, say: Say = lambda line: None) -> Iterator[Callable[[], None]]:
+    """Hold `folder`, which is made when it is missing and removed again when it stays empty. The main process of a
+    launch holds it for all; the others wait until it does.
+
+    Yields a function that raises InUseError when the folder was lost to another process, which happens to a process
+    that was suspended for longer than `LIFETIME`.
+
+    Raises ConfigError when nothing can be written there, InUseError when another process writes into it.
+    """
+    state = PartialState(cpu=launched_on_cpu())
+    made = [path for path in (folder, *folder.parents) if not path.exists()] if state.is_main_process else []
+    lease, problems = None, list[Exception | None]([None])
+    try:
+        if state.is_main_process:
+            try:
+                lease = _acquire(folder, say)
+            except (ConfigError, InUseError) as error:
+                problems = [error]
+        broadcast_object_list(problems)
+        if problems[0] is not None:
+            raise problems[0]
+        yield _nothing if lease is None else lambda: _check(folder, lease)
+    finally:
+        if lease is not None:
+            if lease.compromise is None:
+                (folder / NOTE).unlink(missing_ok=True)
+            lease.release()
+        for path in made:
+            with suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def _acquire(folder: Path, say: Say) -> SoftFileLease:
+    lock, note = folder / LOCK, folder / NOTE
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file. Choose a folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lease = SoftFileLease(lock, lease_duration=LIFETIME, heartbeat_interval=HEARTBEAT, thread_local=False)
+        before, owner, looks = _mark(lock), _owner(folder), 0
+
+        def owner_lives() -> bool:
+            nonlocal looks
+            looks += 1
+            if looks == 2:
+                say(f"{folder} is claimed by {owner}. Checking whether it still runs (at most {LIFETIME:.0f} seconds).")
+            return _mark(lock) not in (None, before)
+
+        lease.acquire(timeout=LIFETIME + 2 * HEARTBEAT, poll_interval=HEARTBEAT / 10, cancel_check=owner_lives)
+        note.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
+    except (Timeout, LeaseSettingsMismatch) as error:  # a living owner; of another version, with another lifetime
+        raise InUseError(
+            f"{folder} is in use by {_owner(folder)}. Wait until it ends, stop it, or choose another folder."
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: nothing can be written there ({error.strerror or error}). Choose another folder, or make this "
+            "one writable."
+        ) from error
+    if before is not None:
+        say(f"{folder} was claimed by {owner}, which did not end properly: taking over.")
+    return lease
+
+
+def _check(folder: Path, lease: SoftFileLease) -> None:
+    if lease.compromise is not None and lease.owner is not None and not lease.is_lock_held_by_us:
+        raise InUseError(
+            f"{folder} was taken over by {_owner(folder)}, because this process was suspended, or cut off from the "
+            f"disk, for more than {LIFETIME:.0f} seconds. It stops without saving."
+        )
+
+
+def _mark(lock: Path) -> tuple[int, int] | None:
+    """Changes when the owner touches its lock, and with the owner."""
+    try:
+        status = lock.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_ino
+
+
+def _owner(folder: Path) -> str:
+    try:
+        return (folder / NOTE).read_text().strip() or "another process"
+    except OSError:
+        return "another process"
+
+
+def _nothing() -> None:
+    pass
