@@ -54,7 +54,17 @@ from .spec import (
 )
 from .tensors import TensorMap
 from .unet import AdapterApplication, ImageAttnProcessor, Injection, inject
-from .weight_types import WEIGHT_TYPES, LayerWeight, WeightType, layer_weights, weight_layout
+from .weight_types import (
+    WEIGHT_LAYOUTS,
+    WEIGHT_TYPE_ALIASES,
+    WEIGHT_TYPES,
+    LayerWeight,
+    WeightLayout,
+    WeightType,
+    layer_weights,
+    parse_weight_type,
+    weight_layout,
+)
 
 __all__ = [
     "FAMILIES",
@@ -68,7 +78,9 @@ __all__ = [
     "METADATA_SHORTCUT",
     "METADATA_TOKENS",
     "SCALINGS",
+    "WEIGHT_LAYOUTS",
     "WEIGHT_TYPES",
+    "WEIGHT_TYPE_ALIASES",
     "AdapterApplication",
     "AdapterCheckpoint",
     "AdapterError",
@@ -93,6 +105,7 @@ __all__ = [
     "Scaling",
     "Site",
     "TensorMap",
+    "WeightLayout",
     "WeightType",
     "adapter_from_checkpoint",
     "attention_ids",
@@ -120,6 +133,7 @@ __all__ = [
     "load_projector",
     "looks_like",
     "new_spec",
+    "parse_weight_type",
     "read_checkpoint",
     "resize_mask",
     "save_adapter",
