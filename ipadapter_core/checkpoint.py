@@ -12,22 +12,11 @@ from torch import Tensor
 
 from .errors import AdapterError
 from .layouts import KeyPlan, plan_keys
-from .tensors import TensorFile, TensorMap, file_from_tensors, read_pickle, read_safetensors
+from .tensors import TensorFile, TensorMap, file_from_tensors, open_tensors
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_ZIP = b"PK\x03\x04"
-_PICKLE = b"\x80"
-# First bytes of what people pick by mistake.
-_MAGIC: tuple[tuple[bytes, str], ...] = (
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"GIF8", "a GIF image"),
-    (b"RIFF", "a WebP image or another RIFF file"),
-    (b"GGUF", "a GGUF model"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
-    (b"<", "a web page"),
-)
+_EXPECTED = "an IP-Adapter .safetensors or .bin file"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,9 +38,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> AdapterCheckpoint:
     """Open an IP-Adapter file (.safetensors or .bin, recognised by content) without reading its weights.
 
     Raises AdapterError, which names the file and says what it looks like, when the file is missing,
-    damaged, in another format, holds something else than an IP-Adapter, or has weights that are not
-    floating point. Weights are checked for NaN and infinity when they are read. Pickles are opened with
-    `weights_only`, so no code of theirs runs.
+    damaged, in another format, holds something else than an IP-Adapter, or has weights that are empty or not
+    floating point. Weights are checked when they are read: for NaN, for infinity and for matrices of zeros.
+    Pickles are opened with `weights_only`, so no code of theirs runs.
     """
     where = Path(path)
     try:
@@ -72,7 +61,7 @@ def checkpoint_from_state(
 
 def _checkpoint(origin: str, file: TensorFile) -> AdapterCheckpoint:
     plan = plan_keys(file.infos, origin)
-    _check_dtypes(origin, file, plan)
+    _check_infos(origin, file, plan)
     return AdapterCheckpoint(
         path=origin,
         metadata=file.metadata,
@@ -89,29 +78,16 @@ def _open(path: Path) -> TensorFile:
         )
     if not path.is_file():
         raise AdapterError(f"{path}: a folder, not a file. Choose the .safetensors or .bin file inside it.")
-    with path.open("rb") as stream:
-        start = stream.read(64)
-    if len(start) == 0:
-        raise AdapterError(f"{path}: empty (0 bytes). Download it again.")
-    # Before the magic numbers: a header's length comes first, and its low byte may be any of theirs.
-    if len(start) > 8 and start[8:9] == b"{":
-        return read_safetensors(path)
-    for magic, description in _MAGIC:
-        if start.lstrip().startswith(magic):
-            raise AdapterError(f"{path}: looks like {description}. Choose an IP-Adapter .safetensors or .bin file.")
-    if start.startswith((_ZIP, _PICKLE)):
-        return read_pickle(path, is_zip=start.startswith(_ZIP))
-    raise AdapterError(
-        f"{path}: neither safetensors nor a PyTorch file (it starts with {start[:8]!r}). Choose an IP-Adapter "
-        ".safetensors or .bin file."
-    )
+    return open_tensors(path, _EXPECTED)
 
 
-def _check_dtypes(origin: str, file: TensorFile, plan: KeyPlan) -> None:
+def _check_infos(origin: str, file: TensorFile, plan: KeyPlan) -> None:
     for name, key in (plan.image_proj | plan.ip_adapter).items():
-        dtype = file.infos[key].dtype
+        shape, dtype, _ = file.infos[key]
         if dtype not in WEIGHT_DTYPES:
             raise AdapterError(
                 f"{origin}: the tensor {name} is {dtype}; expected one of {', '.join(map(str, WEIGHT_DTYPES))}. "
                 "Convert the file to float16 or float32."
             )
+        if 0 in shape:
+            raise AdapterError(f"{origin}: the tensor {name} is empty, {list(shape)}. Download or export it again.")

@@ -57,7 +57,9 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
     widths, context_width, lora_rank = infer_layers(checkpoint.ip_adapter.shapes, origin)
     try:
         projector = _infer_projector(checkpoint.image_proj.shapes, metadata.get(METADATA_KIND), origin)
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except AdapterError:
+        raise
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise AdapterError(
             f"{origin}: the image projector is incomplete or has unexpected shapes ({error}). Export the adapter again."
         ) from error
@@ -156,7 +158,10 @@ def _infer_resampler(shapes: Shapes, claimed: str | None) -> _Projector:
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
-    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in shapes if name.startswith(prefix))
+    numbers = {int(name.removeprefix(prefix).split(".")[0]) for name in shapes if name.startswith(prefix)}
+    if numbers != set(range(len(numbers))):
+        raise ValueError(f"layers {sorted(numbers)[:4]}..., expected 0 to {len(numbers) - 1}")
+    return len(numbers)
 
 
 def _ratio(rows: int, context_width: int, origin: str) -> int:
@@ -221,7 +226,7 @@ def _integer(key: str, metadata: Mapping[str, str], origin: str) -> int | None:
     text = metadata.get(key)
     if text is None:
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
         raise AdapterError(f"{origin}: its metadata says {key}={text!r}; expected a whole number above 0.")
     return int(text)
 

@@ -9,8 +9,8 @@ from .errors import AdapterError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_KEY_VALUE = re.compile(r"^(\d+)\.to_([kv])_ip\.weight$")
-_LORA = re.compile(r"^(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
+_KEY_VALUE = re.compile(r"^([0-9]{1,6})\.to_([kv])_ip\.weight$")
+_LORA = re.compile(r"^([0-9]{1,6})\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 
 
 def infer_layers(shapes: Shapes, origin: str) -> tuple[tuple[int, ...], int, int | None]:
@@ -18,6 +18,10 @@ def infer_layers(shapes: Shapes, origin: str) -> tuple[tuple[int, ...], int, int
     sides: dict[str, dict[int, tuple[int, ...]]] = {"k": {}, "v": {}}
     lora: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
+        if len(shape) != 2 and (_KEY_VALUE.match(name) or _LORA.match(name)):
+            raise AdapterError(
+                f"{origin}: the tensor {name} is {list(shape)}, expected a matrix. Download or export it again."
+            )
         if match := _KEY_VALUE.match(name):
             sides[match.group(2)][int(match.group(1))] = shape
         elif _LORA.match(name):

@@ -14,6 +14,8 @@ IP_ADAPTER_PREFIXES = ("ip_adapter.", "adapter_modules.")
 _ADAPTER_TENSOR = re.compile(r"to_([kv]_ip|(q|k|v|out)_lora\.(down|up))\.weight$")
 _ATTENTION = re.compile(r"^(?:unet\.)?((?:down_blocks|up_blocks|mid_block)\..*?attn[12])\.")
 
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
+
 # What a file without image_proj and ip_adapter looks like, by guarded key patterns; the first match wins.
 _OTHER_FILES: tuple[tuple[str, str], ...] = (
     (r"^ip_adapter_proj_model\.|^double_blocks\.\d+\.processor\.", "an XLabs IP-Adapter for FLUX"),
@@ -61,12 +63,17 @@ def plan_keys(keys: Iterable[str], origin: str) -> KeyPlan:
 
     Layouts: "flat" (`image_proj.*`, `ip_adapter.*`, also a nested .bin after flattening), "trainer"
     (`image_proj_model.*`, `adapter_modules.*`) and "training-dump" (the trainer's whole state with
-    `unet.*`, where the K/V may survive only under `unet.<processor>.to_k_ip.weight`). A DDP prefix
-    `module.` is dropped.
+    `unet.*`, where the K/V may survive only under `unet.<processor>.to_k_ip.weight`). The names that DDP
+    (`module.`) and torch.compile (`_orig_mod.`) put around a module are dropped, wherever they are.
 
     Raises AdapterError, saying what the file looks like, when one of the two parts is missing.
     """
-    names = {key.removeprefix("state_dict.").removeprefix("module."): key for key in keys}
+    names: dict[str, str] = {}
+    for key in keys:
+        name = _WRAPPERS.sub("", key.removeprefix("state_dict."))
+        if name in names:
+            raise AdapterError(f"{origin}: {names[name]} and {key} are the same tensor {name}. Keep one of them.")
+        names[name] = key
     image_proj = _with_prefix(names, IMAGE_PROJ_PREFIXES)
     listed = _with_prefix(names, IP_ADAPTER_PREFIXES)
     rescued = {
@@ -120,7 +127,7 @@ def _number_layers(found: dict[str, str], names: dict[str, str], origin: str) ->
     for name, key in found.items():
         head, _, rest = name.partition(".")
         if head.isdecimal():
-            numbered[f"{int(head)}.{rest}"] = key
+            numbered[f"{head.lstrip('0') or '0'}.{rest}"] = key
             continue
         attention = _ATTENTION.match(name)
         if attention is None or not _ADAPTER_TENSOR.search(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import AdapterError
+from .file_types import PICKLE, SAFETENSORS, ZIP, download_again, file_type, unexpected_type
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
@@ -24,20 +26,25 @@ _DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 
 
 class TensorInfo(NamedTuple):
-    """What a file's header says about one tensor."""
+    """What a file's header says about one tensor. `offset` is where its bytes start in a safetensors file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int = 0
 
 
 class TensorFile(NamedTuple):
@@ -51,7 +58,7 @@ class TensorFile(NamedTuple):
 class TensorMap(Mapping[str, Tensor]):
     """Published key -> tensor. Shapes and dtypes are known at once; a tensor is read, and checked, on access.
 
-    Raises AdapterError on access when the tensor holds NaN or infinity, naming the file and the key.
+    Raises AdapterError on access as `check_values` does, naming the file and the key.
     """
 
     def __init__(self, file: TensorFile, keys: Mapping[str, str], origin: str) -> None:
@@ -64,11 +71,7 @@ class TensorMap(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         tensor = self._file.read(self._keys[key])
-        if not _is_finite(tensor):
-            raise AdapterError(
-                f"{self._origin}: the tensor {key} holds NaN or infinity. The file is damaged or its training "
-                "diverged. Download it again, or export an earlier checkpoint."
-            )
+        check_values(key, tensor, self._origin)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -84,12 +87,36 @@ class TensorMap(Mapping[str, Tensor]):
         return f"TensorMap({len(self)} tensors of {self._origin})"
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def check_values(name: str, tensor: Tensor, origin: str) -> None:
+    """Refuse a weight that holds NaN or infinity, and a matrix of zeros: `origin` is the file, for the message.
+
+    Zeros are what a broken download leaves, and the layer would do nothing without an error. Vectors (biases) and a
+    LoRA, which starts with a zero half, may be zero. One pass without temporaries.
+
+    Raises AdapterError.
+    """
     if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
-        return True
-    # One pass without temporaries; NaN propagates to both ends.
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+        return
+    if tensor.element_size() == 1:  # 8-bit floats have no minimum of their own
+        tensor = tensor.half()
+    # NaN propagates to both ends.
+    low, high = (float(end) for end in torch.aminmax(tensor))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise AdapterError(
+            f"{origin}: the tensor {name} holds NaN or infinity. The file is damaged or its training "
+            "diverged. Download it again, or export an earlier checkpoint."
+        )
+    if low == high == 0 and tensor.ndim > 1 and "lora" not in name:
+        raise AdapterError(
+            f"{origin}: all {tensor.numel():,} values of the tensor {name} are zero: the download broke off. Download "
+            "it again."
+        )
+
+
+def check_weights(weights: Mapping[str, Tensor], origin: str) -> None:
+    """`check_values` for all weights of a model, such as its `state_dict()`; it takes as long as reading them once."""
+    for name, tensor in weights.items():
+        check_values(name, tensor, origin)
 
 
 def file_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> TensorFile:
@@ -98,48 +125,69 @@ def file_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return TensorFile(infos, tensors.__getitem__, metadata or {})
 
 
-def read_safetensors(path: Path) -> TensorFile:
+def open_tensors(path: Path, expected: str, source: str = "") -> TensorFile:
+    """Open a .safetensors or PyTorch file, recognised by its content, without reading its tensors.
+
+    `expected` ("the weights of a UNet") and `source`, where to download it from, are for messages.
+
+    Raises AdapterError that says what the file is when it is something else, or damaged; OSError when it cannot be
+    read at all.
+    """
+    found = file_type(path)
+    if found == SAFETENSORS:
+        return read_safetensors(path, source)
+    if found in (ZIP, PICKLE):
+        return read_pickle(path, is_zip=found == ZIP, source=source)
+    raise unexpected_type(path, expected, source)
+
+
+def read_safetensors(path: Path, source: str = "") -> TensorFile:
     """Open a safetensors file: its header is read, its tensors are memory-mapped.
 
     Raises AdapterError when the header is not valid or the file is shorter than the header says.
     """
-    infos, metadata = _read_header(path)
+    infos, metadata = _read_header(path, source)
     try:
         handle: Any = safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: damaged safetensors file ({error}). Download it again.") from error
+        raise AdapterError(f"{path}: damaged safetensors file ({error}). {download_again(source)}") from error
     return TensorFile(infos, cast("Callable[[str], Tensor]", handle.get_tensor), metadata)
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _read_header(path: Path, source: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise AdapterError(
                 f"{path}: not a safetensors file (its header would be {length} bytes, the limit is "
-                f"{MAX_HEADER_BYTES}). Choose an IP-Adapter .safetensors or .bin file."
+                f"{MAX_HEADER_BYTES}). {download_again(source)}"
             )
         if size < 8 + length:
-            raise _truncated(path, size, 8 + length)
+            raise _truncated(path, size, 8 + length, source)
         raw = stream.read(length)
     try:
         header: dict[str, Any] = json.loads(raw)
         metadata: dict[str, str] = dict(header.pop("__metadata__", None) or {})
-        infos = {key: TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]]) for key, entry in header.items()}
+        infos = {
+            key: TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0])
+            for key, entry in header.items()
+        }
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise AdapterError(f"{path}: the safetensors header is damaged ({error!r}). Download it again.") from error
+        raise AdapterError(
+            f"{path}: the safetensors header is damaged ({error!r}). {download_again(source)}"
+        ) from error
     if size < 8 + length + end:
-        raise _truncated(path, size, 8 + length + end)
+        raise _truncated(path, size, 8 + length + end, source)
     return infos, metadata
 
 
-def _truncated(path: Path, size: int, expected: int) -> AdapterError:
-    return AdapterError(f"{path}: truncated: it has {size} bytes, its header says {expected}. Download it again.")
+def _truncated(path: Path, size: int, expected: int, source: str) -> AdapterError:
+    return AdapterError(f"{path}: truncated: it has {size} bytes, its header says {expected}. {download_again(source)}")
 
 
-def read_pickle(path: Path, *, is_zip: bool) -> TensorFile:
+def read_pickle(path: Path, *, is_zip: bool, source: str = "") -> TensorFile:
     """Open a PyTorch .bin without running code from it; nested dicts become dotted keys.
 
     Only `torch.load(weights_only=True)` touches the pickle. Raises AdapterError when the file holds anything
@@ -157,7 +205,7 @@ def read_pickle(path: Path, *, is_zip: bool) -> TensorFile:
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).split("\n", 1)[0]
         raise AdapterError(
-            f"{path}: truncated or not a PyTorch file ({path.stat().st_size} bytes; {reason}). Download it again."
+            f"{path}: truncated or not a PyTorch file ({path.stat().st_size} bytes; {reason}). {download_again(source)}"
         ) from error
     return file_from_tensors(_flatten(content, path))
 
