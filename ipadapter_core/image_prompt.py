@@ -65,7 +65,7 @@ def combine_features(features: Tensor, combine: str) -> Tensor:
     add: the sum. subtract: the first minus the mean of the others. average: the mean. norm average: the mean
     of the features, each divided by its norm over the N pictures. max, min: element by element.
 
-    Raises AdapterError for an unknown method.
+    Raises AdapterError for an unknown method, and when "subtract" leaves nothing.
     """
     if combine not in COMBINES:
         raise AdapterError(f"Unknown combine method {combine!r}. Use one of: {', '.join(COMBINES)}.")
@@ -74,7 +74,13 @@ def combine_features(features: Tensor, combine: str) -> Tensor:
     if combine == "add":
         return features.sum(dim=0, keepdim=True)
     if combine == "subtract":
-        return features[:1] - features[1:].mean(dim=0, keepdim=True)
+        left = features[:1] - features[1:].mean(dim=0, keepdim=True)
+        if left.abs().amax() <= 1e-5 * features.abs().amax():
+            raise AdapterError(
+                "combine 'subtract' leaves nothing: the first image is the same as the mean of the others. Connect "
+                "different images, or choose another combine."
+            )
+        return left
     if combine == "average":
         return features.mean(dim=0, keepdim=True)
     if combine == "norm average":
@@ -98,8 +104,8 @@ def _pixels(image: Tensor, name: str) -> Tensor:
     """[B, H, W, 1, 3 or 4] -> [B, 3, H, W]."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
         raise AdapterError(
-            f"{name} has the shape {tuple(image.shape)}. Pass [batch, height, width, 3 channels] with at least one image "
-            "and one pixel; 1 channel (grey) and 4 channels (alpha is ignored) work too."
+            f"{name} has the shape {tuple(image.shape)}. Pass [batch, height, width, 3 channels] with at least one "
+            "image and one pixel; 1 channel (grey) and 4 channels (alpha is ignored) work too."
         )
     check_range(image, name, "an image")
     return image[..., :3].expand(*image.shape[:3], 3).movedim(-1, 1).float()
@@ -113,7 +119,7 @@ def _fit_mask(mask: Tensor, pixels: Tensor, size: int, crop: str) -> Tensor:
             f"There are {len(mask)} masks for {len(pixels)} image{'s' * (len(pixels) > 1)}. Connect one mask, or one "
             "for each image."
         )
-    empty = (~mask.flatten(1).any(1)).tolist()
+    empty = ~mask.flatten(1).any(1)
     rows = [min(i, len(mask) - 1) for i in range(len(pixels))]
     mask = mask[:, None].to(pixels)
     if mask.shape[-2:] != pixels.shape[-2:]:
@@ -122,8 +128,8 @@ def _fit_mask(mask: Tensor, pixels: Tensor, size: int, crop: str) -> Tensor:
     for image, row in enumerate(rows):
         if empty[row]:
             raise AdapterError(
-                f"{one_of('mask', row, mask)} is 0 everywhere, so it hides all of {one_of('image', image, pixels)} from "
-                f"the image encoder. {EMPTY_MASK_ADVICE}"
+                f"{one_of('mask', row, mask)} is 0 everywhere, so it hides all of {one_of('image', image, pixels)} "
+                f"from the image encoder. {EMPTY_MASK_ADVICE}"
             )
         if not kept[row].any():
             raise AdapterError(

@@ -12,8 +12,8 @@ from .errors import AdapterError
 OVERSHOOT = 0.25
 
 EMPTY_MASK_ADVICE = (
-    "Load Image gives such a mask for an image without transparency: disconnect it, use Load Image (as Mask), or invert "
-    "it."
+    "Load Image gives such a mask for an image without transparency: disconnect it, use Load Image (as Mask), or "
+    "invert it."
 )
 
 
@@ -28,8 +28,8 @@ def check_mask(mask: Tensor, name: str = "mask") -> Tensor:
         mask = mask.squeeze(1)
     if mask.ndim not in (2, 3) or 0 in mask.shape:
         raise AdapterError(
-            f"{name} has the shape {tuple(mask.shape)}. Connect a MASK of shape [masks, height, width] with at least one "
-            "mask, for example from Load Image (as Mask) or Convert Image to Mask."
+            f"{name} has the shape {tuple(mask.shape)}. Connect a MASK of shape [masks, height, width] with at least "
+            "one mask, for example from Load Image (as Mask) or Convert Image to Mask."
         )
     mask = mask.reshape(-1, *mask.shape[-2:])
     mask = mask if mask.is_floating_point() else mask.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from .errors import AdapterError
 from .layers import Site
@@ -134,7 +134,7 @@ def parse_weight_type(name: str) -> WeightType:
     Raises AdapterError for an unknown name.
     """
     if name in WEIGHT_TYPES:
-        return cast("WeightType", name)
+        return name
     if name in WEIGHT_TYPE_ALIASES:
         return WEIGHT_TYPE_ALIASES[name]
     if name == "channel penalty":

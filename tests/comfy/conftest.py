@@ -90,8 +90,8 @@ def randomise(module: torch.nn.Module, seed: int, scale: float = 0.08) -> None:
         parameter.copy_(noise + 1.0 if "norm" in name and name.endswith("weight") else noise)
 
 
-def new_model(family: str = "sd15", width: int = WIDTH, seed: int = 0) -> Any:
-    """A tiny random UNet in the shape of SD1.5 or SDXL, as a MODEL."""
+def new_model(family: str = "sd15", width: int = WIDTH, seed: int = 0, **shape: Any) -> Any:
+    """A tiny random UNet in the shape of SD1.5 or SDXL, but for what `shape` changes of its config, as a MODEL."""
     import comfy.model_base
     import comfy.model_management
     import comfy.model_patcher
@@ -129,6 +129,7 @@ def new_model(family: str = "sd15", width: int = WIDTH, seed: int = 0) -> Any:
         "use_temporal_attention": False,
         "use_temporal_resblock": False,
         **shapes[family],
+        **shape,
     }
     supported = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family](config)
     supported.unet_config.update(num_heads=2, num_head_channels=-1)
