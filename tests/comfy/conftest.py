@@ -220,6 +220,31 @@ def world(pack: SimpleNamespace) -> SimpleNamespace:
     )
 
 
+@pytest.fixture(scope="session")
+def encoder(world: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """ComfyUI's own CLIP vision model, tiny: 32 px images in 16 px patches, 5 tokens of 48, projected to 48."""
+    import comfy.clip_vision
+
+    config = tmp_path_factory.mktemp("vision") / "config.json"
+    settings = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "image_size": 32,
+        "patch_size": 16,
+        "projection_dim": 48,
+        "num_channels": 3,
+        "hidden_act": "quick_gelu",
+    }
+    config.write_text(json.dumps(settings))
+    with torch.inference_mode():
+        encoder = comfy.clip_vision.ClipVisionModel(str(config))
+        world.randomise(encoder.model, seed=31)
+    return encoder
+
+
 @pytest.fixture(autouse=True)
 def _inference() -> Iterator[None]:
     """Nodes run under inference mode."""
