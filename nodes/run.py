@@ -58,7 +58,7 @@ def _check_applications(guider: Any, options: Options, sigmas: Tensor, noise: Te
     own = getattr(type(guider), "set_cfg", None) is comfy.samplers.CFGGuider.set_cfg
     cfg = guider.cfg if own else math.inf
     for application in (item for items in wrappers.values() for item in items if isinstance(item, Application)):
-        for sentence in application.check_run(sigmas[:-1].tolist(), sampling, len(noise), grid_of(noise), cfg):
+        for sentence in application.check_run(sigmas[:-1], sampling, len(noise), grid_of(noise), cfg):
             _log.warning("Apply IP Adapter: %s", sentence)
 
 

@@ -90,9 +90,7 @@ class Application:
     def __deepcopy__(self, memo: dict[int, Any]) -> Application:
         return self
 
-    def check_run(
-        self, sigmas: Sequence[float], model_sampling: Any, batch: int, size: Grid, cfg: float
-    ) -> Iterator[str]:
+    def check_run(self, sigmas: Tensor, model_sampling: Any, batch: int, size: Grid, cfg: float) -> Iterator[str]:
         """What has no effect in a run over these sigmas, with a batch of latents of `size`, in sentences.
 
         Raises AdapterError when the mask leaves nothing of the image prompt.
@@ -108,18 +106,23 @@ class Application:
                 f"attn_mask has {len(self.attn_mask)} masks, and the first {len(used)}, for the images that are "
                 "sampled, are 0 everywhere. Put the masks into the order of the images."
             )
-        first, last = (float(model_sampling.percent_to_sigma(end)) for end in (self.start_at, self.end_at))
-        if not any(last <= sigma <= first for sigma in sigmas):
-            yield (
-                f"The image prompt acts in none of these {len(sigmas)} steps: none lies between start_at "
-                f"{self.start_at:g} and end_at {self.end_at:g}."
-            )
+        if not self._is_always_active:
+            first, last = (float(model_sampling.percent_to_sigma(end)) for end in (self.start_at, self.end_at))
+            if not any(last <= sigma <= first for sigma in sigmas.tolist()):
+                yield (
+                    f"The image prompt acts in none of these {len(sigmas)} steps: none lies between start_at "
+                    f"{self.start_at:g} and end_at {self.end_at:g}."
+                )
         if self.negative and cfg == 1.0:
             yield f"{self.negative} acts in the negative branch, which cfg 1 leaves out. Set cfg above 1."
 
+    @property
+    def _is_always_active(self) -> bool:
+        return self.start_at <= 0.0 and self.end_at >= 1.0
+
     def _is_active(self, model_sampling: Any, t: Tensor, options: Options) -> bool:
         """Whether this step is within the window; the one host sync of a step, and only when there is a window."""
-        if self.start_at <= 0.0 and self.end_at >= 1.0:
+        if self._is_always_active:
             return True
         if SIGMA not in options:
             options[SIGMA] = float(t.max())
