@@ -57,7 +57,17 @@ from .spec import (
 )
 from .tensors import TensorMap
 from .unet import Injection, inject
-from .weight_types import WEIGHT_TYPES, LayerWeight, WeightType, layer_weights, weight_layout
+from .weight_types import (
+    WEIGHT_LAYOUTS,
+    WEIGHT_TYPE_ALIASES,
+    WEIGHT_TYPES,
+    LayerWeight,
+    WeightLayout,
+    WeightType,
+    layer_weights,
+    parse_weight_type,
+    weight_layout,
+)
 
 __all__ = [
     "FAMILIES",
@@ -71,7 +81,9 @@ __all__ = [
     "METADATA_SHORTCUT",
     "METADATA_TOKENS",
     "SCALINGS",
+    "WEIGHT_LAYOUTS",
     "WEIGHT_TYPES",
+    "WEIGHT_TYPE_ALIASES",
     "AdapterApplication",
     "AdapterCheckpoint",
     "AdapterError",
@@ -96,6 +108,7 @@ __all__ = [
     "Scaling",
     "Site",
     "TensorMap",
+    "WeightLayout",
     "WeightType",
     "adapter_from_checkpoint",
     "attention_ids",
@@ -123,6 +136,7 @@ __all__ = [
     "load_projector",
     "looks_like",
     "new_spec",
+    "parse_weight_type",
     "pipeline_rows",
     "read_checkpoint",
     "resize_mask",

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from .errors import AdapterError
 from .spec import AdapterSpec
-from .tensors import read_safetensors
+from .tensors import open_tensors
+
+EXPECTED_ENCODER = "an image encoder (CLIP vision), .safetensors or PyTorch"
 
 # (class embedding, position embedding, projection, the projection's output axis) in the two published layouts.
 _LAYOUTS = (
@@ -71,11 +73,21 @@ def encoder_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> ImageEncoder |
 
 
 def read_encoder(path: str | os.PathLike[str]) -> ImageEncoder | None:
-    """The encoder in a .safetensors file, from its header alone; None for another model or an unreadable file."""
+    """The encoder in a .safetensors or PyTorch file, by its names and shapes; None for another model or an unreadable
+    file.
+    """
     try:
-        infos = read_safetensors(Path(path)).infos
-        return encoder_from_shapes({name: info.shape for name, info in infos.items()})
-    except (AdapterError, OSError, IndexError):
+        return _open_encoder(Path(path))
+    except (AdapterError, OSError):
+        return None
+
+
+def _open_encoder(path: Path) -> ImageEncoder | None:
+    """Raises AdapterError or OSError for a file that cannot be read."""
+    infos = open_tensors(path, EXPECTED_ENCODER).infos
+    try:
+        return encoder_from_shapes({name.removeprefix("state_dict."): info.shape for name, info in infos.items()})
+    except IndexError:  # tensors of these names with fewer axes
         return None
 
 
@@ -101,10 +113,14 @@ def find_encoder(
     """
     seen: list[str] = []
     for file in map(Path, files):
-        encoder = read_encoder(file)
+        try:
+            encoder = _open_encoder(file)
+        except (AdapterError, OSError) as error:
+            seen.append(f"{file.name} ({str(error).removeprefix(f'{file}: ').removesuffix('.')})")
+            continue
         if encoder is not None and encoder_fits(spec, encoder):
             return file
-        seen.append(f"{file.name} ({encoder.describe() if encoder else 'not a CLIP vision .safetensors file'})")
+        seen.append(f"{file.name} ({encoder.describe() if encoder else 'not a CLIP vision model'})")
     found = f"Looked at: {'; '.join(seen)}" if seen else "The folder holds no file"
     raise AdapterError(
         f"No image encoder for {name}. It needs {needed_features(spec)} ({spec.encoder}). {found}. "

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import AdapterError
+from .masks import EMPTY_MASK_ADVICE, check_mask, check_range, one_of
 
 Crop = Literal["center", "top", "bottom", "left", "right", "pad", "stretch"]
 CROPS: tuple[Crop, ...] = get_args(Crop)
@@ -19,6 +20,9 @@ COMBINES: tuple[Combine, ...] = get_args(Combine)
 # CLIP's mean colour: zero after the encoder's normalisation, so it says nothing.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
+_LONG = 32  # the aspect ratio from which an image is a strip; shorter ones are resized whole, exactly as CLIP does
+_MARGIN = 2  # squares around the one that is kept: more than the reach of the bicubic filter
+
 
 def crop_image(
     image: Tensor,
@@ -27,36 +31,32 @@ def crop_image(
     *,
     mask: Tensor | None = None,
     fill: tuple[float, float, float] = CLIP_MEAN,
+    name: str = "image",
 ) -> Tensor:
     """The square picture that the encoder sees. image [B, H, W, C] in 0..1 -> [B, size, size, 3] in 0..1.
 
     The short side is resized to `size` (bicubic, antialiased, as CLIP's preprocessing does) and the square
     is taken where `crop` says; "pad" fills a square with `fill`, "stretch" ignores the aspect ratio. Where
-    `mask` ([H, W] or [B, H, W], any size) is 0 the picture becomes `fill`, where it is 1 it stays.
+    `mask` ([H, W] or [B, H, W], any size) is 0 the picture becomes `fill`, where it is 1 it stays. One channel is
+    grey, a fourth (alpha) is dropped. `name` is that of the input, for messages.
 
-    Raises AdapterError for an unknown crop or a picture that is not [B, H, W, 3 or 4].
+    Raises AdapterError for an unknown crop, an image that is not [B, H, W, 1, 3 or 4] or not in 0..1, and a mask that
+    hides all that the encoder would see of an image.
     """
     if crop not in CROPS:
         raise AdapterError(f"Unknown crop {crop!r}. Use one of: {', '.join(CROPS)}.")
-    if image.ndim != 4 or image.shape[-1] < 3:
-        raise AdapterError(f"The image has shape {tuple(image.shape)}. Pass [batch, height, width, 3 channels].")
-    pixels = image[..., :3].movedim(-1, 1).float()
+    pixels = _pixels(image, name)
     colour = torch.tensor(fill, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
     if mask is not None:
-        seen = _fit_mask(mask, pixels)
+        seen = _fit_mask(mask, pixels, size, crop)
         pixels = pixels * seen + colour * (1 - seen)
-    if crop == "pad":
-        pixels = _pad_to_square(pixels, colour)
-    height, width = pixels.shape[-2:]
-    target = (size, size)
-    if crop != "stretch":
-        scale = size / min(height, width)
-        target = (max(size, round(scale * height)), max(size, round(scale * width)))
-    if (height, width) != target:
-        pixels = F.interpolate(pixels, size=target, mode="bicubic", antialias=True)
-    top, left = _corner(target, size, crop)
-    pixels = pixels[..., top : top + size, left : left + size]
-    return pixels.clamp(0.0, 1.0).movedim(1, -1)
+    if crop == "stretch":
+        square = _resize(pixels, (size, size))
+    elif crop == "pad":
+        square = _pad_to_square(pixels, size, colour)
+    else:
+        square = _crop_to_square(pixels, size, crop)
+    return square.clamp(0.0, 1.0).movedim(1, -1)
 
 
 def combine_features(features: Tensor, combine: str) -> Tensor:
@@ -65,7 +65,7 @@ def combine_features(features: Tensor, combine: str) -> Tensor:
     add: the sum. subtract: the first minus the mean of the others. average: the mean. norm average: the mean
     of the features, each divided by its norm over the N pictures. max, min: element by element.
 
-    Raises AdapterError for an unknown method.
+    Raises AdapterError for an unknown method, and when "subtract" leaves nothing.
     """
     if combine not in COMBINES:
         raise AdapterError(f"Unknown combine method {combine!r}. Use one of: {', '.join(COMBINES)}.")
@@ -74,7 +74,13 @@ def combine_features(features: Tensor, combine: str) -> Tensor:
     if combine == "add":
         return features.sum(dim=0, keepdim=True)
     if combine == "subtract":
-        return features[:1] - features[1:].mean(dim=0, keepdim=True)
+        left = features[:1] - features[1:].mean(dim=0, keepdim=True)
+        if left.abs().amax() <= 1e-5 * features.abs().amax():
+            raise AdapterError(
+                "combine 'subtract' leaves nothing: the first image is the same as the mean of the others. Connect "
+                "different images, or choose another combine."
+            )
+        return left
     if combine == "average":
         return features.mean(dim=0, keepdim=True)
     if combine == "norm average":
@@ -94,22 +100,96 @@ def join_tokens(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, int
     return rows[0], rows[1], images
 
 
-def _fit_mask(mask: Tensor, pixels: Tensor) -> Tensor:
+def _pixels(image: Tensor, name: str) -> Tensor:
+    """[B, H, W, 1, 3 or 4] -> [B, 3, H, W]."""
+    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
+        raise AdapterError(
+            f"{name} has the shape {tuple(image.shape)}. Pass [batch, height, width, 3 channels] with at least one "
+            "image and one pixel; 1 channel (grey) and 4 channels (alpha is ignored) work too."
+        )
+    check_range(image, name, "an image")
+    return image[..., :3].expand(*image.shape[:3], 3).movedim(-1, 1).float()
+
+
+def _fit_mask(mask: Tensor, pixels: Tensor, size: int, crop: str) -> Tensor:
     """[H, W] or [B, H, W] -> [B, 1, H, W] at the picture's size; the last mask serves the pictures left."""
-    mask = mask.reshape(-1, 1, *mask.shape[-2:]).to(pixels)
+    mask = check_mask(mask)
+    if len(mask) > len(pixels):
+        raise AdapterError(
+            f"There are {len(mask)} masks for {len(pixels)} image{'s' * (len(pixels) > 1)}. Connect one mask, or one "
+            "for each image."
+        )
+    empty = ~mask.flatten(1).any(1)
+    rows = [min(i, len(mask) - 1) for i in range(len(pixels))]
+    mask = mask[:, None].to(pixels)
     if mask.shape[-2:] != pixels.shape[-2:]:
         mask = F.interpolate(mask, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
-    rows = [min(i, mask.shape[0] - 1) for i in range(pixels.shape[0])]
+    kept = mask if crop in ("pad", "stretch") else mask[(..., *_kept(mask, size, crop))]
+    for image, row in enumerate(rows):
+        if empty[row]:
+            raise AdapterError(
+                f"{one_of('mask', row, mask)} is 0 everywhere, so it hides all of {one_of('image', image, pixels)} "
+                f"from the image encoder. {EMPTY_MASK_ADVICE}"
+            )
+        if not kept[row].any():
+            raise AdapterError(
+                f"{one_of('mask', row, mask)} hides all that crop {crop!r} keeps of {one_of('image', image, pixels)} "
+                "from the image encoder. Choose another crop, such as 'pad', or enlarge the mask."
+            )
     return mask[rows]
 
 
-def _pad_to_square(pixels: Tensor, colour: Tensor) -> Tensor:
+def _kept(pixels: Tensor, size: int, crop: str) -> tuple[slice, slice]:
+    """Rows and columns of [..., H, W] that the square of `crop` touches."""
+    target = _scaled(pixels, size)
+    scale = min(pixels.shape[-2:]) / size
+    top, left = _corner(target, size, crop)
+    spans = [(math.floor(start * scale), math.ceil((start + size) * scale)) for start in (top, left)]
+    return slice(*spans[0]), slice(*spans[1])
+
+
+def _resize(pixels: Tensor, target: tuple[int, int]) -> Tensor:
+    if tuple(pixels.shape[-2:]) == target:
+        return pixels
+    return F.interpolate(pixels, size=target, mode="bicubic", antialias=True)
+
+
+def _scaled(pixels: Tensor, size: int) -> tuple[int, int]:
+    """(height, width) with the short side at `size`."""
+    height, width = pixels.shape[-2:]
+    scale = size / min(height, width)
+    return max(size, round(scale * height)), max(size, round(scale * width))
+
+
+def _crop_to_square(pixels: Tensor, size: int, crop: str) -> Tensor:
+    """Resize, then crop, as CLIP does. Of a long strip only the part around the square is resized: all of an image of
+    8192 x 4 would be 458,752 x 224 pixels.
+    """
+    side = min(pixels.shape[-2:])
+    target = list(_scaled(pixels, size))
+    corner = list(_corner((target[0], target[1]), size, crop))
+    for axis in (0, 1):
+        length = pixels.shape[axis - 2]
+        if length > _LONG * side:
+            first = max(0, corner[axis] // size - _MARGIN)  # in squares, so that the part begins at a whole pixel
+            last = first + 2 * _MARGIN + 2
+            pixels = pixels.narrow(axis - 2, first * side, min(length, last * side) - first * side)
+            target[axis] = min(target[axis], last * size) - first * size
+            corner[axis] -= first * size
+    top, left = corner
+    return _resize(pixels, (target[0], target[1]))[..., top : top + size, left : left + size]
+
+
+def _pad_to_square(pixels: Tensor, size: int, colour: Tensor) -> Tensor:
+    """Pad, then resize. The long side needs no padding, so it is resized before: the canvas stays small."""
     height, width = pixels.shape[-2:]
     side = max(height, width)
-    canvas = colour.expand(pixels.shape[0], 3, side, side).clone()
-    top, left = (side - height) // 2, (side - width) // 2
-    canvas[..., top : top + height, left : left + width] = pixels
-    return canvas
+    pixels = _resize(pixels, (size, width) if height >= width else (height, size))
+    grid = (size, side) if height >= width else (side, size)
+    canvas = colour.expand(len(pixels), 3, *grid).clone()
+    top, left = (grid[0] - pixels.shape[-2]) // 2, (grid[1] - pixels.shape[-1]) // 2
+    canvas[..., top : top + pixels.shape[-2], left : left + pixels.shape[-1]] = pixels
+    return _resize(canvas, (size, size))
 
 
 def _corner(grid: tuple[int, int], size: int, crop: str) -> tuple[int, int]:

@@ -164,7 +164,7 @@ def cross_attention_sites(diffusion_model: Any) -> tuple[Site, ...]:
 def _transformer_blocks(block: Any) -> list[Any]:
     return [
         inner
-        for module in block.children()
+        for module in (() if block is None else block.children())  # some pruned UNets have no middle block
         for inner in getattr(module, "transformer_blocks", ())
         if getattr(inner, "attn2", None) is not None
     ]

@@ -2,10 +2,73 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import AdapterError
+
+# How far resampling may leave 0..1: bicubic filters overshoot. What lies further out is in another unit.
+OVERSHOOT = 0.25
+
+EMPTY_MASK_ADVICE = (
+    "Load Image gives such a mask for an image without transparency: disconnect it, use Load Image (as Mask), or "
+    "invert it."
+)
+
+
+def check_mask(mask: Tensor, name: str = "mask") -> Tensor:
+    """A mask as [M, H, W], floating point in 0..1. A single channel, as in [M, 1, H, W], is dropped.
+
+    `name` is that of the input, for the message.
+
+    Raises AdapterError for another shape, NaN, or values outside 0..1.
+    """
+    if mask.ndim == 4 and mask.shape[1] == 1:
+        mask = mask.squeeze(1)
+    if mask.ndim not in (2, 3) or 0 in mask.shape:
+        raise AdapterError(
+            f"{name} has the shape {tuple(mask.shape)}. Connect a MASK of shape [masks, height, width] with at least "
+            "one mask, for example from Load Image (as Mask) or Convert Image to Mask."
+        )
+    mask = mask.reshape(-1, *mask.shape[-2:])
+    mask = mask if mask.is_floating_point() else mask.float()
+    check_range(mask, name, "a mask")
+    return mask.clamp(0.0, 1.0)
+
+
+def check_range(values: Tensor, name: str, what: str) -> None:
+    """Check that a batch of masks or images, [B, ...], is in 0..1 but for the overshoot of resampling.
+
+    Raises AdapterError that says which of them is not.
+    """
+    for index, one in enumerate(values):
+        low, high = (float(end) for end in torch.aminmax(one))  # NaN propagates to both
+        if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+            continue
+        which = one_of(name, index, values)
+        if not torch.isfinite(one).all():
+            raise AdapterError(f"{which} holds NaN or infinity. Look at the node that makes it.")
+        raise AdapterError(
+            f"{which} has values from {low:.4g} to {high:.4g}; {what} goes from 0 to 1. Rescale or clamp it."
+        )
+
+
+def one_of(name: str, index: int, batch: Tensor) -> str:
+    """For messages: "image", or "image 2 of 3"."""
+    return f"{name} {index + 1} of {len(batch)}" if len(batch) > 1 else name
+
+
+def check_attention_mask(mask: Tensor, name: str = "attn_mask") -> Tensor:
+    """`check_mask`, and some mask of the batch must let the image prompt act: frames may do without, not all of them.
+
+    Raises AdapterError as `check_mask` does, and when all masks are 0 everywhere.
+    """
+    mask = check_mask(mask, name)
+    if not mask.any():
+        masks = f"All {len(mask)} masks of {name} are" if len(mask) > 1 else f"{name} is"
+        raise AdapterError(f"{masks} 0 everywhere, so the image prompt would act nowhere. {EMPTY_MASK_ADVICE}")
+    return mask
 
 
 def resize_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:

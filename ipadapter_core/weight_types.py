@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -28,6 +28,17 @@ WeightType = Literal[
     "strong style and composition",
 ]
 WEIGHT_TYPES: tuple[WeightType, ...] = get_args(WeightType)
+
+# Names from other versions of ComfyUI_IPAdapter_plus, and from its simple node.
+WEIGHT_TYPE_ALIASES: Mapping[str, WeightType] = {
+    "original": "linear",
+    "standard": "linear",
+    "prompt is more important": "ease out",
+    "style transfer (SDXL)": "style transfer",
+    "style transfer (SDXL only)": "style transfer",
+    "composition (SDXL)": "composition",
+    "style transfer and composition": "style and composition",
+}
 
 _WEAK = 0.2
 _EASE_FLOOR = 0.05
@@ -63,38 +74,77 @@ class LayerWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class _UNetLayout:
-    """Transformers in execution order (input, middle, output), and which of them carry style and
-    composition.
-    """
+class WeightLayout:
+    """The number of transformers before, in and after the middle block of a UNet."""
 
-    transformers: int
+    inputs: int
     middle: int
+    outputs: int
+
+    @property
+    def transformers(self) -> int:
+        return self.inputs + self.middle + self.outputs
+
+    def __str__(self) -> str:
+        return f"{self.inputs}, {self.middle} and {self.outputs}"
+
+
+WEIGHT_LAYOUTS: Mapping[str, WeightLayout] = {
+    "sd15": WeightLayout(6, 1, 9),
+    "sd2": WeightLayout(6, 1, 9),
+    "sdxl": WeightLayout(4, 1, 6),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """Which transformers carry style and composition, by their index in execution order."""
+
     style: frozenset[int]
     composition: dict[int, float]  # index -> share of the composition weight
     leak: frozenset[int]  # neither: they get 0.1 of the boost in "composition precise"
 
 
-_SD15 = _UNetLayout(16, 6, frozenset({0, 1, 2, 3, *range(9, 16)}), {4: 0.25, 5: 1.0}, frozenset({6, 7, 8}))
-_SDXL = _UNetLayout(11, 4, frozenset({6}), {3: 1.0}, frozenset({0, 1, 2, 4, 5, 7, 8, 9, 10}))
-_LAYOUTS = {"sd15": _SD15, "sd2": _SD15, "sdxl": _SDXL}
+_ROLES = {
+    WEIGHT_LAYOUTS["sd15"]: _Roles(frozenset({0, 1, 2, 3, *range(9, 16)}), {4: 0.25, 5: 1.0}, frozenset({6, 7, 8})),
+    WEIGHT_LAYOUTS["sdxl"]: _Roles(frozenset({6}), {3: 1.0}, frozenset({0, 1, 2, 4, 5, 7, 8, 9, 10})),
+}
+# Formulas over the transformers of any UNet; all other weight types need its roles.
+_FORMULAS = frozenset(WEIGHT_TYPES[: WEIGHT_TYPES.index("style transfer")])
+_STAGES = {"input": 0, "down_blocks": 0, "middle": 1, "mid_block": 1, "output": 2, "up_blocks": 2}
 
 
-def weight_layout(sites: Sequence[Site]) -> str:
-    """ "sd15" or "sdxl": which weight table fits a model, by its number of transformers (16 or 11).
+def weight_layout(sites: Sequence[Site]) -> WeightLayout:
+    """The layout of a model in ComfyUI or diffusers, from its cross-attention sites; of pruned and small models too.
 
-    It also serves small models of the same shape. Raises AdapterError for any other number.
+    Raises AdapterError for a site outside the stages of a UNet.
     """
-    count = len({site.transformer_index for site in sites})
-    for name in ("sd15", "sdxl"):
-        if _LAYOUTS[name].transformers == count:
-            return name
-    raise AdapterError(f"Weight types know UNets of 16 (SD1.5) or 11 (SDXL) transformers; this one has {count}.")
+    stages: dict[int, int] = {}
+    for site in sites:
+        name = site.name.split(".", maxsplit=1)[0]
+        if name not in _STAGES:
+            raise AdapterError(f"The layer {site.name!r} is in none of {', '.join(_STAGES)}. Only UNets are supported.")
+        stages[site.transformer_index] = _STAGES[name]
+    return WeightLayout(*(list(stages.values()).count(stage) for stage in range(3)))
+
+
+def parse_weight_type(name: str) -> WeightType:
+    """The weight type of this name, which may be one of `WEIGHT_TYPE_ALIASES`.
+
+    Raises AdapterError for an unknown name.
+    """
+    if name in WEIGHT_TYPES:
+        return name
+    if name in WEIGHT_TYPE_ALIASES:
+        return WEIGHT_TYPE_ALIASES[name]
+    if name == "channel penalty":
+        raise AdapterError(f"Weight type {name!r} is now 'linear' with embeds scaling 'K+mean(V) w/ C penalty'.")
+    raise AdapterError(f"Unknown weight type {name!r}. Use one of: {', '.join(WEIGHT_TYPES)}.")
 
 
 def layer_weights(
     weight_type: str,
-    family: str,
+    layout: WeightLayout | str,
     weight: float = 1.0,
     *,
     weight_composition: float = 1.0,
@@ -102,29 +152,45 @@ def layer_weights(
 ) -> tuple[LayerWeight, ...]:
     """One LayerWeight per transformer, indexed by `Site.transformer_index`.
 
-    `family` is "sd15", "sd2" or "sdxl" (see `weight_layout`). `weight_composition` counts for the two "...
-    style and composition" types; `boost` is the strength of the swapped layers of the "precise" types
-    (None: `weight`).
+    `layout` is that of the UNet (see `weight_layout`), or one of "sd15", "sd2" and "sdxl". `weight_composition`
+    counts for the two "... style and composition" types; `boost` is the strength of the swapped layers of the
+    "precise" types (None: `weight`).
 
-    Raises AdapterError for an unknown weight type or family.
+    Raises AdapterError for an unknown weight type or family, and for a weight type that is not defined for the
+    layout: style and composition layers are known for SD1.5, SD2 and SDXL only.
     """
-    layout = _LAYOUTS.get(family)
-    if layout is None:
-        raise AdapterError(f"Weight types are defined for {', '.join(_LAYOUTS)}, not for {family!r}.")
-    if weight_type not in WEIGHT_TYPES:
-        raise AdapterError(f"Unknown weight type {weight_type!r}. Use one of: {', '.join(WEIGHT_TYPES)}.")
+    if isinstance(layout, str):
+        if layout not in WEIGHT_LAYOUTS:
+            raise AdapterError(f"Weight types are defined for {', '.join(WEIGHT_LAYOUTS)}, not for {layout!r}.")
+        layout = WEIGHT_LAYOUTS[layout]
+    weight_type = parse_weight_type(weight_type)
+    if weight_type in _FORMULAS:
+        if weight_type.endswith("middle") and not layout.middle:
+            raise AdapterError(
+                f"Weight type {weight_type!r} is for UNets with attention in the middle block; this one has {layout} "
+                "transformers before, in and after it. Use 'linear'."
+            )
+        factors = [_factor(weight_type, layout, index) for index in range(layout.transformers)]
+        return tuple(LayerWeight(weight * factor) for factor in factors)
+    roles = _ROLES.get(layout)
+    if roles is None:
+        raise AdapterError(
+            f"Weight type {weight_type!r} is for UNets with {WEIGHT_LAYOUTS['sd15']} (SD1.5) or "
+            f"{WEIGHT_LAYOUTS['sdxl']} (SDXL) transformers before, in and after the middle block; this one has "
+            f"{layout}. Use 'linear'."
+        )
     strength = weight if boost is None else boost
     return tuple(
-        _swapped(weight_type, layout, index, weight, strength)
-        or LayerWeight(_plain(weight_type, layout, index, weight, weight_composition))
+        _swapped(weight_type, roles, index, strength)
+        or LayerWeight(_plain(weight_type, roles, index, weight, weight_composition))
         for index in range(layout.transformers)
     )
 
 
-def _plain(weight_type: str, layout: _UNetLayout, index: int, weight: float, weight_composition: float) -> float:
+def _plain(weight_type: WeightType, roles: _Roles, index: int, weight: float, weight_composition: float) -> float:
     """The weight of a layer whose branches are not swapped."""
-    style = weight if index in layout.style else 0.0
-    share = layout.composition.get(index, 0.0)
+    style = weight if index in roles.style else 0.0
+    share = roles.composition.get(index, 0.0)
     if weight_type in ("style transfer", "style transfer precise"):
         return style
     if weight_type in ("composition", "composition precise"):
@@ -133,22 +199,20 @@ def _plain(weight_type: str, layout: _UNetLayout, index: int, weight: float, wei
         return 0.0 if share else weight
     if weight_type == "style and composition":
         return style or weight_composition * share
-    if weight_type == "strong style and composition":
-        return weight_composition if share else weight
-    return weight * _factor(weight_type, layout, index)
+    return weight_composition if share else weight  # strong style and composition
 
 
-def _swapped(weight_type: str, layout: _UNetLayout, index: int, weight: float, boost: float) -> LayerWeight | None:
+def _swapped(weight_type: WeightType, roles: _Roles, index: int, boost: float) -> LayerWeight | None:
     """The swapped layers of the "precise" types: composition layers for style, all others for composition."""
-    share = layout.composition.get(index)
+    share = roles.composition.get(index)
     if weight_type == "style transfer precise" and share is not None:
         return LayerWeight(boost * share, swapped=True)
     if weight_type == "composition precise" and share is None:
-        return LayerWeight(boost * (_LEAK if index in layout.leak else 1.0), swapped=True)
+        return LayerWeight(boost * (_LEAK if index in roles.leak else 1.0), swapped=True)
     return None
 
 
-def _factor(weight_type: str, layout: _UNetLayout, index: int) -> float:
+def _factor(weight_type: WeightType, layout: WeightLayout, index: int) -> float:
     ramp = index / layout.transformers
     from_centre = abs(2 * ramp - 1)
     eased = {
@@ -159,10 +223,11 @@ def _factor(weight_type: str, layout: _UNetLayout, index: int) -> float:
     }
     if weight_type in eased:
         return _EASE_FLOOR + (1 - _EASE_FLOOR) * eased[weight_type]
+    before, after = index < layout.inputs, index >= layout.inputs + layout.middle
     weak = {
-        "weak input": index < layout.middle,
-        "weak output": index > layout.middle,
-        "weak middle": index == layout.middle,
-        "strong middle": index != layout.middle,
+        "weak input": before,
+        "weak output": after,
+        "weak middle": not before and not after,
+        "strong middle": before or after,
     }
     return _WEAK if weak.get(weight_type, False) else 1.0

@@ -22,14 +22,17 @@ from ..ipadapter_core import (
     check_compatible,
     cross_attention_sites,
     layer_weights,
+    parse_weight_type,
     weight_layout,
 )
 from ..ipadapter_core.branches import fold_weights
+from ..ipadapter_core.masks import check_attention_mask, check_mask
 from .calls import RUN
+from .checks import check_acts, check_prompt
 from .patch import SitePatch
 from .run import start_run
 from .steps import Application
-from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, check_mask, node_schema
+from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema
 
 _KEY = "ip_adapter_kit."
 _Wrappers = comfy.patcher_extension.WrappersMP
@@ -96,6 +99,14 @@ class ApplyIPAdapter(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, weight_type: str | None = None) -> bool | str:
+        """Instead of ComfyUI's look into the list, so that former names pass; None comes over a wire."""
+        try:
+            return weight_type is None or bool(parse_weight_type(weight_type))
+        except AdapterError as error:
+            return str(error)
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -110,13 +121,16 @@ class ApplyIPAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         sites = cross_attention_sites(model.get_model_object("diffusion_model"))
         check_compatible(ip_adapter.spec, sites, ip_adapter.name)
-        _check_prompt(ip_adapter, image_prompt)
-        mask = None if attn_mask is None else check_mask(attn_mask)
-        patched = model.clone()
+        check_prompt(ip_adapter, image_prompt)
         strength = weight * image_prompt.weight
+        check_acts(strength, start_at, end_at, embeds_scaling, sites)
+        mask = None if attn_mask is None else (check_attention_mask if strength else check_mask)(attn_mask, "attn_mask")
+        patched = model.clone()
         weights = layer_weights(weight_type, weight_layout(sites), strength, weight_composition=strength)
         pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, embeds_scaling, inference_dtype(model))
-        install(patched, Application(_new_key(patched), start_at, end_at, mask), sites, pairs)
+        swapped = any(layer.swapped for layer in weights)
+        negative = "image_negative" if image_prompt.has_negative else f"weight_type {weight_type!r}" if swapped else ""
+        install(patched, Application(_new_key(patched), start_at, end_at, mask, negative), sites, pairs)
         return io.NodeOutput(patched)
 
 
@@ -180,11 +194,3 @@ def _new_key(model: Any) -> str:
     taken = model.wrappers.get(_Wrappers.APPLY_MODEL, {})
     count = sum(str(key).startswith(_KEY) for key in taken)
     return f"{_KEY}{count}"
-
-
-def _check_prompt(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> None:
-    if image_prompt.adapter != ip_adapter.name:
-        raise AdapterError(
-            f"The image prompt was encoded with {image_prompt.adapter}, the connected adapter is {ip_adapter.name}. "
-            "Connect the same Load IP Adapter to both nodes."
-        )

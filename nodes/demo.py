@@ -16,6 +16,7 @@ from torch import Tensor
 from ..ipadapter_core import AdapterError, load_adapter
 from ..ipadapter_core.assets import MODEL, PROMPTS, emoji_folder
 from . import demo_model
+from .checks import check_encoder
 from .types import IPAdapterModel, manage, node_schema
 
 ADAPTER = "adapter.safetensors"
@@ -90,4 +91,5 @@ def load_image_encoder(folder: Path) -> comfy.clip_vision.ClipVisionModel:
     """The CLIP vision model of a diffusers folder."""
     encoder = comfy.clip_vision.ClipVisionModel(str(folder / "config.json"))
     encoder.load_sd(demo_model.read_weights(folder))
+    check_encoder(encoder, str(folder))
     return encoder

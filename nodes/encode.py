@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.clip_vision
 import comfy.model_management
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from ..ipadapter_core import AdapterError
 from ..ipadapter_core.encoders import download_hint, needed_features
 from ..ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, CROPS, combine_features, crop_image, join_tokens
+from .checks import check_encoder
 from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema
 
 TRAINED, BLACK = "as in training", "black image"
@@ -88,23 +91,25 @@ class EncodeImagePrompt(io.ComfyNode):
         crop: str = "center",
         negative: str = TRAINED,
     ) -> io.NodeOutput:
+        check_encoder(clip_vision, "The connected image encoder")
         fill = tuple(getattr(clip_vision, "image_mean", CLIP_MEAN))
         size = clip_vision.image_size
         seen = crop_image(image, size, crop, mask=mask, fill=fill)
         features = combine_features(encode(ip_adapter, clip_vision, seen), combine)
         if image_negative is not None:
-            unwanted = crop_image(image_negative, size, crop, fill=fill)
+            unwanted = crop_image(image_negative, size, crop, fill=fill, name="image_negative")
             against = combine_features(encode(ip_adapter, clip_vision, unwanted), combine)
         else:
             against = negative_features(ip_adapter, clip_vision, negative)
         prompt = project(ip_adapter, features, against, weight)
+        prompt = replace(prompt, has_negative=image_negative is not None)
         return io.NodeOutput(prompt, ui=ui.PreviewImage(seen.cpu(), cls=cls))
 
 
 def encode(ip_adapter: LoadedAdapter, clip_vision: Encoder, pictures: Tensor) -> Tensor:
     """Square pictures [B, S, S, 3] in 0..1 -> the features that the adapter takes.
 
-    Raises AdapterError when the encoder is not the adapter's.
+    Raises AdapterError when the encoder is not the adapter's, or damaged.
     """
     output = clip_vision.encode_image(pictures, crop=False)
     return _checked(
@@ -128,7 +133,10 @@ def negative_features(ip_adapter: LoadedAdapter, clip_vision: Encoder, negative:
 
 
 def project(ip_adapter: LoadedAdapter, features: Tensor, negative: Tensor | None, weight: float) -> ImagePrompt:
-    """Features of both branches -> tokens, computed where ComfyUI puts the adapter."""
+    """Features of both branches -> tokens, computed where ComfyUI puts the adapter.
+
+    Raises AdapterError when they are not finite.
+    """
     adapter = ip_adapter.on_device()
     device = ip_adapter.patcher.load_device
     positive = adapter.encode(features.to(device, torch.float32))
@@ -136,6 +144,11 @@ def project(ip_adapter: LoadedAdapter, features: Tensor, negative: Tensor | None
         against = adapter.negative_tokens(device=device, dtype=torch.float32)
     else:
         against = adapter.encode(negative.to(device, torch.float32))
+    if not (torch.isfinite(positive).all() and torch.isfinite(against).all()):
+        raise AdapterError(
+            f"{ip_adapter.name} makes tokens with NaN or infinity from features without. Its weights are damaged: "
+            "download or export it again."
+        )
     home = comfy.model_management.intermediate_device()
     positive, against, images = join_tokens(positive.to(home), against.to(home))
     return ImagePrompt(positive, against, images, weight, ip_adapter.name)
@@ -151,5 +164,11 @@ def _checked(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
             f"The connected image encoder makes {kind} of {features.shape[-1]}{tokens}; {ip_adapter.name} takes "
             f"{needed_features(spec)}. Connect the clip_vision of Load IP Adapter, or download {download_hint(spec)}, "
             "into models/clip_vision."
+        )
+    if not (torch.isfinite(features).all() and features.flatten(1).any(1).all()):
+        found = "nothing but 0" if torch.isfinite(features).all() else "NaN or infinity"
+        raise AdapterError(
+            f"The connected image encoder makes {found} of a sound image. Its file is damaged: download "
+            f"{download_hint(spec)}, into models/clip_vision."
         )
     return features

@@ -10,12 +10,17 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ipadapter_core import AdapterError, AdapterSpec, load_adapter
-from ..ipadapter_core.encoders import find_encoder
+from ..ipadapter_core.encoders import EXPECTED_ENCODER, find_encoder
+from ..ipadapter_core.tensors import open_tensors
+from .checks import check_encoder
 from .types import IPAdapterModel, manage, node_schema
 
 AUTO = "auto"
 ADAPTERS, ENCODERS = "ipadapter", "clip_vision"
-_SUFFIXES = (".safetensors", ".bin")
+_SUFFIXES = {
+    ADAPTERS: (".safetensors", ".bin"),
+    ENCODERS: (".safetensors", ".sft", ".bin", ".pth", ".pt", ".ckpt"),
+}
 
 # The folder that other packs and ComfyUI-Manager use too; extra_model_paths.yaml may have added more places.
 folder_paths.add_model_folder_path(ADAPTERS, str(Path(folder_paths.models_dir) / ADAPTERS))
@@ -23,7 +28,7 @@ folder_paths.add_model_folder_path(ADAPTERS, str(Path(folder_paths.models_dir) /
 
 def list_files(folder: str) -> list[str]:
     """Names of the model files of a folder; the folder may also hold readme files and the like."""
-    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(_SUFFIXES)]
+    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(_SUFFIXES[folder])]
 
 
 class LoadIPAdapter(io.ComfyNode):
@@ -46,8 +51,8 @@ class LoadIPAdapter(io.ComfyNode):
                     options=[AUTO, *list_files(ENCODERS)],
                     default=AUTO,
                     optional=True,
-                    tooltip="The image encoder, from models/clip_vision. auto: the .safetensors file there whose "
-                    "tensors have the shapes that the adapter needs, whatever its name.",
+                    tooltip="The image encoder, from models/clip_vision. auto: the file there whose tensors have "
+                    "the shapes that the adapter needs, whatever its name.",
                 ),
             ],
             outputs=[
@@ -76,17 +81,27 @@ class LoadIPAdapter(io.ComfyNode):
 def load_encoder(name: str, adapter_name: str, spec: AdapterSpec) -> comfy.clip_vision.ClipVisionModel:
     """The encoder file of this name, or with "auto" the one that fits.
 
-    Raises AdapterError when none fits, or the file is no CLIP vision model.
+    Raises AdapterError when none fits, or the file is damaged or no CLIP vision model.
     """
     if name == AUTO:
-        paths = [folder_paths.get_full_path(ENCODERS, file) for file in list_files(ENCODERS)]
+        files = sorted(list_files(ENCODERS), key=lambda file: not file.lower().endswith((".safetensors", ".sft")))
+        paths = [folder_paths.get_full_path(ENCODERS, file) for file in files]
         folder = folder_paths.get_folder_paths(ENCODERS)[0]
         path = str(find_encoder(spec, [p for p in paths if p], name=adapter_name, folder=folder))
     else:
         path = folder_paths.get_full_path_or_raise(ENCODERS, name)
-    encoder = comfy.clip_vision.load(path)
+        open_tensors(Path(path), EXPECTED_ENCODER)  # a damaged file, or one that holds code, is refused here
+    try:
+        encoder = comfy.clip_vision.load(path)
+    except Exception as error:  # it reads by the suffix, and may meet any other model
+        reason = str(error).split("\n", 1)[0]
+        raise AdapterError(
+            f"{path}: ComfyUI cannot load it as an image encoder ({type(error).__name__}: {reason}). Check that its "
+            "suffix is that of its format, or choose another file."
+        ) from error
     if encoder is None:
         raise AdapterError(f"{path}: not a CLIP vision model that ComfyUI knows. {adapter_name} needs {spec.encoder}.")
+    check_encoder(encoder, path)
     return encoder
 
 

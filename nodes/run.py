@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import uuid
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import comfy.patcher_extension
+import comfy.samplers
 import torch
 from torch import Tensor
 
 from ..ipadapter_core.branches import names_by_uuid
 from .calls import RUN, Grid, Options, Run, grid_of
 from .patch import SitePatch, refuse_late_patch
+from .steps import Application
 
 Conds = Mapping[str, list[dict[str, Any]]]
 
+_log = logging.getLogger("ip_adapter_kit")
 _compiled: WeakKeyDictionary[Any, Hashable] = WeakKeyDictionary()  # the signature each model was last compiled with
 
 
@@ -38,9 +44,22 @@ def start_run(
     conds = getattr(guider, "conds", None) or {}
     if conds:
         guider.conds = conds = _one_name_each(conds)
+    _check_applications(guider, options, sigmas, noise)
     run = Run(names_by_uuid(conds), grid_of(noise), _corners(conds))
     model_options["transformer_options"] = {**options, RUN: run}
     return executor(guider, sigmas, {**extra_args, "model_options": model_options}, callback, noise, *args, **kwargs)
+
+
+def _check_applications(guider: Any, options: Options, sigmas: Tensor, noise: Tensor) -> None:
+    """Log what has no effect in this run. A second pass may leave out a window on purpose: no reason to stop."""
+    wrappers = options.get("wrappers", {}).get(comfy.patcher_extension.WrappersMP.APPLY_MODEL, {})
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    # Guiders with several scales have a `cfg` that they do not use.
+    own = getattr(type(guider), "set_cfg", None) is comfy.samplers.CFGGuider.set_cfg
+    cfg = guider.cfg if own else math.inf
+    for application in (item for items in wrappers.values() for item in items if isinstance(item, Application)):
+        for sentence in application.check_run(sigmas[:-1], sampling, len(noise), grid_of(noise), cfg):
+            _log.warning("Apply IP Adapter: %s", sentence)
 
 
 def _one_name_each(conds: Conds) -> Conds:

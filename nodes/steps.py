@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ipadapter_core import resize_mask
+from ..ipadapter_core import AdapterError, resize_mask
 from ..ipadapter_core.branches import grown_rows, row_branches
 from ..ipadapter_core.masks import crop_mask
 from .calls import Call, Grid, Options, branches_of, read_call, run_of
@@ -59,7 +59,8 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Application:
-    """One Apply node: its key, its window in parts of the schedule (0..1), its mask [M, H, W] or None.
+    """One Apply node: its key, its window in parts of the schedule (0..1), its mask [M, H, W] or None, and the input
+    of it that acts in the negative branch alone ("" for none).
 
     Called as an APPLY_MODEL wrapper, outside the layers and outside compiled graphs.
     """
@@ -68,6 +69,7 @@ class Application:
     start_at: float
     end_at: float
     attn_mask: Tensor | None = None
+    negative: str = ""
 
     def __call__(
         self,
@@ -88,9 +90,39 @@ class Application:
     def __deepcopy__(self, memo: dict[int, Any]) -> Application:
         return self
 
+    def check_run(self, sigmas: Tensor, model_sampling: Any, batch: int, size: Grid, cfg: float) -> Iterator[str]:
+        """What has no effect in a run over these sigmas, with a batch of latents of `size`, in sentences.
+
+        Raises AdapterError when the mask leaves nothing of the image prompt.
+        """
+        used = None if self.attn_mask is None else self.attn_mask[:batch]
+        if used is not None and not resize_mask(used, size).any():
+            if used.any():
+                raise AdapterError(
+                    f"attn_mask is 0 at every place of the {size[0]} x {size[1]} latent: its area is too small. Grow "
+                    "the mask."
+                )
+            raise AdapterError(
+                f"attn_mask has {len(self.attn_mask)} masks, and the first {len(used)}, for the images that are "
+                "sampled, are 0 everywhere. Put the masks into the order of the images."
+            )
+        if not self._is_always_active:
+            first, last = (float(model_sampling.percent_to_sigma(end)) for end in (self.start_at, self.end_at))
+            if not any(last <= sigma <= first for sigma in sigmas.tolist()):
+                yield (
+                    f"The image prompt acts in none of these {len(sigmas)} steps: none lies between start_at "
+                    f"{self.start_at:g} and end_at {self.end_at:g}."
+                )
+        if self.negative and cfg == 1.0:
+            yield f"{self.negative} acts in the negative branch, which cfg 1 leaves out. Set cfg above 1."
+
+    @property
+    def _is_always_active(self) -> bool:
+        return self.start_at <= 0.0 and self.end_at >= 1.0
+
     def _is_active(self, model_sampling: Any, t: Tensor, options: Options) -> bool:
         """Whether this step is within the window; the one host sync of a step, and only when there is a window."""
-        if self.start_at <= 0.0 and self.end_at >= 1.0:
+        if self._is_always_active:
             return True
         if SIGMA not in options:
             options[SIGMA] = float(t.max())

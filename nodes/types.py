@@ -11,7 +11,7 @@ import comfy.model_patcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core import AdapterError, AdapterSpec, IPAdapter
+from ..ipadapter_core import AdapterSpec, IPAdapter
 
 IPAdapterModel = io.Custom("IP_ADAPTER_MODEL")
 ImagePromptType = io.Custom("IMAGE_PROMPT")
@@ -56,7 +56,7 @@ class ImagePrompt:
     """Image tokens of both branches, [1, T, D] each, on ComfyUI's intermediate device.
 
     `images` pictures share the T tokens; `weight` multiplies that of the Apply node; `adapter` names the file
-    whose projector made them.
+    whose projector made them. `has_negative`: `negative` is of pictures that were chosen.
     """
 
     positive: Tensor
@@ -64,6 +64,7 @@ class ImagePrompt:
     images: int
     weight: float
     adapter: str
+    has_negative: bool = False
 
 
 def manage(name: str, adapter: IPAdapter) -> LoadedAdapter:
@@ -76,15 +77,3 @@ def manage(name: str, adapter: IPAdapter) -> LoadedAdapter:
         offload_device=comfy.model_management.unet_offload_device(),
     )
     return LoadedAdapter(name, patcher)
-
-
-def check_mask(mask: Tensor) -> Tensor:
-    """A mask as [M, H, W] or [H, W]; a single channel, as in [M, 1, H, W], is dropped."""
-    if mask.ndim == 4 and mask.shape[1] == 1:
-        mask = mask.squeeze(1)
-    if mask.ndim not in (2, 3) or 0 in mask.shape:
-        raise AdapterError(
-            f"attn_mask has the shape {tuple(mask.shape)}. Connect a MASK of shape [masks, height, width] with at "
-            "least one mask, for example from Load Image (as Mask) or Convert Image to Mask."
-        )
-    return mask

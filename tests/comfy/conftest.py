@@ -90,8 +90,8 @@ def randomise(module: torch.nn.Module, seed: int, scale: float = 0.08) -> None:
         parameter.copy_(noise + 1.0 if "norm" in name and name.endswith("weight") else noise)
 
 
-def new_model(family: str = "sd15", width: int = WIDTH, seed: int = 0) -> Any:
-    """A tiny random UNet in the shape of SD1.5 or SDXL, as a MODEL."""
+def new_model(family: str = "sd15", width: int = WIDTH, seed: int = 0, **shape: Any) -> Any:
+    """A tiny random UNet in the shape of SD1.5 or SDXL, but for what `shape` changes of its config, as a MODEL."""
     import comfy.model_base
     import comfy.model_management
     import comfy.model_patcher
@@ -129,6 +129,7 @@ def new_model(family: str = "sd15", width: int = WIDTH, seed: int = 0) -> Any:
         "use_temporal_attention": False,
         "use_temporal_resblock": False,
         **shapes[family],
+        **shape,
     }
     supported = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family](config)
     supported.unet_config.update(num_heads=2, num_head_channels=-1)
@@ -217,6 +218,31 @@ def world(pack: SimpleNamespace) -> SimpleNamespace:
         new_adapter=lambda *a, **k: new_adapter(pack, *a, **k),
         new_prompt=lambda *a, **k: new_prompt(pack, *a, **k),
     )
+
+
+@pytest.fixture(scope="session")
+def encoder(world: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """ComfyUI's own CLIP vision model, tiny: 32 px images in 16 px patches, 5 tokens of 48, projected to 48."""
+    import comfy.clip_vision
+
+    config = tmp_path_factory.mktemp("vision") / "config.json"
+    settings = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "image_size": 32,
+        "patch_size": 16,
+        "projection_dim": 48,
+        "num_channels": 3,
+        "hidden_act": "quick_gelu",
+    }
+    config.write_text(json.dumps(settings))
+    with torch.inference_mode():
+        encoder = comfy.clip_vision.ClipVisionModel(str(config))
+        world.randomise(encoder.model, seed=31)
+    return encoder
 
 
 @pytest.fixture(autouse=True)

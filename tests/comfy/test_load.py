@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -73,6 +74,110 @@ def test_auto_finds_the_encoder_by_shape(pack, world, folders, encoder_state, mo
     torch.testing.assert_close(world.sample(patched), world.sample(same), atol=1e-3, rtol=1e-4)
 
 
+@pytest.fixture
+def narrow(comfyui, tmp_path, monkeypatch):
+    """ComfyUI's loader takes a narrow encoder for ViT-H, whose layers it counts; let it be built with its widths."""
+    import comfy.clip_vision
+
+    config = tmp_path / "narrow.json"
+    config.write_text(json.dumps({**VISION, "num_hidden_layers": 32, "model_type": "clip_vision_model"}))
+    original = comfy.clip_vision.ClipVisionModel
+    monkeypatch.setattr(comfy.clip_vision, "ClipVisionModel", lambda _: original(str(config)))
+
+
+@pytest.fixture
+def sound_state(encoder_state):
+    generator = torch.Generator().manual_seed(21)
+    return {
+        key: torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
+        for key, tensor in encoder_state.items()
+    }
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def write_unreadable(folder):
+    """Files that are no encoders, with the reason for each."""
+    torch.save({"x": torch.zeros(99)}, folder / "0 cut.pth")
+    (folder / "0 cut.pth").write_bytes((folder / "0 cut.pth").read_bytes()[:300])
+    (folder / "1 page.pth").write_text("<!DOCTYPE html><html>Sign in</html>")
+    (folder / "2 pointer.bin").write_text("version https://git-lfs.github.com/spec/v1")
+    torch.save({"vision_model": Evil()}, folder / "3 evil.pt")
+    torch.save({"some.weight": torch.zeros(2)}, folder / "4 other.pt")
+    (folder / "5 empty.safetensors").touch()
+    return {
+        "0 cut.pth": "truncated or not a PyTorch file",
+        "1 page.pth": "a web page",
+        "2 pointer.bin": "a Git LFS pointer",
+        "3 evil.pt": "could run code; nothing was executed",
+        "4 other.pt": "not a CLIP vision model",
+        "5 empty.safetensors": "empty (0 bytes)",
+    }
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".pt", ".ckpt"])
+@pytest.mark.parametrize("form", ["zip", "pickle", "nested"])
+def test_auto_finds_an_encoder_of_pytorch(pack, world, folders, narrow, sound_state, suffix, form):
+    """Among files that cannot be read, by its tensors, as safetensors are."""
+    write_unreadable(folders["clip_vision"])
+    content = {"state_dict": sound_state} if form == "nested" else sound_state
+    file = folders["clip_vision"] / f"named after nothing{suffix}"
+    torch.save(content, file, _use_new_zipfile_serialization=form != "pickle")
+    assert file.name in pack.load.list_files("clip_vision")
+    encoder = pack.load.load_encoder("auto", "x", world.adapter.spec)
+    loaded = encoder.model.state_dict()
+    assert loaded.keys() == sound_state.keys()
+    for key, tensor in sound_state.items():
+        torch.testing.assert_close(loaded[key].float(), tensor.float(), atol=1e-2, rtol=1e-2)  # fp16 on some machines
+    assert pack.load.load_encoder(file.name, "x", world.adapter.spec).model.state_dict().keys() == loaded.keys()
+
+
+def test_safetensors_come_first(pack, world, folders, narrow, sound_state):
+    """What auto took before PyTorch files were offered is what it takes now."""
+    torch.save({key: 2 * tensor for key, tensor in sound_state.items()}, folders["clip_vision"] / "a.pth")
+    save_file(sound_state, folders["clip_vision"] / "b.safetensors")
+    weight = pack.load.load_encoder("auto", "x", world.adapter.spec).model.visual_projection.weight
+    torch.testing.assert_close(weight.float(), sound_state["visual_projection.weight"], atol=1e-2, rtol=1e-2)
+
+
+def test_why_each_file_is_no_encoder(pack, world, folders):
+    reasons = write_unreadable(folders["clip_vision"])
+    with pytest.raises(pack.core.AdapterError) as error:
+        pack.load.load_encoder("auto", "x", world.adapter.spec)
+    for name, reason in reasons.items():
+        entry = str(error.value).split(f"{name} (")[1].split("; ")[0]
+        assert reason in f"{entry}; {str(error.value).split(entry)[1]}"
+    for name, reason in reasons.items():
+        with pytest.raises(pack.core.AdapterError) as error:
+            pack.load.load_encoder(name, "x", world.adapter.spec)
+        assert reason.replace("CLIP vision model", "CLIP vision model that ComfyUI knows") in str(error.value)
+        assert str(folders["clip_vision"] / name) in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_an_encoder_with_a_tail_of_zeros(pack, world, folders, narrow, sound_state, suffix):
+    """A download that broke off and was filled up."""
+    sound_state["vision_model.encoder.layers.30.mlp.fc2.weight"].zero_()
+    sound_state["vision_model.encoder.layers.31.mlp.fc2.weight"].zero_()
+    file = folders["clip_vision"] / f"zeros{suffix}"
+    save_file(sound_state, file) if suffix == ".safetensors" else torch.save(sound_state, file)
+    for name in ("auto", file.name):
+        with pytest.raises(pack.core.AdapterError) as error:
+            pack.load.load_encoder(name, "x", world.adapter.spec)
+        for words in (str(file), "layers.30.mlp.fc2.weight", "are zero", "Download it again"):
+            assert words in str(error.value)
+
+
+def test_a_suffix_of_another_format(pack, world, folders, narrow, sound_state):
+    """ComfyUI goes by the suffix."""
+    save_file(sound_state, folders["clip_vision"] / "misnamed.bin")
+    with pytest.raises(pack.core.AdapterError, match=r"misnamed\.bin: ComfyUI cannot load it .* suffix"):
+        pack.load.load_encoder("auto", "x", world.adapter.spec)
+
+
 def test_weights_only_bin(pack, world, folders, monkeypatch):
     adapter = world.adapter.adapter
     state = {"image_proj": adapter.projector.state_dict(), "ip_adapter": adapter.layers.state_dict()}
@@ -82,10 +187,6 @@ def test_weights_only_bin(pack, world, folders, monkeypatch):
 
 
 def test_a_pickle_with_code_is_refused(pack, folders):
-    class Evil:
-        def __reduce__(self):
-            return os.system, ("true",)
-
     torch.save({"image_proj": Evil()}, folders["ipadapter"] / "evil.bin")
     with pytest.raises(pack.core.AdapterError, match="nothing was executed"):
         pack.LoadIPAdapter.execute("evil.bin")

@@ -6,6 +6,8 @@ import json
 import urllib.error
 from pathlib import Path
 
+import pytest
+
 GRAPH = Path(__file__).parent / "demo.api.json"
 
 
@@ -46,3 +48,24 @@ def test_an_error_reaches_the_user(server):
     except urllib.error.HTTPError as error:
         message = error.read().decode()
     assert "in the middle" in message and "center" in message
+
+
+def test_former_weight_types_pass_and_others_are_named(server):
+    """The list that users see has the names of today only."""
+    info = server.get("/object_info/ApplyIPAdapter")["ApplyIPAdapter"]["input"]["optional"]["weight_type"]
+    listed = info[0] if isinstance(info[0], list) else info[1]["options"]
+    assert "style transfer" in listed and not any("SDXL" in choice for choice in listed)
+    graph = json.loads(GRAPH.read_text())
+    apply = next(node for node in graph.values() if node["class_type"] == "ApplyIPAdapter")
+    images = {}
+    for name in ("style transfer", "style transfer (SDXL)"):
+        apply["inputs"]["weight_type"] = name
+        entry = server.run(graph)
+        assert entry["status"]["status_str"] == "success", entry["status"]
+        image = entry["outputs"]["9"]["images"][0]
+        images[name] = server.read(f"/view?filename={image['filename']}&type={image['type']}")
+    assert images["style transfer"] == images["style transfer (SDXL)"]
+    apply["inputs"]["weight_type"] = "swirl"
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.run(graph)
+    assert "Unknown weight type 'swirl'. Use one of: linear, ease in" in refused.value.read().decode()

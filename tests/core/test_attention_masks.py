@@ -177,7 +177,7 @@ def test_diffusers_sites(unet: Any, layout: str) -> None:
     assert [site.id for site in sites] == list(range(1, len(names), 2))
     assert [f"{site.name}.processor" for site in sites] == names[1::2]
     assert {site.context_width for site in sites} == {24}
-    assert ic.weight_layout(sites) == layout
+    assert ic.weight_layout(sites) == ic.WEIGHT_LAYOUTS[layout]
     # InstantStyle's names: SDXL style is transformer 6, layout is transformer 3.
     if layout == "sdxl":
         indices = {site.name.split(".transformer_blocks")[0]: site.transformer_index for site in sites}
@@ -259,7 +259,7 @@ def test_comfy_sites(family: str, context: int) -> None:
     assert [site.id for site in sites] == list(range(1, 2 * len(sites), 2))
     assert sites[-1].block == ("middle", 0, 9 if family == "sdxl" else 0)
     assert sites[0].block == (("input", 4, 0) if family == "sdxl" else ("input", 1, 0))
-    assert ic.weight_layout(sites) == family
+    assert ic.weight_layout(sites) == ic.WEIGHT_LAYOUTS[family]
     first = {site.transformer_index: site.block[:2] for site in sites if site.block}
     if family == "sdxl":  # InstantStyle's two blocks
         assert (first[6], first[3], first[4]) == (("output", 1), ("input", 8), ("middle", 0))
@@ -267,6 +267,72 @@ def test_comfy_sites(family: str, context: int) -> None:
         assert (first[6], first[7]) == (("middle", 0), ("output", 3))
 
 
-def test_weight_layout_of_an_unknown_unet() -> None:
-    with pytest.raises(ic.AdapterError, match=r"has 1"):
+def test_weight_layout_of_something_else() -> None:
+    with pytest.raises(ic.AdapterError, match=r"'x' is in none of input"):
         ic.weight_layout([ic.Site(1, "x", 8, 8, 0)])
+
+
+# (transformers before, in and after the middle block, attention in each): pruned UNets as they are published.
+PRUNED: dict[str, tuple[dict[str, list[tuple[int, int]]], tuple[int, int, int]]] = {
+    "SSD-1B": (
+        {
+            "input": [(0, 0)] * 4 + [(640, 2), (640, 2), (0, 0), (1280, 4), (1280, 4)],
+            "middle": [(0, 0)],
+            "output": [(1280, 4), (1280, 4), (1280, 10), (640, 2), (640, 1), (640, 1)] + [(0, 0)] * 3,
+        },
+        (4, 0, 6),
+    ),
+    "BK-SDM base": (
+        {
+            "input": [(0, 0), (320, 1), (0, 0), (640, 1), (0, 0), (1280, 1), (0, 0), (0, 0)],
+            "middle": [(1280, 1)],
+            "output": [(0, 0)] * 2 + [(1280, 1)] * 2 + [(640, 1)] * 2 + [(320, 1)] * 2,
+        },
+        (3, 1, 6),
+    ),
+    "BK-SDM small": (
+        {
+            "input": [(0, 0), (320, 1), (0, 0), (640, 1), (0, 0), (1280, 1), (0, 0), (0, 0)],
+            "middle": [],
+            "output": [(0, 0)] * 2 + [(1280, 1)] * 2 + [(640, 1)] * 2 + [(320, 1)] * 2,
+        },
+        (3, 0, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_pruned_unets(name: str) -> None:
+    """Formulas over the layers hold for any UNet; what needs SD's own layers is refused with both numbers."""
+    blocks, (before, middle, after) = PRUNED[name]
+    unet = comfy_unet({**blocks, "middle": blocks["middle"] or [(0, 0)]}, 768)
+    if not blocks["middle"]:
+        unet.middle_block = None  # as in ComfyUI
+    sites = ic.cross_attention_sites(unet)
+    layout = ic.weight_layout(sites)
+    assert (layout.inputs, layout.middle, layout.outputs) == (before, middle, after)
+    count = before + middle + after
+
+    def weights(weight_type: str) -> list[float]:
+        return [layer.weight for layer in ic.layer_weights(weight_type, layout, 0.5)]
+
+    assert weights("linear") == [0.5] * count
+    assert weights("ease out") == pytest.approx([0.5 * (0.05 + 0.95 * i / count) for i in range(count)])
+    assert weights("ease in-out") == pytest.approx([0.5 * (1 - 0.95 * abs(1 - 2 * i / count)) for i in range(count)])
+    assert weights("weak input") == pytest.approx([0.1] * before + [0.5] * (middle + after))
+    assert weights("weak output") == pytest.approx([0.5] * (before + middle) + [0.1] * after)
+    if middle:
+        assert weights("strong middle") == pytest.approx([0.1] * before + [0.5] + [0.1] * after)
+    for weight_type in set(ic.WEIGHT_TYPES[9:]) | (set() if middle else {"weak middle", "strong middle"}):
+        with pytest.raises(ic.AdapterError) as error:
+            ic.layer_weights(weight_type, layout)
+        for words in (repr(weight_type), f"this one has {before}, {middle} and {after}", "Use 'linear'"):
+            assert words in str(error.value)
+
+
+def test_a_count_alone_is_no_layout() -> None:
+    """Eleven transformers as SDXL has, but elsewhere."""
+    eleven = ic.WeightLayout(3, 0, 8)
+    assert eleven.transformers == ic.WEIGHT_LAYOUTS["sdxl"].transformers
+    with pytest.raises(ic.AdapterError, match=r"4, 1 and 6 \(SDXL\).*3, 0 and 8"):
+        ic.layer_weights("style transfer", eleven)

@@ -134,6 +134,28 @@ def test_weight_types_refuse_what_they_do_not_know() -> None:
         ic.layer_weights("linear", "context-24")
 
 
+@pytest.mark.parametrize(
+    ("name", "now"),
+    [
+        ("original", "linear"),
+        ("standard", "linear"),
+        ("prompt is more important", "ease out"),
+        ("style transfer (SDXL)", "style transfer"),
+        ("style transfer (SDXL only)", "style transfer"),
+        ("composition (SDXL)", "composition"),
+        ("style transfer and composition", "style and composition"),
+    ],
+)
+def test_former_names_of_weight_types(name: str, now: str) -> None:
+    assert ic.layer_weights(name, "sdxl", 0.6) == ic.layer_weights(now, "sdxl", 0.6)
+    assert name not in ic.WEIGHT_TYPES
+
+
+def test_the_former_channel_penalty() -> None:
+    with pytest.raises(ic.AdapterError, match=r"'channel penalty' is now 'linear' with .*'K\+mean\(V\) w/ C penalty'"):
+        ic.layer_weights("channel penalty", "sd15")
+
+
 def test_boost_defaults_to_the_weight() -> None:
     for weight_type in ("style transfer precise", "composition precise"):
         assert ic.layer_weights(weight_type, "sdxl", 0.6) == ic.layer_weights(weight_type, "sdxl", 0.6, boost=0.6)

@@ -1,0 +1,59 @@
+"""What makes an image prompt do nothing, or something else than was meant: refused before sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+
+from ..ipadapter_core import AdapterError, Scaling, Site
+from ..ipadapter_core.attention import C_PENALTY_WIDTH
+from ..ipadapter_core.tensors import check_weights
+from .types import ImagePrompt, LoadedAdapter
+
+_NARROWEST = 320  # channels: SD1.5's narrowest layers
+_sound_encoders: WeakSet[nn.Module] = WeakSet()
+
+
+def check_prompt(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> None:
+    if image_prompt.adapter != ip_adapter.name:
+        raise AdapterError(
+            f"The image prompt was encoded with {image_prompt.adapter}, the connected adapter is {ip_adapter.name}. "
+            "Connect the same Load IP Adapter to both nodes."
+        )
+
+
+def check_acts(strength: float, start_at: float, end_at: float, scaling: Scaling, sites: Sequence[Site]) -> None:
+    """Refuse a window without a step and a scaling that leaves next to nothing. Strength 0 is how to switch it off."""
+    if not math.isfinite(strength):
+        raise AdapterError(f"weight is {strength}. Choose a number from -1 to 5; 0 switches the image prompt off.")
+    if strength == 0.0:
+        return
+    if not start_at < end_at:
+        raise AdapterError(
+            f"start_at {start_at:g} is not below end_at {end_at:g}, so the image prompt would act in no step. Change "
+            "one of them, or set weight to 0 to switch it off."
+        )
+    widest = max(site.width for site in sites)
+    if "C penalty" in scaling and widest < _NARROWEST:
+        raise AdapterError(
+            f"embeds_scaling {scaling!r} multiplies the weight by channels / {C_PENALTY_WIDTH}. The layers of this "
+            f"model have at most {widest} channels, so at most {widest / C_PENALTY_WIDTH:.0%} of the weight would be "
+            "left. Use 'V only' or 'K+V'."
+        )
+
+
+def check_encoder(encoder: Any, name: str) -> None:
+    """Refuse an image encoder whose file is damaged; looked at once. `name` is its file's.
+
+    The projection is left out: encoders for plus adapters may come without, and `encode` looks at what it makes.
+    """
+    model = getattr(encoder, "model", None)
+    if not isinstance(model, nn.Module) or model in _sound_encoders:
+        return
+    weights = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("vision_model.")}
+    check_weights(weights, name)
+    _sound_encoders.add(model)
