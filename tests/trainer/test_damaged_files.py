@@ -179,7 +179,7 @@ def test_a_damaged_part_of_the_base_model(copy: Path, part: str, how: str) -> No
     if file.name == "merges.txt":
         words += r"|damaged: it has \d+ merges, vocab.json needs \d+"
     if file.parent.name.startswith("tokenizer") and how == "another model":
-        words += "|cannot be read as a CLIPTokenizer.*Download it again"
+        words += "|cannot be read as CLIPTokenizer.*Download it again"
     if file.suffix == ".bin":
         words += "|truncated or not a PyTorch file"
     refused(file, words, *generate(copy))
@@ -216,7 +216,7 @@ def test_a_damaged_measuring_clip(copy: Path, name: str, how: str) -> None:
     if name == "merges.txt":
         words += r"|damaged: it has \d+ merges, vocab.json needs \d+"
     elif how == "another model":
-        words += "|holds a 'bert'|cannot be read as a CLIPTokenizer"
+        words += "|holds a 'bert'|cannot be read as CLIPTokenizer"
     arguments = ("--base-model", copy / "model", "--adapter", copy / "adapter.safetensors", "--data", copy)
     refused(file, words, "eval", *arguments, "--clip", copy / "clip", "--output", copy / "evaluation")
 
@@ -242,6 +242,41 @@ def test_nan_in_a_part_is_named(copy: Path) -> None:
         save_file(state, file, metadata={"format": "pt"})
         refused(file, rf"the tensor {name} holds NaN or infinity", *generate(copy))
         save_file({k: t.nan_to_num(0) for k, t in state.items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"model_type": 5}', "null"])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "image_encoder", "scheduler"])
+def test_a_config_that_says_nothing_is_not_filled_in_with_defaults(copy: Path, part: str, content: str) -> None:
+    (file,) = (file for file in (copy / "model" / part).glob("*config.json") if "preprocessor" not in file.name)
+    file.unlink()
+    file.write_text(content)
+    refused(file, "no JSON object|no class|of the type|of 5; expected|make states of", *generate(copy))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "words"),
+    [
+        ("scheduler/scheduler_config.json", "beta_start", "x", "no noise schedule"),
+        ("scheduler/scheduler_config.json", "prediction_type", 5, "prediction type 5"),
+        ("tokenizer/tokenizer_config.json", "model_max_length", "x", "model_max_length is 'x', expected a number"),
+        ("text_encoder/config.json", "vocab_size", None, "vocab_size"),
+        ("text_encoder/config.json", "vocab_size", 20, r"a tokenizer of \d+ tokens; the text encoder knows 20"),
+        ("image_encoder/config.json", "num_hidden_layers", "x", "num_hidden_layers"),
+        ("image_encoder/config.json", "hidden_size", 48, "has .* tensors of other shapes than those that its config"),
+        ("image_encoder/config.json", "num_hidden_layers", 3, r"lacks \d+ of the tensors that its config names"),
+        ("vae/config.json", "block_out_channels", [8, 8, 8, 16], "expected shape"),
+    ],
+)
+def test_a_config_of_other_values_is_named(copy: Path, part: str, key: str, value: Any, words: str) -> None:
+    file = copy / "model" / part
+    content = json.loads(file.read_text()) | {key: value}
+    file.unlink()
+    file.write_text(json.dumps(content))
+    code, stderr = run(*generate(copy))
+    (line,) = stderr.strip().splitlines()
+    assert code == 2
+    assert str(copy / "model") in line
+    assert re.search(words, line), line
 
 
 def test_no_code_ran() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ipadapter_core import AdapterCheckpoint, IPAdapter, adapter_from_checkpoint, checkpoint_from_state, read_checkpoint
-from ipadapter_core.tensors import TensorFile, read_pickle, read_safetensors
+from ipadapter_core.tensors import open_tensors
 
 from ..errors import ExportError
 
@@ -60,7 +60,7 @@ def open_checkpoint(path: Path) -> AdapterCheckpoint:
         return read_checkpoint(files[0])
     tensors: dict[str, Tensor] = {}
     for file in files:
-        opened = _open_shard(file)
+        opened = open_tensors(file, "a shard of a checkpoint")
         tensors.update({name: opened.read(name) for name in opened.infos})  # mapped from disk, not yet read
     return checkpoint_from_state(tensors, path=str(path))
 
@@ -87,9 +87,3 @@ def _shards(index: Path) -> tuple[Path, ...]:
         what = f"{len(missing)} of its {len(files)} shards are missing, the first is {missing[0]}" if files else "empty"
         raise ExportError(f"{index}: {what}. Copy the folder again, with all of them.")
     return files
-
-
-def _open_shard(file: Path) -> TensorFile:
-    if file.suffix == ".safetensors":
-        return read_safetensors(file)
-    return read_pickle(file, is_zip=True)

@@ -106,7 +106,7 @@ def _config_of_folder(folder: Path) -> CLIPVisionConfig:
         advice = f"Use {inside}." if inside.is_dir() else f"Download it from {_SOURCE}."
         raise BaseModelError(f"{folder}: no config.json in it; expected the folder of an image encoder. {advice}")
     config = read_json(folder / "config.json", _SOURCE)
-    found = config.get("model_type") or config.get("_class_name")
+    found = config.get("model_type") or config.get("_class_name", "no class")
     if found == "clip":
         whole = load_part(CLIPConfig, folder, _SOURCE)
         whole.vision_config.projection_dim = whole.projection_dim

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ class ModelFolder:
             for part in self.parts:
                 for file in chosen_weights(folder / part).files:
                     check_header(file, f"{part} weights")
-        self.scheduler_config = _scheduler_config(folder)
+        self.scheduler_config, self.scheduler = _read_scheduler(folder)
         self.tokenizers: tuple[CLIPTokenizer, ...] = tuple(
             load_tokenizer(folder / part.replace("text_encoder", "tokenizer"), int(config.vocab_size))
             for part, config in zip(encoders, self.text_configs, strict=True)
@@ -68,11 +67,6 @@ class ModelFolder:
         if resolved.parent.name == "snapshots":
             return resolved.parent.parent.name.removeprefix("models--").replace("--", "/")
         return resolved.name
-
-    @cached_property
-    def scheduler(self) -> DDPMScheduler:
-        """The noise schedule and the target."""
-        return new_scheduler(self.scheduler_config)
 
     def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
         """Read the UNet."""
@@ -173,16 +167,21 @@ def new_scheduler(config: Mapping[str, Any], **changes: Any) -> DDPMScheduler:
     return DDPMScheduler.from_config({k: v for k, v in {**config, **changes}.items() if k in known})
 
 
-def _scheduler_config(folder: Path) -> dict[str, Any]:
+def _read_scheduler(folder: Path) -> tuple[dict[str, Any], DDPMScheduler]:
+    """The config, and its noise schedule."""
     file = folder / "scheduler" / "scheduler_config.json"
     config = read_json(file)
     _check_class(file, config, "Scheduler")
-    name, kind = str(config.get("_class_name", "")), config.get("prediction_type", "epsilon")
+    name, kind = str(config["_class_name"]), config.get("prediction_type", "epsilon")
     foreign = name.startswith(("FlowMatch", "EDM"))
     if kind not in PREDICTION_TYPES or foreign:
         found = name if foreign else f"prediction type {kind!r}"
         raise BaseModelError(f"{file}: {found} cannot be trained; expected {' or '.join(PREDICTION_TYPES)}.")
-    return config
+    try:
+        return config, new_scheduler(config)
+    except Exception as error:  # values of a wrong type or range, whatever diffusers makes of them
+        reason = " ".join(str(error).split())[:200]
+        raise BaseModelError(f"{file}: no noise schedule ({reason}). Download it again from {PAGE}.") from error
 
 
 def _config(kind: Any, folder: Path) -> dict[str, Any]:
@@ -195,13 +194,13 @@ def _config(kind: Any, folder: Path) -> dict[str, Any]:
 
 def _check_class(file: Path, config: Mapping[str, Any], expected: str) -> None:
     """Refuse the config of another class: what it leaves out would be filled in with defaults."""
-    found = config.get("_class_name", config.get("model_type", expected))
+    found = config.get("_class_name", config.get("model_type", "no class"))
     if not str(found).endswith(expected):
         raise BaseModelError(f"{file}: a config of {found}; expected one of {expected}. Download it again from {PAGE}.")
 
 
 def _text_config(folder: Path) -> CLIPTextConfig:
-    model_type = read_json(folder / "config.json").get("model_type", "clip_text_model")
+    model_type = read_json(folder / "config.json").get("model_type")
     if model_type not in ("clip_text_model", "clip"):
         raise BaseModelError(
             f"{folder}: a text encoder of the type {model_type!r}; expected CLIP's. Use {FAMILIES} models."

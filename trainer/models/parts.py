@@ -100,7 +100,7 @@ def _from_pretrained(kind: Any, folder: Path | None, source: str, **options: Any
     except Exception as error:  # of any class, from three libraries
         reason = " ".join(str(error).split()).split(". If you want", 1)[0][:300]
         raise BaseModelError(
-            f"{folder or ''}: cannot be read as a {kind.__name__} ({reason}). Download it again from {source}."
+            f"{folder or ''}: cannot be read as {kind.__name__} ({reason}). Download it again from {source}."
         ) from error
 
 
@@ -148,6 +148,11 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None, source: str = PA
     if not (folder / "tokenizer.json").is_file():
         _check_merges(folder, source)
     tokenizer: CLIPTokenizer = load_part(CLIPTokenizer, folder, source)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise BaseModelError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length is {tokenizer.model_max_length!r}, expected a "
+            f"number. Download it again from {source}."
+        )
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise BaseModelError(
             f"{folder}: a tokenizer of {len(tokenizer)} tokens; the text encoder knows {vocabulary}. They belong to "
