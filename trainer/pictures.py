@@ -156,7 +156,7 @@ def open_picture(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise DataError(f"{path}: no such picture.") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise DataError(f"{path}: cannot be read as a picture ({why_broken(error)}).") from error
+        raise DataError(f"{path}: cannot be read as a picture: {why_broken(error).rstrip('.')}.") from error
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
