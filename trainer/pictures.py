@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ipadapter_core import (
@@ -18,7 +20,7 @@ from ipadapter_core import (
 )
 
 from .data.face_embeds import check_face_embed, read_face_embed
-from .data.pixels import open_rgb, why_broken
+from .data.pixels import to_rgb
 from .errors import DataError, TrainerError
 from .files.opening import open_checkpoint
 from .models.base_model import load_base_model
@@ -137,7 +139,17 @@ def open_face(path: Path, spec: AdapterSpec) -> Tensor:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such face embedding.")
-    return check_face_embed(read_face_embed(path), int(spec.face_width or 0), str(path))[None]
+    if path.suffix != ".safetensors":
+        embed = read_face_embed(path)
+    else:
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path}: cannot be read as a face embedding ({error}).") from error
+        if len(tensors) != 1:
+            raise DataError(f"{path}: holds {len(tensors)} tensors; expected one, a face embedding.")
+        embed = next(iter(tensors.values()))
+    return check_face_embed(embed, int(spec.face_width or 0), str(path))[None]
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -152,11 +164,12 @@ def parse_size(text: str) -> tuple[int, int]:
 def open_picture(path: Path) -> Image.Image:
     """Raises DataError when the file is missing or is no picture."""
     try:
-        return open_rgb(path)[0]
+        with Image.open(path) as picture:
+            return to_rgb(picture)
     except FileNotFoundError:
         raise DataError(f"{path}: no such picture.") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise DataError(f"{path}: cannot be read as a picture: {why_broken(error).rstrip('.')}.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a picture ({error}).") from error
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
