@@ -151,7 +151,7 @@ def test_nothing_to_read_is_an_error(clip: MeasuringClip, pictures: Path, tmp_pa
     with pytest.raises(DataError, match=r"None of the 6 prompts can be read. The first: .*not a picture"):
         open_prompts(read_examples(pictures), clip)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="found 0 pictures"):
+    with pytest.raises(DataError, match=r"empty: an empty folder\. Put images into it"):
         read_examples(tmp_path / "empty")
 
 

@@ -107,10 +107,10 @@ def test_every_other_file_is_counted_by_its_suffix(tmp_path: Path, caplog: pytes
     for name in ("1.heic", "2.HEIC", "3.heic", "m.mp4", "n.mp4", "x.psd", "d.json", "README", "s.tar", "f.xyz"):
         (tmp_path / name).write_bytes(b"x")
     expected = [
-        "1 file without a suffix is ignored.",
         "3 .heic files are ignored: convert to JPEG or PNG.",
-        "1 .json file is ignored: to read a list, set data to the file, or name it metadata.",
         "2 .mp4 files are ignored: save frames of it as images.",
+        "1 file without a suffix is ignored.",
+        "1 .json file is ignored: to read a list, set data to the file, or name it metadata.",
         "1 .psd file is ignored: convert to JPEG or PNG.",
         "1 .tar file is ignored: to read shards, set data='FOLDER/*.tar'.",
         "1 .xyz file is ignored.",

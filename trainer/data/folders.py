@@ -64,7 +64,7 @@ class Listing:
             f"{file} is not read. Set data={file.parent} to read it, or move it to the top of the folder."
             for file in nested
         ]
-        for suffix, number in sorted(counts.items()):
+        for suffix, number in sorted(counts.items(), key=lambda count: (-count[1], count[0])):
             files = "file" if number == 1 else "files"
             name = f"{suffix} {files}" if suffix else f"{files} without a suffix"
             advice = f": {_ADVICE_OF[suffix]}" if suffix in _ADVICE_OF else ""

@@ -41,7 +41,7 @@ def size_notes(
         notes.append(f"Smaller than {target}, so scaled up and blurred: {found}.")
     few = sum(len(rows) * times < batch_size for rows in buckets.rows)
     if bucket_step is not None and few and len(buckets.rows) > 1:
-        guess = "" if times == 1 else f" by a sample of {len(sizes):,}"
+        guess = "" if times == 1 else f", by a sample of {len(sizes):,}"
         notes.append(
             f"Buckets with fewer than {batch_size} images, a batch: {few} of {len(buckets.rows)}{guess}; their images "
             "go to the next nearest one."

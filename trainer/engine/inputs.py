@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from ..errors import ConfigError
 from ..models.base_model import BaseModel, load_base_model
 from ..settings.config import TrainConfig
 from ..settings.kinds import FACE_WIDTH
+
+log = logging.getLogger(__name__)
 
 
 def examples_of(config: TrainConfig) -> list[Example]:
@@ -52,6 +55,12 @@ def size_notes_of(config: TrainConfig, examples: Sequence[Example]) -> list[str]
     """Sentences about images that are scaled up and buckets that hold too few, from the headers of a sample."""
     step = config.bucket_step if config.buckets else None
     return size_notes(sample_sizes(examples), len(examples), config.resolution, step, config.batch_size)
+
+
+def warn_about_sizes(config: TrainConfig, examples: Sequence[Example]) -> None:
+    """Log the sentences of `size_notes_of`."""
+    for note in size_notes_of(config, examples):
+        log.warning("%s", note)
 
 
 def encoding_of(config: TrainConfig, base_model: BaseModel) -> Encoding:

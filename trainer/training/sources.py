@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,14 +19,12 @@ from ..data.examples import Example, relative_name
 from ..data.pixels import open_rgb, why_broken
 from ..data.shard_files import expand_shards, fingerprint_shards
 from ..data.shards import shard_loader
-from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, recipe_of, root_of, size_notes_of
+from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, recipe_of, root_of, warn_about_sizes
 from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
 
 _TRIED = 4  # images that are decoded before the first step
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +98,8 @@ def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Acceler
         return Source(None, fingerprint_shards(shards), lambda start: iter(shards_from(start)), sample_shards)
 
     examples = examples_of(config)
-    for note in size_notes_of(config, examples) if accelerator.is_main_process else ():
-        log.warning("%s", note)
+    if accelerator.is_main_process:
+        warn_about_sizes(config, examples)
     held_out = held_out_rows(examples, config.validation_pictures, root_of(config))
     global_batch = config.batch_size * processes
     data_hash = hash_of(config, examples)
