@@ -20,6 +20,8 @@ from ipadapter_trainer.cli import app
 from ipadapter_trainer.engine import claim as claim_module
 from ipadapter_trainer.engine.claim import LOCK, NOTE, claim
 from ipadapter_trainer.errors import ConfigError, InUseError
+from ipadapter_trainer.evaluation.evaluate import evaluate
+from ipadapter_trainer.evaluation.settings import EvalSettings
 from typer.testing import CliRunner
 
 LIFETIME, HEARTBEAT = 2.0, 0.2
@@ -193,6 +195,12 @@ def test_every_command_that_writes_is_refused(
     assert result.exit_code == 2
     assert f"ipadapter: {held} is in use by process {os.getpid()} on" in result.stderr
     assert not held.exists()
+
+
+def test_an_evaluation_is_refused(tmp_path: Path) -> None:
+    held, nothing = tmp_path / "held", tmp_path / "nothing"
+    with claim(held), pytest.raises(InUseError, match=f"{held} is in use by process {os.getpid()} on"):
+        evaluate(EvalSettings(base_model=nothing, adapter=nothing, data=nothing, clip=None, output=held))
 
 
 def test_the_processes_of_one_launch_share_a_claim_and_a_refusal(tmp_path: Path, holder: Holder) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .combinations import CHECKS
 from .kinds import TRAIN_KINDS, TrainKind
@@ -259,6 +259,13 @@ class TrainConfig(BaseModel):
         if isinstance(values.get("data"), Path):  # a path or a URL, so kept as text
             values["data"] = str(values["data"])
         return values
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _check_resume(cls, value: Any) -> Any:
+        if not isinstance(value, (bool, str, Path)):  # pydantic would name the parts of the union
+            raise ValueError(f"resume = {value!r}: expected true, false or the folder of a checkpoint")
+        return value
 
     @model_validator(mode="after")
     def _check_combinations(self) -> TrainConfig:
