@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,8 @@ def find_encoder(
         try:
             encoder = _open_encoder(file)
         except (AdapterError, OSError) as error:
-            seen.append(f"{file.name} ({str(error).removeprefix(f'{file}: ').removesuffix('.')})")
+            reason = re.split(r"; expected| \(|\. ", str(error).removeprefix(f"{file}: "))[0]  # without the advice
+            seen.append(f"{file.name} ({reason})")
             continue
         if encoder is not None and encoder_fits(spec, encoder):
             return file

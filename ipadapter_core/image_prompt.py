@@ -127,9 +127,10 @@ def _fit_mask(mask: Tensor, pixels: Tensor, size: int, crop: str) -> Tensor:
     kept = mask if crop in ("pad", "stretch") else mask[(..., *_kept(mask, size, crop))]
     for image, row in enumerate(rows):
         if empty[row]:
+            hidden = one_of("image", image, pixels) if len(mask) > 1 or len(pixels) == 1 else "every image"
             raise AdapterError(
-                f"{one_of('mask', row, mask)} is 0 everywhere, so it hides all of {one_of('image', image, pixels)} "
-                f"from the image encoder. {EMPTY_MASK_ADVICE}"
+                f"{one_of('mask', row, mask)} is 0 everywhere, so it hides all of {hidden} from the image encoder. "
+                f"{EMPTY_MASK_ADVICE}"
             )
         if not kept[row].any():
             raise AdapterError(

@@ -110,7 +110,7 @@ def shrink(model):
 
 
 @pytest.mark.parametrize(
-    "options", [{"start_at": 0.999}, {"start_at": 0.5}, {"end_at": 0.5, "attn_mask": torch.ones(1, 8, 8)}]
+    "options", [{"start_at": 0.4, "end_at": 0.5}, {"start_at": 0.5}, {"end_at": 0.5, "attn_mask": torch.ones(1, 8, 8)}]
 )
 def test_windows_on_grids_that_no_level_has(world, compiled, options):
     model = shrink(world.model)

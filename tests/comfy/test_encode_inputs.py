@@ -63,7 +63,7 @@ def test_grey_and_alpha(encode):
 def test_masks(refuse):
     zeros, ones = torch.zeros(1, 64, 64), torch.ones(1, 64, 64)
     refuse(images(), "mask is 0 everywhere", "hides all of image from", "Load Image gives such a mask", mask=zeros)
-    refuse(images(2), "mask is 0 everywhere", "all of image 1 of 2", mask=zeros)
+    refuse(images(2), "mask is 0 everywhere", "all of every image", mask=zeros)
     refuse(images(2), "mask 2 of 2 is 0", "all of image 2 of 2", mask=torch.cat([ones, zeros]))
     refuse(images(), "There are 2 masks for 1 image.", mask=torch.cat([ones, ones]))
     refuse(images(), "mask holds NaN", mask=ones * torch.nan)
