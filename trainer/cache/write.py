@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 
 from ..data.buckets import assign, read_sizes
+from ..disk import show_bytes
 from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, open_base_model, recipe_of
 from ..engine.processes import launched_on_cpu
 from ..errors import CacheError, ConfigError, DataError
@@ -33,7 +34,6 @@ from .files import (
     read_header,
     read_manifest,
     sha256_of,
-    show_bytes,
 )
 from .plan import Rows, Shard, make_plan
 from .settings import Settings, settings_of
@@ -58,7 +58,8 @@ def write_cache(
     the disk has room for.
 
     Raises ConfigError without a folder; CacheError when the folder holds something else,
-    when the disk has no room, and for values that float16 cannot hold; DataError when no picture can be read.
+    when the disk has no room, and for values that float16 cannot hold; DiskError when it refuses a file; DataError when
+    no picture can be read.
     """
     if config.cache is None:
         raise ConfigError("Where shall the cache go? Name a folder with cache=...")
@@ -188,7 +189,7 @@ def _check_room(caching: Caching, missing: Sequence[Shard], force: bool, say: Sa
 
 def _start(caching: Caching) -> None:
     caching.folder.mkdir(parents=True, exist_ok=True)
-    for leftover in caching.folder.glob("*/.*.tmp"):  # of a run that was killed while it wrote
+    for leftover in caching.folder.glob("*/.*.tmp*"):  # of a run that was killed while it wrote
         leftover.unlink(missing_ok=True)
     _manifest(caching).save(caching.folder / UNFINISHED)
 

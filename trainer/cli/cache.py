@@ -42,7 +42,8 @@ def cache_command(
         from ..errors import ConfigError
 
         if check is not None:
-            from ..cache.files import check_hashes, show_bytes
+            from ..cache.files import check_hashes
+            from ..disk import show_bytes
 
             if arguments or force:
                 raise ConfigError("Write `ipadapter cache --check FOLDER` alone.")
