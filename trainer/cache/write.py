@@ -19,7 +19,7 @@ from accelerate import PartialState
 from ..data.buckets import assign, read_sizes
 from ..disk import show_bytes
 from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, open_base_model, recipe_of
-from ..engine.processes import launched_on_cpu
+from ..engine.processes import check_precision, launched_on_cpu
 from ..errors import CacheError, ConfigError, DataError
 from ..files.provenance import trainer_version
 from ..settings.config import TrainConfig
@@ -64,6 +64,7 @@ def write_cache(
     if config.cache is None:
         raise ConfigError("Where shall the cache go? Name a folder with cache=...")
     state = PartialState(cpu=launched_on_cpu(), timeout=_PATIENCE)
+    check_precision(config.mixed_precision, state.device)
     say = say if state.is_main_process else lambda line: None
     caching = _prepare(config, state, _dtype)
     missing = [shard for shard in caching.plan if not _is_written(caching.folder, shard)]

@@ -38,7 +38,8 @@ def cache_command(
     The same command again goes on where it was stopped. Several GPUs or machines that see one folder share the work:
     accelerate launch --multi_gpu -m ipadapter_trainer.cli cache ...
     """
-    with user_errors():
+    kept = "Stopped; the shards that are written stay. Run the same command again to resume."
+    with user_errors(stopped=kept, memory="Lower batch_size, or set mixed_precision=bf16."):
         from ..errors import ConfigError
 
         if check is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,7 +22,7 @@ from ..engine.features import Features, encode_batch
 from ..engine.inputs import open_base_model
 from ..engine.objective import Objective, new_objective
 from ..engine.optimizers import AveragedWeights, new_optimizer, new_schedule
-from ..engine.processes import launched_on_cpu
+from ..engine.processes import check_precision, launched_on_cpu
 from ..errors import CheckpointError, ConfigError
 from ..files.provenance import provenance
 from ..models.base_model import BaseModel
@@ -68,19 +68,14 @@ class Training:
         spec = self.state.adapter.spec
         return identify(self.config, self.base_model, spec, self.source, self.images_per_batch)
 
-    def position(self, step: int) -> Position:
-        """Where the training is after `step` steps."""
-        batches = (step - self.start.step) * self.config.gradient_accumulation
-        return Position(step, self.start.batches + batches)
-
-    def metadata(self, step: int) -> dict[str, str]:
-        """The provenance of the weights after `step` steps."""
+    def metadata(self, position: Position) -> dict[str, str]:
+        """The provenance of the weights at this position."""
         return provenance(
             self.base_model,
             self.state.adapter.spec,
             prediction_type=self.objective.prediction_type,
-            steps=step,
-            images_seen=self.position(step).batches * self.images_per_batch,
+            steps=position.step,
+            images_seen=position.batches * self.images_per_batch,
             seed=self.config.seed,
             data_hash=self.source.data_hash,
             data_size=self.source.size,
@@ -92,9 +87,10 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
     resume.
     """
     folders = _check_output(config)
+    check_precision(config.mixed_precision, PartialState(cpu=launched_on_cpu()).device)
     accelerator = Accelerator(
         cpu=launched_on_cpu(),
-        mixed_precision="no" if config.mixed_precision == "no" else "bf16",
+        mixed_precision="bf16" if config.mixed_precision == "fp8" else config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
         **tracker_arguments(config.log_with, config.output),
     )
@@ -193,7 +189,9 @@ def summary(training: Training) -> str:
     """What is about to happen, for the user to check."""
     config, base_model, source = training.config, training.base_model, training.source
     parameters = sum(p.numel() for p in training.state.adapter.parameters())
-    precisions = {"no": "float32", "bf16": "bfloat16 base, float32 adapter", "fp8": "8-bit base, float32 adapter"}
+    precisions = {"no": "float32", "bf16": "bfloat16 base", "fp16": "float16 base", "fp8": "8-bit base"}
+    precision = precisions[config.mixed_precision]
+    precision += "" if config.mixed_precision == "no" else ", float32 adapter"
     per_step = training.images_per_batch * config.gradient_accumulation
     size = "shards" if source.size is None else f"{source.size:,} pictures"
     epochs = "" if source.size is None else f" ({training.steps * per_step / source.size:.1f} epochs in all)"
@@ -201,7 +199,7 @@ def summary(training: Training) -> str:
     return (
         f"Training {parameters / 1e6:.2f} M parameters: {training.state.adapter.spec.describe()}\n"
         f"  base model  {base_model.name} ({training.objective.prediction_type}), {base_model.device}, "
-        f"{precisions[config.mixed_precision]}{'' if processes == 1 else f', {processes} processes'}\n"
+        f"{precision}{'' if processes == 1 else f', {processes} processes'}\n"
         f"  data        {size} at {config.resolution} px, {per_step} per step"
         f"{', features from the cache' if source.cached else ''}\n"
         f"  steps       {training.start.step:,} to {training.steps:,}{epochs}\n"
