@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL, emoji_folder
 
+from .disk import whole_file
 from .emoji.adapter import emoji_batches, encode_emoji
 from .emoji.clip import normalize
 from .emoji.pictures import EmojiPictures, load_pictures, to_pixels
@@ -86,7 +87,9 @@ def demo(output: Path, adapter: str | None = None, minutes: float = 2.0, seed: i
     ]
     titles = ("image prompt", *(column.title for column in COLUMNS))
     shown = [to_pictures(pixels) for pixels in (pictures[:ROWS], *columns)]
-    draw_grid(list(zip(titles, shown, strict=True)), side=SIDE).save(output)
+    drawn = draw_grid(list(zip(titles, shown, strict=True)), side=SIDE)
+    with whole_file(output) as temporary:
+        drawn.save(temporary)
     report(judges, pictures, alone)
     print(f"Picture: {output.resolve()} ({time.monotonic() - started:.0f} s in all)")
 

@@ -37,6 +37,14 @@ class DivergedError(TrainerError):
     """The loss is no longer a number."""
 
 
+class DiskError(TrainerError):
+    """A disk that is full or refuses a file. `problem` is the message without the advice."""
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(f"{problem}. {advice}.")
+        self.problem = problem
+
+
 class ExportError(TrainerError):
     """A file that cannot be written as asked: its name, its place, or a dtype that its values do not fit."""
 

@@ -19,6 +19,7 @@ from ipadapter_core import (
 
 from .data.face_embeds import check_face_embed, read_face_embed
 from .data.pixels import open_rgb, why_broken
+from .disk import whole_file
 from .errors import DataError, TrainerError
 from .files.opening import open_checkpoint
 from .models.base_model import load_base_model
@@ -105,7 +106,8 @@ def generate_files(
     names = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(1, count + 1)]
     output.parent.mkdir(parents=True, exist_ok=True)
     for name, picture_out in zip(names, to_pictures(pixels), strict=True):
-        picture_out.save(name)
+        with whole_file(name) as temporary:
+            picture_out.save(temporary)
     return names
 
 

@@ -24,14 +24,14 @@ from ipadapter_trainer.cache.files import (
     dequantise,
     quantise,
     read_manifest,
-    show_bytes,
     write_whole,
 )
 from ipadapter_trainer.cache.read import open_cache
 from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.cli import app
+from ipadapter_trainer.disk import show_bytes
 from ipadapter_trainer.engine.inputs import examples_of, hash_of, open_base_model
-from ipadapter_trainer.errors import CacheError, ConfigError
+from ipadapter_trainer.errors import CacheError, ConfigError, DiskError
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
 from PIL import Image
@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, limits[1]))
     try:
-        with pytest.raises(CacheError, match=r"shard: not written \(.*Make room and run the same command again"):
+        with pytest.raises(DiskError, match=r"shard: File too large \(needs 30.0 KB, .*run the same command again;"):
             write_whole(target, b"new" * 10**4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

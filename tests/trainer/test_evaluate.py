@@ -247,14 +247,16 @@ def arguments_of(settings: EvalSettings) -> list[str]:
     return ["eval", *(part for pair in named for part in pair), "--controls"]
 
 
-def test_ctrl_c_keeps_what_is_measured(settings: EvalSettings, run_ipadapter: Any) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_keeps_what_is_measured(times: int, settings: EvalSettings, run_ipadapter: Any) -> None:
     process = run_ipadapter(*arguments_of(replace(settings, images_per_caption=1000, batch_size=3)))
     file, deadline = settings.output / "scores.jsonl", time.monotonic() + 120
     while not (file.is_file() and file.read_text().count("\n") >= 6):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Run the same command again to go on" in err

@@ -104,9 +104,53 @@ def test_a_run_without_validation_or_samples_is_reported_too(run: Path) -> None:
     assert "There was no validation" in page.text
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no line of a training.*output folder of a training"):
-        write_report(tmp_path, "")
+A_RUN = r"A run is the output folder of a training, with log\.jsonl, config\.toml and checkpoints in it"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cast & dogs", rf"/cast & dogs: no such folder\. {A_RUN}, such as .*/cats & dogs\."),
+        ("empty", rf"/empty: no log\.jsonl in it\. {A_RUN}, such as .*/cats & dogs\."),
+        (".", rf": no log\.jsonl in it\. {A_RUN}, such as .*/cats & dogs\."),
+        ("notes.txt", rf"/notes\.txt: a file\. {A_RUN}, such as"),
+        ("empty/deeper/still", rf"/still: no such folder\. {A_RUN}\."),
+        (
+            "cats & dogs/samples",
+            r"/samples is a part of the run .*/cats & dogs\. Write `ipadapter report '.*/cats & dogs'`",
+        ),
+        ("cats & dogs/log.jsonl", r"/log\.jsonl is a part of the run .*/cats & dogs\."),
+    ],
+)
+def test_a_folder_that_is_no_run_is_refused(name: str, words: str, run: Path) -> None:
+    (run.parent / "empty").mkdir()
+    (run.parent / "notes.txt").write_text("")
+    with pytest.raises(DataError, match=words):
+        write_report(run.parent / name, "")
+
+
+BROKEN = [
+    b'{"step": 3, "lo',
+    b"\xff\xfe",
+    b"[1]",
+    b'{"loss": 1}',
+    b'{"step": 1, "loss": null}',
+    b'{"step": 1, "loss": "x"}',
+]
+
+
+def test_broken_lines_are_counted(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = run / LOG_FILE
+    whole = log.read_bytes()
+    log.write_bytes(whole + b"\n".join(BROKEN) + b"\n")
+    assert "The adapter reads its image" in Page(write_report(run, "")).text
+    assert caplog.messages == [f"{log}: 6 of 40 lines cannot be read and are left out."]
+    log.write_bytes(b"\n".join(BROKEN))
+    with pytest.raises(DataError, match=r"log\.jsonl: none of its 6 lines is about training steps\. The"):
+        write_report(run, "")
+    log.write_text("")
+    with pytest.raises(DataError, match=r"log\.jsonl: empty\. The first line comes after log_every steps; try again"):
+        write_report(run, "")
 
 
 def curves(drawn: bytes) -> list[list[tuple[float, float]]]:
@@ -192,6 +236,12 @@ def test_a_folder_of_the_wrong_kind_is_refused_in_one_line(tmp_path: Path) -> No
     from ipadapter_trainer.cli import app
     from typer.testing import CliRunner
 
-    result = CliRunner().invoke(app, ["report", str(tmp_path)])
-    assert result.exit_code == 2
-    assert result.output.count("\n") == 1 and "no line of a training" in result.output
+    cases = {
+        (str(tmp_path),): f"{tmp_path}: no log.jsonl in it. A run is the output folder of a training",
+        (): "takes one run, the output folder of a training; none is given.",
+        ("runs/a", "runs/b"): "takes one run, the output folder of a training; 2 are given.",
+    }
+    for arguments, words in cases.items():
+        result = CliRunner().invoke(app, ["report", *arguments])
+        assert result.exit_code == 2
+        assert result.output.count("\n") == 1 and words in result.output

@@ -70,7 +70,7 @@ class Caching:
 
 
 def write_table(caching: Caching, shards: Sequence[Shard], progress_bar: bool) -> None:
-    """Write some shards of one table. Raises CacheError when the disk refuses and for values that do not fit."""
+    """Write some shards of one table. Raises DiskError, and CacheError for values that do not fit."""
     table = shards[0].table
     rows = sum(len(shard.items) for shard in shards)
     unit = "caption" if table == "texts" else "img"

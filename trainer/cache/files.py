@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from ipadapter_core.file_types import file_type
 
+from ..disk import whole_file
 from ..errors import CacheError
 
 FORMAT = 1
@@ -142,7 +141,7 @@ class ShardHeader(NamedTuple):
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor], header: ShardHeader) -> None:
-    """Write a shard and its `digest_file`, whole or not at all. Raises CacheError when the disk refuses."""
+    """Write a shard and its `digest_file`, whole or not at all. Raises DiskError."""
     content = safetensors.torch.save(dict(tensors), {_HEADER: json.dumps(header._asdict())})
     # First, so that a shard that is there has its own.
     write_whole(digest_file(file), f"{hashlib.sha256(content).hexdigest()}  {file.name}\n".encode())
@@ -155,24 +154,9 @@ def digest_file(shard: Path) -> Path:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a file that appears under its name by one rename, when all of it is on the disk.
-
-    Raises CacheError when the disk refuses.
-    """
-    temporary = file.with_name(f".{file.name}-{secrets.token_hex(4)}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise CacheError(
-            f"{file}: not written ({error.strerror}). Make room and run the same command again: what is written stays."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a file that appears under its name when all of it is on the disk. Raises DiskError."""
+    with whole_file(file, need=len(content), kept="the shards that are written stay") as temporary:
+        temporary.write_bytes(content)
 
 
 def read_header(file: Path) -> ShardHeader | None:
@@ -200,15 +184,6 @@ def sha256_of(file: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
         return digest.hexdigest()
-
-
-def show_bytes(count: float) -> str:
-    """Such as "65.5 KB", in powers of a thousand."""
-    units = ["bytes", "KB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
-        count /= 1000
-        units.pop(0)
-    return f"{count:.0f} bytes" if units[0] == "bytes" else f"{count:.1f} {units[0]}"
 
 
 def quantise(features: Tensor) -> tuple[Tensor, Tensor]:

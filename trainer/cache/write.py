@@ -17,9 +17,10 @@ import torch
 from accelerate import PartialState
 
 from ..data.buckets import assign, read_sizes
+from ..disk import show_bytes
 from ..engine.claim import LOCK, NOTE, claim
 from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, open_base_model, recipe_of
-from ..engine.processes import launched_on_cpu
+from ..engine.processes import check_precision, launched_on_cpu
 from ..errors import CacheError, ConfigError, DataError
 from ..files.provenance import trainer_version
 from ..settings.config import TrainConfig
@@ -34,7 +35,6 @@ from .files import (
     read_header,
     read_manifest,
     sha256_of,
-    show_bytes,
 )
 from .plan import Rows, Shard, make_plan
 from .settings import Settings, settings_of
@@ -59,11 +59,13 @@ def write_cache(
     the disk has room for.
 
     Raises ConfigError without a folder; CacheError when the folder holds something else,
-    when the disk has no room, and for values that float16 cannot hold; DataError when no picture can be read.
+    when the disk has no room, and for values that float16 cannot hold; DiskError when it refuses a file; DataError when
+    no picture can be read.
     """
     if config.cache is None:
         raise ConfigError("Where shall the cache go? Name a folder with cache=...")
     state = PartialState(cpu=launched_on_cpu(), timeout=_PATIENCE)
+    check_precision(config.mixed_precision, state.device)
     say = say if state.is_main_process else lambda line: None
     with claim(config.cache, say):
         return _write_cache(config, state, say, progress_bar, force, _dtype)
@@ -196,7 +198,7 @@ def _check_room(caching: Caching, missing: Sequence[Shard], force: bool, say: Sa
 
 def _start(caching: Caching) -> None:
     caching.folder.mkdir(parents=True, exist_ok=True)
-    for leftover in caching.folder.glob("*/.*.tmp"):  # of a run that was killed while it wrote
+    for leftover in caching.folder.glob("*/.*.tmp*"):  # of a run that was killed while it wrote
         leftover.unlink(missing_ok=True)
     _manifest(caching).save(caching.folder / UNFINISHED)
 

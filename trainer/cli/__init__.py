@@ -9,7 +9,7 @@ import typer
 
 from .cache import register as register_cache
 from .data import register as register_data
-from .errors import INTERRUPTED, quiet, user_errors
+from .errors import INTERRUPTED, catch_interrupts, quiet, user_errors
 from .evaluation import register as register_eval
 from .files import register as register_files
 from .report import register as register_report
@@ -25,6 +25,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The console entry point."""
+    catch_interrupts()
     app()
 
 
@@ -84,7 +85,7 @@ def train_command(
         try:
             train(config, say=typer.echo, progress_bar=True)
         except Interrupted as stop:
-            typer.echo(f"Stopped; saved {stop.checkpoint}. Run the same command again to resume.", err=True)
+            typer.echo(str(stop), err=True)
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -126,7 +127,7 @@ def generate_command(
     ] = None,
 ) -> None:
     """Generate pictures with an image prompt, a text prompt or both."""
-    with user_errors():
+    with user_errors(memory="Lower --count or --size."):
         from ..pictures import generate_files
 
         quiet()
@@ -162,7 +163,7 @@ def demo_command(
     seed: Annotated[int, typer.Option(help="Another seed gives other pictures.")] = 0,
 ) -> None:
     """Train an adapter on the bundled emoji model and show it at work: no download, no GPU."""
-    with user_errors():
+    with user_errors(memory="Close other programs, and try again."):
         from ..demo import demo
 
         quiet()

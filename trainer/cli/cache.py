@@ -38,11 +38,13 @@ def cache_command(
     The same command again goes on where it was stopped. Several GPUs or machines that see one folder share the work:
     accelerate launch --multi_gpu -m ipadapter_trainer.cli cache ...
     """
-    with user_errors():
+    kept = "Stopped; the shards that are written stay. Run the same command again to resume."
+    with user_errors(stopped=kept, memory="Lower batch_size, or set mixed_precision=bf16."):
         from ..errors import ConfigError
 
         if check is not None:
-            from ..cache.files import check_hashes, show_bytes
+            from ..cache.files import check_hashes
+            from ..disk import show_bytes
 
             if arguments or force:
                 raise ConfigError("Write `ipadapter cache --check FOLDER` alone.")

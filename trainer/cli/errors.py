@@ -1,39 +1,82 @@
-"""What the command line does when something goes wrong that the user can put right."""
+"""What the command line does when it is interrupted, and when something goes wrong that the user can put right."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import re
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
 
 import typer
 
 USER_ERROR, INTERRUPTED = 2, 130
+_CLEANING = 1.0  # seconds that an interrupted command has to remove its temporary files
+TRAINING_MEMORY = (
+    "Lower batch_size (gradient_accumulation makes up for it), set gradient_checkpointing=true or "
+    "mixed_precision=bf16, or train from a cache (`ipadapter cache`)."
+)
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+_WORKER_ENDED = re.compile(r"DataLoader worker .*?((killed by signal: [\w ]+)|exited unexpectedly)")
+
+
+def catch_interrupts() -> None:
+    """Let the first Ctrl-C stop the command, which then removes its temporary files, and a later one end the process.
+    None prints a traceback. A command in the background, where Ctrl-C is ignored, keeps ignoring it.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    process, first = os.getpid(), 0.0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if os.getpid() != process:  # a worker that was just forked: this process decides
+            return
+        first = time.monotonic()
+        signal.signal(signal.SIGINT, end)
+        raise KeyboardInterrupt
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process and time.monotonic() - first > _CLEANING:
+            os._exit(INTERRUPTED)
+
+    def unraisable(problem: Any) -> None:
+        if issubclass(problem.exc_type, KeyboardInterrupt):  # it came where Python can only print it
+            os._exit(INTERRUPTED)
+        sys.__unraisablehook__(problem)
+
+    signal.signal(signal.SIGINT, stop)
+    sys.unraisablehook = unraisable
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn what the user can put right into one line on stderr and exit status 2."""
+def user_errors(*, stopped: str = "Stopped.", memory: str = TRAINING_MEMORY) -> Iterator[None]:
+    """Turn what the user can put right into one line on stderr and exit status 2. `stopped` is printed after Ctrl-C,
+    `memory` is the advice when the memory is full.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("transformers.utils.import_utils").addFilter(_is_of_use)
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("Stopped.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except ValueError as error:
-        from ipadapter_core import AdapterError
-
-        from ..errors import TrainerError
-
-        if not isinstance(error, (AdapterError, TrainerError)):
+        _stop(stopped)
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if signal.getsignal(signal.SIGINT) is not interrupt:  # a library made another error of the interruption
+            _stop(stopped)
+        message = _message(error, memory)
+        if message is None:
             raise
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed. Install the trainer with: pip install 'ip-adapter-kit[train]'")
+        typer.echo(f"ipadapter: {' '.join(message.split())}", err=True)
+        raise typer.Exit(USER_ERROR) from None
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
@@ -48,6 +91,37 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _fail(message: str) -> None:
-    typer.echo(f"ipadapter: {' '.join(message.split())}", err=True)
-    raise typer.Exit(USER_ERROR) from None
+def _message(error: Exception, memory: str) -> str | None:
+    """What to tell the user; None for an error of ours."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed. Install the trainer with: pip install 'ip-adapter-kit[train]'"
+    from safetensors import SafetensorError
+
+    from ipadapter_core import AdapterError
+
+    from ..errors import TrainerError
+
+    if isinstance(error, (AdapterError, TrainerError, SafetensorError)):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.errno == errno.EPIPE:  # `ipadapter ... | head`
+            return None
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    return _memory_problem(error, memory)
+
+
+def _memory_problem(error: Exception, memory: str) -> str | None:
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+        wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        return f"Out of memory{f' ({wanted[1]} more are needed)' if wanted else ''}. {memory}"
+    if isinstance(error, RuntimeError) and (ended := _WORKER_ENDED.search(str(error))):
+        return (
+            f"A process that decodes pictures ended ({ended[1]}), most likely because the memory or /dev/shm is full. "
+            "Lower workers (0 decodes in the main process) or batch_size."
+        )
+    return None
+
+
+def _stop(message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(INTERRUPTED) from None

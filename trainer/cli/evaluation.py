@@ -83,7 +83,7 @@ def eval_command(
     Ctrl-C stops it; the same command goes on. Several GPUs share the work:
     accelerate launch --multi_gpu -m ipadapter_trainer.cli eval ...
     """
-    with user_errors():
+    with user_errors(memory="Lower --batch-size or --size."):
         from ..evaluation.settings import EvalSettings, parse_weights
 
         settings = EvalSettings(
@@ -113,6 +113,7 @@ def eval_command(
         )
         from json import dumps
 
+        from ..disk import whole_file
         from ..evaluation.evaluate import evaluate, processes
 
         quiet()
@@ -127,6 +128,6 @@ def eval_command(
             return
         typer.echo(evaluation.as_text())
         if json is not None:
-            json.parent.mkdir(parents=True, exist_ok=True)
-            json.write_text(dumps(evaluation.as_json(), indent=2) + "\n", encoding="utf-8")
+            with whole_file(json) as temporary:
+                temporary.write_text(dumps(evaluation.as_json(), indent=2) + "\n", encoding="utf-8")
             typer.echo(f"Saved {json}")

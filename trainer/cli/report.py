@@ -16,19 +16,31 @@ def register(app: typer.Typer) -> None:
 
 
 def report_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a training, which may still go on.")],
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="RUN", help="Output folder of a training, which may still be running."),
+    ] = None,
 ) -> None:
     """Write the report of a training: its curves, its samples, and what the numbers mean.
 
     ipadapter report runs/cats
     """
     with user_errors():
-        from ..errors import ExportError
+        from ipadapter_core import AdapterError
+
+        from ..errors import ConfigError, ExportError
         from ..files.describe import describe
         from ..monitor.report import write_report
 
+        if not runs or len(runs) > 1:
+            given = f"{len(runs)} are given" if runs else "none is given"
+            raise ConfigError(
+                f"`ipadapter report` takes one run, the output folder of a training; {given}. Several runs are "
+                "compared with `tensorboard --logdir` and the folder that holds them."
+            )
+        (run,) = runs
         try:
             adapter = describe(run).as_text()
-        except ExportError:  # no checkpoint yet
-            adapter = ""
+        except (ExportError, AdapterError) as error:  # no checkpoint yet, or a damaged one
+            adapter = "" if isinstance(error, ExportError) else str(error)
         typer.echo(f"Saved {write_report(run, adapter)}")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..disk import whole_file
+
 SIDE = 192  # pixels of a picture's cell
 _INSET = 76  # of the reference in it
 _LINES, _LINE, _FONT, _GAP = 4, 15, 12, 12
@@ -44,7 +46,8 @@ def contact_sheet(cells: Sequence[Cell], path: Path) -> None:
         for number, line in enumerate(_wrap(cell.text, font), 1):
             draw.text((x, y + SIDE + 4 + number * _LINE), line, "black", font)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with whole_file(path) as temporary:
+        sheet.save(temporary)
 
 
 def _paste(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], side: int) -> None:

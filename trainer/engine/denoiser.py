@@ -44,6 +44,8 @@ from ..settings.kinds import TRAIN_KINDS, TrainKind, spec_for
 from .features import Features
 from .objective import Objective, dropped, noisy_latents_and_target
 
+MAX_OVERFLOWS = 30  # in a row; each halves the loss scale, which begins at 65,536
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
@@ -61,8 +63,9 @@ class Progress:
 
     step: int
     loss: Tensor  # 0-d, the mean over the accumulated batches of this process
-    images: int  # in this step, in this process
+    images: int  # since the step before, in this process
     grad_norm: Tensor | None = None  # before clipping; None when gradients are not clipped
+    batches: int = 0  # since the start, in this process
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,10 +194,15 @@ def train_steps(
     With an `accelerator`, the adapter and the optimizer are those that its `prepare` returned, and its
     `gradient_accumulation_steps` batches make a step. While the caller holds a Progress the UNet behaves as
     without adapter, so it may generate pictures.
+
+    In float16 gradients may overflow. The loss scaler then skips the optimizer's step, so it is none: it is not
+    counted, the schedule stays, and the next batches make it. Raises DivergedError when that does not end.
     """
     accumulated = 1 if accelerator is None else accelerator.gradient_accumulation_steps
+    scaler = None if accelerator is None else accelerator.scaler
+    clip: Any = torch.nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_
     losses: list[Tensor] = []
-    images, step, norm, source = 0, start, None, iter(batches)
+    images, used, overflows, step, norm, source = 0, 0, 0, start, None, iter(batches)
     while step < steps:
         batch = next(source, None)
         if batch is None:
@@ -208,15 +216,28 @@ def train_steps(
             images += len(batch.features)
             done = len(losses) == accumulated
             if done and max_grad_norm:
-                norm = torch.nn.utils.clip_grad_norm_(model.adapter.parameters(), max_grad_norm)
+                norm = clip(model.adapter.parameters(), max_grad_norm)
+            scale = 0.0 if scaler is None else scaler.get_scale()
             optimizer.step()
             optimizer.zero_grad()
-        if done:
+        used += 1
+        if not done:
+            continue
+        # Not `step_was_skipped` of Accelerate's optimizer: it does not see the skips of a fused optimizer.
+        if scaler is not None and scaler.get_scale() < scale:
+            overflows += 1
+            if overflows == MAX_OVERFLOWS:
+                raise DivergedError(
+                    f"The gradients overflowed in float16 {overflows} times in a row after step {step}. Resume with "
+                    "mixed_precision=bf16 or no, or from an earlier checkpoint with a lower learning_rate."
+                )
+        else:
             if schedule is not None:
                 schedule.step()
-            step += 1
-            yield Progress(step, torch.stack(losses).mean(), images, norm)
-            losses, images = [], 0
+            step, overflows = step + 1, 0
+            yield Progress(step, torch.stack(losses).mean(), images, norm, used)
+            images = 0
+        losses = []
 
 
 def check_loss(step: int, loss: float) -> float:

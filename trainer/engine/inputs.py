@@ -98,7 +98,7 @@ def open_base_model(config: TrainConfig, device: torch.device | str = "cpu") -> 
     """The base model of a training, in its precision; refuses a resolution that is no whole number of latents."""
     base_model = load_base_model(
         config.base_model,
-        torch.float32 if config.mixed_precision == "no" else torch.bfloat16,
+        {"no": torch.float32, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16),
         device,
         config.image_encoder,
         base_config=config.base_config,

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..data.pixels import open_rgb
+from ..disk import whole_file
 from ..monitor.grid import draw_grid
 from .data import Prompt
 from .scores import Job
@@ -33,8 +34,8 @@ class KeptPictures:
     def save(self, job: Job, picture: Image.Image) -> None:
         """Write one."""
         file = self._file(job)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(file)
+        with whole_file(file) as temporary:
+            picture.save(temporary)
 
     def grid(self, weights: Sequence[float], numbers: int) -> Path | None:
         """Draw and write them, one row a prompt: its image prompt, then each weight; None when a file is gone."""
@@ -51,7 +52,9 @@ class KeptPictures:
         side = max(smallest, min(largest, max(columns[0][1][0].size)))
         prompts = ("image prompt", [open_rgb(prompt.picture)[0] for prompt in self.prompts])
         path = self.output / GRID
-        draw_grid([prompts, *columns], side=side, labels=[prompt.text for prompt in self.prompts]).save(path)
+        drawn = draw_grid([prompts, *columns], side=side, labels=[prompt.text for prompt in self.prompts])
+        with whole_file(path) as temporary:
+            drawn.save(temporary)
         return path
 
     def _file(self, job: Job) -> Path:

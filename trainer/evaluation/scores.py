@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from ..disk import disk_errors
+
 SCORES = "scores.jsonl"
 
 
@@ -76,11 +78,12 @@ class ScoreFile:
         """Add a batch at once."""
         rows = ({"settings": self._settings, **asdict(score)} for score in scores)
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with self._file.open("ab+") as stream:
-            if stream.tell() and not self._ends_in_newline():  # of a process that was killed while it wrote
-                text = "\n" + text
-            stream.write(text.encode())
+        with disk_errors(self._file, kept="the scores that are written stay"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._file.open("ab+") as stream:
+                if stream.tell() and not self._ends_in_newline():  # of a process that was killed while it wrote
+                    text = "\n" + text
+                stream.write(text.encode())
 
     def _ends_in_newline(self) -> bool:
         with self._file.open("rb") as stream:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import IPAdapterMixin
@@ -19,8 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ipadapter_core import AdapterSpec, KeyValue, layer_table
-
-VERSION = f"diffusers {diffusers.__version__}"
 
 _SDXL_BLOCKS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -75,11 +75,13 @@ def export_adapter(
     *,
     dtype: torch.dtype | None = None,
     verify: bool = False,
+    with_diffusers: bool = True,
 ) -> Path:
     """Write the published layout, whole or not at all; a wrapper of Accelerate's is taken off. `dtype` None keeps the
-    adapter's own; `verify` reads the file back with ipadapter_core and diffusers before it appears.
+    adapter's own; `verify` reads the file back with ipadapter_core and (`with_diffusers`) diffusers before it appears.
 
     Raises as `writing.write_adapter` does.
     """
-    write_adapter(Path(path), extract_model_from_parallel(adapter), metadata, dtype=dtype, verify=verify)
+    plain = extract_model_from_parallel(adapter)
+    write_adapter(Path(path), plain, metadata, dtype=dtype, verify=verify, with_diffusers=with_diffusers)
     return Path(path)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,12 @@ from ipadapter_core import (
 )
 
 from ..errors import VerificationError
-from .diffusers_loader import VERSION, DiffusersAdapter, load_with_diffusers, unsupported
 from .published import published_differences, published_shapes
 
+if TYPE_CHECKING:
+    from .diffusers_loader import DiffusersAdapter
+
+DIFFUSERS = f"diffusers {version('diffusers')}"
 # Largest share of an output's largest value. Between two loaders of the same weights only the order of sums differs;
 # rounding the weights costs 2^-11 of each in float16 and 2^-8 in bfloat16, and a few times that at the outputs.
 LOADER_TOLERANCE = 1e-4
@@ -63,11 +67,13 @@ class Verification:
         return "\n".join(lines + [f"Note: {note}" for note in self.notes])
 
 
-def verify_export(file: Path, reference: IPAdapter, metadata: Mapping[str, str] | None = None) -> Verification:
-    """Read a .safetensors or .bin file with ipadapter_core and, where its loader can take it, with diffusers, and
-    compare it with `reference`: keys and shapes with the published table, every tensor bitwise (after rounding to the
-    file's dtype), the tokens and each layer's keys and values for fixed random features, and `metadata` with the header
-    of a .safetensors file. Nothing is deleted.
+def verify_export(
+    file: Path, reference: IPAdapter, metadata: Mapping[str, str] | None = None, *, with_diffusers: bool = True
+) -> Verification:
+    """Read a .safetensors or .bin file with ipadapter_core and (`with_diffusers`), where its loader can take it, with
+    diffusers, and compare it with `reference`: keys and shapes with the published table, every tensor bitwise (after
+    rounding to the file's dtype), the tokens and each layer's keys and values for fixed random features, and `metadata`
+    with the header of a .safetensors file. Nothing is deleted.
 
     Raises VerificationError that names the key or layer and both numbers.
     """
@@ -88,14 +94,16 @@ def verify_export(file: Path, reference: IPAdapter, metadata: Mapping[str, str] 
         max(ROUNDING_TOLERANCE[dtype] for dtype in dtypes),
         f"{' and '.join(names)} is too coarse for these weights; write the file in float32.",
     ).compare(_Outputs(reference, spec), _Outputs(adapter, spec), features)
-    loaders, disagreement, reason = ["ipadapter_core"], 0.0, unsupported(spec)
-    if reason is None:
-        disagreement = _ask_diffusers(file, adapter, spec, features)
-        loaders.append(VERSION)
-        if spec.shortcut:
+    loaders, disagreement = ["ipadapter_core"], 0.0
+    if with_diffusers:
+        found = verify_with_diffusers(file, adapter)
+        if isinstance(found, str):
+            notes.append(f"{DIFFUSERS} cannot load it ({found}), so only ipadapter_core was asked.")
+        else:
+            disagreement = found
+            loaders.append(DIFFUSERS)
+        if spec.shortcut and not isinstance(found, str):
             notes.append("diffusers does not read v2 from a file: set shortcut = True on its image projection layer.")
-    else:
-        notes.append(f"{VERSION} cannot load it ({reason}), so only ipadapter_core was asked.")
     notes += [f"{difference[0].upper()}{difference[1:]}." for difference in published_differences(spec)]
     count = len(checkpoint.image_proj) + len(checkpoint.ip_adapter)
     return Verification(file, count, names, tuple(loaders), rounding, disagreement, tuple(notes))
@@ -211,16 +219,27 @@ def _check_tensors(checkpoint: AdapterCheckpoint, state: dict[str, Tensor]) -> s
     return dtypes
 
 
-def _ask_diffusers(file: Path, adapter: IPAdapter, spec: AdapterSpec, features: tuple[Tensor, ...]) -> float:
-    """The largest difference to what diffusers makes of the file."""
+def verify_with_diffusers(file: Path, adapter: IPAdapter) -> float | str:
+    """The largest difference between the outputs of `adapter`, as ipadapter_core read it from the file, and of what
+    diffusers makes of the file; or why diffusers' loader cannot take such an adapter.
+
+    Raises VerificationError when it fails, the import of diffusers' loader included, or when the outputs differ.
+    """
+    spec = _spec_in_use(adapter)
     try:
+        # Imported here: this module must work whatever becomes of that loader.
+        from .diffusers_loader import load_with_diffusers, unsupported
+
+        reason = unsupported(spec)
+        if reason is not None:
+            return reason
         theirs = load_with_diffusers(file, spec)
     except Exception as error:  # whatever its users would meet
-        raise VerificationError(f"{file}: {VERSION} does not load it ({type(error).__name__}: {error}).") from error
+        raise VerificationError(f"{file}: {DIFFUSERS} does not load it ({type(error).__name__}: {error}).") from error
     _check_lora(file, adapter, theirs)
     advice = "Its users would get other pictures; do not publish it, and report this with the output of `inspect`."
-    comparison = _Comparison(file, ("ipadapter_core", VERSION), LOADER_TOLERANCE, advice)
-    return comparison.compare(_Outputs(adapter, spec), theirs, features)
+    comparison = _Comparison(file, ("ipadapter_core", DIFFUSERS), LOADER_TOLERANCE, advice)
+    return comparison.compare(_Outputs(adapter, spec), theirs, random_features(spec))
 
 
 def _check_lora(file: Path, ours: IPAdapter, theirs: DiffusersAdapter) -> None:
@@ -228,7 +247,7 @@ def _check_lora(file: Path, ours: IPAdapter, theirs: DiffusersAdapter) -> None:
         id, part, side, _ = name.split(".")
         loaded = theirs.lora(int(id), part, side)
         if loaded is None or not torch.equal(loaded, weight):
-            raise VerificationError(f"{file}: {VERSION} reads another LoRA tensor than ip_adapter.{name}, or none.")
+            raise VerificationError(f"{file}: {DIFFUSERS} reads another LoRA tensor than ip_adapter.{name}, or none.")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ipadapter_core import (
@@ -31,6 +30,7 @@ from ipadapter_core import (
     spec_metadata,
 )
 
+from ..disk import disk_errors
 from ..errors import ExportError, VerificationError
 from .file_names import SUFFIXES
 
@@ -62,32 +62,35 @@ def write_adapter(
     *,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    with_diffusers: bool = True,
 ) -> Verification | None:
     """Write an adapter in the published layout, in `dtype` (None: each tensor in its own). The suffix decides the
     format: .safetensors, or .bin (`{"image_proj": {...}, "ip_adapter": {...}}`), which has no place for metadata.
 
-    The file appears under its name by one rename, and only after `verify_export` has passed (`verify`).
+    The file appears under its name by one rename, and only after `verify_export` has passed (`verify`; its part
+    `with_diffusers` may be left out).
 
-    Raises ExportError for another suffix, values that `dtype` cannot hold or a disk that refuses; AdapterError for
-    weights that are not finite; VerificationError; OSError.
+    Raises ExportError for another suffix or values that `dtype` cannot hold; AdapterError for weights that are not
+    finite; VerificationError; DiskError.
     """
     if path.suffix not in SUFFIXES:
         raise ExportError(f"{path}: the suffix {path.suffix!r} is unknown. Use {' or '.join(SUFFIXES)}.")
     rounded = cast_adapter(adapter, dtype)
     metadata = {key: value for key, value in (metadata or {}).items() if key not in _OF_THE_TENSORS}
-    path.parent.mkdir(parents=True, exist_ok=True)
     # A folder beside the target, so that loaders meet the real name and the rename stays on one file system.
     folder = path.parent / f".{path.name}-{secrets.token_hex(4)}.tmp"
-    folder.mkdir()
     file = folder / path.name
     try:
-        _write(file, rounded, metadata)
+        with disk_errors(path, need=_size(rounded)):
+            folder.mkdir(parents=True)
+            _write(file, rounded, metadata)
         result = None
         if verify:
             from .verify import verify_export
 
-            result = replace(verify_export(file, adapter, metadata), file=path)
-        file.replace(path)
+            result = replace(verify_export(file, adapter, metadata, with_diffusers=with_diffusers), file=path)
+        with disk_errors(path):
+            file.replace(path)
         return result
     except (AdapterError, VerificationError) as error:
         raise type(error)(str(error).replace(str(file), str(path))) from error
@@ -116,16 +119,16 @@ def cast_adapter(adapter: IPAdapter, dtype: torch.dtype | None) -> IPAdapter:
     return adapter_from_checkpoint(checkpoint, shortcut=shortcut)
 
 
+def _size(adapter: IPAdapter) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in export_state(adapter).values())
+
+
 def _write(file: Path, adapter: IPAdapter, metadata: dict[str, str]) -> None:
-    try:
-        if file.suffix == ".safetensors":
-            save_adapter(file, adapter, metadata)
-            _sort_metadata(file)
-        else:
-            _write_bin(file, adapter)
-    except (SafetensorError, RuntimeError) as error:  # how the two libraries report a disk that refuses
-        reason = str(error).splitlines()[0]
-        raise ExportError(f"{file.name}: not written ({reason}). Check the disk; nothing was changed.") from error
+    if file.suffix == ".safetensors":
+        save_adapter(file, adapter, metadata)
+        _sort_metadata(file)
+    else:
+        _write_bin(file, adapter)
 
 
 def _write_bin(file: Path, adapter: IPAdapter) -> None:

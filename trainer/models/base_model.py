@@ -36,8 +36,9 @@ class BaseModel(ModelShapes):
     """A frozen text-to-image model and the encoder of image prompts; `load_base_model` makes it.
 
     Weights are read when a part is first used, and again after `release`; what the configs say needs none. The UNet
-    and the encoders have `dtype`, and so has the VAE, but for SDXL's: its activations grow so large that half precision
-    loses the picture, so it is in float32 unless its config has `force_upcast` false, as the fixed variants have.
+    and the encoders have `dtype`, and so has the VAE, but for SDXL's, and any in float16: its activations grow so large
+    that half precision loses the picture, so it is in float32 unless its config has `force_upcast` false, as the fixed
+    variants have.
     """
 
     def __init__(

@@ -82,8 +82,11 @@ class ModelShapes:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """The dtype of the VAE: float32 for SDXL's, unless its config says that it is a fixed one."""
-        return torch.float32 if self.is_sdxl and self._parts.vae_config["force_upcast"] else self.dtype
+        """The dtype of the VAE: float32 for SDXL's, and for any in float16, unless its config says that it is a fixed
+        one.
+        """
+        overflows = self.is_sdxl or self.dtype == torch.float16
+        return torch.float32 if overflows and self._parts.vae_config["force_upcast"] else self.dtype
 
     @property
     def latent_channels(self) -> int:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import DataError
 from .curves import CHARTS, Chart, Lines, draw
-from .run_files import CONFIG_FILE, read_log, replace_text, sample_files
+from .run_files import CONFIG_FILE, read_run, replace_text, sample_files
 from .verdict import read_verdict
 
 REPORT_FILE = "report.html"
@@ -31,11 +30,9 @@ img { max-width: 100%; background: white; border-radius: .4rem } figure img { wi
 def write_report(output: Path, summary: str) -> Path:
     """Write output/report.html from the log, the settings and the samples of a run; `summary` is its head in words.
 
-    Raises DataError for a folder without a log.
+    Raises DataError for a folder that is no run.
     """
-    train, validations = read_log(output)
-    if not train:
-        raise DataError(f"{output}: no line of a training in its log. Choose the output folder of a training.")
+    train, validations = read_run(output)
     config = output / CONFIG_FILE
     settings = config.read_text(encoding="utf-8") if config.is_file() else ""
     name = html.escape(output.resolve().name)

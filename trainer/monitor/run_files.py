@@ -7,20 +7,59 @@ output/samples/step-000200.png  the grid of samples of a validation
 
 from __future__ import annotations
 
+import difflib
+import errno
 import json
-import math
+import logging
+import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..disk import whole_file
+from ..errors import DataError
+
 LOG_FILE, CONFIG_FILE, SAMPLES = "log.jsonl", "config.toml", "samples"
+
+log = logging.getLogger(__name__)
+
+
+def read_run(output: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """`read_log` of a folder that a user names; lines that cannot be read are counted in a warning.
+
+    Raises DataError that says what a run is, and which ones are near, when this is none.
+    """
+    file = output / LOG_FILE
+    if not file.is_file():
+        inside = next((parent for parent in output.parents if (parent / LOG_FILE).is_file()), None)
+        if inside is not None and output.exists():
+            raise DataError(
+                f"{output} is a part of the run {inside}. Write `ipadapter report {shlex.quote(str(inside))}`."
+            )
+        found = "no such folder" if not output.exists() else f"no {LOG_FILE} in it" if output.is_dir() else "a file"
+        raise DataError(f"{output}: {found}. {_what_a_run_is(output)}")
+    train, validations = read_log(output)
+    lines = _lines(file)
+    broken = sum(_parse(line) is None for line in lines)
+    if not train:
+        what = f"none of its {len(lines)} lines is about training steps" if lines else "empty"
+        raise DataError(f"{file}: {what}. The first line comes after log_every steps; try again then.")
+    if broken:
+        log.warning("%s: %d of %d lines cannot be read and are left out.", file, broken, len(lines))
+    return train, validations
+
+
+def _what_a_run_is(near: Path) -> str:
+    text = f"A run is the output folder of a training, with {LOG_FILE}, {CONFIG_FILE} and checkpoints in it"
+    folders = {file.parent for place in (near, near.parent, Path("runs")) for file in place.glob(f"*/{LOG_FILE}")}
+    nearest = sorted(folders, key=lambda run: -difflib.SequenceMatcher(None, run.name, near.name).ratio())[:3]
+    return f"{text}, such as {', '.join(map(str, nearest))}." if nearest else f"{text}."
 
 
 def read_log(output: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The lines of a run about its training and about its validations; a line cut short by a kill is left out."""
-    file = output / LOG_FILE
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    parsed = [json.loads(line) for line in lines if _step_of(line) < math.inf]
+    parsed = [found for line in _lines(output / LOG_FILE) if (found := _parse(line)) is not None]
     return [line for line in parsed if "loss" in line], [line for line in parsed if "validation/loss" in line]
 
 
@@ -39,25 +78,45 @@ def drop_past(output: Path, start: int) -> None:
     """Drop the lines and samples past the step `start`. A training that starts at step 0 starts anew: nothing stays."""
     kept_until = start or -1
     file = output / LOG_FILE
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    replace_text(file, "".join(line + "\n" for line in lines if _step_of(line) <= kept_until))
+    kept = [line for line in _lines(file) if (found := _parse(line)) is not None and found["step"] <= kept_until]
+    replace_text(file, "".join(line + "\n" for line in kept))
     for step, sample in sample_files(output).items():
         if step > kept_until:
             sample.unlink()
 
 
-def _step_of(line: str) -> float:
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+
+
+def _parse(line: str) -> dict[str, float] | None:
+    """A line of the log; None when it was cut short by a kill, or is of something else."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
-        return math.inf
+        found = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(found, dict) or "step" not in found:
+        return None
+    return found if all(isinstance(value, int | float) for value in found.values()) else None
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file by one rename, so that a kill leaves the old one or the new one."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    """Write a file by one rename, so that a kill leaves the old one or the new one. Raises DiskError."""
+    data = text.encode("utf-8")
+    with whole_file(file, need=len(data)) as temporary:
+        temporary.write_bytes(data)
+
+
+def append_line(file: Path, line: str) -> None:
+    """Add a line, all of it or nothing: half of one would spoil the next."""
+    with file.open("ab", buffering=0) as stream:
+        before, data = stream.tell(), f"{line}\n".encode()
+        try:
+            if stream.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            stream.truncate(before)
+            raise
 
 
 def to_toml(config: Mapping[str, Any]) -> str:

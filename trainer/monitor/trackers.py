@@ -8,9 +8,12 @@ output/samples/step-000200.png  one picture a `RunLog.image`
 from __future__ import annotations
 
 import json
+import logging
 import math
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,12 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from ..disk import disk_errors, whole_file
 from ..engine.denoiser import Progress, check_loss
-from ..errors import ConfigError
-from .run_files import CONFIG_FILE, LOG_FILE, drop_past, picture_file, replace_text, to_toml
+from ..errors import ConfigError, DiskError
+from .run_files import CONFIG_FILE, LOG_FILE, append_line, drop_past, picture_file, replace_text, to_toml
+
+log = logging.getLogger(__name__)
 
 PROJECT = "ip-adapter-kit"  # in wandb and trackio; a run has the name of its output folder
 TENSORBOARD = "tensorboard"  # also the folder of its files
@@ -51,6 +57,9 @@ class RunLog:
     """What a run says about itself. The files and trackers are the main process's; `add` and `write` are called by
     all processes.
 
+    A log is not worth a training: once that runs, a line, a picture or a tracker that fails is left out, with one
+    warning until it works again.
+
     Lines and samples past the step `start` are from a run that was killed after its last checkpoint, and are dropped;
     so are their points in TensorBoard. wandb and trackio get a run of its own for every resume, in one group.
     `config` are the settings by name. The accelerator was made with `tracker_arguments`. `unlogged` is what the method
@@ -65,8 +74,10 @@ class RunLog:
         log_with: str,
         start: int,
         unlogged: Tensor | None = None,
+        warn: Callable[[str], None] = log.warning,
     ) -> None:
         self._accelerator, self._output, self._log_with = accelerator, output, log_with
+        self._warn, self._failing = warn, set[str]()
         self._losses, self._norms, self._images = list[Tensor](), list[Tensor](), 0
         if unlogged is not None:
             self._losses, self._norms = (list(row[~row.isnan()].to(accelerator.device)) for row in unlogged)
@@ -138,24 +149,41 @@ class RunLog:
         """Save a picture as output/<name>/step-000200.png and show it in the tracker."""
         if self._accelerator.is_main_process:
             file = picture_file(self._output, name, step)
-            file.parent.mkdir(exist_ok=True)
-            picture.save(file)
+            with self._optional(str(file.parent)), whole_file(file) as temporary:
+                picture.save(temporary)
             for tracker in self._accelerator.trackers:
-                _log_picture(tracker, step, name, picture)
+                with self._optional(tracker.name):
+                    _log_picture(tracker, step, name, picture)
         self._skip_time()
 
     def close(self) -> None:
         """Let the trackers finish. Not `Accelerator.end_training`, which would end the process group as well."""
         for tracker in self._accelerator.trackers:
-            tracker.finish()
+            with self._optional(tracker.name):
+                tracker.finish()
 
     def _append(self, line: Mapping[str, float], prefix: str = "") -> None:
         if not self._accelerator.is_main_process:
             return
-        with (self._output / LOG_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        file = self._output / LOG_FILE
+        with self._optional(str(file)), disk_errors(file):
+            append_line(file, json.dumps(line))
         numbers = {prefix + name: value for name, value in line.items() if name != "step"}
-        self._accelerator.log(numbers, step=int(line["step"]))
+        for tracker in self._accelerator.trackers:
+            with self._optional(tracker.name):
+                tracker.log(numbers, step=int(line["step"]))
+
+    @contextmanager
+    def _optional(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # trackers raise anything
+            if what not in self._failing:
+                reason = error.problem if isinstance(error, DiskError) else f"{what}: {type(error).__name__}: {error}"
+                self._warn(f"Warning: {' '.join(reason.split())}. The training continues; its log has a gap.")
+            self._failing.add(what)
+        else:
+            self._failing.discard(what)
 
     def _skip_time(self) -> None:
         now = time.monotonic()
@@ -180,6 +208,7 @@ def _start_tracker(
     if log_with == TENSORBOARD:
         # Not its hyperparameters: they would be a run of their own, and another one with every resume.
         purged = start + 1 if start else 0
+        threading.excepthook = _report_thread
         accelerator.init_trackers(TENSORBOARD, init_kwargs={TENSORBOARD: {"purge_step": purged}})
         if accelerator.is_main_process:
             writer: Any = accelerator.get_tracker(TENSORBOARD, unwrap=True)
@@ -187,6 +216,12 @@ def _start_tracker(
         return
     options = {"wandb": {**run, "dir": str(output)}, "trackio": run}
     accelerator.init_trackers(PROJECT, dict(config), {log_with: options[log_with]})
+
+
+def _report_thread(problem: Any) -> None:
+    """All but TensorBoard's: what its thread meets on the disk is raised again, by the next `log`."""
+    if type(problem.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(problem)
 
 
 def _log_picture(tracker: Any, step: int, name: str, picture: Image.Image) -> None:

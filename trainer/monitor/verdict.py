@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 Lines = Sequence[dict[str, float]]
 
 RISEN = 0.03  # share by which a validation loss above its lowest is worth a word
+
+
+def validation_line(step: int, numbers: Mapping[str, float]) -> str:
+    """The numbers of a validation that count, in a line."""
+    line = f"Validation at step {step:,}: loss {numbers['validation/loss']:.4f}"
+    if "validation/gap_shuffled" in numbers:
+        error = numbers.get("validation/gap_shuffled_error", 0.0)
+        line += f", gap to another image {numbers['validation/gap_shuffled']:.4f} (standard error {error:.4f})"
+    return f"{line}, gap to no image {numbers['validation/gap_no_image']:.4f}"
 
 
 def read_verdict(validations: Lines) -> tuple[bool | None, str]:
@@ -16,8 +25,9 @@ def read_verdict(validations: Lines) -> tuple[bool | None, str]:
     """
     if not validations:
         return None, (
-            "There was no validation: validation_pictures is 0, or there are fewer than ten pictures. The loss alone "
-            "does not say whether the adapter reads its image; look at what it generates."
+            "There was no validation: validation_pictures is 0, the data are a stream of shards, or there are fewer "
+            "than ten pictures. The loss alone does not say whether the adapter reads its image; look at what it "
+            "generates."
         )
     last = validations[-1]
     if "validation/gap_shuffled" not in last:
@@ -46,7 +56,9 @@ def read_verdict(validations: Lines) -> tuple[bool | None, str]:
 
 
 def _beside_the_base(last: dict[str, float]) -> str | None:
-    gap = last["validation/gap_no_image"]
+    gap = last.get("validation/gap_no_image")
+    if gap is None:
+        return None
     if gap >= 0:
         return f"Beside the base model alone it is lower by {gap:.4f}."
     return (

@@ -177,11 +177,11 @@ class TrainConfig(BaseModel):
         description="Let the last timestep be pure noise (arXiv 2305.08891), for a v-prediction base that was trained "
         "so.",
     )
-    mixed_precision: Literal["no", "bf16", "fp8"] = Field(
+    mixed_precision: Literal["no", "bf16", "fp16", "fp8"] = Field(
         "no",
         description="no: all in float32. bf16: the frozen base in bfloat16, half the memory and much faster on a "
-        "GPU. fp8: its UNet stored in 8 bit and computed in bfloat16, a quarter of the memory. The adapter stays in "
-        "float32.",
+        "GPU. fp16: the same in float16, with a loss scale, for GPUs without bfloat16 (before Ampere). fp8: its UNet "
+        "stored in 8 bit and computed in bfloat16, a quarter of the memory. The adapter stays in float32.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: far less memory, a third more time."

@@ -46,11 +46,24 @@ class Position:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Everything that changes while training. The optimizer may be Accelerate's wrapper of one."""
+    """Everything that changes while training. The optimizer may be Accelerate's wrapper of one, with a loss scaler."""
 
     adapter: IPAdapter
     optimizer: torch.optim.Optimizer
     average: AveragedWeights
+
+    @property
+    def size(self) -> int:
+        """Bytes of a checkpoint, but for a few KB."""
+        values = [value for group in self.optimizer.state.values() for value in group.values()]
+        tensors = [*self.adapter.parameters(), *(value for value in values if isinstance(value, Tensor))]
+        weights = sum(p.numel() * p.element_size() for p in self.adapter.parameters())
+        return sum(t.numel() * t.element_size() for t in tensors) + (weights if self.average.exist else 0)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler of a training in float16."""
+        return getattr(self.optimizer, "scaler", None)
 
 
 def checkpoint_folders(output: Path) -> list[Path]:
@@ -81,8 +94,8 @@ def save_checkpoint(
     """Write `checkpoint-<step>`, then delete all but the newest `keep`. A step that is already saved stays as
     it is. `facts` are what `changes` compares. `unlogged` are the numbers of steps that wait for a line of the log.
 
-    Raises AdapterError for weights that are not finite, OSError or CheckpointError when the disk refuses; older
-    checkpoints stay.
+    Raises AdapterError for weights that are not finite, and what the disk raises (see `disk_errors`); older checkpoints
+    stay.
     """
     target = output / f"checkpoint-{position.step:06d}"
     if target in checkpoint_folders(output):
@@ -101,6 +114,7 @@ def save_checkpoint(
             "facts": dict(facts),
             "weights": state.adapter.state_dict() if state.average.exist else {},  # else adapter.safetensors has them
             "optimizer": state.optimizer.state_dict(),
+            "scaler": {} if state.scaler is None else state.scaler.state_dict(),
             "average": state.average.state_dict(),
             "random": _random_states(),
         }
@@ -142,25 +156,18 @@ def resume(folder: Path, state: State) -> Tensor:
     for group, setting in zip(state.optimizer.param_groups, settings, strict=True):
         group.pop("initial_lr", None)  # the schedule takes it from lr
         group.update(setting)
+    if state.scaler is not None and content.get("scaler"):
+        state.scaler.load_state_dict(content["scaler"])
     state.average.load_state_dict(content["average"])
     _restore_random_states(content["random"])
     return content["unlogged"]
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    """Raises CheckpointError when the disk refuses; PyTorch says so with a RuntimeError of its own."""
-    try:
-        with file.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except (OSError, RuntimeError) as error:
-        free = shutil.disk_usage(file.parent).free
-        reason = error.strerror if isinstance(error, OSError) else "the file could not be written"
-        raise CheckpointError(
-            f"{file.parent.parent}: no checkpoint could be saved ({reason}; {free / 1e9:.1f} GB are free). The last "
-            "good one is kept: make room, and run the same command again."
-        ) from error
+    with file.open("wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _read(folder: Path, mmap: bool = False) -> dict[str, Any]:

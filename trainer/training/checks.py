@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from ..engine.denoiser import adapter_spec, read_initial_adapter
 from ..engine.inputs import open_base_model
 from ..engine.objective import Objective, new_objective
 from ..engine.optimizers import check_optimizer
-from ..engine.processes import launched_on_cpu
+from ..engine.processes import check_precision, launched_on_cpu
 from ..errors import CheckpointError, ConfigError
 from ..models.base_model import BaseModel
 from ..monitor.trackers import tracker_arguments
@@ -62,9 +62,10 @@ def check_training(config: TrainConfig) -> Checked:
     """
     checkpoint = checkpoint_to_resume(config)
     check_optimizer(config.optimizer)
+    check_precision(config.mixed_precision, PartialState(cpu=launched_on_cpu()).device)
     accelerator = Accelerator(
         cpu=launched_on_cpu(),
-        mixed_precision="no" if config.mixed_precision == "no" else "bf16",
+        mixed_precision="bf16" if config.mixed_precision == "fp8" else config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
         **tracker_arguments(config.log_with, config.output),
     )

@@ -12,10 +12,10 @@ from torch import nn
 
 from ipadapter_core import AdapterSpec, init_adapter
 
-from ..cache.files import show_bytes
 from ..cache.plan import Rows
 from ..cache.settings import cache_size
 from ..data.examples import Example
+from ..disk import show_bytes
 from ..engine.claim import Say, claim
 from ..engine.denoiser import adapter_spec
 from ..engine.inputs import open_base_model, root_of
@@ -27,7 +27,7 @@ from .sources import held_out_rows, known_examples
 
 # Bytes beside each float32 weight in training: its gradient and what the optimizer remembers of it.
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "schedulefree": 8}
-_FROZEN_BYTES = {"no": 4, "bf16": 2, "fp8": 1}
+_FROZEN_BYTES = {"no": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True)

@@ -55,20 +55,18 @@ class Training:
         """Pictures in one batch of all processes."""
         return self.checked.images_per_batch
 
-    def position(self, step: int) -> Position:
-        """Where the training is after `step` steps."""
-        batches = (step - self.start.step) * self.config.gradient_accumulation
-        images = self.start.images + batches * self.images_per_batch
-        return Position(step, self.start.batches + batches, images)
+    def position(self, step: int, batches: int) -> Position:
+        """Where the training is after `step` steps and so many batches of this run."""
+        return Position(step, self.start.batches + batches, self.start.images + batches * self.images_per_batch)
 
-    def metadata(self, step: int) -> dict[str, str]:
-        """The provenance of the weights after `step` steps."""
+    def metadata(self, position: Position) -> dict[str, str]:
+        """The provenance of the weights at this position."""
         return provenance(
             self.base_model,
             self.state.adapter.spec,
             prediction_type=self.objective.prediction_type,
-            steps=step,
-            images_seen=self.position(step).images,
+            steps=position.step,
+            images_seen=position.images,
             seed=self.config.seed,
             data_hash=self.source.data_hash,
             data_size=self.source.size,
@@ -124,7 +122,9 @@ def summary(training: Training) -> str:
     """What is about to happen, for the user to check."""
     config, base_model, source = training.config, training.base_model, training.source
     parameters = sum(p.numel() for p in training.state.adapter.parameters())
-    precisions = {"no": "float32", "bf16": "bfloat16 base, float32 adapter", "fp8": "8-bit base, float32 adapter"}
+    precisions = {"no": "float32", "bf16": "bfloat16 base", "fp16": "float16 base", "fp8": "8-bit base"}
+    precision = precisions[config.mixed_precision]
+    precision += "" if config.mixed_precision == "no" else ", float32 adapter"
     per_step = training.images_per_batch * config.gradient_accumulation
     size = "shards" if source.size is None else f"{source.size:,} pictures"
     epochs = "" if source.size is None else f" ({training.steps * per_step / source.size:.1f} epochs in all)"
@@ -132,7 +132,7 @@ def summary(training: Training) -> str:
     return (
         f"Training {parameters / 1e6:.2f} M parameters: {training.state.adapter.spec.describe()}\n"
         f"  base model  {base_model.name} ({training.objective.prediction_type}), {base_model.device}, "
-        f"{precisions[config.mixed_precision]}{'' if processes == 1 else f', {processes} processes'}\n"
+        f"{precision}{'' if processes == 1 else f', {processes} processes'}\n"
         f"  data        {size} at {config.resolution} px, {per_step} per step"
         f"{', features from the cache' if source.cached else ''}\n"
         f"  steps       {training.start.step:,} to {training.steps:,}{epochs}\n"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -20,23 +21,31 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request, so that no step is cut in half; a later SIGINT stops at once.
+    """Turn the first SIGINT or SIGTERM into a request, so that no step is cut in half; a later SIGINT stops at once, as
+    it would have without this (a KeyboardInterrupt).
 
     Outside of the main thread signals cannot be caught, and nothing changes.
     """
     stop = StopRequest()
     previous: dict[int, Any] = {}
-    first = 0.0
+    process, first, launched = os.getpid(), 0.0, "WORLD_SIZE" in os.environ
 
     def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal first
+        nonlocal first, launched
+        if os.getpid() != process:  # a worker that was just forked: this process decides
+            return
         if stop.requested:
             # Schedulers signal a launcher and its processes, and the launcher passes it on: that is one request.
-            if number == signal.SIGINT and time.monotonic() - first > _ECHO:
+            if number == signal.SIGINT and not (launched and time.monotonic() - first < _ECHO):
+                signal.signal(number, previous[number])
+                if callable(previous[number]):
+                    previous[number](number, frame)
                 raise KeyboardInterrupt
             return
         stop.requested, first = True, time.monotonic()
-        say("Stopping after this step; Ctrl-C again stops at once, without saving.")
+        launched = launched or number != signal.SIGINT
+        with suppress(RuntimeError):  # the signal may come while the same stream is written to
+            say("Stopping after this step; Ctrl-C again stops at once, without saving.")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
@@ -47,4 +56,5 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
         yield stop
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is ask:  # not after a second SIGINT, which set its own
+                signal.signal(number, handler)

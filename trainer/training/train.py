@@ -8,29 +8,24 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..disk import disk_errors
 from ..engine.claim import claim
 from ..engine.denoiser import Denoiser, Progress, TrainingBatch, check_loss, denoiser, train_steps
 from ..engine.features import encode_batch
-from ..files.file_names import published_name
-from ..files.provenance import export_adapter
-from ..monitor.report import write_report
 from ..monitor.trackers import RunLog, progress_postfix
+from ..monitor.verdict import validation_line
 from ..settings.config import TrainConfig
-from .checkpoints import save_checkpoint
+from .checkpoints import Position, checkpoint_folders, save_checkpoint
+from .finish import finish
 from .setup import Say, Training, prepare, summary
 from .stopping import StopRequest, stop_requests
 
 
 class Interrupted(Exception):
-    """The user, or the system, asked the training to stop; it saved `checkpoint` first."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(f"stopped after saving {checkpoint}")
-        self.checkpoint = checkpoint
+    """The user, or the system, stopped the training. The message says what is saved."""
 
 
 def train(
@@ -42,8 +37,8 @@ def train(
 ) -> Path:
     """Run a training to its end and return the exported adapter file. `say` gets the lines meant for people.
 
-    Raises TrainerError or AdapterError for everything the user can put right, and Interrupted, with a
-    checkpoint saved, after SIGINT or SIGTERM.
+    Raises TrainerError or AdapterError for everything the user can put right, and Interrupted after SIGINT or SIGTERM,
+    with a checkpoint saved, and after a second SIGINT, without.
     """
     with claim(config.output, say) as check_claim:
 
@@ -51,18 +46,33 @@ def train(
             check_claim()  # before anything is written
             on_progress(progress)
 
-        return _train(config, say, step_done, progress_bar)
+        training = prepare(config, say)
+        say = _above_the_bar(say) if training.accelerator.is_main_process else _silent
+        try:
+            position = _train(training, say, step_done, progress_bar)
+        except KeyboardInterrupt:
+            saved = checkpoint_folders(config.output)
+            resume = (
+                f"Run the same command again to resume from {saved[-1]}." if saved else "There is no checkpoint yet."
+            )
+            raise Interrupted(f"Stopped without saving. {resume}") from None
+        try:
+            return finish(training, position, say)
+        except KeyboardInterrupt:
+            complete = f"Stopped; the training is complete, in {checkpoint_folders(config.output)[-1]}."
+            raise Interrupted(f"{complete} Run the same command again to export it.") from None
 
 
-def _train(config: TrainConfig, say: Say, on_progress: Callable[[Progress], None], progress_bar: bool) -> Path:
-    training = prepare(config, say)
-    accelerator, step = training.accelerator, training.start.step
-    say = say if accelerator.is_main_process else _silent
+def _train(training: Training, say: Say, on_progress: Callable[[Progress], None], progress_bar: bool) -> Position:
+    config, accelerator, position = training.config, training.accelerator, training.start
+    step = position.step
     say(summary(training))
+    if training.validation is None:
+        say(f"No validation: {_why_no_validation(training)}")
     model_in_training = denoiser(training.base_model, training.adapter, training.objective)
-    with stop_requests(say) as stop, closing(_open_log(training)) as log, model_in_training as model:
+    with stop_requests(say) as stop, closing(_open_log(training, say)) as log, model_in_training as model:
         if step == 0:
-            _validate(training, model, log, step)
+            _validate(training, model, log, step, say)
         batches = training_batches(training)
         stream = train_steps(
             model,
@@ -79,6 +89,7 @@ def _train(config: TrainConfig, say: Say, on_progress: Callable[[Progress], None
         with closing(batches), closing(stream), bar:
             for progress in stream:
                 step, last = progress.step, progress.step == training.steps
+                position = training.position(step, progress.batches)
                 training.state.average.update()
                 log.add(progress)
                 on_progress(progress)
@@ -87,14 +98,14 @@ def _train(config: TrainConfig, say: Say, on_progress: Callable[[Progress], None
                     line = log.write(training.schedule.get_last_lr()[0])
                     bar.set_postfix(progress_postfix(line), refresh=False)
                 if step % config.validate_every == 0 or last:
-                    _validate(training, model, log, step)
+                    _validate(training, model, log, step, say)
                 stopping = _agree_to_stop(training, stop, step)
                 if step % config.save_every == 0 or last or stopping:
                     check_loss(step, float(progress.loss))
-                    folder = save(training, step, log.unlogged())
+                    folder = save(training, position, log.unlogged())
                     if stopping and not last:
-                        raise Interrupted(folder)
-    return finish(training, step, say)
+                        raise Interrupted(f"Stopped; saved {folder}. Run the same command again to resume.")
+    return position
 
 
 def training_batches(training: Training) -> Iterator[TrainingBatch]:
@@ -105,46 +116,39 @@ def training_batches(training: Training) -> Iterator[TrainingBatch]:
         yield TrainingBatch(features, batch["drop_image_embeds"], batch["noise"], batch["timesteps"])
 
 
-def save(training: Training, step: int, unlogged: Tensor) -> Path:
-    """Write the checkpoint of a step that was just done."""
-    folder = training.config.output / f"checkpoint-{step:06d}"
+def save(training: Training, position: Position, unlogged: Tensor) -> Path:
+    """Write the checkpoint of a step that was just done. Raises DiskError that names the last good one."""
+    output = training.config.output
+    folder = output / f"checkpoint-{position.step:06d}"
     if training.accelerator.is_main_process:
-        folder = save_checkpoint(
-            training.config.output,
-            training.position(step),
-            training.checked.facts,
-            training.state,
-            unlogged=unlogged,
-            metadata=training.metadata(step),
-            keep=training.config.keep_checkpoints,
-        )
+        saved = checkpoint_folders(output)
+        kept = f"the last good checkpoint is {saved[-1].name}" if saved else "there is no checkpoint yet"
+        with disk_errors(folder, training.state.size, kept):
+            folder = save_checkpoint(
+                output,
+                position,
+                training.checked.facts,
+                training.state,
+                unlogged=unlogged,
+                metadata=training.metadata(position),
+                keep=training.config.keep_checkpoints,
+            )
     training.accelerator.wait_for_everyone()
     return folder
 
 
-def finish(training: Training, step: int, say: Say) -> Path:
-    """Export the adapter, check the file as other hosts will read it, and write the report."""
-    config, spec = training.config, training.state.adapter.spec
-    file = config.output / published_name(spec)
-    broken = sorted({line for lines in gather_object([list(training.source.broken)]) for line in lines})
-    if training.accelerator.is_main_process:
-        if broken:
-            say(f"{len(broken)} pictures could not be read and were skipped, such as {broken[0]}")
-        with training.state.average.applied():
-            export_adapter(
-                file,
-                training.state.adapter,
-                training.metadata(step),
-                dtype=getattr(torch, config.export_dtype),
-                verify=True,
-            )
-        say(f"Report: {write_report(config.output, summary(training))}")
-        say(f"Saved {file}")
-    training.accelerator.wait_for_everyone()
-    return file
+def _why_no_validation(training: Training) -> str:
+    config, source = training.config, training.source
+    if config.validation_pictures == 0:
+        return "validation_pictures is 0."
+    if source.size is None:
+        return "the shards are a stream. Cache them (`ipadapter cache`) to have some of their pictures held out."
+    if source.broken:
+        return f"no held-out picture can be read, such as {min(source.broken)}"
+    return f"a tenth of the data is held out at most, and there are {source.size} pictures; 10 would do."
 
 
-def _open_log(training: Training) -> RunLog:
+def _open_log(training: Training, say: Say) -> RunLog:
     config = training.config
     return RunLog(
         training.accelerator,
@@ -153,15 +157,18 @@ def _open_log(training: Training) -> RunLog:
         config.log_with,
         training.start.step,
         training.unlogged,
+        warn=say,
     )
 
 
-def _validate(training: Training, model: Denoiser, log: RunLog, step: int) -> None:
+def _validate(training: Training, model: Denoiser, log: RunLog, step: int, say: Say) -> None:
     """Numbers and pictures of the held-out examples, by the main process; the others wait."""
     if training.validation is not None and training.accelerator.is_main_process:
         alone = dataclasses.replace(model, adapter=training.state.adapter)  # no other process takes part
         with training.state.average.applied():
-            log.validation(step, training.validation.measure(alone))
+            numbers = training.validation.measure(alone)
+            log.validation(step, numbers)
+            say(validation_line(step, numbers))
             grid = training.validation.samples(training.state.adapter)
         if grid is not None:
             log.image(step, "samples", grid)
@@ -177,6 +184,16 @@ def _agree_to_stop(training: Training, stop: StopRequest, step: int) -> bool:
         return False
     asked = torch.tensor(float(stop.requested), device=accelerator.device)
     return bool(accelerator.reduce(asked, "sum").item())
+
+
+def _above_the_bar(say: Say) -> Say:
+    """Lines that leave the progress bar whole."""
+
+    def written(line: str) -> None:
+        with tqdm.external_write_mode():
+            say(line)
+
+    return written
 
 
 def _silent(line: str) -> None:

@@ -1,0 +1,89 @@
+"""The end of a training: its file, the check of it, the verdict and the report."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+
+from ipadapter_core import AdapterError, load_adapter
+
+from ..errors import DiskError, ExportError, TrainerError
+from ..files.file_names import published_name
+from ..files.provenance import export_adapter
+from ..files.verify import verify_with_diffusers
+from ..monitor.report import write_report
+from ..monitor.run_files import read_log
+from ..monitor.verdict import read_verdict
+from .checkpoints import Position, checkpoint_folders
+from .setup import Say, Training, summary
+
+
+def finish(training: Training, position: Position, say: Say) -> Path:
+    """Export the adapter, check the file as other hosts will read it, and write the report. The file stays whatever
+    diffusers and the report make of it.
+
+    Raises TrainerError that says how to export the last checkpoint when the file itself cannot be written.
+    """
+    config, spec = training.config, training.state.adapter.spec
+    file = config.output / published_name(spec)
+    broken = sorted({line for lines in gather_object([list(training.source.broken)]) for line in lines})
+    if training.accelerator.is_main_process:
+        if broken:
+            say(f"{len(broken)} pictures could not be read and were skipped, such as {broken[0]}")
+        _export(training, position, file)
+        again = _export_command(training, file, config.export_dtype)
+        try:
+            verify_with_diffusers(file, load_adapter(file, shortcut=spec.shortcut))
+        except Exception as error:  # a third party's failure must not cost the file
+            inspect = shlex.join(["ipadapter", "inspect", str(file)])
+            say(
+                f"Warning: {_in_a_line(error)} The file is kept, since ipadapter_core reads back what was written. "
+                f"`{inspect}` shows what it is; `{again}` checks it again."
+            )
+        validations = read_log(config.output)[1]
+        if validations:
+            say(f"Verdict: {read_verdict(validations)[1]}")
+        try:
+            say(f"Report: {write_report(config.output, summary(training))}")
+        except Exception as error:  # nor a library that draws
+            report = shlex.join(["ipadapter", "report", str(config.output)])
+            say(f"Warning: the report was not written ({_in_a_line(error)}). `{report}` writes it.")
+        say(f"Saved {file}")
+    training.accelerator.wait_for_everyone()
+    return file
+
+
+def _export(training: Training, position: Position, file: Path) -> None:
+    config = training.config
+    try:
+        with training.state.average.applied():
+            export_adapter(
+                file,
+                training.state.adapter,
+                training.metadata(position),
+                dtype=getattr(torch, config.export_dtype),
+                verify=True,
+                with_diffusers=False,  # afterwards, when the file is there
+            )
+    except (TrainerError, AdapterError) as error:
+        # What float16 cannot hold, or holds too coarsely, float32 can.
+        dtype = config.export_dtype if isinstance(error, DiskError) else "float32"
+        raise ExportError(
+            f"{error} The training is complete; its last checkpoint exports with "
+            f"`{_export_command(training, file, dtype)}`."
+        ) from error
+
+
+def _export_command(training: Training, file: Path, dtype: str) -> str:
+    checkpoint = checkpoint_folders(training.config.output)[-1]
+    options = [f"--dtype={dtype}"] * (dtype != "float16") + ["--force"] * file.exists()
+    return shlex.join(["ipadapter", "export", str(checkpoint), str(file), *options])
+
+
+def _in_a_line(error: Exception) -> str:
+    text = str(error) if isinstance(error, TrainerError) else f"{type(error).__name__}: {error}"
+    return textwrap.shorten(text, 400, placeholder=" ...")
