@@ -26,6 +26,10 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"batch_size": "2.5"}, ["batch_size = '2.5'", "a whole number"]),
         ({"batch_size": 0}, ["batch_size = 0", "at least 1"]),
         ({"learning_rate": 0}, ["learning_rate = 0", "more than 0"]),
+        ({"learning_rate": "nan"}, ["learning_rate = 'nan'", "a finite number"]),
+        ({"noise_offset": float("inf")}, ["noise_offset = inf", "a finite number"]),
+        ({"epochs": "inf", "steps": None}, ["epochs = 'inf'", "a finite number"]),
+        ({"ema_decay": 1}, ["ema_decay = 1", "less than 1"]),
         ({"flip": "perhaps"}, ["flip = 'perhaps'", "true or false"]),
         ({"resolution": 500}, ["resolution = 500", "a multiple of 8"]),
         ({"mixed_precision": "fp16"}, ["mixed_precision = 'fp16'", "'no'", "'bf16'"]),
@@ -66,6 +70,22 @@ def test_overrides_win_over_the_file_and_can_unset(tmp_path: Path) -> None:
     config = load_config(file, ["steps=none", "epochs=1.5", "flip=true", "learning_rate=2e-5"])
     assert (config.steps, config.epochs, config.flip, config.learning_rate) == (None, 1.5, True, 2e-5)
     assert config.data == str(Path("~/d").expanduser())
+
+
+@pytest.mark.parametrize("text", ["yes", "True", "on", "1", "no", "False", "off", "0"])
+def test_a_switch_takes_the_usual_words(text: str) -> None:
+    assert load_config(None, [f"{k}={v}" for k, v in {**MINIMAL, "flip": text}.items()]).flip is (
+        text in ("yes", "True", "on", "1")
+    )
+
+
+def test_every_number_has_to_be_finite() -> None:
+    numbers = [name for name, field in TrainConfig.model_fields.items() if field.annotation in (float, float | None)]
+    assert "reference_crop" in numbers
+    for name in numbers:
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(ConfigError, match=f"{name} = {value}: expected a finite number"):
+                make_config({**MINIMAL, name: value})
 
 
 @pytest.mark.parametrize("override", ["steps", "=3"])

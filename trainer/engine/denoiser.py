@@ -39,6 +39,7 @@ from ipadapter_core import (
 from ..errors import DivergedError, TrainerError
 from ..models.base_model import BaseModel
 from ..models.conditioning import added_conditions
+from ..models.hub import refuse_missing
 from ..models.image_features import dropped_features
 from ..settings.kinds import TRAIN_KINDS, TrainKind, spec_for
 from .features import Features
@@ -153,6 +154,7 @@ def new_adapter(
         adapter = init_adapter(spec)
         init_from_unet(adapter.layers, base_model.unet)
         return adapter.train()
+    refuse_missing(init_from)
     adapter = load_adapter(init_from, dtype=torch.float32, shortcut=spec.shortcut)
     check_compatible(adapter.spec, base_model.sites, Path(init_from).name)
     for what in ("kind", "tokens", "image_width", "face_width", "lora_rank"):

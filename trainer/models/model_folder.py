@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ..errors import BaseModelError
 from .weight_files import weights_fingerprint
+from .weight_names import WEIGHT_SUFFIXES, choose_weights
 
 FAMILIES = "SD1.5, SD2 and SDXL"
 _REFUSED = {  # in model_index.json's _class_name -> the name to refuse
@@ -27,10 +27,11 @@ _REFUSED = {  # in model_index.json's _class_name -> the name to refuse
     "Refiner": "the SDXL refiner",
 }
 TIME_IDS = 6  # SDXL: (height, width), (top, left), (height, width)
-_WEIGHTS = re.compile(
-    r"(diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.(safetensors|bin)"
+_EXPECTED = (
+    "Set base_model to a folder in the diffusers layout, a .safetensors checkpoint or a Hub id such as "
+    "stable-diffusion-v1-5/stable-diffusion-v1-5; `ipadapter models` lists models to download."
 )
-
+_EXPECTED_CONFIGS = "Set base_config to a folder in the diffusers layout; its weights are not needed."
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -46,12 +47,9 @@ def chosen_weights(folder: Path) -> ChosenWeights:
 
     Raises BaseModelError when there are none.
     """
-    for fp16 in (False, True):
-        for suffix in (".safetensors", ".bin"):
-            names = [p for p in sorted(folder.glob(f"*{suffix}")) if _WEIGHTS.fullmatch(p.name)]
-            files = [p for p in names if (".fp16" in p.name) == fp16]
-            if files:
-                return ChosenWeights(files, "fp16" if fp16 else None)
+    chosen = choose_weights(p.name for p in folder.iterdir())
+    if chosen is not None:
+        return ChosenWeights([folder / name for name in chosen.names], chosen.variant)
     found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
     raise BaseModelError(f"{folder}: no weights (found: {found}). Download the folder again.")
 
@@ -80,7 +78,7 @@ class ModelFolder:
 
     def __init__(self, folder: Path, needs_weights: bool = True) -> None:
         self.folder = folder
-        self._check_parts()
+        self._check_parts(needs_weights)
         self.unet_config = _config(UNet2DConditionModel, folder / "unet")
         self.vae_config = _config(AutoencoderKL, folder / "vae")
         self.is_sdxl = self.unet_config["addition_embed_type"] == "text_time"
@@ -134,15 +132,12 @@ class ModelFolder:
         variant = chosen_weights(self.folder / part).variant
         return load_part(kind, self.folder / part, **options, **({"variant": variant} if variant else {}))
 
-    def _check_parts(self) -> None:
+    def _check_parts(self, needs_weights: bool) -> None:
         folder = self.folder
         if not folder.is_dir():
-            missing = "no such file" if folder.suffix else "no such folder"
+            missing = "no such file" if folder.suffix in WEIGHT_SUFFIXES else "no such folder"
             what = "a file, but no .safetensors" if folder.exists() else missing
-            raise BaseModelError(
-                f"{folder}: {what}; base_model must be a local folder in the diffusers layout, or a single "
-                ".safetensors checkpoint."
-            )
+            raise BaseModelError(f"{folder}: {what}. {_EXPECTED if needs_weights else _EXPECTED_CONFIGS}")
         index = _read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
         pipeline = str(index.get("_class_name", ""))
         refiner = bool(index.get("requires_aesthetics_score")) or (
