@@ -82,7 +82,8 @@ def eval_command(
 ) -> None:
     """Measure an adapter as the paper does: CLIP-I and CLIP-T, beside the paper's table.
 
-    ipadapter eval --base-model models/stable-diffusion-v1-5 --image-encoder models/IP-Adapter/models/image_encoder --adapter runs/cats --data cats --clip models/clip-vit-large-patch14 --controls
+    ipadapter eval --base-model models/stable-diffusion-v1-5 --image-encoder models/IP-Adapter/models/image_encoder
+    --adapter runs/cats --data cats --clip models/clip-vit-large-patch14 --controls
 
     Ctrl-C stops it; the same command goes on. Several GPUs share the work:
     accelerate launch --multi_gpu -m ipadapter_trainer.cli eval ...

@@ -25,8 +25,8 @@ _CHUNK = 64  # texts or pictures at once
 _VIT_L = (1024, 24, 14, 224, "quick_gelu", 768)  # width, layers, patch, pixels, activation, projection
 _VIT_L_NAME = "CLIP ViT-L/14"
 _WHAT = (
-    "--clip takes a folder or Hub id of a whole CLIP (transformers' CLIPModel: both encoders, their projections and the "
-    "tokenizer). The paper's is openai/clip-vit-large-patch14: `ipadapter models clip-vit-large-patch14 --download`."
+    "--clip takes a folder or Hub id of a whole CLIP (transformers' CLIPModel: both encoders, their projections and "
+    "the tokenizer). The paper's: openai/clip-vit-large-patch14 (`ipadapter models clip-vit-large-patch14 --download`)."
 )
 
 

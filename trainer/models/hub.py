@@ -183,7 +183,10 @@ def _is_complete(folder: Path) -> bool:
     given = {part for part, library in json.loads(index.read_text(encoding="utf-8")).items() if library and library[0]}
     return (
         all("config.json" in names(part) and are_complete(names(part)) for part in given.intersection(_PARTS))
-        and all({"vocab.json", "merges.txt"} <= names(part) for part in given.intersection(_TOKENIZERS))
+        and all(
+            "tokenizer.json" in names(part) or {"vocab.json", "merges.txt"} <= names(part)
+            for part in given.intersection(_TOKENIZERS)
+        )
         and "scheduler_config.json" in names("scheduler")
     )
 

@@ -80,7 +80,8 @@ def write_config(name: str, out: Path) -> Path:
     file = find_config(name)
     if out.suffix != ".toml":
         raise ConfigError(f"{out}: a config ends in .toml. Write `ipadapter new {name} {out}.toml`.")
-    text = file.read_text(encoding="utf-8").replace(f"ipadapter train {file.stem} ", f"ipadapter train {out} ")
+    command = "#     ipadapter train "
+    text = file.read_text(encoding="utf-8").replace(f"{command}{file.stem}", f"{command}{out}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("x", encoding="utf-8") as stream:
