@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ipadapter_trainer.errors import ConfigError
 from ipadapter_trainer.settings.config import TrainConfig
-from ipadapter_trainer.settings.config_file import load_config, make_config, options_text
+from ipadapter_trainer.settings.config_file import config_of_arguments, load_config, make_config, options_text
 
 MINIMAL: dict[str, Any] = {"base_model": "m", "data": "d", "output": "o", "steps": 10}
 
@@ -70,6 +70,11 @@ def test_overrides_win_over_the_file_and_can_unset(tmp_path: Path) -> None:
     config = load_config(file, ["steps=none", "epochs=1.5", "flip=true", "learning_rate=2e-5"])
     assert (config.steps, config.epochs, config.flip, config.learning_rate) == (None, 1.5, True, 2e-5)
     assert config.data == str(Path("~/d").expanduser())
+
+
+def test_spaces_inside_a_word_do_not_matter() -> None:
+    config = config_of_arguments("train", ["base_model=m", "data=d", "output=o", "steps = 10"])
+    assert config == make_config(MINIMAL)
 
 
 @pytest.mark.parametrize("text", ["yes", "True", "on", "1", "no", "False", "off", "0"])

@@ -174,9 +174,14 @@ def test_a_repository_without_a_file_is_named(run: Run, hub: HubServer) -> None:
 
 
 def test_models_are_listed_with_their_commands(run: Run) -> None:
-    every, one, mistyped, nameless = run(
-        "models", "models models/IP-Adapter/models/image_encoder", "models clip-vit-j x", "models --download"
+    every, one, mistyped, nameless, none = run(
+        "models",
+        "models models/IP-Adapter/models/image_encoder",
+        "models clip-vit-j x",
+        "models --download",
+        "models emoji-base",
     )
+    assert none.err == "ipadapter: emoji-base names none of the models that `ipadapter models` lists.\n"
     assert all(model.name in every.out and str(model.place) in every.out for model in PUBLISHED_MODELS)
     assert " download h94/IP-Adapter models/image_encoder/config.json models/image_encoder/model.saf" in one.out
     assert "--local-dir models/IP-Adapter\n" in one.out

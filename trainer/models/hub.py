@@ -79,7 +79,7 @@ def hub_folder(name: PurePath) -> Path:
     cached = cached_snapshot(repository)
     if cached is not None and _is_complete(cached / inside):
         return cached / inside
-    with hub_errors(repository, f"{name.as_posix()}: no such folder, and"):
+    with _hub_errors(repository, f"{name.as_posix()}: no such folder, and"):
         wanted = _wanted(_files_of(repository), inside)
         if not wanted:
             where = f"no folder {inside!r} with weights" if inside else "no weights of a base model or an image encoder"
@@ -96,7 +96,7 @@ def download(model: PublishedModel) -> None:
     """
     from huggingface_hub import snapshot_download
 
-    with hub_errors(model.repository, f"{model.place}: not downloaded;"):
+    with _hub_errors(model.repository, f"{model.place}: not downloaded;"):
         wanted = set(model.missing()).intersection(_files_of(model.repository))
         with _progress_bars():
             snapshot_download(model.repository, allow_patterns=sorted(wanted), local_dir=model.folder)
@@ -109,7 +109,7 @@ def download(model: PublishedModel) -> None:
 
 def hub_command(model: PublishedModel) -> str:
     """The command of huggingface_hub that downloads a published model to its place."""
-    return f"{hub_tool()} download {model.repository} {' '.join(model.files)} --local-dir {model.folder}"
+    return f"{hub_tool()} download {model.repository} {' '.join(model.files)} --local-dir {model.folder.as_posix()}"
 
 
 def hub_tool() -> str:
@@ -118,7 +118,7 @@ def hub_tool() -> str:
 
 
 @contextmanager
-def hub_errors(repository: str, what: str) -> Iterator[None]:
+def _hub_errors(repository: str, what: str) -> Iterator[None]:
     """Raise BaseModelError, `what` and the reason, where the Hub gives nothing."""
     try:
         yield
@@ -144,7 +144,7 @@ def hub_reason(error: BaseException, repository: str) -> str:
         return f"the Hugging Face Hub has no {repository}. If it is private, run `{login}`."
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return f"{repository} on the Hugging Face Hub has no such file."
-    while (cause := error.__cause__ or error.__context__) is not None:
+    while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = cause
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full. Make room and run the same command again."

@@ -130,15 +130,17 @@ def models_of(names: Iterable[str]) -> list[PublishedModel]:
 
     Raises ConfigError for a name that is neither, with the nearest one.
     """
-    by_name = {key: model for model in PUBLISHED_MODELS for key in (model.name, str(model.place))}
+    by_name = {key: model for model in PUBLISHED_MODELS for key in (model.name, model.place.as_posix())}
     found: dict[str, PublishedModel] = {}
     for name in names:
-        if name in by_name:
-            models = [by_name[name]]
+        if (key := Path(name).as_posix()) in by_name:
+            models = [by_name[key]]
         elif name in config_names() or name.endswith(".toml"):
             values = read_config(find_config(name))
             places = [Path(str(values.get(key))) for key in ("base_model", "image_encoder", "init_from")]
             models = [model for model in PUBLISHED_MODELS if model.place in places]
+            if not models:
+                raise ConfigError(f"{name} names none of the models that `ipadapter models` lists.")
         else:
             near = difflib.get_close_matches(name, [*by_name, *config_names()], n=1)
             hint = f"Did you mean {near[0]}?" if near else "`ipadapter models` lists them, `ipadapter new` the configs."

@@ -32,7 +32,7 @@ def split_arguments(
     problems: list[str] = []
     for number, (words, key, value) in enumerate(_grouped(arguments)):
         written = " ".join(words)
-        if len(words) > 1 or written.startswith("-") or (value is not None and _field(key) not in (key, None)):
+        if len(words) > 1 or written.startswith("-") or (value is not None and _field(key) not in (key.strip(), None)):
             problems.append(_correction(written, key, value, options))
         elif value is not None:
             settings.append(written)
