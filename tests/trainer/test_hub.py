@@ -245,3 +245,25 @@ def test_a_missing_start_is_named_with_its_command(
     message = rf"^{start}: no such file. Run `ipadapter models ip-adapter_sd15 --download` \(40 MB\).$"
     with pytest.raises(BaseModelError, match=message):
         train(load_config(None, [f"{key}={value}" for key, value in {**settings, "init_from": start}.items()]))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "ip-adapter-plus_sd15.safetensors",
+            "ip-adapter-plus_sd15.safetensors: no such file. The published one is models/IP-Adapter/models/"
+            "ip-adapter-plus_sd15.safetensors; `ipadapter models ip-adapter-plus_sd15 --download` (100 MB) downloads "
+            "it.",
+        ),
+        (
+            "/data/stable-diffusion-xl-base-1.0",
+            "/data/stable-diffusion-xl-base-1.0: no such folder. The published one is "
+            "models/stable-diffusion-xl-base-1.0; `ipadapter models stable-diffusion-xl-base-1.0 --download` (13.9 GB) downloads it.",
+        ),
+    ],
+)
+def test_a_published_name_at_another_place_is_told_its_place(path: str, message: str) -> None:
+    with pytest.raises(BaseModelError) as error:
+        refuse_missing(None, Path(path))
+    assert str(error.value) == message

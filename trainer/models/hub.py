@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from ipadapter_core.assets import MODEL, emoji_folder
 
 from ..errors import BaseModelError
-from .model_table import PublishedModel, download_command, model_at
+from .model_table import PUBLISHED_MODELS, PublishedModel, download_command, model_at
 from .weight_names import WEIGHT_SUFFIXES, are_complete, choose_weights
 
 # OWNER/REPOSITORY, and a folder inside it.
@@ -43,19 +43,26 @@ def find_model(name: Path) -> Path:
 
 def refuse_missing(*names: Path | None) -> None:
     """Raise BaseModelError for those of the published models that are not there, or not complete, all at once, with the
-    command that downloads them.
+    command that downloads them; and for a path that is missing and has the name of a published model.
     """
-    models = [model for name in names if name is not None and (model := model_at(name)) is not None and model.lacking()]
+    given = [name for name in names if name is not None]
+    models = [model for name in given if (model := model_at(name)) is not None and model.lacking()]
     if models:
         found = "; ".join(f"{model.place}: {_what_is_missing(model)}" for model in models)
         raise BaseModelError(f"{found}. Run {download_command(models)}.")
+    for name in given:
+        model = next((model for model in PUBLISHED_MODELS if model.name in (name.name, name.stem)), None)
+        if model is not None and not name.exists() and not is_hub_id(name):
+            get = download_command([model])
+            raise BaseModelError(f"{name}: {_no_such(name)}. The published one is {model.place}; {get} downloads it.")
 
 
 def _what_is_missing(model: PublishedModel) -> str:
-    lacking = model.lacking()
-    if model.place.is_dir():
-        return f"incomplete, without {', '.join(lacking)}"
-    return "no such file" if model.place.suffix in WEIGHT_SUFFIXES else "no such folder"
+    return f"incomplete, without {', '.join(model.lacking())}" if model.place.is_dir() else _no_such(model.place)
+
+
+def _no_such(path: Path) -> str:
+    return "no such file" if path.suffix in WEIGHT_SUFFIXES else "no such folder"
 
 
 def is_hub_id(name: PurePath) -> bool:
