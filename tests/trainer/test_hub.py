@@ -259,7 +259,8 @@ def test_a_missing_start_is_named_with_its_command(
         (
             "/data/stable-diffusion-xl-base-1.0",
             "/data/stable-diffusion-xl-base-1.0: no such folder. The published one is "
-            "models/stable-diffusion-xl-base-1.0; `ipadapter models stable-diffusion-xl-base-1.0 --download` (13.9 GB) downloads it.",
+            "models/stable-diffusion-xl-base-1.0; `ipadapter models stable-diffusion-xl-base-1.0 --download` (13.9 GB) "
+            "downloads it.",
         ),
     ],
 )
