@@ -39,6 +39,8 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"text_dropout": 0.9, "image_dropout": 0.2}, ["1.15", "at most 1"]),
         ({"data_root": "x"}, ["data_root", "'d'"]),
         ({"data": 3}, ["data = 3", "text"]),
+        ({"data": ""}, ["data is missing"]),
+        ({"output": ""}, ["output is missing"]),
         ({"output": 3}, ["output = 3", "a path"]),
         ({"data": "s-{0..9}.tar", "steps": None, "epochs": 1}, ["epochs=1.0", "give steps"]),
         ({"data": "s-{0..9}.tar", "buckets": True}, ["buckets", "cache the shards"]),

@@ -50,8 +50,14 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     Raises ConfigError that names an unknown key with the nearest valid one, a missing key, a value of the
     wrong type with the expected type, or settings that exclude each other; all problems at once.
     """
-    optional = {name for name, field in TrainConfig.model_fields.items() if field.default is None}
-    cleaned = {k: None if k in optional and v in ("", "none") else v for k, v in values.items()}
+    fields = TrainConfig.model_fields
+    optional = {name for name, field in fields.items() if field.default is None}
+    required = {name for name, field in fields.items() if field.is_required()}
+    cleaned = {
+        k: None if k in optional and v in ("", "none") else v
+        for k, v in values.items()
+        if k not in required or v != ""  # a shell variable that is not set is no path
+    }
     try:
         return TrainConfig.model_validate(cleaned)
     except ValidationError as error:
