@@ -23,10 +23,11 @@ FOLDER = emoji_folder()
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     """The folder layout that the README assumes, filled with the emoji model."""
-    shutil.copytree(FOLDER / MODEL, tmp_path / "models" / "sd15")
-    shutil.copytree(FOLDER / MODEL / "image_encoder", tmp_path / "models" / "clip-vit-h")
-    shutil.copy(FOLDER / MODEL / "feature_extractor" / "preprocessor_config.json", tmp_path / "models" / "clip-vit-h")
-    shutil.copy(FOLDER / "adapter.safetensors", tmp_path / "ip-adapter_sd15.safetensors")
+    adapters = tmp_path / "models" / "IP-Adapter" / "models"
+    shutil.copytree(FOLDER / MODEL, tmp_path / "models" / "stable-diffusion-v1-5")
+    shutil.copytree(FOLDER / MODEL / "image_encoder", adapters / "image_encoder")
+    shutil.copy(FOLDER / "adapter.safetensors", adapters / "ip-adapter_sd15.safetensors")
+    (tmp_path / "models" / "stable-diffusion-v1-5" / "tokenizer" / "special_tokens_map.json").write_text("{}")
     held_out = load_pictures(FOLDER / "pictures.zip", "held_out")
     Image.fromarray(held_out.images[0].permute(1, 2, 0).numpy()).save(tmp_path / "cat.jpg")
     shutil.copy(tmp_path / "cat.jpg", tmp_path / "dog.jpg")
@@ -44,16 +45,14 @@ def test_the_python_examples_run(models: Path) -> None:
 
 def test_train_inspect_generate_as_written(models: Path) -> None:
     (block,) = (b for b in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "ipadapter train" in b)
-    (models / "configs").mkdir()
-    shutil.copy(ROOT / "configs" / "sd15-base.toml", models / "configs")
     (models / "pictures").mkdir()
     for name in ("a", "b"):
         shutil.copy(models / "cat.jpg", models / "pictures" / f"{name}.jpg")
         (models / "pictures" / f"{name}.txt").write_text("a cat", encoding="utf-8")
     commands = block.replace("\\\n", " ").strip().splitlines()
     small = " resolution=64 batch_size=2 steps=2 save_every=2 workers=0 mixed_precision=no"
-    assert [command.split()[1] for command in commands] == ["data", "train", "inspect", "generate"]
-    commands[1] += small  # the README's is for a real model
+    assert [command.split()[1] for command in commands] == ["models", "data", "train", "inspect", "generate"]
+    commands[2] += small  # the README's is for a real model
     for command in commands:
         run = f"{sys.executable} -m ipadapter_trainer.cli " + command.removeprefix("ipadapter ")
         done = subprocess.run(run, shell=True, cwd=models, capture_output=True, text=True, check=False)

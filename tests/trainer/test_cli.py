@@ -87,7 +87,12 @@ def test_a_dry_run_says_what_it_needs_and_writes_nothing(settings: dict[str, Any
 def test_options_are_listed() -> None:
     code, out, _ = ipadapter("train", "--options")
     assert code == 0
-    assert "learning_rate (0.0001)" in out
+    assert "learning_rate (0.0001): a number, more than 0\n" in out
+    assert "optimizer (adamw): adamw, adamw8bit, prodigy or schedulefree\n" in out
+    assert "prediction_type (unset): epsilon or v_prediction\n" in out
+    assert "ema_decay (0.0): a number, at least 0, less than 1\n" in out
+    assert "flip (false): true or false\n" in out
+    assert "output (required): a path\n" in out
 
 
 @pytest.mark.parametrize(
@@ -109,11 +114,85 @@ def test_a_mistake_is_one_line_and_status_2(settings: dict[str, Any], changes: d
     assert len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["a.toml", "b.toml"], ["steps=3", "a.toml"]])
-def test_train_says_how_it_is_called(arguments: list[str]) -> None:
-    code, _, err = ipadapter("train", *arguments)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "",
+            "Write `ipadapter train CONFIG key=value ...`, such as `ipadapter train sd15-base data=pictures "
+            "output=runs/mine`. `ipadapter new` lists the configs, `ipadapter train --options` the keys.",
+        ),
+        ("--learning_rate 1e-4", "Write learning_rate=1e-4 instead of --learning_rate 1e-4."),
+        ("--learning-rate=1e-4", "Write learning_rate=1e-4 instead of --learning-rate=1e-4."),
+        ("learning-rate=1e-4 d=x", "Write learning_rate=1e-4 instead of learning-rate=1e-4."),
+        ("sd15-base --flip", "Write flip=true instead of --flip."),
+        ("--flip sd15-base", "Write flip=true instead of --flip."),
+        ("steps = 5", "Write steps=5 instead of steps = 5."),
+        ("steps =5 data= x", "Write steps=5 instead of steps =5. Write data=x instead of data= x."),
+        ("sd15-base steps 5", "Write steps=5 instead of steps 5."),
+        ("sd15-base 1000", "'1000' has no key. Write key=value, such as steps=1000."),
+        ("steps=3 pics", "'pics' has no key. Write key=value, such as data=pics."),
+        ("sd15-base --dryrun", "--dryrun: no such option or key. Did you mean --dry-run?"),
+        ("sd15-base --learnin-rate 1", "--learnin-rate 1: no such option or key. Did you mean learning_rate=1?"),
+        ("sd15-base --zzz", "--zzz: no such option or key. Settings are written key=value."),
+        ("a.toml b.toml", "Give at most one file, not a.toml and b.toml."),
+        ("sd15-base steps=3 sdxl-base", "Give at most one file, not sd15-base and sdxl-base."),
+        ("sd15-bse", "sd15-bse: no such config. Did you mean sd15-base?"),
+        ("configs/sdxl-plu.toml", "configs/sdxl-plu.toml: no such config. Did you mean sdxl-plus?"),
+        ("steps=3 a.toml", "a.toml: no such config. `ipadapter new` lists the configs that come with this package."),
+        ("/", "/ is a folder, not a config. If it holds the pictures, write data=/."),
+        ("sd15-base steps=3 steps=4", "steps is given twice, '3' and '4'. Leave one out."),
+        (
+            "sd15-base stepz=3 batchsize=4",
+            "unknown key 'stepz'; did you mean 'steps'?; unknown key 'batchsize'; did you mean 'batch_size'?",
+        ),
+        (
+            "sd15-base learning_rate=nan min_snr_gamma=inf ema_decay=1",
+            "learning_rate = 'nan': expected a finite number; ema_decay = '1': expected less than 1; "
+            "min_snr_gamma = 'inf': expected a finite number.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "cache"])
+def test_another_way_of_writing_is_answered_with_ours(command: str, arguments: str, message: str) -> None:
+    if command == "cache":
+        message = message.replace("train CONFIG", "cache CONFIG").replace("train sd15-base", "cache sd15-base")
+        message = message.replace("output=runs", "cache=caches").replace("Did you mean --dry-run?", NO_OPTION)
+    code, out, err = ipadapter(command, *arguments.split())
+    assert (code, out, err) == (2, "", f"ipadapter: {message}\n")
+
+
+NO_OPTION = "Settings are written key=value."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("trian", "No such command 'trian'"),
+        ("data chek", "No such command 'chek'"),
+        ("generate", "Missing option '--base-model'. `ipadapter generate --help` shows more."),
+        ("generate --base-model x --output o.png --stps 3", "No such option: --stps"),
+        ("generate --base-model x --output o.png --weight nan", "'--weight': nan is not a finite number."),
+        ("generate --base-model x --output o.png --guidance inf", "'--guidance': inf is not a finite number."),
+        ("generate --base-model x --output o.png --steps 0", "'--steps'"),
+        ("demo --minutes inf", "'--minutes': inf is not a finite number."),
+        ("diff a b --tolerance inf", "'--tolerance': inf is not a finite number."),
+        ("eval --base-model x --adapter y --data z --guidance nan", "'--guidance': nan is not a finite number."),
+        ("eval --base-model x --adapter y --data z --weights 1,nan", "weights are (1.0, nan); expected one or more f"),
+    ],
+)
+def test_every_command_answers_with_one_line(arguments: str, words: str) -> None:
+    code, _, err = ipadapter(*arguments.split())
     assert code == 2
-    assert "at most one file" in err
+    assert words in err
+    assert err.startswith("ipadapter: ") and len(err.splitlines()) == 1
+
+
+def test_without_arguments_there_is_help() -> None:
+    for arguments in ([], ["data"]):
+        code, out, err = ipadapter(*arguments)
+        assert code in (0, 2)
+        assert "Usage:" in out + err
 
 
 def test_generate_writes_pictures(model_folder: Path, adapter_file: Path, pictures: Path, tmp_path: Path) -> None:

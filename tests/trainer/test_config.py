@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ipadapter_trainer.errors import ConfigError
 from ipadapter_trainer.settings.config import TrainConfig
-from ipadapter_trainer.settings.config_file import load_config, make_config, options_text
+from ipadapter_trainer.settings.config_file import config_of_arguments, load_config, make_config, options_text
 
 MINIMAL: dict[str, Any] = {"base_model": "m", "data": "d", "output": "o", "steps": 10}
 
@@ -26,6 +26,10 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"batch_size": "2.5"}, ["batch_size = '2.5'", "a whole number"]),
         ({"batch_size": 0}, ["batch_size = 0", "at least 1"]),
         ({"learning_rate": 0}, ["learning_rate = 0", "more than 0"]),
+        ({"learning_rate": "nan"}, ["learning_rate = 'nan'", "a finite number"]),
+        ({"noise_offset": float("inf")}, ["noise_offset = inf", "a finite number"]),
+        ({"epochs": "inf", "steps": None}, ["epochs = 'inf'", "a finite number"]),
+        ({"ema_decay": 1}, ["ema_decay = 1", "less than 1"]),
         ({"flip": "perhaps"}, ["flip = 'perhaps'", "true or false"]),
         ({"resolution": 500}, ["resolution = 500", "a multiple of 8"]),
         ({"mixed_precision": "fp16"}, ["mixed_precision = 'fp16'", "'no'", "'bf16'"]),
@@ -35,6 +39,8 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"text_dropout": 0.9, "image_dropout": 0.2}, ["1.15", "at most 1"]),
         ({"data_root": "x"}, ["data_root", "'d'"]),
         ({"data": 3}, ["data = 3", "text"]),
+        ({"data": ""}, ["data is missing"]),
+        ({"output": ""}, ["output is missing"]),
         ({"output": 3}, ["output = 3", "a path"]),
         ({"data": "s-{0..9}.tar", "steps": None, "epochs": 1}, ["epochs=1.0", "give steps"]),
         ({"data": "s-{0..9}.tar", "buckets": True}, ["buckets", "cache the shards"]),
@@ -66,6 +72,27 @@ def test_overrides_win_over_the_file_and_can_unset(tmp_path: Path) -> None:
     config = load_config(file, ["steps=none", "epochs=1.5", "flip=true", "learning_rate=2e-5"])
     assert (config.steps, config.epochs, config.flip, config.learning_rate) == (None, 1.5, True, 2e-5)
     assert config.data == str(Path("~/d").expanduser())
+
+
+def test_spaces_inside_a_word_do_not_matter() -> None:
+    config = config_of_arguments("train", ["base_model=m", "data=d", "output=o", "steps = 10"])
+    assert config == make_config(MINIMAL)
+
+
+@pytest.mark.parametrize("text", ["yes", "True", "on", "1", "no", "False", "off", "0"])
+def test_a_switch_takes_the_usual_words(text: str) -> None:
+    assert load_config(None, [f"{k}={v}" for k, v in {**MINIMAL, "flip": text}.items()]).flip is (
+        text in ("yes", "True", "on", "1")
+    )
+
+
+def test_every_number_has_to_be_finite() -> None:
+    numbers = [name for name, field in TrainConfig.model_fields.items() if field.annotation in (float, float | None)]
+    assert "reference_crop" in numbers
+    for name in numbers:
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(ConfigError, match=f"{name} = {value}: expected a finite number"):
+                make_config({**MINIMAL, name: value})
 
 
 @pytest.mark.parametrize("override", ["steps", "=3"])

@@ -13,6 +13,7 @@ import torch
 from ipadapter_trainer.engine.denoiser import new_adapter
 from ipadapter_trainer.files.published import published_differences
 from ipadapter_trainer.models.base_model import BaseModel
+from ipadapter_trainer.models.model_table import model_at
 from ipadapter_trainer.settings.config_file import config_of_arguments, load_config
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from ipadapter_trainer.training.dry_run import plan_training
@@ -84,8 +85,11 @@ def test_its_head_says_the_command_and_what_it_needs(file: Path, published: dict
     head = re.sub(r"\n# ", " ", file.read_text().split("\n\n")[0])
     command = next(line for line in file.read_text().splitlines() if "ipadapter train" in line).removeprefix("#")
     program, word, *arguments = shlex.split(command)
-    assert (program, word, arguments[0]) == ("ipadapter", "train", f"configs/{file.name}")
-    assert config_of_arguments("train", [str(ROOT / arguments[0]), *arguments[1:]]).kind == kind_of(file)
+    assert (program, word, arguments[0]) == ("ipadapter", "train", file.stem)
+    config = config_of_arguments("train", arguments)
+    assert config.kind == kind_of(file)
+    for name in (config.base_model, config.image_encoder, config.init_from):
+        assert name is None or model_at(name) is not None  # `ipadapter models` downloads it
 
     family = family_of(file)
     config = load_config(file, overrides(file, published[family], faces))

@@ -216,7 +216,7 @@ def test_weights_are_numbers_with_commas() -> None:
     ("change", "words"),
     [
         (lambda: EvalSettings(Path(), Path(), Path(), None, text="some"), "expected none or caption"),
-        (lambda: EvalSettings(Path(), Path(), Path(), None, weights=()), "one or more numbers"),
+        (lambda: EvalSettings(Path(), Path(), Path(), None, weights=()), "one or more finite numbers"),
         (lambda: EvalSettings(Path(), Path(), Path(), None, steps=0), "steps is 0"),
     ],
 )

@@ -247,7 +247,7 @@ def test_configs_come_from_the_hubs_cache(
 ) -> None:
     repository = {
         "sd15": "stable-diffusion-v1-5--stable-diffusion-v1-5",
-        "sd2": "stabilityai--stable-diffusion-2-1",
+        "sd2": "sd2-community--stable-diffusion-2-1",
         "sdxl": "stabilityai--stable-diffusion-xl-base-1.0",
     }[checkpoint.family]
     cache = tmp_path / f"models--{repository}"

@@ -9,13 +9,15 @@ import typer
 
 from .cache import register as register_cache
 from .data import register as register_data
-from .errors import INTERRUPTED, catch_interrupts, quiet, user_errors
+from .errors import INTERRUPTED, Commands, catch_interrupts, finite, options_of, quiet, user_errors
 from .evaluation import register as register_eval
 from .files import register as register_files
+from .models import register as register_models
 from .report import register as register_report
 
 app = typer.Typer(
     name="ipadapter",
+    cls=Commands,
     help="Train IP-Adapters, try them, and look into their files.",
     no_args_is_help=True,
     add_completion=False,
@@ -52,20 +54,25 @@ def _options(
     pass
 
 
-@app.command("train")
+@app.command("train", context_settings={"ignore_unknown_options": True})  # they are answered with key=value
 def train_command(
+    context: typer.Context,
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CONFIG.toml] [key=value ...]", help="A settings file and changes to it."),
+        typer.Argument(
+            metavar="[CONFIG] [key=value ...]", help="A config (`ipadapter new` lists them) and changes to it."
+        ),
     ] = None,
-    options: Annotated[bool, typer.Option("--options", help="List every key, its default and its meaning.")] = False,
+    options: Annotated[
+        bool, typer.Option("--options", help="List every key with its default, values and meaning.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print what it needs in memory and work, and stop.")
     ] = False,
 ) -> None:
     """Train an adapter; the same command again resumes it.
 
-    ipadapter train configs/sd15-base.toml data=pictures output=runs/cats
+    ipadapter train sd15-base data=pictures output=runs/cats
     """
     with user_errors():
         from ..settings.config_file import config_of_arguments, options_text
@@ -73,7 +80,7 @@ def train_command(
         if options:
             typer.echo(options_text())
             return
-        config = config_of_arguments("train", arguments or [])
+        config = config_of_arguments("train", arguments or [], options_of(context))
         quiet()
         if dry_run:
             from ..training.dry_run import dry_run
@@ -92,7 +99,9 @@ def train_command(
 @app.command("generate")
 def generate_command(
     *,
-    base_model: Annotated[Path, typer.Option(help="Base model: a diffusers folder, or a .safetensors checkpoint.")],
+    base_model: Annotated[
+        Path, typer.Option(help="Base model: a diffusers folder, a Hub id, or a .safetensors checkpoint.")
+    ],
     output: Annotated[Path, typer.Option(help="Picture to write; with --count, -1, -2, ... are added.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter file; without it the base model alone.")] = None,
     image: Annotated[Path | None, typer.Option(help="The picture that is the prompt.")] = None,
@@ -102,9 +111,9 @@ def generate_command(
     ] = None,
     prompt: Annotated[str, typer.Option(help="What the picture shall show, in words.")] = "",
     negative_prompt: Annotated[str, typer.Option(help="What it shall not show.")] = "",
-    weight: Annotated[float, typer.Option(help="Strength of the image prompt; 0 ignores it.")] = 1.0,
+    weight: Annotated[float, typer.Option(callback=finite, help="Strength of the image prompt; 0 ignores it.")] = 1.0,
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Strength of guidance; 1 turns it off.")] = 5.0,
+    guidance: Annotated[float, typer.Option(callback=finite, help="Strength of guidance; 1 turns it off.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count up.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 1,
     size: Annotated[
@@ -112,7 +121,7 @@ def generate_command(
     ] = None,
     image_encoder: Annotated[
         Path | None,
-        typer.Option(help="Image encoder, folder or .safetensors; default: image_encoder inside the base model."),
+        typer.Option(help="Image encoder: folder, Hub id or .safetensors; default: the one inside the base model."),
     ] = None,
     base_config: Annotated[
         Path | None,
@@ -159,7 +168,7 @@ def generate_command(
 def demo_command(
     output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("demo.png"),
     adapter: Annotated[str | None, typer.Option(help='Skip the training: "bundled", or an adapter file.')] = None,
-    minutes: Annotated[float, typer.Option(min=0.1, help="How long to train.")] = 2.0,
+    minutes: Annotated[float, typer.Option(min=0.1, callback=finite, help="How long to train.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Another seed gives other pictures.")] = 0,
 ) -> None:
     """Train an adapter on the bundled emoji model and show it at work: no download, no GPU."""
@@ -176,6 +185,7 @@ register_cache(app)
 register_data(app)
 register_eval(app)
 register_report(app)
+register_models(app)
 
 if __name__ == "__main__":
     main()

@@ -7,20 +7,19 @@ from typing import Annotated
 
 import typer
 
-from .errors import quiet, user_errors
+from .errors import options_of, quiet, user_errors
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command("cache")(cache_command)
+    app.command("cache", context_settings={"ignore_unknown_options": True})(cache_command)
 
 
 def cache_command(
+    context: typer.Context,
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[CONFIG.toml] [key=value ...]", help="The settings of the training, with cache=FOLDER."
-        ),
+        typer.Argument(metavar="[CONFIG] [key=value ...]", help="The settings of the training, with cache=FOLDER."),
     ] = None,
     *,
     force: Annotated[
@@ -33,7 +32,7 @@ def cache_command(
 ) -> None:
     """Run the frozen encoders once over the data and keep what they say; train then reads it.
 
-    ipadapter cache configs/sd15-base.toml data=pictures cache=caches/cats
+    ipadapter cache sd15-base data=pictures cache=caches/cats
 
     The same command again goes on where it was stopped. Several GPUs or machines that see one folder share the work:
     accelerate launch --multi_gpu -m ipadapter_trainer.cli cache ...
@@ -54,7 +53,7 @@ def cache_command(
             return
         from ..settings.config_file import config_of_arguments
 
-        config = config_of_arguments("cache", arguments or [])
+        config = config_of_arguments("cache", arguments or [], options_of(context))
         from ..cache.write import write_cache
 
         quiet()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 USER_ERROR, INTERRUPTED = 2, 130
 _CLEANING = 1.0  # seconds that an interrupted command has to remove its temporary files
@@ -53,6 +55,45 @@ def catch_interrupts() -> None:
 
     signal.signal(signal.SIGINT, stop)
     sys.unraisablehook = unraisable
+
+
+# Newer versions of typer bring a click of their own, with this class in it.
+_ClickException = typer.BadParameter.__mro__[2]
+
+
+class Commands(TyperGroup):
+    """The commands; a mistake in the command line itself is answered with one line, as every other mistake is."""
+
+    def main(self, *args: Any, **options: Any) -> None:
+        """Run a command and exit with its status."""
+        try:
+            status = super().main(*args, **{**options, "standalone_mode": False})
+        except _ClickException as error:
+            context = error.ctx
+            if "NoArgsIsHelp" in type(error).__name__:
+                error.show()
+                sys.exit(USER_ERROR)
+            text = " ".join(error.format_message().split())
+            text = text if text.endswith((".", "?", "!")) else f"{text}."
+            more = "" if context is None else f" `{context.command_path} --help` shows more."
+            typer.echo(f"ipadapter: {text}{more}", err=True)
+            sys.exit(USER_ERROR)
+        except typer.Abort:
+            typer.echo("Stopped.", err=True)
+            sys.exit(INTERRUPTED)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def options_of(context: typer.Context) -> list[str]:
+    """The options of a command, such as --dry-run."""
+    return [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+
+
+def finite(value: float) -> float:
+    """For a number of the command line: refuses nan and inf."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import INTERRUPTED, quiet, user_errors
+from .errors import INTERRUPTED, finite, quiet, user_errors
 
 
 def register(app: typer.Typer) -> None:
@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 
 def eval_command(
     *,
-    base_model: Annotated[Path, typer.Option(help="Base model: a diffusers folder, or a .safetensors checkpoint.")],
+    base_model: Annotated[
+        Path, typer.Option(help="Base model: a diffusers folder, a Hub id, or a .safetensors checkpoint.")
+    ],
     adapter: Annotated[Path, typer.Option(help="Adapter file, or a training's output folder.")],
     data: Annotated[
         Path,
@@ -27,7 +29,7 @@ def eval_command(
     ],
     clip: Annotated[
         Path | None,
-        typer.Option(help="The CLIP that measures: a local folder of openai/clip-vit-large-patch14, as in the paper."),
+        typer.Option(help="The CLIP that measures, a folder or Hub id; the paper's is openai/clip-vit-large-patch14."),
     ] = None,
     output: Annotated[
         Path, typer.Option(help="Folder for scores and pictures; the same command goes on there.")
@@ -44,7 +46,7 @@ def eval_command(
         str, typer.Option(help="none: the image alone, as in the paper. caption: the image and its caption.")
     ] = "none",
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 50,
-    guidance: Annotated[float, typer.Option(help="Strength of guidance; 1 turns it off.")] = 7.5,
+    guidance: Annotated[float, typer.Option(callback=finite, help="Strength of guidance; 1 turns it off.")] = 7.5,
     seed: Annotated[int, typer.Option(help="Another seed draws other prompts and noise.")] = 0,
     size: Annotated[
         str | None, typer.Option(help="Side, or WIDTHxHEIGHT, in pixels; default: the model's own.")
@@ -63,7 +65,9 @@ def eval_command(
     ] = None,
     image_encoder: Annotated[
         Path | None,
-        typer.Option(help="The adapter's image encoder, folder or .safetensors; default: inside the base model."),
+        typer.Option(
+            help="The adapter's image encoder: folder, Hub id or .safetensors; default: inside the base model."
+        ),
     ] = None,
     base_config: Annotated[
         Path | None,
@@ -78,7 +82,8 @@ def eval_command(
 ) -> None:
     """Measure an adapter as the paper does: CLIP-I and CLIP-T, beside the paper's table.
 
-    ipadapter eval --base-model sd15 --adapter runs/cats --data cats --clip clip-vit-large-patch14 --controls
+    ipadapter eval --base-model models/stable-diffusion-v1-5 --image-encoder models/IP-Adapter/models/image_encoder
+    --adapter runs/cats --data cats --clip models/clip-vit-large-patch14 --controls
 
     Ctrl-C stops it; the same command goes on. Several GPUs share the work:
     accelerate launch --multi_gpu -m ipadapter_trainer.cli eval ...

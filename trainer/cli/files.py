@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import user_errors
+from .errors import finite, user_errors
 
 if TYPE_CHECKING:
     from ..files.convert import Written
@@ -97,7 +97,10 @@ def diff_command(
     first: Annotated[Path, typer.Argument(metavar="A", help="An adapter file of any layout, or a training's folder.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Largest difference that counts as equal, as a share of a tensor's maximum.")
+        float,
+        typer.Option(
+            min=0, callback=finite, help="Largest difference that counts as equal, as a share of a tensor's maximum."
+        ),
     ] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
 ) -> None:

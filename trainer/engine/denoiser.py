@@ -39,6 +39,7 @@ from ipadapter_core import (
 from ..errors import DivergedError, TrainerError
 from ..models.base_model import BaseModel
 from ..models.conditioning import added_conditions
+from ..models.hub import refuse_missing
 from ..models.image_features import dropped_features
 from ..settings.kinds import TRAIN_KINDS, TrainKind, spec_for
 from .features import Features
@@ -165,6 +166,7 @@ def read_initial_adapter(base_model: BaseModel, kind: TrainKind, tokens: int | N
     Raises as `new_adapter`.
     """
     spec = adapter_spec(base_model, kind, tokens)
+    refuse_missing(init_from)
     adapter = load_adapter(init_from, dtype=torch.float32, shortcut=spec.shortcut)
     check_compatible(adapter.spec, base_model.sites, Path(init_from).name)
     for what in ("kind", "tokens", "image_width", "face_width", "lora_rank"):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ..errors import EvaluationError
+from ..models.hub import find_model, refuse_missing
 from ..models.image_encoder import ImageEncoder
 from ..models.parts import chosen_weights, load_part, load_tokenizer, read_json
 from ..models.weight_files import weights_fingerprint
@@ -25,8 +26,8 @@ _VIT_L = (1024, 24, 14, 224, "quick_gelu", 768)  # width, layers, patch, pixels,
 _VIT_L_NAME = "CLIP ViT-L/14"
 _SOURCE = "its page; the paper's is https://huggingface.co/openai/clip-vit-large-patch14"
 _WHAT = (
-    "--clip takes a local folder of a whole CLIP (transformers' CLIPModel: both encoders, their projections and the "
-    "tokenizer). For numbers beside the paper's: openai/clip-vit-large-patch14 from the Hugging Face hub."
+    "--clip takes a folder or Hub id of a whole CLIP (transformers' CLIPModel: both encoders, their projections and "
+    "the tokenizer). The paper's: openai/clip-vit-large-patch14 (`ipadapter models clip-vit-large-patch14 --download`)."
 )
 
 
@@ -93,13 +94,15 @@ def is_vit_l(config: CLIPConfig) -> bool:
 
 
 def load_clip(folder: Path | None, device: torch.device | str = "cpu") -> MeasuringClip:
-    """Load a transformers CLIPModel from a local folder; nothing is downloaded.
+    """Load a transformers CLIPModel from a folder or by its Hub id.
 
     Raises EvaluationError when none is named, and for a folder that is missing or holds another model, such as half a
     CLIP; BaseModelError for files that are damaged, and for weights that lack a part.
     """
     if folder is None:
         raise EvaluationError(f"--clip is missing. {_WHAT}")
+    refuse_missing(folder)
+    folder = find_model(folder)
     if not (folder / "config.json").is_file():
         what = "no config.json in it" if folder.is_dir() else "no such folder"
         raise EvaluationError(f"--clip {folder}: {what}. {_WHAT}")

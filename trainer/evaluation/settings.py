@@ -50,7 +50,7 @@ class EvalSettings:
         if self.text not in TEXTS:
             raise EvaluationError(f"text is {self.text!r}; expected {' or '.join(TEXTS)}.")
         if not self.weights or not all(map(math.isfinite, self.weights)):
-            raise EvaluationError(f"weights are {self.weights}; expected one or more numbers.")
+            raise EvaluationError(f"weights are {self.weights}; expected one or more finite numbers.")
         for name in ("images_per_caption", "limit", "steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

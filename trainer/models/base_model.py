@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from ..errors import BaseModelError
+from .hub import find_model, refuse_missing
 from .image_encoder import ImageEncoder
 from .model_folder import PREDICTION_TYPES, ModelFolder
 from .model_shapes import ModelParts, ModelShapes
@@ -155,13 +156,13 @@ def load_base_model(
 ) -> BaseModel:
     """A frozen model of SD1.5, SD2 or SDXL. What is wrong with it is said now; its weights are read when used.
 
-    `path` is a local diffusers folder, or a single .safetensors checkpoint in the original (LDM, SGM) layout. A
+    `path` is a diffusers folder, a Hub id, or a single .safetensors checkpoint in the original (LDM, SGM) layout. A
     single file takes its configs and tokenizers from `base_config`, a diffusers folder of the same family (its
-    weights are not needed); by default from the repository that diffusers takes them from, in the hub's cache or
-    downloaded into it. Nothing else is ever downloaded.
+    weights are not needed); by default from the repository of its family's base model, in the hub's cache or
+    downloaded into it.
 
-    `image_encoder` is the folder or the .safetensors file of the image encoder when it is not `image_encoder` inside
-    `path` (or `base_config`). With `needs_image_encoder` False there may be none.
+    `image_encoder` is the folder, Hub id or .safetensors file of the image encoder when it is not `image_encoder`
+    inside `path` (or `base_config`). With `needs_image_encoder` False there may be none.
 
     `prediction_type` ("epsilon" or "v_prediction") must be what the model says. A single file says it with a `v_pred`
     tensor or in its metadata (`modelspec.prediction_type`); where it is silent, `prediction_type` wins over the
@@ -171,9 +172,11 @@ def load_base_model(
     SD3, FLUX, flow matching) or another file (LoRA, VAE, ControlNet, IP-Adapter); and, when they are used, for
     weights that cannot be read.
     """
-    path = Path(path)
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise BaseModelError(f"prediction_type is {prediction_type!r}; expected {' or '.join(PREDICTION_TYPES)}.")
+    refuse_missing(path, image_encoder)
+    path = find_model(path)
+    image_encoder = None if image_encoder is None else find_model(image_encoder)
     if path.suffix == ".safetensors" and path.is_file():
         single = SingleFile(path, base_config, prediction_type)
         encoder = _find_encoder(single.configs.folder, image_encoder, needs_image_encoder)

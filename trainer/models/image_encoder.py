@@ -56,8 +56,9 @@ class ImageEncoder:
                 check_header(file, _EXPECTED, _SOURCE)
         else:
             raise BaseModelError(
-                f"{path}: no image encoder there{found_beside}. Set image_encoder to the folder of a "
-                f"CLIPVisionModelWithProjection, or its .safetensors file; published adapters use {_VIT_H}."
+                f"{path}: no image encoder there{found_beside}. Set image_encoder to a folder, a .safetensors file or "
+                f"a Hub id such as h94/IP-Adapter/models/image_encoder, the {_VIT_H} of the published adapters; "
+                "`ipadapter models clip-vit-h --download` downloads it."
             )
         self.processor = _image_processor([path, fallback], int(self.config.image_size))
 

@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ..errors import BaseModelError
 from .parts import chosen_weights, load_part, load_tokenizer, read_json
 from .weight_files import PAGE, check_header, weights_fingerprint
+from .weight_names import WEIGHT_SUFFIXES
 
 FAMILIES = "SD1.5, SD2 and SDXL"
 _REFUSED = {  # in model_index.json's _class_name -> the name to refuse
@@ -25,6 +26,11 @@ _REFUSED = {  # in model_index.json's _class_name -> the name to refuse
     "Refiner": "the SDXL refiner",
 }
 TIME_IDS = 6  # SDXL: (height, width), (top, left), (height, width)
+_EXPECTED = (
+    "Set base_model to a folder in the diffusers layout, a .safetensors checkpoint or a Hub id such as "
+    "stable-diffusion-v1-5/stable-diffusion-v1-5; `ipadapter models` lists models to download."
+)
+_EXPECTED_CONFIGS = "Set base_config to a folder in the diffusers layout; its weights are not needed."
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -40,7 +46,7 @@ class ModelFolder:
 
     def __init__(self, folder: Path, needs_weights: bool = True) -> None:
         self.folder = folder
-        self._check_parts()
+        self._check_parts(needs_weights)
         self.unet_config = _config(UNet2DConditionModel, folder / "unet")
         self.vae_config = _config(AutoencoderKL, folder / "vae")
         self.is_sdxl = self.unet_config["addition_embed_type"] == "text_time"
@@ -90,15 +96,12 @@ class ModelFolder:
     def _load(self, kind: Any, part: str, **options: Any) -> Any:
         return load_part(kind, self.folder / part, **options)
 
-    def _check_parts(self) -> None:
+    def _check_parts(self, needs_weights: bool) -> None:
         folder = self.folder
         if not folder.is_dir():
-            missing = "no such file" if folder.suffix else "no such folder"
+            missing = "no such file" if folder.suffix in WEIGHT_SUFFIXES else "no such folder"
             what = "a file, but no .safetensors" if folder.exists() else missing
-            raise BaseModelError(
-                f"{folder}: {what}; base_model must be a local folder in the diffusers layout, or a single "
-                ".safetensors checkpoint."
-            )
+            raise BaseModelError(f"{folder}: {what}. {_EXPECTED if needs_weights else _EXPECTED_CONFIGS}")
         index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
         pipeline = str(index.get("_class_name", ""))
         refiner = bool(index.get("requires_aesthetics_score")) or (

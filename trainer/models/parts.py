@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +19,8 @@ from ipadapter_core.tensors import check_weights
 
 from ..errors import BaseModelError
 from .weight_files import PAGE, open_weights
+from .weight_names import choose_weights
 
-_WEIGHTS = re.compile(
-    r"(diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.(safetensors|bin)"
-)
 _MODELS = {  # class -> what its weights look like
     "UNet2DConditionModel": "a UNet",
     "AutoencoderKL": "a VAE",
@@ -46,12 +43,9 @@ def chosen_weights(folder: Path) -> ChosenWeights:
 
     Raises BaseModelError when there are none.
     """
-    for fp16 in (False, True):
-        for suffix in (".safetensors", ".bin"):
-            names = [p for p in sorted(folder.glob(f"*{suffix}")) if _WEIGHTS.fullmatch(p.name)]
-            files = [p for p in names if (".fp16" in p.name) == fp16]
-            if files:
-                return ChosenWeights(files, "fp16" if fp16 else None)
+    chosen = choose_weights(p.name for p in folder.iterdir())
+    if chosen is not None:
+        return ChosenWeights([folder / name for name in chosen.names], chosen.variant)
     found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
     raise BaseModelError(f"{folder}: no weights (found: {found}). Download the folder again.")
 

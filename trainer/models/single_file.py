@@ -11,10 +11,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import (
-    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
-    create_diffusers_clip_model_from_ldm,
-)
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -23,7 +20,9 @@ from ipadapter_core import FAMILY_NAMES, AdapterError, looks_like
 from ipadapter_core.tensors import TensorFile, check_weights
 
 from ..errors import BaseModelError
+from .hub import cached_snapshot, hub_reason
 from .model_folder import FAMILIES, ModelFolder, new_scheduler
+from .model_table import repository_of
 from .parts import quiet_libraries
 from .weight_files import PAGE, open_weights, weights_fingerprint
 
@@ -32,7 +31,11 @@ Family = Literal["sd15", "sd2", "sdxl"]
 _UNET, _VAE, _TEXT = "model.diffusion_model.", "first_stage_model.", ("cond_stage_model.", "conditioner.")
 _PREFIXES: dict[str, tuple[str, ...]] = {"unet": (_UNET,), "vae": (_VAE,), "text_encoders": _TEXT}
 _CONV_IN = f"{_UNET}input_blocks.0.0.weight"
-_DIFFUSERS_NAMES: dict[Family, str] = {"sd15": "v1", "sd2": "v2", "sdxl": "xl_base"}
+_REPOSITORIES: dict[Family, str] = {
+    "sd15": repository_of("stable-diffusion-v1-5"),
+    "sd2": repository_of("stable-diffusion-2-1"),
+    "sdxl": repository_of("stable-diffusion-xl-base-1.0"),
+}
 _CONFIG_FILES = ["*.json", "**/*.json", "*.txt", "**/*.txt"]
 _INPUTS = {5: "a depth model", 7: "an upscaler", 8: "an editing model (InstructPix2Pix)", 9: "an inpainting model"}
 # What a file with a UNet, or without, may be instead; the first match wins.
@@ -204,28 +207,23 @@ def stated_prediction(header: TensorFile) -> str | None:
 
 
 def hub_configs(family: Family, origin: Path) -> Path:
-    """The folder of configs and tokenizers that diffusers uses for a family, from the hub's cache, else downloaded.
+    """The configs and tokenizers of a family's base model, from the hub's cache, else downloaded.
 
     Raises BaseModelError when neither works.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[_DIFFUSERS_NAMES[family]]["pretrained_model_name_or_path"]
-    try:
-        cached = Path(snapshot_download(repository, allow_patterns=_CONFIG_FILES, local_files_only=True))
-        if (cached / "unet" / "config.json").is_file() and (cached / "tokenizer").is_dir():
-            return cached
-    except LocalEntryNotFoundError:
-        pass
+    repository = _REPOSITORIES[family]
+    cached = cached_snapshot(repository)
+    if cached is not None and (cached / "unet" / "config.json").is_file() and (cached / "tokenizer").is_dir():
+        return cached
     try:
         return Path(snapshot_download(repository, allow_patterns=_CONFIG_FILES))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # which classes huggingface_hub and its network library raise differs by version
         raise BaseModelError(
             f"{origin}: a {FAMILY_NAMES[family]} checkpoint needs the configs and tokenizers of {repository}, which "
-            f"could not be downloaded ({reason}). Set base_config to a diffusers folder of a {FAMILY_NAMES[family]} "
-            "model; its weights are not needed."
+            f"could not be downloaded: {hub_reason(error, repository)} Set base_config to a diffusers folder of a "
+            f"{FAMILY_NAMES[family]} model; its weights are not needed."
         ) from error
 
 

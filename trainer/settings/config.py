@@ -18,13 +18,13 @@ assert get_args(KindName) == tuple(TRAIN_KINDS)
 class TrainConfig(BaseModel):
     """One training. The defaults are the recipe of the IP-Adapter paper (arXiv 2308.06721)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     # --- Models
     base_model: Path = Field(
-        description="The base model: a folder in the diffusers layout (unet, vae, text_encoder, tokenizer, scheduler), "
-        "or a single .safetensors checkpoint. SD1.5, SD2 or SDXL. The adapter fits every fine-tune of the same family, "
-        "best the one it was trained on."
+        description="The base model, SD1.5, SD2 or SDXL: a folder in the diffusers layout (unet, vae, text_encoder, "
+        "tokenizer, scheduler), a Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, or a single .safetensors "
+        "checkpoint. The adapter fits every fine-tune of the same family, best the one it was trained on."
     )
     base_config: Path | None = Field(
         None,
@@ -33,8 +33,9 @@ class TrainConfig(BaseModel):
     )
     image_encoder: Path | None = Field(
         None,
-        description="Folder of a CLIPVisionModelWithProjection; default: image_encoder inside base_model. Users of "
-        "the adapter need the same encoder. faceid and portrait need none.",
+        description="Folder or .safetensors file of a CLIPVisionModelWithProjection, or its Hub id such as "
+        "h94/IP-Adapter/models/image_encoder; default: image_encoder inside base_model. Users of the adapter need the "
+        "same encoder. faceid and portrait need none.",
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
         None,

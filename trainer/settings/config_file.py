@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from ..errors import ConfigError
+from .arguments import nearest, split_arguments
 from .config import TrainConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .shipped import find_config, read_config
 
 
 def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -24,27 +20,28 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Trai
 
     Raises ConfigError for a missing or malformed file, and as `make_config` does.
     """
-    values: dict[str, Any] = {} if file is None else _read_toml(file)
+    values: dict[str, Any] = {} if file is None else read_config(file)
+    given: dict[str, str] = {}
+    twice: list[str] = []
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, equals, value = (part.strip() for part in override.partition("="))
         if not equals or not key:
             raise ConfigError(f"{override!r} is not an override. Write key=value, such as steps=1000.")
-        values[key.strip()] = value.strip()
-    return make_config(values)
+        if key in given:
+            twice.append(f"{key} is given twice, {given[key]!r} and {value!r}")
+        given[key] = value
+    if twice:
+        raise ConfigError(f"{'; '.join(twice)}. Leave one out.")
+    return make_config({**values, **given})
 
 
-def config_of_arguments(command: str, arguments: Sequence[str]) -> TrainConfig:
-    """The settings of a command line, `[CONFIG.toml] [key=value ...]`.
+def config_of_arguments(command: str, arguments: Sequence[str], options: Sequence[str] = ()) -> TrainConfig:
+    """The settings of a command line, `[CONFIG] [key=value ...]`; `options` are what else the command takes.
 
-    Raises ConfigError for more than one file, or one that is not the first argument, and as `load_config` does.
+    Raises ConfigError as `split_arguments`, `find_config` and `load_config` do.
     """
-    files = [argument for argument in arguments if "=" not in argument]
-    if not arguments or len(files) > 1 or (files and arguments[0] != files[0]):
-        raise ConfigError(
-            f"Write `ipadapter {command} [CONFIG.toml] [key=value ...]`: at most one file, and it comes first. "
-            "`ipadapter train --options` lists the keys."
-        )
-    return load_config(Path(files[0]) if files else None, [argument for argument in arguments if "=" in argument])
+    config, settings = split_arguments(command, arguments, options)
+    return load_config(None if config is None else find_config(config), settings)
 
 
 def make_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -53,8 +50,14 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     Raises ConfigError that names an unknown key with the nearest valid one, a missing key, a value of the
     wrong type with the expected type, or settings that exclude each other; all problems at once.
     """
-    optional = {name for name, field in TrainConfig.model_fields.items() if field.default is None}
-    cleaned = {k: None if k in optional and v in ("", "none") else v for k, v in values.items()}
+    fields = TrainConfig.model_fields
+    optional = {name for name, field in fields.items() if field.default is None}
+    required = {name for name, field in fields.items() if field.is_required()}
+    cleaned = {
+        k: None if k in optional and v in ("", "none") else v
+        for k, v in values.items()
+        if k not in required or v != ""  # a shell variable that is not set is no path
+    }
     try:
         return TrainConfig.model_validate(cleaned)
     except ValidationError as error:
@@ -64,23 +67,38 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def options_text() -> str:
-    """Every key with its default and meaning, for `ipadapter train --options`."""
+    """Every key with its default, the values that it takes and its meaning, for `ipadapter train --options`."""
     lines: list[str] = []
     for name, field in TrainConfig.model_fields.items():
-        default = "required" if field.is_required() else "unset" if field.default is None else f"{field.default!s}"
-        lines.append(f"{name} ({default})\n    {field.description}")
+        default = "required" if field.is_required() else _shown(field.default)
+        lines.append(f"{name} ({default}): {_allowed(field)}\n    {field.description}")
     return "\n".join(lines)
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ConfigError(f"{file}: no such config file. Give a .toml file, or only key=value settings.")
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid TOML ({error}).") from error
+def _shown(default: Any) -> str:
+    if default is None:
+        return "unset"
+    return str(default).lower() if isinstance(default, bool) else str(default) or "empty"
 
 
+def _allowed(field: FieldInfo) -> str:
+    """The values that a setting takes, in words."""
+    kind: Any = field.annotation
+    if get_origin(kind) is not Literal and get_args(kind):  # X | None
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        *others, last = get_args(kind)
+        return f"{', '.join(others)} or {last}"
+    limits = [
+        f"{word} {getattr(rule, name):g}"
+        for rule in field.metadata
+        for name, word in _LIMITS.items()
+        if getattr(rule, name, None) is not None
+    ]
+    return ", ".join([_EXPECTED[kind.__name__.lower()], *limits])
+
+
+_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "multiple_of": "a multiple of"}
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -88,6 +106,7 @@ _EXPECTED = {
     "bool": "true or false",
     "path": "a path",
     "string": "text",
+    "str": "text",
 }
 
 
@@ -95,8 +114,8 @@ def _problem(error: dict[str, Any]) -> str:
     """One of pydantic's errors as a clause without a full stop."""
     kind, key = str(error["type"]), ".".join(str(part) for part in error["loc"])
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, TrainConfig.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "see `ipadapter train --options`"
+        near = nearest(key)
+        hint = f"did you mean {near!r}?" if near else "see `ipadapter train --options`"
         return f"unknown key {key!r}; {hint}"
     if kind == "missing":
         return f"{key} is missing; write {key}=... ({TrainConfig.model_fields[key].description})"
@@ -105,10 +124,8 @@ def _problem(error: dict[str, Any]) -> str:
     context = error.get("ctx", {})
     if kind == "literal_error":
         expected = context["expected"]
-    elif kind in ("greater_than_equal", "greater_than", "less_than_equal", "multiple_of"):
-        word = {"ge": "at least", "gt": "more than", "le": "at most", "multiple_of": "a multiple of"}
-        name, limit = next(iter(context.items()))
-        expected = f"{word[name]} {limit:g}"
+    elif (name := next(iter(context), None)) in _LIMITS:
+        expected = f"{_LIMITS[name]} {context[name]:g}"
     else:
         expected = _EXPECTED.get(kind.split("_", maxsplit=1)[0], str(error["msg"]))
     return f"{key} = {error['input']!r}: expected {expected}"
