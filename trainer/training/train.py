@@ -123,7 +123,8 @@ def save(training: Training, position: Position, unlogged: Tensor) -> Path:
     if training.accelerator.is_main_process:
         saved = checkpoint_folders(output)
         kept = f"the last good checkpoint is {saved[-1].name}" if saved else "there is no checkpoint yet"
-        with disk_errors(folder, training.state.size, kept):
+        need = sum(file.stat().st_size for file in saved[-1].iterdir()) if saved else training.state.size
+        with disk_errors(folder, need, kept):
             folder = save_checkpoint(
                 output,
                 position,
