@@ -32,7 +32,7 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"ema_decay": 1}, ["ema_decay = 1", "less than 1"]),
         ({"flip": "perhaps"}, ["flip = 'perhaps'", "true or false"]),
         ({"resolution": 500}, ["resolution = 500", "a multiple of 8"]),
-        ({"mixed_precision": "fp16"}, ["mixed_precision = 'fp16'", "'no'", "'bf16'"]),
+        ({"mixed_precision": "int4"}, ["mixed_precision = 'int4'", "'no'", "'bf16'", "'fp16'"]),
         ({"kind": "faceid2"}, ["kind = 'faceid2'", "'faceid-plusv2'"]),
         ({"steps": None}, ["either steps or epochs"]),
         ({"epochs": 2}, ["either steps or epochs"]),
