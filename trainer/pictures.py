@@ -20,6 +20,7 @@ from ipadapter_core import (
 from .data.face_embeds import check_face_embed, read_face_embed
 from .data.pixels import open_rgb, why_broken
 from .disk import whole_file
+from .engine.processes import inference_dtype
 from .errors import DataError, TrainerError
 from .files.opening import open_checkpoint
 from .models.base_model import load_base_model
@@ -49,7 +50,7 @@ def generate_files(
     prediction_type: str | None = None,
     shortcut: bool | None = None,
 ) -> list[Path]:
-    """Load, generate and save; on the GPU in bfloat16 when there is one, else on the CPU in float32.
+    """Load, generate and save; on the GPU when there is one, in the precision of `inference_dtype`.
 
     `image` and `face_embed` are what the adapter's kind takes. `size` is "512" or "832x1216" (width x height).
     `shortcut` tells FaceID-plus v2 (True) from v1 where neither the file nor its name does.
@@ -71,8 +72,8 @@ def generate_files(
         check_prompt(loaded.spec, image, face_embed)
     picture = None if image is None else open_picture(image)
     face = None if loaded is None or face_embed is None else open_face(face_embed, loaded.spec)
-    on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = inference_dtype(device)
     model = load_base_model(
         base_model,
         dtype,

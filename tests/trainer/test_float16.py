@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from ipadapter_trainer.engine import denoiser
 from ipadapter_trainer.engine.denoiser import Denoiser, TrainingBatch
-from ipadapter_trainer.engine.processes import check_precision
+from ipadapter_trainer.engine.processes import check_precision, inference_dtype
 from ipadapter_trainer.errors import ConfigError, DivergedError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.settings.config_file import make_config
@@ -233,5 +233,8 @@ def test_a_gpu_without_bfloat16_is_told_of_float16(
             words = rf"mixed_precision={precision} needs bfloat16, .*\(Tesla T4\) lacks\. Set mixed_precision=fp16\."
             with pytest.raises(ConfigError, match=words):
                 check_precision(precision, device)
+    # And `generate` and `eval` take what the GPU has.
+    assert inference_dtype(device) is (torch.bfloat16 if capability == (8, 0) else torch.float16)
+    assert inference_dtype(torch.device("cpu")) is torch.float32
     for precision in ("no", "bf16", "fp8"):
         check_precision(precision, torch.device("cpu"))

@@ -22,11 +22,21 @@ def check_precision(mixed_precision: str, device: torch.device) -> None:
     """Raises ConfigError for a precision that the device cannot compute in, naming one that it can."""
     if mixed_precision == "fp16" and device.type == "cpu":
         raise ConfigError("mixed_precision=fp16 needs a GPU, but this runs on the CPU. Set mixed_precision=no or bf16.")
-    # From Ampere (8.0) on; PyTorch emulates bfloat16 on older NVIDIA GPUs, slower than float32.
-    too_old = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] < 8
-    if mixed_precision in ("bf16", "fp8") and too_old:
+    if mixed_precision in ("bf16", "fp8") and _lacks_bfloat16(device):
         name = torch.cuda.get_device_name(device)
         raise ConfigError(
             f"mixed_precision={mixed_precision} needs bfloat16, which this GPU ({name}) lacks. Set "
             "mixed_precision=fp16."
         )
+
+
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """What frozen models compute in: float32 on the CPU, on a GPU bfloat16, or float16 where it has no bfloat16."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.float16 if _lacks_bfloat16(device) else torch.bfloat16
+
+
+def _lacks_bfloat16(device: torch.device) -> bool:
+    """NVIDIA GPUs have it from Ampere (8.0) on; PyTorch emulates it on older ones, slower than float32."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] < 8

@@ -28,6 +28,7 @@ from ..data.examples import Example, fingerprint
 from ..data.face_embeds import face_id_embed, with_faces
 from ..data.pixels import open_rgb
 from ..engine.claim import claim
+from ..engine.processes import inference_dtype
 from ..errors import EvaluationError
 from ..models.base_model import BaseModel, load_base_model
 from ..models.generate import check_numbers, generate, initial_latents
@@ -57,7 +58,7 @@ class _Parts:
 
 
 def evaluate(settings: EvalSettings, *, say: Callable[[str], None] = print, progress_bar: bool = False) -> Evaluation:
-    """Generate what is not generated yet, measure it, and sum up; on GPUs in bfloat16, else on the CPU in float32.
+    """Generate what is not generated yet, measure it, and sum up, in the precision of `inference_dtype`.
 
     Every score is appended to `output`/scores.jsonl, and a picture depends on its example and its number alone: the
     same call goes on where another was stopped, also with another batch size, a higher limit, more pictures for each
@@ -145,7 +146,7 @@ def _load(settings: EvalSettings, device: torch.device) -> _Parts:
         raise EvaluationError(f"A {spec.kind} adapter takes no face embeddings; leave --face-embeds out.")
     base_model = load_base_model(
         settings.base_model,
-        torch.float32 if device.type == "cpu" else torch.bfloat16,
+        inference_dtype(device),
         device,
         settings.image_encoder,
         base_config=settings.base_config,
