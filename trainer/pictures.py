@@ -164,10 +164,10 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def open_picture(path: Path) -> Image.Image:
     """Raises DataError when the file is missing or is no picture."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such picture.")
     try:
         return open_rgb(path)[0]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such picture.") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise DataError(f"{path}: cannot be read as a picture: {why_broken(error)}") from error
 

@@ -189,7 +189,7 @@ ALIEN = {
     b"<!DOCTYPE html><html>404</html>": "a web page, not the file itself; expected",
     b"\0\0\0\x18ftypheic\0\0\0\0": "a HEIC image; expected JPEG, PNG, WebP or the like. Convert it to JPEG or PNG.",
     b"<svg xmlns='http://www.w3.org/2000/svg'/>": "an SVG drawing; expected JPEG, PNG, WebP or the like. Convert it",
-    b"just words": "not a picture, or of an unknown format",
+    b"just words": "a text file that begins with 'just words'; expected JPEG",
 }
 
 

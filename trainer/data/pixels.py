@@ -77,12 +77,16 @@ def open_lazily(picture: Path | PackedFile | IO[bytes]) -> Image.Image:
     """
     try:
         return Image.open(picture.open() if isinstance(picture, PackedFile) else picture)
-    except UnidentifiedImageError as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError, Image.DecompressionBombError):
+        raise
+    except Exception as error:  # also of a decoder that took another file for an image of its format
         start = _edge(picture, io.SEEK_SET)
-        if type_of(start) is not None:
+        unidentified, found = isinstance(error, UnidentifiedImageError), type_of(start)
+        if found is not None and (unidentified or found not in IMAGES):
             raise PictureError(fault(start, "JPEG, PNG, WebP or the like", IMAGES)) from error
-        # Pillow's text names the object in memory, another one in each run.
-        raise UnidentifiedImageError(f"cannot identify image file '{picture}'") from error
+        if unidentified:  # Pillow's text names the object in memory, another one in each run
+            raise UnidentifiedImageError(f"cannot identify image file '{picture}'") from error
+        raise
 
 
 def _edge(picture: Path | PackedFile | IO[bytes], whence: int) -> bytes:
