@@ -165,7 +165,7 @@ def test_a_context_window_in_the_options(world):
     """A window of the batch's dimension says which pictures it has; one of another dimension does not."""
     from comfy.context_windows import IndexListContextWindow
 
-    masks = torch.cat([torch.zeros(1, 16, 16), torch.ones(1, 16, 16)])
+    masks = torch.cat([LEFT, torch.ones(1, 16, 16)])
     patched = world.apply(world.model, world.adapter, world.prompt, attn_mask=masks)
     options = patched.model_options["transformer_options"]
     sizes = {"total_frames": 2} if "total_frames" in inspect.signature(IndexListContextWindow).parameters else {}
@@ -173,7 +173,8 @@ def test_a_context_window_in_the_options(world):
     unmasked = world.sample(world.apply(world.model, world.adapter, world.prompt))
     torch.testing.assert_close(world.sample(patched), unmasked, atol=1e-3, rtol=1e-3)
     options["context_window"] = IndexListContextWindow([1], dim=2, **sizes)
-    assert torch.equal(world.sample(patched), world.base)
+    left = world.sample(world.apply(world.model, world.adapter, world.prompt, attn_mask=LEFT))
+    assert torch.equal(world.sample(patched), left) and not torch.allclose(left, unmasked, atol=0.1)
 
 
 def test_stacked_adapters_keep_their_own_masks(world, terms):

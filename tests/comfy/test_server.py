@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import urllib.error
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 GRAPH = Path(__file__).parent / "demo.api.json"
 
@@ -63,7 +65,8 @@ def test_former_weight_types_pass_and_others_are_named(server):
         entry = server.run(graph)
         assert entry["status"]["status_str"] == "success", entry["status"]
         image = entry["outputs"]["9"]["images"][0]
-        images[name] = server.read(f"/view?filename={image['filename']}&type={image['type']}")
+        file = io.BytesIO(server.read(f"/view?filename={image['filename']}&type={image['type']}"))
+        images[name] = Image.open(file).convert("RGB").tobytes()  # the file also holds the graph
     assert images["style transfer"] == images["style transfer (SDXL)"]
     apply["inputs"]["weight_type"] = "swirl"
     with pytest.raises(urllib.error.HTTPError) as refused:
