@@ -12,6 +12,7 @@ from .application import AdapterApplication
 from .attn_processor import ImageAttnProcessor
 from .errors import AdapterError
 from .layers import Site, attention_ids, diffusers_sites, named_modules, unwrap
+from .masks import check_attention_mask
 from .rows import take_rows
 
 
@@ -150,6 +151,8 @@ def _check_fit(application: AdapterApplication, sites: Sequence[Site]) -> None:
             f"{name}: {len(application.weight)} weights for {len(sites)} layers. Pass one weight per layer, or one "
             "number."
         )
+    if application.mask is not None:
+        check_attention_mask(application.mask, f"{name}: mask", "Pass another mask, or None for the whole picture.")
     if application.lora is not None and len(list(application.lora.children())) != 2 * len(sites):
         raise AdapterError(
             f"{name}: its LoRA has {len(list(application.lora.children()))} layers, the UNet {2 * len(sites)}. Use an "

@@ -535,6 +535,8 @@ def test_what_does_not_fit_is_refused_before_anything_changes(unets: Any, case: 
         (ic.AdapterApplication(pairs, name="sd15.bin"), "sd15.bin: has 16 layers, the UNet has 70"),
         (ic.AdapterApplication(weight=[1.0] * 3), "3 weights for 70 layers"),
         (ic.AdapterApplication(lora=lora), "LoRA has 32 layers, the UNet 140"),
+        (ic.AdapterApplication(mask=torch.zeros(8, 8)), "mask is 0 everywhere"),
+        (ic.AdapterApplication(mask=torch.full((2, 8, 8), 255.0)), "mask 1 of 2 has values from 255 to 255"),
     ):
         with pytest.raises(ic.AdapterError, match=message):
             ic.inject(unets["sdxl"], application)
