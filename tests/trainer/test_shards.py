@@ -434,6 +434,6 @@ def test_index_leaves_out_what_cannot_be_used(tmp_path: Path, caplog: pytest.Log
 
 
 def test_what_is_no_picture_is_named_as_a_file_is(tmp_path: Path) -> None:
-    shard = write_shard(tmp_path / "a.tar", {"0": {"png": b"abc", "txt": b"text"}})
+    shard = write_shard(tmp_path / "a.tar", {"0": {"png": b"\xfe\xfebc", "txt": b"text"}})
     with pytest.raises(UnidentifiedImageError, match=r"cannot identify image file '.*a\.tar/0\.png'"):
         open_rgb(index_shards([str(shard)])[0].image)
