@@ -169,7 +169,7 @@ def test_wrong_input_is_refused_in_one_line(settings: dict[str, Any], arguments:
 def test_wrong_folders_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     code, _, err = ipadapter("cache")
     assert code == 2
-    assert "at most one file" in err
+    assert "Write `ipadapter cache CONFIG key=value ...`" in err
     code, _, err = ipadapter("cache", *keys(settings, cache=settings["data"]))
     assert code == 2
     assert "a folder with other files in it" in err

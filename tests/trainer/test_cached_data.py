@@ -239,7 +239,7 @@ def test_broken_pictures_are_replaced_and_named_as_without_cache(many: dict[str,
     assert any("Could not be read and are left out: 2, such as" in line for line in lines)
     manifest = read_manifest(Path(many["cache"]) / MANIFEST)
     assert list(manifest.broken["pictures"]) == ["2"]
-    assert "2.png: UnidentifiedImageError" in manifest.broken["pictures"]["2"]
+    assert "2.png: a text file that begins with 'not a picture'" in manifest.broken["pictures"]["2"]
     plain, kept = uncached(config, base_model), cached(config, base_model)
     for epoch in range(3):
         for row in range(8):

@@ -19,7 +19,7 @@ import pytest
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.engine import claim as claim_module
 from ipadapter_trainer.engine.claim import LOCK, NOTE, claim
-from ipadapter_trainer.errors import ConfigError, InUseError
+from ipadapter_trainer.errors import ConfigError, DiskError, InUseError
 from ipadapter_trainer.evaluation.evaluate import evaluate
 from ipadapter_trainer.evaluation.settings import EvalSettings
 from typer.testing import CliRunner
@@ -178,7 +178,7 @@ def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file is a file"), claim(tmp_path / "file"):
         pass
-    with pytest.raises(ConfigError, match=r"inside: nothing can be written there \(Not a directory\)"):  # noqa: SIM117
+    with pytest.raises(DiskError, match=r"inside: Not a directory\. Check the disk and the path\."):  # noqa: SIM117
         with claim(tmp_path / "file" / "inside"):
             pass
 

@@ -212,7 +212,7 @@ def test_generate_names_what_is_wrong(model_folder: Path, adapter_file: Path, pi
         (["--adapter", adapter_file], "--image is missing"),
         (image, "--adapter is missing"),
         (["--adapter", pictures / "red.png", *image], "PNG image"),
-        (["--adapter", adapter_file, "--image", adapter_file], "a safetensors file; expected an image"),
+        (["--adapter", adapter_file, "--image", adapter_file], "a safetensors file; expected JPEG, PNG"),
         (["--adapter", adapter_file, "--image", "/nowhere.png"], "/nowhere.png: no such picture"),
         (["--output", tmp_path / "o.xyz"], "unknown picture suffix"),
         (["--size", "60"], "multiple of 8"),

@@ -80,7 +80,7 @@ def test_a_list_names_what_is_missing(pictures: Path) -> None:
     report = check_data(pictures)
     assert (report.pictures, report.usable, report.references) == (2, 1, 2)
     assert "gone.png" in report.missing[0] and "line 2" in report.missing[0]
-    assert "teal.png: not a picture" in report.broken[0]  # its reference cannot be read
+    assert "teal.png: a text file that begins with 'not a picture'" in report.broken[0]  # its reference cannot be read
 
 
 def test_shards_are_checked_too(tmp_path: Path) -> None:

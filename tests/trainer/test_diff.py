@@ -140,7 +140,7 @@ def test_diff_names_what_is_wrong(random_adapter: Make, write: Any, tmp_path: Pa
     for arguments, words in [
         ([a, "/nowhere.bin"], "/nowhere.bin: no such file"),
         (["/nowhere.bin", a], "/nowhere.bin: no such file"),
-        ([a, tmp_path / "text.bin"], "neither safetensors nor a PyTorch file"),
+        ([a, tmp_path / "text.bin"], "text.bin: a text file that begins with 'hello, this is not a model'"),
         ([a, tmp_path / "empty"], "no adapter in this folder"),
     ]:
         code, _, err = ipadapter("diff", *arguments)

@@ -91,7 +91,7 @@ def test_the_export_of_a_finished_training(settings: dict[str, Any], disk: Path)
     config = make_config(settings)
     train(config)
     (disk / "run" / FILE).unlink()
-    fill(disk, 4096)
+    fill(disk, 3 * 4096)  # enough for the lock
     with pytest.raises(ExportError, match=FULL) as raised:
         train(config)  # only exports again
     (checkpoint,) = checkpoint_folders(disk / "run")

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ipadapter_core.file_types import file_type
+from ipadapter_core.file_types import JSON, file_type
 
 from ..disk import whole_file
 from ..errors import CacheError
@@ -89,6 +89,7 @@ def read_manifest(file: Path) -> Manifest:
         version = FORMAT
     if version == FORMAT:
         found = file_type(file).name if file.is_file() else "no such file"
+        found = "it is damaged" if found == JSON.name else found
         raise CacheError(f"{file}: not a cache's manifest ({found}). Make the cache again.")
     raise CacheError(
         f"{file}: a cache of format {version}, this version reads {FORMAT}. Make the cache again with "

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..data.draws import Geometry, Recipe, geometry
 from ..data.examples import Example
 from ..data.items import Encoding, open_picture, picture_tensors, reference_tensor
-from ..data.pixels import Size, Stored
+from ..data.pixels import Size, Stored, why_broken
 
 Item = tuple[int, Size | None, bool]  # number, bucket, whether the picture is its own reference
 
@@ -93,7 +93,7 @@ class ReferenceViews(Dataset[dict[str, Any]]):
 
 def reason(name: str, error: Exception) -> str:
     """Why a picture is left out."""
-    return f"{name}: {type(error).__name__}: {error}"
+    return f"{name}: {why_broken(error)}"
 
 
 def stack(items: Sequence[dict[str, Any]]) -> dict[str, Tensor | list[str]]:

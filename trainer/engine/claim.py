@@ -19,7 +19,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
-from ..errors import ConfigError, InUseError
+from ..disk import disk_errors
+from ..errors import ConfigError, InUseError, TrainerError
 from .processes import launched_on_cpu
 
 LOCK, NOTE = ".in-use.lock", ".in-use.txt"  # the note is the owner in words
@@ -37,7 +38,8 @@ def claim(folder: Path, say: Say = lambda line: None) -> Iterator[Callable[[], N
     Yields a function that raises InUseError when the folder was lost to another process, which happens to a process
     that was suspended for longer than `LIFETIME`.
 
-    Raises ConfigError when nothing can be written there, InUseError when another process writes into it.
+    Raises ConfigError for a file, DiskError when nothing can be written there, InUseError when another process
+    writes into it.
     """
     state = PartialState(cpu=launched_on_cpu())
     made = [path for path in (folder, *folder.parents) if not path.exists()] if state.is_main_process else []
@@ -46,7 +48,7 @@ def claim(folder: Path, say: Say = lambda line: None) -> Iterator[Callable[[], N
         if state.is_main_process:
             try:
                 lease = _acquire(folder, say)
-            except (ConfigError, InUseError) as error:
+            except TrainerError as error:
                 problems = [error]
         broadcast_object_list(problems)
         if problems[0] is not None:
@@ -66,7 +68,7 @@ def _acquire(folder: Path, say: Say) -> SoftFileLease:
     lock, note = folder / LOCK, folder / NOTE
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file. Choose a folder.")
-    try:
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lease = SoftFileLease(lock, lease_duration=LIFETIME, heartbeat_interval=HEARTBEAT, thread_local=False)
         before, owner, looks = _mark(lock), _owner(folder), 0
@@ -78,17 +80,17 @@ def _acquire(folder: Path, say: Say) -> SoftFileLease:
                 say(f"{folder} is claimed by {owner}. Checking whether it still runs (at most {LIFETIME:.0f} seconds).")
             return _mark(lock) not in (None, before)
 
-        lease.acquire(timeout=LIFETIME + 2 * HEARTBEAT, poll_interval=HEARTBEAT / 10, cancel_check=owner_lives)
-        note.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
-    except (Timeout, LeaseSettingsMismatch) as error:  # a living owner; of another version, with another lifetime
-        raise InUseError(
-            f"{folder} is in use by {_owner(folder)}. Wait until it ends, stop it, or choose another folder."
-        ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: nothing can be written there ({error.strerror or error}). Choose another folder, or make this "
-            "one writable."
-        ) from error
+        try:
+            lease.acquire(timeout=LIFETIME + 2 * HEARTBEAT, poll_interval=HEARTBEAT / 10, cancel_check=owner_lives)
+        except (Timeout, LeaseSettingsMismatch) as error:  # a living owner; of another version, with another lifetime
+            raise InUseError(
+                f"{folder} is in use by {_owner(folder)}. Wait until it ends, stop it, or choose another folder."
+            ) from error
+        try:
+            note.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
+        except OSError:
+            lease.release()
+            raise
     if before is not None:
         say(f"{folder} was claimed by {owner}, which did not end properly: taking over.")
     return lease
