@@ -12,6 +12,7 @@ from .attention import KeyValue
 from .errors import AdapterError
 from .lora import LoraLayers
 from .masks import resize_mask
+from .rows import row_numbers
 
 Observe = Callable[[int, Tensor, Tensor], None]
 
@@ -40,8 +41,8 @@ class AdapterApplication:
     name: str = "adapter"
     observe: Observe | None = None
     rows: Sequence[int] | None = None
-    _taken: dict[int, tuple[KeyValue, Sequence[int], KeyValue]] = field(
-        default_factory=dict[int, tuple[KeyValue, Sequence[int], KeyValue]], init=False, repr=False
+    _taken: dict[int, tuple[KeyValue, list[int], KeyValue]] = field(
+        default_factory=dict[int, tuple[KeyValue, list[int], KeyValue]], init=False, repr=False
     )
     _resized: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(
         default_factory=dict[tuple[int, int], tuple[Tensor, Tensor]], init=False, repr=False
@@ -53,10 +54,14 @@ class AdapterApplication:
             return self.weight
         return self.weight[index]
 
-    def layer_key_values(self, index: int, batch: int, told: Sequence[int] | None) -> KeyValue:
+    def layer_key_values(self, index: int, batch: int, told: list[int] | None) -> KeyValue:
         """Keys and values of the layer at `index`, [1 or batch, T, C]; `told` are the rows that the pipeline tells."""
         pair = cast("Sequence[KeyValue]", self.key_values)[index]
-        rows, count = told if self.rows is None else self.rows, len(pair.key)
+        count, rows = len(pair.key), told if self.rows is None else row_numbers(self.rows)
+        if told is not None and rows != told:
+            raise AdapterError(
+                f"{self.name}: rows are {rows}, and pipeline_rows makes them {told}. Give one of the two alone."
+            )
         if rows is None:
             if count == 1:
                 return pair
@@ -66,14 +71,14 @@ class AdapterApplication:
             )
         if len(rows) != batch or max(rows) >= count:
             raise AdapterError(
-                f"{self.name}: the rows are {list(rows)}; expected {batch} numbers below {count}, one for each row of "
+                f"{self.name}: the rows are {rows}; expected {batch} numbers below {count}, one for each row of "
                 f"the UNet's batch, among {count} rows of image keys."
             )
-        if rows == range(count) or list(rows) == list(range(count)):
+        if rows == list(range(count)):
             return pair
         source, taken_rows, taken = self._taken.get(index, (None, None, pair))
-        if source is not pair or taken_rows is not rows:
-            taken = KeyValue(*(part[list(rows)] for part in pair))
+        if source is not pair or taken_rows != rows:
+            taken = KeyValue(*(part[rows] for part in pair))
             self._taken[index] = (pair, rows, taken)
         return taken
 

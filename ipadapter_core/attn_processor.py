@@ -85,6 +85,7 @@ class ImageAttnProcessor:
                 continue
             key, value = application.layer_key_values(self.id // 2, query.shape[0], injection.rows)
             mask = None if application.mask is None else application.layer_mask(_grid(injection, query), query)
+            _check_rows(application.name, query.shape[0], weight, mask)
             term = image_attention(query, key, value, heads, weight=weight, mask=mask)
             if application.observe is not None:
                 application.observe(self.id, text, term)
@@ -162,3 +163,13 @@ def _grid(injection: Injection, query: Tensor) -> tuple[int, int]:
     if injection.latent_size is None:
         raise AdapterError("A mask needs the latent's size: call the UNet itself (`unet(...)`), not `unet.forward`.")
     return level_grid(injection.latent_size, query.shape[1])
+
+
+def _check_rows(name: str, batch: int, weight: float | Tensor, mask: Tensor | None) -> None:
+    weights = weight.numel() if isinstance(weight, Tensor) else 1
+    for what, count in (("weights", weights), ("masks", 1 if mask is None else len(mask))):
+        if count not in (1, batch):
+            raise AdapterError(
+                f"{name}: {count} {what} for {batch} rows of the UNet's batch, those of guidance included. Pass 1, or "
+                f"{batch}."
+            )

@@ -26,6 +26,7 @@ NUMPY = FileType("a NumPy array")
 JSON = FileType("a JSON file")
 TAR, GZIP = FileType("a tar archive"), FileType("a gzip archive")
 PNG, JPEG, GIF = FileType("a PNG image"), FileType("a JPEG image"), FileType("a GIF image")
+RIFF = FileType("a WebP image or another RIFF file")
 EMPTY = FileType("an empty file (0 bytes)", is_failed_download=True)
 ZEROS = FileType("a file of zero bytes", is_failed_download=True)
 WEB_PAGE = FileType("a web page, not the file itself", is_failed_download=True)
@@ -49,7 +50,7 @@ _STARTS: tuple[tuple[bytes, FileType], ...] = (
     (rb"\xff\xd8\xff", JPEG),
     (rb"GIF8", GIF),
     (rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", FileType("a HEIC image", advice=_CONVERT)),
-    (rb"RIFF", FileType("a WebP image or another RIFF file")),
+    (rb"RIFF", RIFF),
     (rb"GGUF", FileType("a GGUF model")),
     (rb"%PDF", FileType("a PDF document", advice=_CONVERT)),
     (rb"\x1f\x8b", GZIP),

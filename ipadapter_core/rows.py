@@ -7,7 +7,7 @@ there to the UNet's `added_cond_kwargs`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,17 +26,25 @@ def pipeline_rows(positive: Sequence[int] = (1,), negative: int = 0) -> list[Ten
     positive] and any number of prompts; `pipeline_rows([1, 2])` is for two pictures with an image each. Guidance may
     be on or off.
 
-    Raises AdapterError for an empty `positive` or a number below 0; while the pipeline runs, for another number of
+    Raises AdapterError for anything but whole numbers from 0 on; while the pipeline runs, for another number of
     pictures.
     """
-    if not positive or min(*positive, negative) < 0:
-        raise AdapterError(
-            f"pipeline_rows({list(positive)}, {negative}): expected rows of key_values, counted from 0, for all "
-            "pictures or for each."
-        )
-    rows = torch.tensor(positive).reshape(-1, 1, 1).as_subclass(_Rows)
+    numbers, (negative,) = row_numbers(positive), row_numbers([negative])
+    rows = torch.tensor(numbers).reshape(-1, 1, 1).as_subclass(_Rows)
     rows.negative_row = negative
     return [rows]
+
+
+def row_numbers(rows: Any) -> list[int]:
+    """Rows of key_values as a list. Raises AdapterError for anything but one or more whole numbers from 0 on."""
+    listed: Any = cast("Any", rows).tolist() if isinstance(rows, Tensor) else rows
+    numbers: list[Any] = list(cast("Iterable[Any]", listed)) if isinstance(listed, Iterable) else []
+    if not numbers or not all(type(number) is int and number >= 0 for number in numbers):
+        raise AdapterError(
+            f"rows {rows!r}: expected rows of key_values, whole numbers from 0 on, such as [0, 1]: one for all, or one "
+            "for each picture."
+        )
+    return numbers
 
 
 class _Rows(Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, cast
@@ -22,7 +23,7 @@ class Injection:
     def __init__(self, unet: nn.Module, applications: Sequence[AdapterApplication]) -> None:
         self.applications = tuple(applications)
         self.latent_size: tuple[int, int] | None = None
-        self.rows: Sequence[int] | None = None
+        self.rows: list[int] | None = None
         self.active = True
         self._rows_tensor: Tensor | None = None
         self._unet = unet = unwrap(unet)
@@ -64,9 +65,9 @@ class Injection:
         for attention, original, processor in self._replaced:
             if attention.processor is processor:
                 attention.set_processor(original)
-        self._forget_saved_processors()
         self._hook.remove()
         self.active = False
+        self._forget_saved_processors()
 
     def _is_in(self, processor: Any) -> bool:
         return isinstance(processor, ImageAttnProcessor) and any(i is self for _, i in processor.applications)
@@ -74,8 +75,9 @@ class Injection:
     def _forget_saved_processors(self) -> None:
         """fuse_qkv_projections keeps the processors that it replaced, for unfuse_qkv_projections to put back."""
         saved = cast("dict[str, Any] | None", getattr(self._unet, "original_attn_processors", None)) or {}
-        originals = {id(processor): original for _, original, processor in self._replaced}
-        saved.update({name: originals.get(id(processor), processor) for name, processor in saved.items()})
+        for name, processor in saved.items():
+            if isinstance(processor, ImageAttnProcessor) and not processor.active_applications():
+                saved[name] = processor.original
 
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -145,6 +147,14 @@ def _check_fit(application: AdapterApplication, sites: Sequence[Site]) -> None:
             raise AdapterError(
                 f"{name}: has {len(widths)} layers, the UNet has {len(expected)}{'; ' + detail if detail else ''}. "
                 "Use an adapter for this base model."
+            )
+    weights = application.weight if isinstance(application.weight, Sequence) else [application.weight]
+    for weight in weights:
+        values: list[Any] = cast("Any", weight).flatten().tolist() if isinstance(weight, Tensor) else [weight]
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            raise AdapterError(
+                f"{name}: weight is {application.weight!r}; expected a finite number, a tensor of one for each row or "
+                "a sequence of one for each layer."
             )
     if isinstance(application.weight, Sequence) and len(application.weight) != len(sites):
         raise AdapterError(

@@ -58,6 +58,8 @@ def generate_files(
     Raises TrainerError when the options do not belong together, and as loading and generating do; files are
     checked before the model is loaded.
     """
+    if output.is_dir():
+        raise TrainerError(f"{output}: a folder. Name the picture too, such as {output / 'picture.png'}.")
     if output.suffix.lower() not in Image.registered_extensions():
         raise TrainerError(f"{output}: unknown picture suffix {output.suffix!r}. Use .png.")
     if adapter is None and (image is not None or face_embed is not None):

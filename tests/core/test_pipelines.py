@@ -318,7 +318,7 @@ def test_what_no_one_tells_is_refused(parts: Any, new_adapter: Any) -> None:
         with pytest.raises(ic.AdapterError, match=r"holds 2 pipeline_rows"):
             call(pipeline, 1, ip_adapter_image_embeds=[*ic.pipeline_rows(), *ic.pipeline_rows()])
     assert not pipeline.unet._forward_pre_hooks
-    for wrong in ([], [-1]):
+    for wrong in ([], [-1], [1.5], ["1"], None, 1):
         with pytest.raises(ic.AdapterError, match=r"expected rows of key_values"):
             ic.pipeline_rows(wrong)
 

@@ -256,6 +256,32 @@ def test_rows_are_never_guessed(sd15: Any, case: Any, latents: Tensor, text: Ten
         run_injected(sd15, pairs, x, states, name="face", rows=[0, 1])
     with pytest.raises(ic.AdapterError, match=r"face: the rows are \[0, 2\]; expected 2 numbers below 2"):
         run_injected(sd15, pairs, latents, text, name="face", rows=[0, 2])
+    for wrong in ([-1, 1], [0.0, 1.0], ["0", "1"], []):
+        with pytest.raises(ic.AdapterError, match=r"whole numbers from 0 on"):
+            run_injected(sd15, pairs, latents, text, rows=wrong)
+    swapped = run_injected(sd15, pairs, latents, text, rows=[1, 0])
+    assert torch.equal(run_injected(sd15, pairs, latents, text, rows=torch.tensor([1, 0])), swapped)
+    rows = [0, 1]
+    with ic.inject(sd15, ic.AdapterApplication(pairs, rows=rows)):
+        run(sd15, latents, text)
+        rows.reverse()
+        assert torch.equal(run(sd15, latents, text), swapped)
+    told = {"added_cond_kwargs": {"image_embeds": [torch.tensor([1, 0]).reshape(2, 1, 1)]}}
+    with (
+        pytest.raises(ic.AdapterError, match=r"rows are \[0, 1\], and pipeline_rows makes them \[1, 0\]"),
+        ic.inject(sd15, ic.AdapterApplication(pairs, rows=[0, 1])),
+    ):
+        run(sd15, latents, text, **told)
+
+
+def test_weights_and_masks_of_each_row(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
+    """One for all or one for each row of the batch; anything else is named with both numbers."""
+    pairs = [ic.KeyValue(k[:1], v[:1]) for k, v in case[1]]
+    x, states = latents.repeat(2, 1, 1, 1), text.repeat(2, 1, 1)
+    with pytest.raises(ic.AdapterError, match=r"2 weights for 4 rows of the UNet's batch, those of guidance included"):
+        run_injected(sd15, pairs, x, states, weight=torch.tensor([0.5, 1.0]))
+    with pytest.raises(ic.AdapterError, match=r"2 masks for 4 rows"):
+        run_injected(sd15, pairs, x, states, mask=torch.ones(2, 8, 8))
 
 
 def test_weights_per_layer_and_per_row(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
@@ -425,6 +451,19 @@ def test_one_replaced_processor_is_enough(sd15: Any, case: Any, latents: Tensor,
     sd15.set_attn_processor(before)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_nothing_is_left_for_unfuse(new_unet: Any, case: Any, first: int) -> None:
+    """fuse_qkv_projections keeps the processors it replaced, ours in both injections among them."""
+    unet = new_unet("sd15").requires_grad_(False)
+    before = dict(unet.attn_processors)
+    injections = [ic.inject(unet, ic.AdapterApplication(case[1])) for _ in range(2)]
+    unet.fuse_qkv_projections()
+    injections[first].eject()
+    injections[1 - first].eject()
+    unet.unfuse_qkv_projections()
+    assert all(unet.attn_processors[name] is before[name] for name in before)
+
+
 @pytest.mark.parametrize("change", [slice_attention, use_plain_processor, fuse])
 @pytest.mark.parametrize("kind", ["base", "faceid"])
 def test_over_other_processors(
@@ -536,6 +575,10 @@ def test_what_does_not_fit_is_refused_before_anything_changes(unets: Any, case: 
         (ic.AdapterApplication(weight=[1.0] * 3), "3 weights for 70 layers"),
         (ic.AdapterApplication(lora=lora), "LoRA has 32 layers, the UNet 140"),
         (ic.AdapterApplication(mask=torch.zeros(8, 8)), "mask is 0 everywhere"),
+        (ic.AdapterApplication(mask=torch.full((8, 8), torch.nan)), "mask holds NaN"),
+        (ic.AdapterApplication(weight=float("nan")), "weight is nan; expected a finite number"),
+        (ic.AdapterApplication(weight=torch.tensor([1.0, torch.inf])), "expected a finite number"),
+        (ic.AdapterApplication(weight="0.5"), "weight is '0.5'; expected a finite number"),
         (ic.AdapterApplication(mask=torch.full((2, 8, 8), 255.0)), "mask 1 of 2 has values from 255 to 255"),
     ):
         with pytest.raises(ic.AdapterError, match=message):

@@ -135,8 +135,8 @@ def test_a_mistake_is_one_line_and_status_2(settings: dict[str, Any], changes: d
         ("sd15-base --dryrun", "--dryrun: no such option or key. Did you mean --dry-run?"),
         ("sd15-base --learnin-rate 1", "--learnin-rate 1: no such option or key. Did you mean learning_rate=1?"),
         ("sd15-base --zzz", "--zzz: no such option or key. Settings are written key=value."),
-        ("a.toml b.toml", "Give at most one file, not a.toml and b.toml."),
-        ("sd15-base steps=3 sdxl-base", "Give at most one file, not sd15-base and sdxl-base."),
+        ("a.toml b.toml", "Give at most one config, not a.toml and b.toml."),
+        ("sd15-base steps=3 sdxl-base", "Give at most one config, not sd15-base and sdxl-base."),
         ("sd15-bse", "sd15-bse: no such config. Did you mean sd15-base?"),
         ("configs/sdxl-plu.toml", "configs/sdxl-plu.toml: no such config. Did you mean sdxl-plus?"),
         ("steps=3 a.toml", "a.toml: no such config. `ipadapter new` lists the configs that come with this package."),
@@ -238,6 +238,27 @@ def test_inspect(adapter_file: Path, pictures: Path) -> None:
         code, _, err = ipadapter("inspect", wrong)
         assert code == 2
         assert str(wrong) in err
+
+
+def test_an_option_given_twice_is_refused(adapter_file: Path, pictures: Path) -> None:
+    image = pictures / "red.png"
+    given = ["generate", "--base-model", "x", "--output", "o.png", f"--image={image}", "--image", image]
+    code, _, err = ipadapter(*given)
+    assert code == 2
+    assert "--image is given 2 times. Leave all but one out." in err
+
+
+def test_sigterm_while_models_load_leaves_no_lock(settings: dict[str, Any], run_ipadapter: Start) -> None:
+    process = run_ipadapter("train", *keys(settings, steps=100000))
+    output = Path(settings["output"])
+    while not any(output.glob(".in-use*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert not any(output.glob(".in-use*"))
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(settings: dict[str, Any], run_ipadapter: Start) -> None:

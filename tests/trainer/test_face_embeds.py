@@ -102,7 +102,7 @@ def test_no_file_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         ("a.npy", np.ones(128, dtype=np.float32), r"of 512 values, found the shape \(128,\)"),
         ("a.npy", np.full(512, np.nan, dtype=np.float32), "not finite"),
-        ("a.npy", None, "cannot be read as a face embedding"),
+        ("a.npy", None, "begins with 'no embedding'; expected a face embedding"),
         ("a.txt", None, "expected a .npy"),
     ],
 )

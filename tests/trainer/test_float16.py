@@ -18,7 +18,7 @@ from ipadapter_trainer.engine.processes import check_precision, inference_dtype
 from ipadapter_trainer.errors import ConfigError, DivergedError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.settings.config_file import make_config
-from ipadapter_trainer.training import setup
+from ipadapter_trainer.training import checks
 from ipadapter_trainer.training.checkpoints import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.training.train import Interrupted, train
 from safetensors.torch import load_file
@@ -40,8 +40,8 @@ class ScalingAccelerator(Accelerator):
 
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "Accelerator", ScalingAccelerator)
-    monkeypatch.setattr(setup, "check_precision", lambda *_: None)
+    monkeypatch.setattr(checks, "Accelerator", ScalingAccelerator)
+    monkeypatch.setattr(checks, "check_precision", lambda *_: None)
 
 
 @dataclass
@@ -92,7 +92,7 @@ def test_it_learns_what_float32_learns(settings: dict[str, Any], tmp_path: Path,
     assert all(weight.isfinite().all() for weight in load_file(file).values())
     assert state["scaler"]["scale"] > 2.0**12  # doubled after three steps
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "Accelerator", Accelerator)
+        patch.setattr(checks, "Accelerator", Accelerator)
         fresh()
         other = {**settings, "output": str(tmp_path / "float32")}
         train(make_config(other), on_progress=lambda p: losses["no"].append(p.loss.item()))
@@ -132,7 +132,8 @@ def test_a_step_that_overflows_is_none(
     assert not torch.equal(before_batches[4 * accumulated], before_batches[0])
     after, moved = state_of(settings["output"])
     assert after["scaler"]["scale"] == before["scaler"]["scale"] / 8
-    assert after["position"] == {"step": 3, "batches": before["position"]["batches"] + 5 * accumulated}
+    batches = before["position"]["batches"] + 5 * accumulated
+    assert after["position"] == {"step": 3, "batches": batches, "images": 2 * batches}
     assert all(weight.isfinite().all() for weight in moved.values())
     assert any(not torch.equal(weights[name], moved[name]) for name in weights)
     (counted,) = {int(s["step"]) for s in after["optimizer"]["state"].values() if "step" in s} or {
@@ -184,7 +185,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(
     assert parts == whole
     (one, weights), (other, same) = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
     assert one["scaler"] == other["scaler"]
-    assert one["position"] == other["position"] == {"step": 6, "batches": 8}
+    assert one["position"] == other["position"] == {"step": 6, "batches": 8, "images": 16}
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 

@@ -154,7 +154,7 @@ def assert_all_named(data: Path, *words: str) -> None:
         find_examples(data)
     code, out, err = check(data)
     assert code == 2
-    assert err.splitlines()[-1].endswith("captions or rows cannot be read; a training refuses them.")
+    assert err.splitlines()[-1].endswith("captions or rows are unreadable; a training refuses them.")
     for word in words:
         assert word in str(error.value) and word in out, word
 
@@ -210,7 +210,7 @@ def test_bad_rows_are_named_at_once(pictures: Path) -> None:
 
 def test_the_rest_of_many_faults_is_counted(pictures: Path) -> None:
     (pictures / "metadata.jsonl").write_text("{\n" * 12)
-    with pytest.raises(DataError, match=r"12 captions or rows cannot be read.*line 5: .*And 7 more: `ipadapter data"):
+    with pytest.raises(DataError, match=r"12 captions or rows are unreadable.*line 5: .*And 7 more: `ipadapter data"):
         find_examples(pictures)
 
 

@@ -197,7 +197,7 @@ def test_a_run_never_forks_inside_its_output(settings: dict[str, Any]) -> None:
 
 def test_what_is_no_checkpoint_is_named_with_those_that_are(settings: dict[str, Any], tmp_path: Path) -> None:
     output = Path(settings["output"])
-    both = "There are checkpoint-000002, checkpoint-000004."
+    both = f"a folder: {output / 'checkpoint-000002'} or {output / 'checkpoint-000004'}."
     for wrong in (output, output / "checkpoint-000003"):
         with pytest.raises(CheckpointError, match=f"resume={wrong}: no complete checkpoint.*{both}"):
             told(settings, resume=wrong)
@@ -207,6 +207,26 @@ def test_what_is_no_checkpoint_is_named_with_those_that_are(settings: dict[str, 
     with pytest.raises(CheckpointError, match="Raise steps to train on, or write its adapter with `ipadapter export"):
         told(settings, resume=done, steps=STEPS, output=tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_checkpoint_is_named_before_the_start(settings: dict[str, Any]) -> None:
+    """The dry run sees it too; what is said is what to do with a file that was never downloaded."""
+    output = Path(settings["output"])
+    for name, before in (("checkpoint-000004", "resume from checkpoint-000002"), ("checkpoint-000002", "start again")):
+        file = output / name / "adapter.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+        words = rf"adapter\.safetensors: damaged \(truncated: .*\)\. Delete {output / name} to {before}\."
+        with pytest.raises(CheckpointError, match=words):
+            told(settings)
+        with pytest.raises(CheckpointError, match=words):
+            train(make_config({**settings, "steps": STEPS + 1}))
+        shutil.rmtree(output / name)
+
+
+def test_an_output_inside_the_data_is_refused(settings: dict[str, Any]) -> None:
+    for output in (Path(settings["data"]), Path(settings["data"]) / "runs" / "mine"):
+        with pytest.raises(ConfigError, match=rf"output {output} is inside data {settings['data']}"):
+            told(settings, output=output)
 
 
 def test_an_output_with_earlier_checkpoints_is_not_the_one_that_was_meant(settings: dict[str, Any]) -> None:

@@ -60,5 +60,5 @@ def check_command(
             raise DataError(f"{path}: none of the {report.pictures} pictures can be used.")
         if report.unreadable:
             raise DataError(
-                f"{path}: {len(report.unreadable)} captions or rows cannot be read; a training refuses them."
+                f"{path}: {len(report.unreadable)} captions or rows are unreadable; a training refuses them."
             )

@@ -30,10 +30,9 @@ _WORKER_ENDED = re.compile(r"DataLoader worker .*?((killed by signal: [\w ]+)|ex
 
 def catch_interrupts() -> None:
     """Let the first Ctrl-C stop the command, which then removes its temporary files, and a later one end the process.
-    None prints a traceback. A command in the background, where Ctrl-C is ignored, keeps ignoring it.
+    None prints a traceback. A command in the background, where Ctrl-C is ignored, keeps ignoring it. The first SIGTERM
+    stops the command in the same way, the next one at once.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return
     process, first = os.getpid(), 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -48,13 +47,22 @@ def catch_interrupts() -> None:
         if os.getpid() == process and time.monotonic() - first > _CLEANING:
             os._exit(INTERRUPTED)
 
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != process:
+            os.kill(os.getpid(), number)
+        raise KeyboardInterrupt
+
     def unraisable(problem: Any) -> None:
         if issubclass(problem.exc_type, KeyboardInterrupt):  # it came where Python can only print it
             os._exit(INTERRUPTED)
         sys.__unraisablehook__(problem)
 
-    signal.signal(signal.SIGINT, stop)
     sys.unraisablehook = unraisable
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
 
 
 # Newer versions of typer bring a click of their own, with this class in it.
@@ -63,6 +71,17 @@ _ClickException = typer.BadParameter.__mro__[2]
 
 class Commands(TyperGroup):
     """The commands; a mistake in the command line itself is answered with one line, as every other mistake is."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Refuse an option that is given twice, of which the first value would be dropped."""
+        name, command, rest = super().resolve_command(ctx, args)
+        for parameter in command.params if command is not None else ():
+            if getattr(parameter, "multiple", False) or getattr(parameter, "is_flag", True):
+                continue
+            given = [word for word in rest if word.partition("=")[0] in parameter.opts]
+            if len(given) > 1:
+                raise typer.BadParameter(f"{parameter.opts[0]} is given {len(given)} times. Leave all but one out.")
+        return name, command, rest
 
     def main(self, *args: Any, **options: Any) -> None:
         """Run a command and exit with its status."""

@@ -90,9 +90,9 @@ def check_data(
     )
 
 
-def is_inside(sheet: Path, data: str | Path) -> bool:
-    """Whether a file would be one of a data set's folder."""
-    return Path(data).is_dir() and sheet.resolve().is_relative_to(Path(data).resolve())
+def is_inside(path: Path, data: str | Path) -> bool:
+    """Whether a file or folder would be a part of a data set's folder."""
+    return Path(data).is_dir() and path.resolve().is_relative_to(Path(data).resolve())
 
 
 def inspect_picture(entry: Entry | DataError) -> Facts:

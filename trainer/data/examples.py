@@ -67,7 +67,7 @@ class Found:
     def check_readable(self, path: Path) -> None:
         """Raises DataError for captions and rows that cannot be read, all in one."""
         if len(self.unreadable) > 1:
-            count = f"{path}: {len(self.unreadable):,} captions or rows cannot be read."
+            count = f"{path}: {len(self.unreadable):,} captions or rows are unreadable."
             raise DataError(f"{count} {_some(self.unreadable)}")
         if self.unreadable:
             raise DataError(self.unreadable[0])

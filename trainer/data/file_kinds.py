@@ -12,6 +12,7 @@ from ipadapter_core.file_types import (
     LFS_POINTER,
     NUMPY,
     PNG,
+    RIFF,
     SAFETENSORS,
     START,
     TAR,
@@ -23,7 +24,7 @@ from ipadapter_core.file_types import (
 
 from ..errors import DataError
 
-IMAGES = (PNG, JPEG, GIF)
+IMAGES = (PNG, JPEG, GIF, RIFF)
 ARCHIVES = (TAR, GZIP)
 ARRAYS = (NUMPY, ZIP, SAFETENSORS)  # torch and .npz files are zip archives
 

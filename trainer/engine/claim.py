@@ -86,12 +86,13 @@ def _acquire(folder: Path, say: Say) -> SoftFileLease:
             raise InUseError(
                 f"{folder} is in use by {_owner(folder)}. Wait until it ends, stop it, or choose another folder."
             ) from error
+        broken = note.exists()  # an owner that ends properly takes it away
         try:
             note.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
         except OSError:
             lease.release()
             raise
-    if before is not None:
+    if before is not None and broken:
         say(f"{folder} was claimed by {owner}, which did not end properly: taking over.")
     return lease
 

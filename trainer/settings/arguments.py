@@ -42,7 +42,7 @@ def split_arguments(
             example = "steps" if written.replace("_", "").isdecimal() else "data"
             problems.append(f"{written!r} has no key. Write key=value, such as {example}={written}.")
     if len(configs) > 1:
-        problems.append(f"Give at most one file, not {' and '.join(configs)}.")
+        problems.append(f"Give at most one config, not {' and '.join(configs)}.")
     if problems:
         raise ConfigError(" ".join(problems))
     return (configs[0] if configs else None), settings

@@ -14,7 +14,8 @@ import random
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ipadapter_core import IPAdapter, load_adapter
+from ipadapter_core import AdapterError, IPAdapter, load_adapter, read_checkpoint
 
 from ..engine.optimizers import AveragedWeights
 from ..errors import CheckpointError
@@ -137,6 +138,8 @@ def read_facts(folder: Path) -> tuple[Position, Mapping[str, Any]]:
     Raises CheckpointError when it cannot be read.
     """
     content = _read(folder, mmap=True)
+    with _whole_adapter(folder):
+        read_checkpoint(folder / ADAPTER_FILE)
     return Position(**content["position"]), content.get("facts", {})
 
 
@@ -150,7 +153,8 @@ def resume(folder: Path, state: State) -> Tensor:
     content = _read(folder)
     kept = ("lr", "initial_lr", "weight_decay")
     settings = [{k: group[k] for k in kept if k in group} for group in state.optimizer.param_groups]
-    weights = content["weights"] or load_adapter(folder / ADAPTER_FILE, dtype=torch.float32).state_dict()
+    with _whole_adapter(folder):
+        weights = content["weights"] or load_adapter(folder / ADAPTER_FILE, dtype=torch.float32).state_dict()
     state.adapter.load_state_dict(weights)
     state.optimizer.load_state_dict(content["optimizer"])
     for group, setting in zip(state.optimizer.param_groups, settings, strict=True):
@@ -174,9 +178,23 @@ def _read(folder: Path, mmap: bool = False) -> dict[str, Any]:
     try:
         return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{folder / STATE_FILE}: damaged ({type(error).__name__}). Delete {folder} to resume from the one before."
-        ) from error
+        raise _damaged(folder / STATE_FILE, type(error).__name__) from error
+
+
+@contextmanager
+def _whole_adapter(folder: Path) -> Iterator[None]:
+    """The advice for a file that was downloaded is none for a checkpoint."""
+    try:
+        yield
+    except AdapterError as error:
+        file = folder / ADAPTER_FILE
+        raise _damaged(file, str(error).removeprefix(f"{file}: ").partition(". ")[0]) from error
+
+
+def _damaged(file: Path, reason: str) -> CheckpointError:
+    earlier = checkpoint_folders(file.parent.parent)[:-1]
+    advice = f"resume from {earlier[-1].name}" if earlier else "start again"
+    return CheckpointError(f"{file}: damaged ({reason}). Delete {file.parent} to {advice}.")
 
 
 def _random_states() -> dict[str, Any]:

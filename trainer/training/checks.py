@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 
+from ..data.check import is_inside
 from ..engine.denoiser import adapter_spec, read_initial_adapter
 from ..engine.inputs import open_base_model
 from ..engine.objective import Objective, new_objective
@@ -60,6 +61,11 @@ def check_training(config: TrainConfig) -> Checked:
 
     Raises TrainerError or AdapterError as `train` would.
     """
+    if is_inside(config.output, config.data):
+        raise ConfigError(
+            f"output {config.output} is inside data {config.data}, so the next training would read its samples. Choose "
+            "a folder outside."
+        )
     checkpoint = checkpoint_to_resume(config)
     check_optimizer(config.optimizer)
     check_precision(config.mixed_precision, PartialState(cpu=launched_on_cpu()).device)
@@ -134,12 +140,9 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
         return folders[-1] if folders else None
     siblings = checkpoint_folders(chosen.parent)
     if chosen not in siblings:
-        inside = [folder.name for folder in checkpoint_folders(chosen) or siblings]
-        where = f" There are {', '.join(inside)}." if inside else ""
-        raise CheckpointError(
-            f"resume={chosen}: no complete checkpoint. Expected true, false or a folder such as "
-            f"{config.output / 'checkpoint-001000'}.{where}"
-        )
+        inside = [str(folder) for folder in checkpoint_folders(chosen) or siblings]
+        such = " or ".join(inside) or f"one such as {config.output / 'checkpoint-001000'}"
+        raise CheckpointError(f"resume={chosen}: no complete checkpoint. Expected true, false or a folder: {such}.")
     later = [folder.name for folder in folders if step_of(folder) > step_of(chosen)]
     if chosen.parent.resolve() == config.output.resolve():
         if later:
