@@ -206,7 +206,7 @@ def test_generate_writes_pictures(model_folder: Path, adapter_file: Path, pictur
 
 
 def test_generate_names_what_is_wrong(model_folder: Path, adapter_file: Path, pictures: Path, tmp_path: Path) -> None:
-    common = ["generate", "--base-model", model_folder, "--output", tmp_path / "o.png"]
+    common, output = ["generate", "--base-model", model_folder], ["--output", tmp_path / "o.png"]
     image = ["--image", pictures / "red.png"]
     cases: list[tuple[list[Any], str]] = [
         (["--adapter", adapter_file], "--image is missing"),
@@ -218,7 +218,7 @@ def test_generate_names_what_is_wrong(model_folder: Path, adapter_file: Path, pi
         (["--size", "60"], "multiple of 8"),
     ]
     for arguments, words in cases:
-        code, _, err = ipadapter(*common, *arguments)
+        code, _, err = ipadapter(*common, *(() if "--output" in arguments else output), *arguments)
         assert (code, "Traceback" in err) == (2, False)
         assert words in err
 
