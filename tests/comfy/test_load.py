@@ -114,7 +114,7 @@ def write_unreadable(folder):
         "2 pointer.bin": ("a Git LFS pointer, not the file itself", "Download it again"),
         "3 evil.pt": ("the pickle holds Python objects", "could run code; nothing was executed"),
         "4 other.pt": ("not a CLIP vision model", "x needs"),
-        "5 empty.safetensors": ("an empty file (0 bytes)", "Download it again"),
+        "5 empty.safetensors": ("an empty file", "Download it again"),
     }
 
 

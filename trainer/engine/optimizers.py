@@ -45,14 +45,14 @@ def check_optimizer(name: str) -> None:
         return
     if name not in _PACKAGES:
         raise ConfigError(f"unknown optimizer {name!r}; expected one of adamw, {', '.join(_PACKAGES)}.")
-    if name == "adamw8bit" and not torch.cuda.is_available():
-        raise ConfigError("optimizer=adamw8bit needs a GPU; this machine has none. Use optimizer=adamw.")
     try:
         importlib.import_module(_PACKAGES[name])
     except ImportError as error:
         raise ConfigError(
             f"optimizer={name} needs {_PACKAGES[name]}. Install it with: pip install 'ip-adapter-kit[optimizers]'"
         ) from error
+    if name == "adamw8bit" and not torch.cuda.is_available():
+        raise ConfigError("optimizer=adamw8bit needs a GPU; this machine has none. Use optimizer=adamw.")
 
 
 def new_schedule(
