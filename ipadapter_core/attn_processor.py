@@ -67,8 +67,8 @@ class ImageAttnProcessor:
         )
         if self.id % 2 and not view.used:
             raise AdapterError(
-                f"{self.injection!r}: {type(self.original).__name__} calls neither to_q nor to_out of its attention "
-                "layer, so no image attention can be added. Choose another attention processor before inject."
+                f"{self.injection!r}: {type(self.original).__name__} does not call both to_q and to_out of its "
+                "attention layer, so no image attention can be added. Choose another attention processor before inject."
             )
         return out
 

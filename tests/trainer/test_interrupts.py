@@ -145,9 +145,22 @@ module._write = slow
     assert half_files(output) == []
 
 
-def test_ctrl_c_while_the_finished_training_is_exported(settings: dict[str, Any]) -> None:
+# A library that is interrupted may raise an error of its own instead.
+ANOTHER_ERROR = """
+interrupted = module.verify_export
+def in_a_library(*arguments, **options):
+    try:
+        return interrupted(*arguments, **options)
+    except KeyboardInterrupt:
+        raise RuntimeError("broken off")
+module.verify_export = in_a_library
+"""
+
+
+@pytest.mark.parametrize("library", ["", ANOTHER_ERROR])
+def test_ctrl_c_while_the_finished_training_is_exported(settings: dict[str, Any], library: str) -> None:
     output = Path(settings["output"])
-    moment = AT.format(module="ipadapter_trainer.files.verify", name="verify_export", seconds=20)
+    moment = AT.format(module="ipadapter_trainer.files.verify", name="verify_export", seconds=20) + library
     command = Command(["train", *keys(settings, steps=1)], moment)
     command.wait_for_moment()
     command.interrupt()

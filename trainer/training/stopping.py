@@ -13,6 +13,28 @@ from typing import Any
 _ECHO = 2.0  # seconds in which the same request may arrive again, from the terminal and from a launcher
 
 
+class Interrupted(Exception):
+    """The user, or the system, stopped the training. The message says what is saved."""
+
+
+@contextmanager
+def interruptions(message: Callable[[], str]) -> Iterator[None]:
+    """Raise Interrupted with `message` for a KeyboardInterrupt, and for the error that a library made of one: the
+    command line's handler of SIGINT is another one from its first call on.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(message()) from None
+    except Interrupted:
+        raise
+    except Exception:
+        if signal.getsignal(signal.SIGINT) is handler:
+            raise
+        raise Interrupted(message()) from None
+
+
 class StopRequest:
     """Whether the training should stop after the current step."""
 

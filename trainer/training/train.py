@@ -21,11 +21,7 @@ from ..settings.config import TrainConfig
 from .checkpoints import Position, checkpoint_folders, save_checkpoint
 from .finish import finish
 from .setup import Say, Training, prepare, summary
-from .stopping import StopRequest, stop_requests
-
-
-class Interrupted(Exception):
-    """The user, or the system, stopped the training. The message says what is saved."""
+from .stopping import Interrupted, StopRequest, interruptions, stop_requests
 
 
 def train(
@@ -48,19 +44,21 @@ def train(
 
         training = prepare(config, say)
         say = _above_the_bar(say) if training.accelerator.is_main_process else _silent
-        try:
+        with interruptions(lambda: _not_saved(config.output)):
             position = _train(training, say, step_done, progress_bar)
-        except KeyboardInterrupt:
-            saved = checkpoint_folders(config.output)
-            resume = (
-                f"Run the same command again to resume from {saved[-1]}." if saved else "There is no checkpoint yet."
-            )
-            raise Interrupted(f"Stopped without saving. {resume}") from None
-        try:
+        with interruptions(lambda: _complete(config.output)):
             return finish(training, position, say)
-        except KeyboardInterrupt:
-            complete = f"Stopped; the training is complete, in {checkpoint_folders(config.output)[-1]}."
-            raise Interrupted(f"{complete} Run the same command again to export it.") from None
+
+
+def _not_saved(output: Path) -> str:
+    saved = checkpoint_folders(output)
+    resume = f"Run the same command again to resume from {saved[-1]}." if saved else "There is no checkpoint yet."
+    return f"Stopped without saving. {resume}"
+
+
+def _complete(output: Path) -> str:
+    complete = f"Stopped; the training is complete, in {checkpoint_folders(output)[-1]}."
+    return f"{complete} Run the same command again to export it."
 
 
 def _train(training: Training, say: Say, on_progress: Callable[[Progress], None], progress_bar: bool) -> Position:
