@@ -48,8 +48,8 @@ def in_all(world, model):
 @pytest.mark.parametrize(("family", "layers"), [("sd15", 16), ("sdxl", 70)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_calls_in_the_layers(world, monkeypatch, family, layers, masked):
-    """Two calls split the query, one attends, two merge, one adds; one multiplies with a mask. No matrix product but the
-    attention's, and nothing that waits for the device.
+    """Two calls split the query, one attends, two merge, one adds; one multiplies with a mask. No matrix product but
+    the attention's, and nothing that waits for the device.
     """
     model = world.new_model(family)
     adapter = world.new_adapter(model)
