@@ -5,11 +5,23 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplyIPAdapter
+from .combine import CombineImagePrompts
 from .demo import LoadIPAdapterDemo
 from .encode import EncodeImagePrompt
 from .load import LoadIPAdapter
+from .noise import NoiseImage
+from .save_load import LoadImagePrompt, SaveImagePrompt
 
 
 class IPAdapterKitExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadIPAdapter, EncodeImagePrompt, ApplyIPAdapter, LoadIPAdapterDemo]
+        return [
+            LoadIPAdapter,
+            EncodeImagePrompt,
+            ApplyIPAdapter,
+            LoadIPAdapterDemo,
+            CombineImagePrompts,
+            NoiseImage,
+            SaveImagePrompt,
+            LoadImagePrompt,
+        ]

@@ -127,6 +127,14 @@ class Application:
                     f"The image prompt acts in none of these {len(sigmas)} steps: none lies between start_at "
                     f"{self.start_at:g} and end_at {self.end_at:g}."
                 )
+        images = self.rows[0]
+        if images > batch:
+            unused = f"image {images} acts" if images == batch + 1 else f"images {batch + 1} to {images} act"
+            yield (
+                f"The image prompt has {images} images, one for each latent, and {batch} "
+                f"{'is' if batch == 1 else 'are'} sampled: {unused} in none. Sample {images} latents, or turn one_each "
+                "off."
+            )
         if self.negative and cfg == 1.0:
             yield f"{self.negative} acts in the negative branch, which cfg 1 leaves out. Set cfg above 1."
 
