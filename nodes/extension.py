@@ -9,7 +9,7 @@ from .combine import CombineImagePrompts
 from .demo import LoadIPAdapterDemo
 from .encode import EncodeImagePrompt
 from .load import LoadIPAdapter
-from .noise import NoiseImage
+from .noise_image import NoiseImage
 from .save_load import LoadImagePrompt, SaveImagePrompt
 
 

@@ -77,7 +77,7 @@ class LoadImagePrompt(io.ComfyNode):
                     "negative",
                     optional=True,
                     tooltip="Its images become the negative ones. Needed for .ipadpt files of plus adapters, "
-                    "which hold none: encode a black image, or load the saved neg_embed with another Load Image Prompt.",
+                    "which hold none: encode a black image, or load the saved neg_embed with another of this node.",
                 ),
             ],
             outputs=[
