@@ -144,7 +144,7 @@ def test_negatives_of_one_image_for_each_latent(pack, encode, combine, draw):
     assert torch.isfinite(draw(made, batch=5)).all()
     twice = combine(each, each)
     assert len(twice.positive) == len(twice.negative) == 4
-    with pytest.raises(pack.core.AdapterError, match="different negative images.*the same image_negative"):
+    with pytest.raises(pack.core.AdapterError, match=r"different negative images.*the same image_negative"):
         combine(encode(3, 3, one_each=True), single, combine="add")
 
 

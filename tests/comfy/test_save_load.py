@@ -250,7 +250,7 @@ def test_old_files_that_are_none(pack, folders, load, world, plus):
     with pytest.raises(pack.core.AdapterError, match="truncated or not a PyTorch file"):
         load("x.ipadpt")
     (folders / "input" / "x.ipadpt").write_bytes(safetensors.torch.save({"x": torch.rand(2)}))
-    with pytest.raises(pack.core.AdapterError, match="expected the features in an .ipadpt file"):
+    with pytest.raises(pack.core.AdapterError, match=r"expected the features in an .ipadpt file"):
         load("x.ipadpt")
     wide = load(old_file(folders, "wide.ipadpt", torch.rand(1, 52)))
     with pytest.raises(pack.core.AdapterError, match="52 wide, this base adapter takes 48"):

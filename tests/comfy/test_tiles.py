@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -181,3 +182,51 @@ def test_it_can_be_interrupted(encode, runs):
     assert not runs
     image = images(40)
     assert len(encode(image).positive) == 40  # and nothing half-made is remembered
+
+
+def test_in_a_graph_too(pack, world, encoder, runs, monkeypatch):
+    """ComfyUI's executor hands the very same image to the node again when only its weight changed."""
+    import execution
+
+    import nodes
+
+    class Given:
+        RETURN_TYPES, FUNCTION, CATEGORY = ("IP_ADAPTER_MODEL", "CLIP_VISION"), "give", "test"
+        INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+
+        def give(self):
+            return world.adapter, encoder
+
+    class Kept:
+        RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "keep", "test", True
+        INPUT_TYPES = classmethod(lambda cls: {"required": {"image_prompt": ("IMAGE_PROMPT",)}})
+
+        def keep(self, image_prompt):
+            kept.append(image_prompt)
+            return ()
+
+    kept = []
+    for name, cls in (("Given", Given), ("Kept", Kept), ("EncodeImagePrompt", pack.EncodeImagePrompt)):
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, cls)
+
+    class Host:
+        client_id = last_node_id = last_prompt_id = None
+
+        def send_sync(self, *args):
+            pass
+
+    known = inspect.signature(execution.PromptExecutor).parameters
+    cache = {"cache_args": {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}} if "cache_args" in known else {}
+    executor = execution.PromptExecutor(Host(), **cache)
+    for weight in (1.0, 0.5):
+        inputs = {"ip_adapter": ["1", 0], "clip_vision": ["1", 1], "image": ["2", 0], "weight": weight}
+        graph = {
+            "1": {"class_type": "Given", "inputs": {}},
+            "2": {"class_type": "EmptyImage", "inputs": {"width": 40, "height": 40, "batch_size": 2, "color": 9000}},
+            "3": {"class_type": "EncodeImagePrompt", "inputs": inputs},
+            "4": {"class_type": "Kept", "inputs": {"image_prompt": ["3", 0]}},
+        }
+        executor.execute(graph, "prompt", {}, ["4"])
+        assert executor.success, executor.status_messages
+    assert [prompt.positive.weights for prompt in kept] == [(1.0, 1.0), (0.5, 0.5)]
+    assert runs == [2]
