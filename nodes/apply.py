@@ -190,8 +190,9 @@ def layer_pairs(
     rows = branch_rows(positives, len(tokens) - positives, one_each=one_each, swapped=swapped)
     home = comfy.model_management.unet_offload_device()
     pairs: dict[Place, KeyValue] = {}
-    for site, pair in zip(sites, adapter.keys_values(tokens), strict=True):
-        weight = weights[site.transformer_index]
+    # One layer at a time: with an image for each frame of a video all layers would not fit on the device.
+    for site, (to_k, to_v) in zip(sites, adapter.layers.pairs(), strict=True):
+        weight, pair = weights[site.transformer_index], KeyValue(to_k(tokens), to_v(tokens))
         folded = fold_weights(pair, weight, image_prompt.weights, rows, scaling, positives=positives, one_each=one_each)
         if folded is not None and site.block is not None:
             parts = (part.to(home, dtype) for part in folded)

@@ -34,39 +34,6 @@ def images(count=1, height=40, width=64, seed=91):
     return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "tiles", "boxes"),
-    [
-        (40, 64, 1, [(0, 0), (0, 24)]),
-        (64, 40, 1, [(0, 0), (24, 0)]),
-        (40, 120, 1, [(0, 0), (0, 40), (0, 80)]),
-        (40, 40, 2, [(0, 0), (0, 20), (20, 0), (20, 20)]),
-        (40, 80, 2, [(0, 0), (0, 20), (0, 40), (0, 60), (20, 0), (20, 20), (20, 40), (20, 60)]),
-        (41, 43, 2, [(0, 0), (0, 23), (21, 0), (21, 23)]),
-    ],
-)
-def test_boxes(pack, height, width, tiles, boxes):
-    found = pack.tiles.tile_boxes(height, width, tiles)
-    assert [box[:2] for box in found] == boxes
-    assert len({box[2] for box in found}) == 1
-    for top, left, side in found:
-        assert top + side <= height and left + side <= width
-
-
-@pytest.mark.parametrize("size", [(33, 47), (64, 200), (100, 101), (7, 300)])
-@pytest.mark.parametrize("tiles", [1, 2, 3, 4])
-def test_tiles_cover_the_image(pack, size, tiles):
-    try:
-        boxes = pack.tiles.tile_boxes(*size, tiles)
-    except pack.core.AdapterError as error:
-        assert size == (100, 101) or "at most 64" in str(error)
-        return
-    covered = torch.zeros(size)
-    for top, left, side in boxes:
-        covered[top : top + side, left : left + side] = 1
-    assert covered.mean() > 0.9
-
-
 def test_every_tile_is_an_image_of_its_own(encode, world, runs):
     """What the encoder makes of a tile is what it makes of that part of the image."""
     image = images()
