@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -52,26 +51,7 @@ def encoder_state(comfyui):
 def test_the_files_are_listed(pack, folders):
     for name in ("b.safetensors", "a.bin", "readme.txt"):
         (folders["ipadapter"] / name).touch()
-    assert pack.load.list_files("ipadapter") == ["a.bin", "b.safetensors"]
-
-
-def test_auto_finds_the_encoder_by_shape(pack, world, folders, encoder_state, monkeypatch):
-    import comfy.clip_vision
-
-    pack.core.save_adapter(folders["ipadapter"] / "x.safetensors", world.adapter.adapter)
-    save_file({"some.weight": torch.zeros(2)}, folders["clip_vision"] / "a wrong one.safetensors")
-    save_file(encoder_state, folders["clip_vision"] / "named after nothing.safetensors")
-    loaded = []
-    monkeypatch.setattr(comfy.clip_vision, "load", lambda path: loaded.append(Path(path).name) or "encoder")
-    output = pack.LoadIPAdapter.execute("x.safetensors")
-    assert loaded == ["named after nothing.safetensors"]
-    adapter, encoder = output.args
-    assert encoder == "encoder"
-    assert adapter.spec.kind == "base" and adapter.name == "x.safetensors"
-    assert hasattr(adapter, "patcher")
-    patched = world.apply(world.model, adapter, world.new_prompt(adapter))
-    same = world.apply(world.model, world.adapter, world.prompt)
-    torch.testing.assert_close(world.sample(patched), world.sample(same), atol=1e-3, rtol=1e-4)
+    assert pack.files.list_files("ipadapter") == ["a.bin", "b.safetensors"]
 
 
 @pytest.fixture
@@ -92,6 +72,21 @@ def sound_state(encoder_state):
         key: torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
         for key, tensor in encoder_state.items()
     }
+
+
+def test_auto_finds_the_encoder_by_shape(pack, world, folders, narrow, sound_state):
+    pack.core.save_adapter(folders["ipadapter"] / "x.safetensors", world.adapter.adapter)
+    save_file({"some.weight": torch.zeros(2)}, folders["clip_vision"] / "a wrong one.safetensors")
+    save_file(sound_state, folders["clip_vision"] / "named after nothing.safetensors")
+    output = pack.LoadIPAdapter.execute("x.safetensors")
+    adapter, encoder = output.args
+    assert encoder.model.state_dict().keys() == sound_state.keys()
+    assert adapter.spec.kind == "base" and adapter.name == "x.safetensors"
+    assert hasattr(adapter, "patcher")
+    assert output.ui.as_dict()["text"] == (f"{adapter.spec.describe()}.",)
+    patched = world.apply(world.model, adapter, world.new_prompt(adapter))
+    same = world.apply(world.model, world.adapter, world.prompt)
+    torch.testing.assert_close(world.sample(patched), world.sample(same), atol=1e-3, rtol=1e-4)
 
 
 class Evil:
@@ -126,7 +121,7 @@ def test_auto_finds_an_encoder_of_pytorch(pack, world, folders, narrow, sound_st
     content = {"state_dict": sound_state} if form == "nested" else sound_state
     file = folders["clip_vision"] / f"named after nothing{suffix}"
     torch.save(content, file, _use_new_zipfile_serialization=form != "pickle")
-    assert file.name in pack.load.list_files("clip_vision")
+    assert file.name in pack.files.list_files("clip_vision")
     encoder = pack.load.load_encoder("auto", "x", world.adapter.spec)
     loaded = encoder.model.state_dict()
     assert loaded.keys() == sound_state.keys()
@@ -177,11 +172,11 @@ def test_a_suffix_of_another_format(pack, world, folders, narrow, sound_state):
         pack.load.load_encoder("auto", "x", world.adapter.spec)
 
 
-def test_weights_only_bin(pack, world, folders, monkeypatch):
+def test_weights_only_bin(pack, world, folders, narrow, sound_state):
     adapter = world.adapter.adapter
     state = {"image_proj": adapter.projector.state_dict(), "ip_adapter": adapter.layers.state_dict()}
     torch.save(state, folders["ipadapter"] / "x.bin")
-    monkeypatch.setattr(pack.load, "load_encoder", lambda *_: "encoder")
+    save_file(sound_state, folders["clip_vision"] / "e.safetensors")
     assert pack.LoadIPAdapter.execute("x.bin").args[0].spec == adapter.spec
 
 

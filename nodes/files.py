@@ -1,0 +1,99 @@
+"""The model folders: which files they hold, what is in them, and what to do when they are empty."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import folder_paths
+
+from ..ipadapter_core import AdapterError, AdapterSpec, infer_spec, read_checkpoint
+from ..ipadapter_core.encoders import ImageEncoder, open_encoder
+
+ADAPTERS, ENCODERS = "ipadapter", "clip_vision"
+H94 = "https://huggingface.co/h94/IP-Adapter"
+_SUFFIXES = {
+    ADAPTERS: (".safetensors", ".bin"),
+    ENCODERS: (".safetensors", ".sft", ".bin", ".pth", ".pt", ".ckpt"),
+}
+# What an empty list shows, and what to do about it.
+_EMPTY = {
+    ADAPTERS: "none: put an adapter into models/ipadapter",
+    ENCODERS: "none: put an image encoder into models/clip_vision",
+}
+_START_WITH = {
+    ADAPTERS: "ip-adapter-plus_sd15.safetensors (SD1.5) or ip-adapter-plus_sdxl_vit-h.safetensors (SDXL)",
+    ENCODERS: "models/image_encoder/model.safetensors, saved as CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors,",
+}
+
+# The folder that other packs and ComfyUI-Manager use too; extra_model_paths.yaml may have added more places.
+folder_paths.add_model_folder_path(ADAPTERS, str(Path(folder_paths.models_dir) / ADAPTERS))
+
+
+def list_files(folder: str) -> list[str]:
+    """Names of the model files of a folder; the folder may also hold readme files and the like."""
+    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(_SUFFIXES[folder])]
+
+
+def choices(folder: str) -> list[str]:
+    """What a list of this folder offers: its files, or one line that says where files belong."""
+    return list_files(folder) or [_EMPTY[folder]]
+
+
+def home(folder: str) -> str:
+    """Where to put files of this kind."""
+    return folder_paths.get_folder_paths(folder)[0]
+
+
+def full_path(folder: str, name: str) -> Path:
+    """Raises AdapterError for the line of an empty list, FileNotFoundError for a file that is not there."""
+    if name in _EMPTY.values():
+        raise empty_folder(folder)
+    return Path(folder_paths.get_full_path_or_raise(folder, name))
+
+
+def empty_folder(folder: str) -> AdapterError:
+    """Where files of this kind go, and with which to start."""
+    what = "adapter" if folder == ADAPTERS else "image encoder"
+    return AdapterError(
+        f"There is no {what} in {home(folder)}. Download {_START_WITH[folder]} from {H94} into it, then reload the "
+        "node definitions (press R)."
+    )
+
+
+def existing(folder: str) -> dict[Path, str]:
+    """The files of a folder by path, and their names in it; safetensors first."""
+    names = sorted(list_files(folder), key=lambda name: not name.lower().endswith((".safetensors", ".sft")))
+    paths = {name: folder_paths.get_full_path(folder, name) for name in names}
+    return {Path(path): name for name, path in paths.items() if path is not None}
+
+
+def stamp(folder: str, name: str) -> tuple[str, int, int] | None:
+    """Changes when a file is replaced."""
+    path = folder_paths.get_full_path(folder, name)
+    return None if path is None else (name, *_version(Path(path)))
+
+
+def adapter_spec(path: Path) -> AdapterSpec:
+    """What an adapter file is, from its header alone, which is read once. Raises AdapterError or OSError."""
+    return _adapter_spec(path, _version(path))
+
+
+def encoder_shape(path: Path) -> ImageEncoder | None:
+    """The same for an image encoder; None for another model."""
+    return _encoder_shape(path, _version(path))
+
+
+@lru_cache(maxsize=512)
+def _adapter_spec(path: Path, _: tuple[int, int]) -> AdapterSpec:
+    return infer_spec(read_checkpoint(path))
+
+
+@lru_cache(maxsize=512)
+def _encoder_shape(path: Path, _: tuple[int, int]) -> ImageEncoder | None:
+    return open_encoder(path)
+
+
+def _version(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
