@@ -136,7 +136,7 @@ def encoder_fits(spec: AdapterSpec, encoder: ImageEncoder) -> bool:
     Several encoders share a width: the file's metadata decides, else the published adapters of this width (CLIP).
     """
     width = encoder.embeds_width if spec.kind == "base" else encoder.hidden_width
-    if width != spec.image_width:
+    if width is None or width != spec.image_width:
         return False
     if spec.kind == "full" and spec.tokens != _tokens_at(encoder, spec.encoder_resolution):
         return False

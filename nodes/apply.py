@@ -119,8 +119,9 @@ class ApplyIPAdapter(io.ComfyNode):
         embeds_scaling: Scaling = "V only",
         attn_mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        sites = cross_attention_sites(model.get_model_object("diffusion_model"))
-        check_compatible(ip_adapter.spec, sites, ip_adapter.name)
+        unet = model.get_model_object("diffusion_model")
+        sites = cross_attention_sites(unet)
+        check_compatible(ip_adapter.spec, sites, ip_adapter.name, unet=unet)
         check_prompt(ip_adapter, image_prompt)
         strength = weight * image_prompt.weight
         check_acts(strength, start_at, end_at, embeds_scaling, sites)

@@ -17,7 +17,7 @@ from ..ipadapter_core.assets import MODEL, PROMPTS, emoji_folder
 from ..ipadapter_core.encoders import encoder_fits, read_encoder
 from . import demo_model
 from .checks import check_encoder
-from .files import ADAPTERS, adapter_spec, existing, full_path, stamp
+from .files import ADAPTERS, adapter_path, adapter_spec, existing, stamp
 from .types import IPAdapterModel, manage, node_schema
 
 ADAPTER = "adapter.safetensors"
@@ -63,7 +63,7 @@ class LoadIPAdapterDemo(io.ComfyNode):
     def execute(cls, adapter: str = BUNDLED) -> io.NodeOutput:
         root = emoji_folder()
         folder = root / MODEL
-        path = root / ADAPTER if adapter == BUNDLED else full_path(ADAPTERS, adapter)
+        path = root / ADAPTER if adapter == BUNDLED else adapter_path(adapter)
         return io.NodeOutput(
             demo_model.load_unet(folder / "unet"),
             demo_model.load_text_encoder(folder / "text_encoder", folder / "tokenizer"),

@@ -16,14 +16,10 @@ _SUFFIXES = {
     ADAPTERS: (".safetensors", ".bin"),
     ENCODERS: (".safetensors", ".sft", ".bin", ".pth", ".pt", ".ckpt"),
 }
-# What an empty list shows, and what to do about it.
+# What an empty list shows.
 _EMPTY = {
     ADAPTERS: "none: put an adapter into models/ipadapter",
     ENCODERS: "none: put an image encoder into models/clip_vision",
-}
-_START_WITH = {
-    ADAPTERS: "ip-adapter-plus_sd15.safetensors (SD1.5) or ip-adapter-plus_sdxl_vit-h.safetensors (SDXL)",
-    ENCODERS: "models/image_encoder/model.safetensors, saved as CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors,",
 }
 
 # The folder that other packs and ComfyUI-Manager use too; extra_model_paths.yaml may have added more places.
@@ -45,20 +41,19 @@ def home(folder: str) -> str:
     return folder_paths.get_folder_paths(folder)[0]
 
 
-def full_path(folder: str, name: str) -> Path:
+def is_empty_choice(name: str) -> bool:
+    """Whether a name is the line of an empty list."""
+    return name in _EMPTY.values()
+
+
+def adapter_path(name: str) -> Path:
     """Raises AdapterError for the line of an empty list, FileNotFoundError for a file that is not there."""
-    if name in _EMPTY.values():
-        raise empty_folder(folder)
-    return Path(folder_paths.get_full_path_or_raise(folder, name))
-
-
-def empty_folder(folder: str) -> AdapterError:
-    """Where files of this kind go, and with which to start."""
-    what = "adapter" if folder == ADAPTERS else "image encoder"
-    return AdapterError(
-        f"There is no {what} in {home(folder)}. Download {_START_WITH[folder]} from {H94} into it, then reload the "
-        "node definitions (press R)."
-    )
+    if is_empty_choice(name):
+        raise AdapterError(
+            f"There is no adapter in {home(ADAPTERS)}. Download ip-adapter-plus_sd15.safetensors (SD1.5) or "
+            f"ip-adapter-plus_sdxl_vit-h.safetensors (SDXL) from {H94} into it, then press R to reload the lists."
+        )
+    return Path(folder_paths.get_full_path_or_raise(ADAPTERS, name))
 
 
 def existing(folder: str) -> dict[Path, str]:

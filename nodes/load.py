@@ -17,7 +17,7 @@ from ..ipadapter_core import (
     read_checkpoint,
     shortcut_hint,
 )
-from .files import ADAPTERS, ENCODERS, choices, full_path, list_files, stamp
+from .files import ADAPTERS, ENCODERS, adapter_path, choices, list_files, stamp
 from .message import advanced, show_on_node
 from .types import IPAdapterModel, LoadedAdapter, manage, node_schema
 from .vision import AUTO, load_encoder
@@ -45,7 +45,7 @@ class LoadIPAdapter(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "clip_vision_name",
-                    options=[AUTO, *(list_files(ENCODERS) or choices(ENCODERS))],
+                    options=[AUTO, *choices(ENCODERS)],
                     default=AUTO,
                     optional=True,
                     tooltip="The image encoder, from models/clip_vision. auto: the file there whose tensors have "
@@ -103,7 +103,7 @@ class LoadIPAdapter(io.ComfyNode):
         faceid_plus: str = FROM_FILE,
         encoder_resolution: int = 0,
     ) -> io.NodeOutput:
-        path = full_path(ADAPTERS, ipadapter_name)
+        path = adapter_path(ipadapter_name)
         loaded = load_adapter_file(path, ipadapter_name, faceid_plus)
         encoder = encoder_of(loaded, clip_vision_name, encoder_resolution)
         text = f"{loaded.spec.describe()}."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
+import folder_paths
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from ..ipadapter_core import AdapterError, AdapterSpec
 from ..ipadapter_core.encoders import EXPECTED_ENCODER, find_encoder
 from ..ipadapter_core.tensors import open_tensors
 from .checks import check_encoder
-from .files import ENCODERS, encoder_shape, existing, full_path, home
+from .files import ENCODERS, encoder_shape, existing, home, is_empty_choice
 
 AUTO = "auto"
 
@@ -27,10 +28,10 @@ def load_encoder(
 
     Raises AdapterError when none fits, or the file is damaged, no CLIP vision model, or fixed to another size.
     """
-    if name == AUTO:
+    if name == AUTO or is_empty_choice(name):
         path = find_encoder(spec, existing(ENCODERS), name=adapter_name, folder=home(ENCODERS), open_file=encoder_shape)
     else:
-        path = full_path(ENCODERS, name)
+        path = Path(folder_paths.get_full_path_or_raise(ENCODERS, name))
         open_tensors(path, EXPECTED_ENCODER)  # a damaged file, or one that holds code, is refused here
     encoder = read_encoder_file(path, f"{adapter_name} needs {spec.encoder}.")
     set_resolution(encoder, resolution or spec.encoder_resolution or 0, str(path))
