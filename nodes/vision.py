@@ -35,6 +35,7 @@ def load_encoder(
         open_tensors(path, EXPECTED_ENCODER)  # a damaged file, or one that holds code, is refused here
     encoder = read_encoder_file(path, f"{adapter_name} needs {spec.encoder}.")
     set_resolution(encoder, resolution or spec.encoder_resolution or 0, str(path))
+    check_encoder(encoder, str(path))
     return encoder
 
 
@@ -50,7 +51,6 @@ def read_encoder_file(path: Path, advice: str) -> comfy.clip_vision.ClipVisionMo
         ) from error
     if encoder is None:
         raise AdapterError(f"{path}: not a CLIP vision model that this ComfyUI knows. {advice}")
-    check_encoder(encoder, str(path))
     if "DINOv3" in type(encoder.model).__name__:
         _keep_hidden_states(encoder.model)
     return encoder
