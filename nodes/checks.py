@@ -62,7 +62,7 @@ def check_encoder(encoder: Any, name: str) -> None:
     if not isinstance(model, nn.Module) or model in _sound_encoders:
         return
     if encoder.image_size <= 0 or ("DINOv3" in type(model).__name__ and not model._forward_hooks):
-        raise AdapterError(f"{name} is a {type(model).__name__} of ComfyUI's own loader. Choose it in Load IP Adapter.")
+        raise AdapterError(f"{name} ({type(model).__name__}) needs Load IP Adapter: choose its file there.")
     unused = ("visual_projection.", "embeddings.mask_token")
     weights = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(unused)}
     check_weights(weights, name)

@@ -6,10 +6,11 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplyIPAdapter
 from .demo import DemoImage, LoadIPAdapterDemo
+from .easy import ImagePrompt
 from .encode import EncodeImagePrompt
 from .load import LoadIPAdapter
 
 
 class IPAdapterKitExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadIPAdapter, EncodeImagePrompt, ApplyIPAdapter, LoadIPAdapterDemo, DemoImage]
+        return [ImagePrompt, LoadIPAdapter, EncodeImagePrompt, ApplyIPAdapter, LoadIPAdapterDemo, DemoImage]

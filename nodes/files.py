@@ -66,17 +66,17 @@ def existing(folder: str) -> dict[Path, str]:
 def stamp(folder: str, name: str) -> tuple[str, int, int] | None:
     """Changes when a file is replaced."""
     path = folder_paths.get_full_path(folder, name)
-    return None if path is None else (name, *_version(Path(path)))
+    return None if path is None else (name, *version(Path(path)))
 
 
 def adapter_spec(path: Path) -> AdapterSpec:
     """What an adapter file is, from its header alone, which is read once. Raises AdapterError or OSError."""
-    return _adapter_spec(path, _version(path))
+    return _adapter_spec(path, version(path))
 
 
 def encoder_shape(path: Path) -> ImageEncoder | None:
     """The same for an image encoder; None for another model."""
-    return _encoder_shape(path, _version(path))
+    return _encoder_shape(path, version(path))
 
 
 @lru_cache(maxsize=512)
@@ -89,6 +89,7 @@ def _encoder_shape(path: Path, _: tuple[int, int]) -> ImageEncoder | None:
     return open_encoder(path)
 
 
-def _version(path: Path) -> tuple[int, int]:
+def version(path: Path) -> tuple[int, int]:
+    """Changes when a file is replaced."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns

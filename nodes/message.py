@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 from comfy_api.latest import io
-from server import PromptServer
 
 _KNOWS_ADVANCED = "advanced" in inspect.signature(io.WidgetInput.__init__).parameters
 
@@ -17,10 +17,11 @@ def advanced() -> dict[str, Any]:
 
 
 def show_on_node(cls: type[io.ComfyNode], text: str) -> None:
-    """Show a text on the node that runs. ui.PreviewText alone is drawn by Preview Any only; it keeps the text in the
+    """Show a text on the node that runs. ui.PreviewText alone is drawn by Preview Any only: it keeps the text in the
     history, this draws it.
     """
-    server = getattr(PromptServer, "instance", None)
+    # Not imported: a host that runs the nodes without ComfyUI's server has none.
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     node = getattr(getattr(cls, "hidden", None), "unique_id", None)
     if server is not None and node:
         server.send_progress_text(text, node)

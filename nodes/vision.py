@@ -21,14 +21,16 @@ AUTO = "auto"
 
 
 def load_encoder(
-    name: str, adapter_name: str, spec: AdapterSpec, resolution: int = 0
+    name: str | Path, adapter_name: str, spec: AdapterSpec, resolution: int = 0
 ) -> comfy.clip_vision.ClipVisionModel:
-    """The encoder file of this name, or with "auto" the one that fits, for images of `resolution` pixels (0: what
-    the adapter's file says, else the encoder's own).
+    """The encoder file of this name or path, or with "auto" the one that fits, for images of `resolution` pixels (0:
+    what the adapter's file says, else the encoder's own).
 
     Raises AdapterError when none fits, or the file is damaged, no CLIP vision model, or fixed to another size.
     """
-    if name == AUTO or is_empty_choice(name):
+    if isinstance(name, Path):
+        path = name
+    elif name == AUTO or is_empty_choice(name):
         path = find_encoder(spec, existing(ENCODERS), name=adapter_name, folder=home(ENCODERS), open_file=encoder_shape)
     else:
         path = Path(folder_paths.get_full_path_or_raise(ENCODERS, name))
