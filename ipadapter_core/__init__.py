@@ -15,7 +15,7 @@ from .attention import SCALINGS, Attend, KeyValue, Scaling, image_attention, sca
 from .attn_processor import ImageAttnProcessor
 from .build import build_layers, build_lora, build_projector, load_layers, load_projector
 from .checkpoint import AdapterCheckpoint, checkpoint_from_state, read_checkpoint
-from .compatible import check_compatible, is_kolors_unet
+from .compatible import check_compatible, context_tokens, is_kolors_unet
 from .errors import AdapterError
 from .infer import infer_spec, shortcut_hint
 from .layers import (
@@ -120,6 +120,7 @@ __all__ = [
     "check_compatible",
     "checkpoint_from_state",
     "comfy_block_ids",
+    "context_tokens",
     "cross_attention_sites",
     "diffusers_sites",
     "export_state",

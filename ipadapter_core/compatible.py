@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .errors import AdapterError
 from .layers import Site
@@ -68,3 +69,21 @@ def _check_kolors(spec: AdapterSpec, kolors: bool, name: str) -> None:
             f"{name} is made for {spec.family_name}; the connected model is Kolors. Use "
             "ip_adapter_plus_general.bin of Kwai-Kolors/Kolors-IP-Adapter-Plus."
         )
+
+
+def context_tokens(tokens: Tensor, spec: AdapterSpec, unet: nn.Module, name: str = "The adapter") -> Tensor:
+    """Tokens [B, T, token_width] -> [B, T, context_width]: those of Kolors FaceID are as wide as ChatGLM's states, and
+    the UNet's own encoder_hid_proj narrows both. Others are returned as they are.
+
+    Raises AdapterError for a Kolors UNet without that layer.
+    """
+    if spec.token_width is None:
+        return tokens
+    projection = getattr(unet, "encoder_hid_proj", None)
+    if not isinstance(getattr(projection, "weight", None), Tensor):
+        raise AdapterError(
+            f"{name} needs the encoder_hid_proj of Kolors' UNet, which the connected model does not have. Load Kolors "
+            "with nodes that keep it in the model, such as ComfyUI-Kolors-MZ."
+        )
+    weight, bias = (part.to(tokens.device, tokens.dtype) for part in (projection.weight, projection.bias))
+    return torch.nn.functional.linear(tokens, weight, bias)

@@ -105,8 +105,13 @@ class AdapterSpec:
     def _image_encoder(self, width: int) -> str:
         if self.is_kolors:
             return CLIP_L_336.name
-        names = dict.fromkeys(encoder.name for encoder in encoders_of_width(width, embeds=self.kind == "base"))
-        return " or ".join(names) or f"an unknown image encoder of width {width}"
+        base = self.kind == "base"
+        names = dict.fromkeys(encoder.name for encoder in encoders_of_width(width, embeds=base))
+        if names:
+            return " or ".join(names)
+        if base and encoders_of_width(width, embeds=False):
+            return "SigLIP with its pooling head, which ComfyUI does not load"
+        return f"an unknown image encoder of width {width}"
 
     @property
     def is_kolors(self) -> bool:

@@ -20,6 +20,7 @@ from ..ipadapter_core import (
     Scaling,
     Site,
     check_compatible,
+    context_tokens,
     cross_attention_sites,
     layer_weights,
     parse_weight_type,
@@ -168,7 +169,7 @@ def apply_prompt(
         patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
     if not strength:
         return patched
-    rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, inference_dtype(model))
+    rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, inference_dtype(model), unet)
     negative = "image_negative" if image_prompt.has_negative else needs_negative
     install(patched, Application(_new_key(patched), pairs, rows, start_at, end_at, mask, negative))
     return patched
@@ -181,12 +182,13 @@ def layer_pairs(
     weights: Sequence[LayerWeight],
     scaling: Scaling,
     dtype: torch.dtype,
+    unet: torch.nn.Module,
 ) -> tuple[tuple[int, int], dict[Place, KeyValue]]:
     """The rows of both branches, and the keys and values of every layer whose weight is not 0, [rows, H, T, d], all
     weights inside, on the offload device. Computed in fp32, kept in the model's `dtype`.
     """
     adapter, device = ip_adapter.on_device(), ip_adapter.patcher.load_device
-    tokens = project(ip_adapter, image_prompt).to(device)
+    tokens = context_tokens(project(ip_adapter, image_prompt).to(device), adapter.spec, unet, ip_adapter.name)
     positives, one_each = len(image_prompt.positive), image_prompt.one_each
     swapped = any(layer.swapped and layer.weight for layer in weights)
     rows = branch_rows(positives, len(tokens) - positives, one_each=one_each, swapped=swapped)

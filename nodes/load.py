@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import comfy.clip_vision
 import comfy.ops
 from comfy_api.latest import io, ui
 
@@ -20,7 +19,7 @@ from ..ipadapter_core import (
 from .files import ADAPTERS, ENCODERS, adapter_path, choices, list_files, stamp
 from .message import advanced, show_on_node
 from .types import IPAdapterModel, LoadedAdapter, manage, node_schema
-from .vision import AUTO, load_encoder
+from .vision import AUTO, find_encoder_file, load_encoder
 
 FROM_FILE, V1, V2 = "from the file", "v1", "v2"
 _log = logging.getLogger(__name__)
@@ -105,8 +104,14 @@ class LoadIPAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         path = adapter_path(ipadapter_name)
         loaded = load_adapter_file(path, ipadapter_name, faceid_plus)
-        encoder = encoder_of(loaded, clip_vision_name, encoder_resolution)
-        text = f"{loaded.spec.describe()}."
+        text, encoder = f"{loaded.spec.describe()}.", None
+        if loaded.spec.image_width is not None:
+            file = find_encoder_file(clip_vision_name, ipadapter_name, loaded.spec)
+            encoder = load_encoder(file, ipadapter_name, loaded.spec, encoder_resolution)
+            text += f" Image encoder: {file.name}, {encoder.image_size} pixels."
+        elif clip_vision_name != AUTO or encoder_resolution:
+            text += " It takes no image encoder: clip_vision_name and encoder_resolution have no effect."
+            _log.warning("Load IP Adapter: %s: %s", ipadapter_name, text)
         show_on_node(cls, text)
         return io.NodeOutput(loaded, encoder, ui=ui.PreviewText(text))
 
@@ -119,22 +124,6 @@ def load_adapter_file(path: Path, name: str, faceid_plus: str = FROM_FILE) -> Lo
     if adapter.spec.lookalike:
         _log.warning("%s: %s", name, adapter.spec.lookalike)
     return manage(name, adapter)
-
-
-def encoder_of(
-    loaded: LoadedAdapter, clip_vision_name: str, resolution: int
-) -> comfy.clip_vision.ClipVisionModel | None:
-    """The image encoder of an adapter; None for one that sees faces alone."""
-    if loaded.spec.image_width is not None:
-        return load_encoder(clip_vision_name, loaded.name, loaded.spec, resolution)
-    if clip_vision_name != AUTO or resolution:
-        _log.warning(
-            "Load IP Adapter: %s is a %s adapter, which takes no image encoder; clip_vision_name and "
-            "encoder_resolution have no effect.",
-            loaded.name,
-            loaded.spec.kind,
-        )
-    return None
 
 
 def shortcut_of(spec: AdapterSpec, name: str, faceid_plus: str) -> bool | None:

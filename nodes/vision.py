@@ -20,21 +20,27 @@ from .files import ENCODERS, encoder_shape, existing, home, is_empty_choice
 AUTO = "auto"
 
 
+def find_encoder_file(name: str, adapter_name: str, spec: AdapterSpec) -> Path:
+    """The encoder file of this name, or with "auto" the one that fits.
+
+    Raises AdapterError when none fits, or the file is damaged.
+    """
+    if name == AUTO or is_empty_choice(name):
+        return find_encoder(spec, existing(ENCODERS), name=adapter_name, folder=home(ENCODERS), open_file=encoder_shape)
+    path = Path(folder_paths.get_full_path_or_raise(ENCODERS, name))
+    open_tensors(path, EXPECTED_ENCODER)  # a damaged file, or one that holds code, is refused here
+    return path
+
+
 def load_encoder(
     name: str | Path, adapter_name: str, spec: AdapterSpec, resolution: int = 0
 ) -> comfy.clip_vision.ClipVisionModel:
-    """The encoder file of this name or path, or with "auto" the one that fits, for images of `resolution` pixels (0:
+    """The encoder of this file, or of a name as `find_encoder_file` takes it, for images of `resolution` pixels (0:
     what the adapter's file says, else the encoder's own).
 
-    Raises AdapterError when none fits, or the file is damaged, no CLIP vision model, or fixed to another size.
+    Raises AdapterError when none fits, or the file is damaged, no CLIP vision model, or takes no such size.
     """
-    if isinstance(name, Path):
-        path = name
-    elif name == AUTO or is_empty_choice(name):
-        path = find_encoder(spec, existing(ENCODERS), name=adapter_name, folder=home(ENCODERS), open_file=encoder_shape)
-    else:
-        path = Path(folder_paths.get_full_path_or_raise(ENCODERS, name))
-        open_tensors(path, EXPECTED_ENCODER)  # a damaged file, or one that holds code, is refused here
+    path = name if isinstance(name, Path) else find_encoder_file(name, adapter_name, spec)
     encoder = read_encoder_file(path, f"{adapter_name} needs {spec.encoder}.")
     set_resolution(encoder, resolution or spec.encoder_resolution or 0, str(path))
     check_encoder(encoder, str(path))

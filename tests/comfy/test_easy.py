@@ -207,6 +207,7 @@ FAMILY_FILES = [
     ("sd15", "face", "plus", "ip-adapter-plus-face_sd15.safetensors"),
     ("sdxl", "subject", "light", "ip-adapter_sdxl_vit-h.safetensors"),
     ("sdxl", "style", "plus", "ip-adapter-plus_sdxl_vit-h.safetensors"),
+    ("kolors", "style", "plus", "ip_adapter_plus_general.bin"),
 ]
 
 
@@ -214,16 +215,18 @@ FAMILY_FILES = [
 def test_a_missing_adapter_is_named(pack, world, folders, shelf, family, use_for, likeness, file):
     """The widths of the published models decide, not the tiny ones of these tests."""
     shelf("other.safetensors")
-    context, widths = pack.core.FAMILIES[family]
+    context, widths = pack.core.FAMILIES["sdxl" if family == "kolors" else family]
     sites = [pack.core.Site(2 * i + 1, str(i), width, context, i) for i, width in enumerate(widths)]
-    call = lambda: pack.pairs.find_pair(torch.nn.Identity(), sites, use_for, likeness)  # noqa: E731
-    name = pack.core.FAMILY_NAMES[family]
+    unet = torch.nn.Module()
+    if family == "kolors":  # as the packs that load it do
+        unet.encoder_hid_proj = torch.nn.Linear(4096, 2048)
+    name = {**pack.core.FAMILY_NAMES, "kolors": "Kolors"}[family]
     refused(
         pack,
-        call,
+        lambda: pack.pairs.find_pair(unet, sites, use_for, likeness),
         f"No adapter for {name} is in {folders['ipadapter']}",
         file,
-        "huggingface.co/h94/IP-Adapter",
+        "huggingface.co/Kwai-Kolors" if family == "kolors" else "huggingface.co/h94/IP-Adapter",
         "other.safetensors (base for a model of context 64)",
     )
 

@@ -24,7 +24,8 @@ def test_auto_finds_the_encoder_by_shape(pack, world, folders, narrow, sound_sta
     assert encoder.model.state_dict().keys() == sound_state.keys()
     assert adapter.spec.kind == "base" and adapter.name == "x.safetensors"
     assert hasattr(adapter, "patcher")
-    assert output.ui.as_dict()["text"] == (f"{adapter.spec.describe()}.",)
+    found = "Image encoder: named after nothing.safetensors, 32 pixels."
+    assert output.ui.as_dict()["text"] == (f"{adapter.spec.describe()}. {found}",)
     patched = world.apply(world.model, adapter, world.new_prompt(adapter))
     same = world.apply(world.model, world.adapter, world.prompt)
     torch.testing.assert_close(world.sample(patched), world.sample(same), atol=1e-3, rtol=1e-4)

@@ -24,7 +24,7 @@ def test_an_adapter_that_sees_faces_alone_needs_no_encoder(pack, folders, kind, 
     assert encoder is None and adapter.spec.kind == kind and not caplog.records
     save_file({"x": torch.ones(2)}, folders["clip_vision"] / "e.safetensors")
     assert pack.LoadIPAdapter.execute("f.safetensors", "e.safetensors").args[1] is None
-    assert "takes no image encoder; clip_vision_name" in caplog.text
+    assert "takes no image encoder: clip_vision_name" in caplog.text
 
 
 # name of the file, metadata, faceid_plus -> v2, or the words of the refusal

@@ -125,6 +125,15 @@ def test_kolors_and_sdxl_do_not_mix(label: int, projection: bool, kolors: bool) 
         ic.check_compatible(made_for[not kolors], sites, "x", unet=unet)
 
 
+def test_the_tokens_of_kolors_faceid_pass_the_models_own_projection() -> None:
+    unet, tokens = Unet(2816, projection=True), torch.randn(2, 6, 4096)
+    narrowed = ic.context_tokens(tokens, kolors_face(), unet)
+    torch.testing.assert_close(narrowed, unet.encoder_hid_proj(tokens))
+    assert ic.context_tokens(tokens, ic.new_spec("base", WIDTHS, 2048), unet) is tokens
+    with pytest.raises(ic.AdapterError, match=r"k\.bin needs the encoder_hid_proj"):
+        ic.context_tokens(tokens, kolors_face(), Unet(5632, projection=False), "k.bin")
+
+
 def test_kolors_in_diffusers() -> None:
     class Diffusers(nn.Module):
         def __init__(self, width: int) -> None:
@@ -235,6 +244,8 @@ def test_which_encoders_an_adapter_takes(kind: str, width: int, encoder_id: str 
 def test_a_plus_adapter_of_1024_names_both_of_its_encoders() -> None:
     assert spec_for("plus", 1024).encoder == "CLIP ViT-L/14 or DINOv2-L"
     assert "SigLIP so400m" in spec_for("plus", 1152).encoder
+    assert "pooling head, which ComfyUI does not load" in spec_for("base", 1152).encoder
+    assert spec_for("base", 999).encoder == "an unknown image encoder of width 999"
 
 
 def test_two_encoders_that_fit_and_differ_are_a_question(tmp_path: Path) -> None:
