@@ -80,7 +80,7 @@ def context_tokens(tokens: Tensor, spec: AdapterSpec, unet: nn.Module, name: str
     if spec.token_width is None:
         return tokens
     projection = getattr(unet, "encoder_hid_proj", None)
-    if not isinstance(getattr(projection, "weight", None), Tensor):
+    if not isinstance(projection, nn.Linear):
         raise AdapterError(
             f"{name} needs the encoder_hid_proj of Kolors' UNet, which the connected model does not have. Load Kolors "
             "with nodes that keep it in the model, such as ComfyUI-Kolors-MZ."

@@ -77,8 +77,8 @@ class _Candidate:
 
     def mismatch(self, use_for: str) -> int:
         """How little its name suits a use."""
-        said = {use for use in (FACE, COMPOSITION) if _HINTS[use].search(self.name.lower())}
-        return len(said ^ ({use_for} & {FACE, COMPOSITION}))
+        named = {use for use in (FACE, COMPOSITION) if _HINTS[use].search(self.name.lower())}
+        return len(named ^ ({use_for} & {FACE, COMPOSITION}))
 
     def rank(self, use_for: str, likeness: str) -> tuple[Any, ...]:
         light = bool(_HINTS[LIGHT].search(self.name.lower()))
