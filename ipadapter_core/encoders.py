@@ -32,9 +32,9 @@ _LAYER = re.compile(r"^(?:vision_model\.encoder\.layers|visual\.transformer\.res
 
 @dataclass(frozen=True, slots=True)
 class ImageEncoder:
-    """The shape of an image encoder, from its tensors: channels of its hidden states and of its image_embeds (None: it makes
-    none), its tokens (patches and the class token; 257 for ViT-H/14 at 224 pixels; None where the size of the image
-    decides), its architecture, its layers (0: unknown) and the pixels of a patch (0: unknown).
+    """The shape of an image encoder, from its tensors: channels of its hidden states and of its image_embeds (None: it
+    makes none), its tokens (patches and the class token; 257 for ViT-H/14 at 224 pixels; None where the size of the
+    image decides), its architecture, its layers (0: unknown) and the pixels of a patch (0: unknown).
     """
 
     hidden_width: int
