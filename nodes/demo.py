@@ -81,6 +81,7 @@ class DemoImage(io.ComfyNode):
         return node_schema(
             node_id="DemoImage",
             display_name="Demo Image",
+            has_intermediate_output=True,  # the preview survives a reload of the page
             description="One of the images that come with this pack: emoji that the demo model was not trained on.",
             inputs=[
                 io.Combo.Input(

@@ -45,6 +45,7 @@ class ImagePrompt(io.ComfyNode):
             description="Lets an image steer the model, beside the text. The one node to start with: it finds the "
             "adapter and the image encoder that fit the model, and shows which it took.",
             essentials_category="Image Generation",
+            has_intermediate_output=True,  # the preview survives a reload of the page
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5, SD2, SDXL or Kolors model, or that of the demo."),

@@ -65,8 +65,9 @@ class Pair:
         return bool(_HINTS[COMPOSITION].search(self.name.lower()))
 
     def describe(self) -> str:
-        encoder = self.encoder.name if self.encoder.is_file() else "its own image encoder"
-        return f"{self.name} ({self.spec.kind} adapter for {self.spec.family_name}) with {encoder}"
+        if self.encoder.is_dir():
+            return f"{self.name} with its own image encoder"
+        return f"{self.name} ({self.spec.kind} adapter for {self.spec.family_name}) with {self.encoder.name}"
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,7 @@ def test_the_demo_model_needs_no_file(pack, folders):
     model = pack.LoadIPAdapterDemo.execute().args[0]
     image = pack.DemoImage.execute("crab_fluent").args[0]
     output = pack.ImagePrompt.execute(model, image)
-    assert text_of(output).startswith("the emoji adapter (base adapter for a model of context 128) with its own image")
+    assert text_of(output).startswith("the emoji adapter with its own image encoder, weight type 'linear'.")
 
 
 def test_it_is_essential_where_comfyui_knows_it(pack):
