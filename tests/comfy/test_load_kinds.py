@@ -156,6 +156,12 @@ def test_what_comfyui_loads_beside_clip(pack, world, folders, monkeypatch, model
     narrow_config = folders["clip_vision"].parent / "config.json"
     narrow_config.write_text(json.dumps(config))
     monkeypatch.setattr(comfy.clip_vision, "ClipVisionModel", lambda _: original(str(narrow_config)))
+    own = comfy.clip_vision.load(str(path))  # as ComfyUI's Load CLIP Vision does
+    if model_type in ("siglip2_vision_model", "dinov3"):
+        with pytest.raises(pack.core.AdapterError, match=r"The encoder \(.*\) needs Load IP Adapter"):
+            pack.checks.check_encoder(own, "The encoder")
+    else:
+        pack.checks.check_encoder(own, "The encoder")
     write_adapter(pack, folders["ipadapter"], "p.safetensors", "plus")
     image = torch.rand(1, 40, 40, 3)
     for pixels, expected in ((0, tokens), (size, resized)):
