@@ -7,9 +7,11 @@ from comfy_api.latest import ComfyExtension, io
 from .apply import ApplyIPAdapter
 from .demo import LoadIPAdapterDemo
 from .encode import EncodeImagePrompt
+from . import faces  # noqa: F401
+from .face_analysis import LoadFaceAnalysis
 from .load import LoadIPAdapter
 
 
 class IPAdapterKitExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadIPAdapter, EncodeImagePrompt, ApplyIPAdapter, LoadIPAdapterDemo]
+        return [LoadIPAdapter, EncodeImagePrompt, ApplyIPAdapter, LoadIPAdapterDemo, LoadFaceAnalysis]
