@@ -7,7 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .apply import ApplyIPAdapter
 from .demo import LoadIPAdapterDemo
 from .encode import EncodeImagePrompt
-from . import faces  # noqa: F401
+from . import faces, lora  # noqa: F401
 from .face_analysis import LoadFaceAnalysis
 from .load import LoadIPAdapter
 
