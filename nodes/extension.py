@@ -7,11 +7,18 @@ from comfy_api.latest import ComfyExtension, io
 from .apply import ApplyIPAdapter
 from .demo import LoadIPAdapterDemo
 from .encode import EncodeImagePrompt
-from . import faces, lora  # noqa: F401
+from .face import EncodeFacePrompt
 from .face_analysis import LoadFaceAnalysis
 from .load import LoadIPAdapter
 
 
 class IPAdapterKitExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadIPAdapter, EncodeImagePrompt, ApplyIPAdapter, LoadIPAdapterDemo, LoadFaceAnalysis]
+        return [
+            LoadIPAdapter,
+            EncodeImagePrompt,
+            ApplyIPAdapter,
+            LoadIPAdapterDemo,
+            LoadFaceAnalysis,
+            EncodeFacePrompt,
+        ]
