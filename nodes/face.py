@@ -71,7 +71,7 @@ class EncodeFacePrompt(io.ComfyNode):
                     options=list(NO_FACE),
                     default="error",
                     optional=True,
-                    tooltip="What to do with an image without such a face: stop, or leave it out. One face must be left.",
+                    tooltip="What to do with an image without such a face: stop, or leave it out.",
                 ),
                 io.Combo.Input(
                     "combine",
@@ -218,8 +218,8 @@ def _check_inputs(
         raise AdapterError(f"likeness {likeness:g} is for FaceID-Plus v2, which {name} is not. Set it to 1.")
     if one_each and combine != "concat":
         raise AdapterError(
-            f"one_each keeps a prompt for each image, so there is nothing for combine {combine!r} to do. Set combine to "
-            "concat, or switch one_each off."
+            f"one_each keeps a prompt for each image, so combine {combine!r} would do nothing. Set combine to concat, or "
+            "switch one_each off."
         )
 
 
@@ -232,4 +232,6 @@ def _one_for_each(faces: EncodedImages, rows: tuple[int, ...], images: int) -> E
 
 
 def _encoder_input(clip_vision: Encoder, image: Tensor, name: str = "image") -> Tensor:
-    return crop_image(image, clip_vision.image_size, fill=tuple(getattr(clip_vision, "image_mean", CLIP_MEAN)), name=name)
+    return crop_image(
+        image, clip_vision.image_size, fill=tuple(getattr(clip_vision, "image_mean", CLIP_MEAN)), name=name
+    )

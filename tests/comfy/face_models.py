@@ -18,7 +18,9 @@ LANDMARKS = np.array([[-0.7, -0.7], [0.7, -0.7], [0.0, 0.1], [-0.55, 0.8], [0.55
 REACH = 1.5  # strides from the cell to the edges of the box
 
 
-def write_pack(folder: Path, *, detector: str = "det_10g.onnx", recognizer: str = "w600k_r50.onnx", **sizes: int) -> Path:
+def write_pack(
+    folder: Path, *, detector: str = "det_10g.onnx", recognizer: str = "w600k_r50.onnx", **sizes: int
+) -> Path:
     """A folder of models such as models/insightface/models/buffalo_l, with two more that FaceID does not need."""
     folder.mkdir(parents=True, exist_ok=True)
     write_detector(folder / detector, largest_input=sizes.get("largest_input", 0))

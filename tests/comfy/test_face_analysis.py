@@ -71,7 +71,9 @@ def test_extra_model_paths(face_models, pack, root, tmp_path):
     import folder_paths
 
     folder_paths.folder_names_and_paths["insightface"][0].append(str(tmp_path / "elsewhere"))
-    face_models.write_pack(tmp_path / "elsewhere" / "models" / "antelopev2", detector="scrfd_10g_bnkps.onnx", recognizer="glintr100.onnx")
+    face_models.write_pack(
+        tmp_path / "elsewhere" / "models" / "antelopev2", detector="scrfd_10g_bnkps.onnx", recognizer="glintr100.onnx"
+    )
     assert pack.face_analysis.load_face_analysis("antelopev2").name == "antelopev2"
 
 
@@ -106,7 +108,9 @@ def test_a_detector_without_landmarks_is_refused(face_models, pack, root):
 def test_damaged_file(face_models, pack, root, content):
     face_models.write_pack(root / "buffalo_l")
     (root / "buffalo_l" / "w600k_r50.onnx").write_bytes(content)
-    with pytest.raises(pack.core.AdapterError, match=r"w600k_r50\.onnx: onnxruntime cannot load it .*download it again"):
+    with pytest.raises(
+        pack.core.AdapterError, match=r"w600k_r50\.onnx: onnxruntime cannot load it .*download it again"
+    ):
         pack.LoadFaceAnalysis.execute("buffalo_l")
 
 
@@ -135,7 +139,16 @@ def test_boxes_and_landmarks(analysis, face_models, pack):
     assert len(faces) == 2
     small = next(face for face in faces if face.box[0] < 200)
     # The grid's points are the upper left corners of the cells.
-    assert np.allclose(small.box, [80 - 8 * face_models.REACH, 160 - 8 * face_models.REACH, 80 + 8 * face_models.REACH, 160 + 8 * face_models.REACH], atol=1e-3)
+    assert np.allclose(
+        small.box,
+        [
+            80 - 8 * face_models.REACH,
+            160 - 8 * face_models.REACH,
+            80 + 8 * face_models.REACH,
+            160 + 8 * face_models.REACH,
+        ],
+        atol=1e-3,
+    )
     assert np.allclose(small.landmarks, np.array([80, 160]) + 8 * face_models.LANDMARKS, atol=1e-3)
     large = next(face for face in faces if face is not small)
     assert np.allclose(large.landmarks, np.array([384, 128]) + 32 * face_models.LANDMARKS, atol=1e-3)
@@ -196,7 +209,13 @@ def test_embeddings_and_crops_are_insightfaces_own(analysis, face_models, pack, 
 
 
 def test_no_face(analysis, face_models, pack):
-    images = torch.stack([face_models.draw_faces((32, 10, 9)), face_models.draw_faces(), face_models.draw_faces((16, 11, 12), (16, 20, 20))])
+    images = torch.stack(
+        [
+            face_models.draw_faces((32, 10, 9)),
+            face_models.draw_faces(),
+            face_models.draw_faces((16, 11, 12), (16, 20, 20)),
+        ]
+    )
     features, error = pack.faces.face_features, pack.core.AdapterError
     with pytest.raises(error, match=r"No face was found in image 2 of 3\. .*space around it"):
         features(analysis, images, 224)

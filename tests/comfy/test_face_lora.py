@@ -111,7 +111,9 @@ def test_off(family, pack, world):
         patched(pack, model, ip_adapter, sites, float("nan"))
 
 
-@pytest.mark.parametrize(("first", "second", "expected"), [(0.8, 0.8, 0.8), (0.5, 0.9, 0.9), (0.9, 0.5, 0.9), (0.4, 0, 0.4)])
+@pytest.mark.parametrize(
+    ("first", "second", "expected"), [(0.8, 0.8, 0.8), (0.5, 0.9, 0.9), (0.9, 0.5, 0.9), (0.4, 0, 0.4)]
+)
 def test_two_prompts_of_a_file_apply_its_lora_once(family, pack, world, first, second, expected):
     """Two faces in two regions: also where the file was loaded by two nodes."""
     model, sites, ip_adapter = family
@@ -138,7 +140,9 @@ def test_loras_of_other_files_add_up(family, pack, world):
 def test_pruned_model(world, pack):
     """Layer ids are places in the tree, so a UNet without some transformers has its own."""
     with torch.inference_mode():
-        model = world.new_model("sd15", transformer_depth=[1, 0, 1, 1, 1, 0, 0, 0], transformer_depth_output=[1] * 6 + [0] * 6)
+        model = world.new_model(
+            "sd15", transformer_depth=[1, 0, 1, 1, 1, 0, 0, 0], transformer_depth_output=[1] * 6 + [0] * 6
+        )
     sites = pack.core.cross_attention_sites(model.model.diffusion_model)
     ip_adapter = new_faceid(world, pack, sites)
     changed = patched(pack, model, ip_adapter, sites, 1.0)
