@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
@@ -137,12 +139,12 @@ class EncodeFacePrompt(io.ComfyNode):
                 f"{face_analysis.name} makes face embeddings of {found.embeddings.shape[1]}, {ip_adapter.name} takes "
                 f"{spec.face_width}. Choose the face models that it was trained with, such as buffalo_l."
             )
-        positive = encode_faces(ip_adapter, found, clip_vision, combine).weighted(weight)
-        if one_each:
-            positive = _one_for_each(positive, found.rows, len(image))
+        positive = encode_faces(ip_adapter, found, clip_vision, combine)
         negative = negative_faces(ip_adapter, clip_vision, image_negative)
+        if one_each and len(found.rows) < len(image):
+            positive, negative = _one_for_each(positive, negative, found.rows, len(image))
         prompt = ImagePrompt(
-            positive,
+            positive.weighted(weight),
             negative and negative.weighted(weight),
             ip_adapter.name,
             one_each=one_each,
@@ -218,17 +220,26 @@ def _check_inputs(
         raise AdapterError(f"likeness {likeness:g} is for FaceID-Plus v2, which {name} is not. Set it to 1.")
     if one_each and combine != "concat":
         raise AdapterError(
-            f"one_each keeps a prompt for each image, so combine {combine!r} would do nothing. Set combine to concat, or "
-            "switch one_each off."
+            f"one_each keeps a prompt for each image, so combine {combine!r} would do nothing. Set combine to concat, "
+            "or switch one_each off."
         )
 
 
-def _one_for_each(faces: EncodedImages, rows: tuple[int, ...], images: int) -> EncodedImages:
-    """Each face at the place of its image; images without have the weight 0."""
-    nearest = [max((i for i, row in enumerate(rows) if row <= image), default=0) for image in range(images)]
-    weights = tuple(faces.weights[i] if image in rows else 0.0 for image, i in enumerate(nearest))
-    parts = [None if part is None else part[nearest] for part in (faces.image, faces.face)]
-    return EncodedImages(parts[0], parts[1], weights)
+def _one_for_each(
+    faces: EncodedImages, negative: EncodedImages | None, rows: tuple[int, ...], images: int
+) -> tuple[EncodedImages, EncodedImages]:
+    """Each face at the place of its image. The images left out have the weight 0, in the negative branch too."""
+    negative = negative or EncodedImages(None, torch.zeros(1, faces.features[0].shape[-1]))
+    weights = tuple(float(image in rows) for image in range(images))
+    faces = _take(faces, [rows.index(image) if image in rows else 0 for image in range(images)], weights)
+    if len(negative) == 1:
+        negative = _take(negative, [0] * images, weights)
+    return faces, replace(negative, weights=weights) if len(negative) == images else negative
+
+
+def _take(encoded: EncodedImages, rows: list[int], weights: tuple[float, ...]) -> EncodedImages:
+    image, face = (None if part is None else part[rows] for part in (encoded.image, encoded.face))
+    return EncodedImages(image, face, weights)
 
 
 def _encoder_input(clip_vision: Encoder, image: Tensor, name: str = "image") -> Tensor:

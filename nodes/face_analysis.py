@@ -61,8 +61,8 @@ class LoadFaceAnalysis(io.ComfyNode):
                     "model_name",
                     options=list_packs(),
                     default="buffalo_l",
-                    tooltip="A folder in models/insightface/models. Use buffalo_l for SD1.5 and SDXL, antelopev2 for Kolors: "
-                    "the models that the published adapters were trained with.",
+                    tooltip="A folder in models/insightface/models. Use buffalo_l for SD1.5 and SDXL, antelopev2 for "
+                    "Kolors: the models that the published adapters were trained with.",
                 ),
                 io.Combo.Input(
                     "provider",
