@@ -30,7 +30,7 @@ from ..ipadapter_core.branches import branch_rows, fold_weights
 from ..ipadapter_core.masks import check_attention_mask, check_mask
 from .calls import RUN
 from .checks import check_acts, check_prompt, largest
-from .lora import add_lora
+from .lora import LORA_STRENGTH, add_lora
 from .patch import SitePatch
 from .run import start_run
 from .steps import Application, Place
@@ -98,13 +98,13 @@ class ApplyIPAdapter(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "lora_strength",
-                    default=1.0,
+                    default=LORA_STRENGTH,
                     min=0.0,
                     max=2.0,
                     step=0.05,
                     optional=True,
-                    tooltip="Strength of the LoRA inside a FaceID file; other adapters have none. 1 is as trained; try "
-                    "0.6 where faces come out too photographic, 0 when the LoRA is loaded from its own file.",
+                    tooltip="Strength of the LoRA inside a FaceID file; other adapters have none. 0.6 follows the text "
+                    "better, 1 is as trained. 0 when the LoRA is loaded from its own file.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For the sampler; the input stays as it was.")],
@@ -130,7 +130,7 @@ class ApplyIPAdapter(io.ComfyNode):
         end_at: float = 1.0,
         embeds_scaling: Scaling = "V only",
         attn_mask: Tensor | None = None,
-        lora_strength: float = 1.0,
+        lora_strength: float = LORA_STRENGTH,
     ) -> io.NodeOutput:
         sites = cross_attention_sites(model.get_model_object("diffusion_model"))
         check_compatible(ip_adapter.spec, sites, ip_adapter.name)
@@ -160,7 +160,7 @@ def apply_prompt(
     end_at: float = 1.0,
     scaling: Scaling = "V only",
     attn_mask: Tensor | None = None,
-    lora_strength: float = 1.0,
+    lora_strength: float = LORA_STRENGTH,
     needs_negative: str = "",
 ) -> Any:
     """A clone of the model with one more image prompt in it. `weights` is one for each transformer of the UNet, see

@@ -12,6 +12,9 @@ from ..ipadapter_core import AdapterError, Site
 from ..ipadapter_core.lora import LORA_PARTS
 from .types import LoadedAdapter
 
+# Trained at 1. Below, the model follows the text better and the face stays; other hosts open at 0.6 too.
+LORA_STRENGTH = 0.6
+
 _STAGES = {"input": "input_blocks", "output": "output_blocks", "middle": "middle_block"}
 
 
