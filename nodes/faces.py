@@ -100,7 +100,10 @@ def face_features(
             pixels = _bgr(one)
             seen = Seen(kps=face.landmarks)
             analysis.recognizer.get(pixels, seen)
-            embeddings.append(torch.from_numpy(seen.embedding if unnormalised else seen.normed_embedding).float())
+            embedding = torch.from_numpy(seen.embedding if unnormalised else seen.normed_embedding).float()
+            if not torch.isfinite(embedding).all():
+                raise AdapterError(f"The recognition model of {analysis.name} makes NaN of a face. Download it again.")
+            embeddings.append(embedding)
             crop = norm_crop(pixels, landmark=face.landmarks, image_size=size)
             crops.append(torch.from_numpy(crop[..., ::-1].copy()).float() / 255.0)
             rows.append(row)
@@ -113,7 +116,7 @@ def face_features(
 
 def _no_such_face(found: int, index: int, image: str) -> str:
     if not found:
-        return f"No face was found in {image}. {_ADVICE}"
+        return f"{image} shows no face that was found. {_ADVICE}"
     faces = "1 face" if found == 1 else f"{found} faces"
     return f"{image} shows {faces}; face_index {index} is beyond them (it counts from 0). Choose a smaller face_index."
 

@@ -88,12 +88,12 @@ def write_detector(path: Path, *, largest_input: int = 0, landmarks: bool = True
     _write(path, nodes, [1, 3, "?", "?"], infos, constants)
 
 
-def write_recognizer(path: Path, *, side: int = 112, width: int = 512) -> None:
+def write_recognizer(path: Path, *, side: int = 112, width: int = 512, scale: float = 1.0) -> None:
     """ArcFace as in buffalo_l: [N, 3, 112, 112] -> [N, 512], here a linear map of the means of 16 x 16 pixels."""
     from onnx import TensorProto, helper
 
     cells = 3 * (side // 16) ** 2
-    weight = np.random.default_rng(5).normal(size=(cells, width)).astype(np.float32)
+    weight = (np.random.default_rng(5).normal(size=(cells, width)) * scale).astype(np.float32)
     nodes = [
         helper.make_node("AveragePool", ["input.1"], ["pooled"], kernel_shape=[16, 16], strides=[16, 16]),
         helper.make_node("Flatten", ["pooled"], ["flat"]),

@@ -290,7 +290,7 @@ REFUSED = {
     "a negative image": ("faceid", {"image_negative": torch.zeros(1, 8, 8, 3)}, "image_negative would do nothing"),
     "likeness": ("faceid", {"likeness": 1.5}, r"likeness 1\.5 is for FaceID-Plus v2"),
     "combine": ("faceid", {"one_each": True, "combine": "average"}, "combine 'average' would do nothing"),
-    "no face": ("faceid", {"image": "nobody"}, r"No face was found in image\."),
+    "no face": ("faceid", {"image": "nobody"}, r"image shows no face that was found\."),
     "no face at all": ("faceid", {"image": "nobody", "no_face": "skip"}, "nothing is left to encode"),
     "a face that is not there": ("faceid", {"face_index": 4}, r"shows 1 face; face_index 4 is beyond"),
     "other face models": ("faceid", {"face_width": 256}, r"makes face embeddings of 512, .* takes 256"),

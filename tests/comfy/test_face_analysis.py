@@ -217,7 +217,7 @@ def test_no_face(analysis, face_models, pack):
         ]
     )
     features, error = pack.faces.face_features, pack.core.AdapterError
-    with pytest.raises(error, match=r"No face was found in image 2 of 3\. .*space around it"):
+    with pytest.raises(error, match=r"image 2 of 3 shows no face that was found\. .*space around it"):
         features(analysis, images, 224)
     assert features(analysis, images, 224, no_face="skip").rows == (0, 2)
     with pytest.raises(error, match=r"image 1 of 3 shows 1 face; face_index 1 is beyond them"):
@@ -227,6 +227,14 @@ def test_no_face(analysis, face_models, pack):
         features(analysis, images[1:2], 224, no_face="skip")
     with pytest.raises(error, match="shows the face at face_index 2"):
         features(analysis, images, 224, index=2, no_face="skip")
+
+
+def test_a_recognizer_of_zeros_is_named(face_models, pack, root):
+    face_models.write_pack(root / "zeros")
+    face_models.write_recognizer(root / "zeros" / "w600k_r50.onnx", scale=0.0)
+    analysis = pack.face_analysis.load_face_analysis("zeros")
+    with pytest.raises(pack.core.AdapterError, match="recognition model of zeros makes NaN"):
+        pack.faces.face_features(analysis, face_models.draw_faces((32, 10, 9))[None], 224)
 
 
 def test_images_of_any_kind(analysis, face_models, pack):
