@@ -12,7 +12,7 @@ from ..ipadapter_core import AdapterError, AdapterSpec
 from ..ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, combine_features, crop_image
 from .checks import check_encoder
 from .encode import TRAINED, Encoder, encode, negative_features
-from .face_analysis import FaceAnalysis, FaceAnalysisType
+from .face_analysis import FACE_ALIASES, FaceAnalysis, FaceAnalysisType
 from .faces import NO_FACE, ORDERS, FaceFeatures, face_features
 from .types import EncodedImages, ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
 
@@ -27,6 +27,7 @@ class EncodeFacePrompt(io.ComfyNode):
             display_name="Encode Face Prompt",
             description="Turns the face in one or several images into an image prompt for a FaceID adapter, and shows "
             "the face that it took.",
+            search_aliases=FACE_ALIASES,
             inputs=[
                 IPAdapterModel.Input("ip_adapter", tooltip="A FaceID, FaceID-Plus or portrait adapter."),
                 FaceAnalysisType.Input("face_analysis", tooltip="From Load Face Analysis."),

@@ -11,7 +11,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ipadapter_core import AdapterError
-from .types import node_schema
+from .types import SEARCH_ALIASES, node_schema
 
 FaceAnalysisType = io.Custom("FACE_ANALYSIS")
 
@@ -22,6 +22,7 @@ PACKS = {
     "buffalo_l": ("det_10g.onnx", "w600k_r50.onnx"),
     "antelopev2": ("scrfd_10g_bnkps.onnx", "glintr100.onnx"),
 }
+FACE_ALIASES = [*SEARCH_ALIASES, "faceid", "insightface", "portrait"]
 PROVIDERS = {
     "CPU": "CPUExecutionProvider",
     "CUDA": "CUDAExecutionProvider",
@@ -56,6 +57,7 @@ class LoadFaceAnalysis(io.ComfyNode):
             display_name="Load Face Analysis",
             description="Loads the insightface models that FaceID adapters need. The published ones are for "
             "non-commercial research only.",
+            search_aliases=FACE_ALIASES,
             inputs=[
                 io.Combo.Input(
                     "model_name",
