@@ -15,10 +15,15 @@ EMBEDS = 48  # channels of the tiny image encoder's hidden states
 @pytest.fixture(scope="module")
 def faces(face_models, pack, tmp_path_factory):
     """Loaded face models, images with faces, and the answers of insightface called as its documentation does."""
+    import folder_paths
     from insightface.app import FaceAnalysis
     from insightface.utils.face_align import norm_crop
 
-    folder = face_models.write_pack(tmp_path_factory.mktemp("models") / "buffalo_l")
+    root = tmp_path_factory.mktemp("insightface")
+    folder = face_models.write_pack(root / "models" / "buffalo_l")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(folder_paths.folder_names_and_paths, "insightface", ([str(root)], set()))
+        (models,) = pack.LoadFaceAnalysis.execute("buffalo_l").args
     own = FaceAnalysis(name=str(folder), providers=["CPUExecutionProvider"])
     own.prepare(ctx_id=0, det_size=(640, 640))
     image = torch.stack([face_models.draw_faces((32, 10, 9)), face_models.draw_faces((16, 11, 12), (8, 60, 30))])
@@ -34,7 +39,6 @@ def faces(face_models, pack, tmp_path_factory):
         )
 
     nobody = face_models.draw_faces()[None]
-    models = pack.face_analysis.FaceAnalysis("buffalo_l", own.det_model, own.models["recognition"])
     return SimpleNamespace(models=models, image=image, seen=seen, nobody=nobody, draw=face_models.draw_faces)
 
 
