@@ -8,9 +8,20 @@ from .apply import ApplyIPAdapter
 from .demo import DemoImage, LoadIPAdapterDemo
 from .easy import ImagePrompt
 from .encode import EncodeImagePrompt
+from .face import EncodeFacePrompt
+from .face_analysis import LoadFaceAnalysis
 from .load import LoadIPAdapter
 
 
 class IPAdapterKitExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ImagePrompt, LoadIPAdapter, EncodeImagePrompt, ApplyIPAdapter, LoadIPAdapterDemo, DemoImage]
+        return [
+            ImagePrompt,
+            LoadIPAdapter,
+            EncodeImagePrompt,
+            ApplyIPAdapter,
+            LoadFaceAnalysis,
+            EncodeFacePrompt,
+            LoadIPAdapterDemo,
+            DemoImage,
+        ]
