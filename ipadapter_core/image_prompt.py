@@ -47,7 +47,7 @@ def crop_image(
     """
     if crop not in CROPS:
         raise AdapterError(f"Unknown crop {crop!r}. Use one of: {', '.join(CROPS)}.")
-    pixels = image_pixels(image, name)
+    pixels = rgb_pixels(image, name)
     colour = torch.tensor(fill, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
     masks = None if mask is None else _fit_mask(mask, pixels, size, crop)
     squares: list[Tensor] = []
@@ -101,7 +101,7 @@ def last_for_all(count: int, places: Iterable[int]) -> list[int]:
     return [min(place, count - 1) for place in places]
 
 
-def image_pixels(image: Tensor, name: str) -> Tensor:
+def rgb_pixels(image: Tensor, name: str) -> Tensor:
     """[B, H, W, 1, 3 or 4] -> [B, 3, H, W]. Raises AdapterError for another shape and values outside 0..1."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
         raise AdapterError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import AdapterError
-from .image_prompt import CLIP_MEAN, crop_image, image_pixels, last_for_all, mask_pixels
+from .image_prompt import CLIP_MEAN, crop_image, last_for_all, mask_pixels, rgb_pixels
 from .masks import check_mask
 
 MOST_TILES = 64  # of one image
@@ -55,7 +55,7 @@ def tile_image(
 
     Raises AdapterError as `crop_image` and `tile_boxes` do.
     """
-    pixels = image_pixels(image, name)
+    pixels = rgb_pixels(image, name)
     boxes = tile_boxes(pixels.shape[-2], pixels.shape[-1], tiles)
     masks = None if mask is None else mask_pixels(check_mask(mask), pixels)[:, 0]
     made: list[Tensor] = []

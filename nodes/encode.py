@@ -103,6 +103,11 @@ class EncodeImagePrompt(io.ComfyNode):
         tiles: int = 0,
         one_each: bool = False,
     ) -> io.NodeOutput:
+        if ip_adapter.spec.face_width is not None:
+            raise AdapterError(
+                f"{ip_adapter.name} is a {ip_adapter.spec.kind} adapter, which takes face embeddings. Connect it to "
+                "Encode Face Prompt."
+            )
         check_encoder(clip_vision, "The connected image encoder")
         if one_each:
             _check_one_each(combine, tiles)

@@ -6,8 +6,11 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplyIPAdapter
 from .combine import CombineImagePrompts
-from .demo import LoadIPAdapterDemo
+from .demo import DemoImage, LoadIPAdapterDemo
+from .easy import ImagePrompt
 from .encode import EncodeImagePrompt
+from .face import EncodeFacePrompt
+from .face_analysis import LoadFaceAnalysis
 from .load import LoadIPAdapter
 from .noise_image import NoiseImage
 from .save_load import LoadImagePrompt, SaveImagePrompt
@@ -16,10 +19,14 @@ from .save_load import LoadImagePrompt, SaveImagePrompt
 class IPAdapterKitExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
+            ImagePrompt,
             LoadIPAdapter,
             EncodeImagePrompt,
             ApplyIPAdapter,
+            LoadFaceAnalysis,
+            EncodeFacePrompt,
             LoadIPAdapterDemo,
+            DemoImage,
             CombineImagePrompts,
             NoiseImage,
             SaveImagePrompt,
