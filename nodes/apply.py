@@ -16,24 +16,35 @@ from ..ipadapter_core import (
     WEIGHT_TYPES,
     AdapterError,
     KeyValue,
+    LayerFactors,
     LayerWeight,
     Scaling,
     Site,
+    WeightSchedule,
     check_compatible,
     cross_attention_sites,
-    layer_weights,
     parse_weight_type,
-    weight_layout,
 )
 from ..ipadapter_core.attention import split_heads
 from ..ipadapter_core.branches import branch_rows, fold_weights
 from ..ipadapter_core.masks import check_attention_mask, check_mask
 from .calls import RUN
 from .checks import check_acts, check_prompt, largest
+from .layer_weights import model_weights
 from .patch import SitePatch
 from .run import start_run
 from .steps import Application, Place
-from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
+from .types import (
+    ImagePrompt,
+    ImagePromptType,
+    IPAdapterModel,
+    LayerWeightsType,
+    LoadedAdapter,
+    WeightScheduleType,
+    advanced,
+    node_schema,
+    project,
+)
 
 _KEY = "ip_adapter_kit."
 _Wrappers = comfy.patcher_extension.WrappersMP
@@ -47,13 +58,23 @@ class ApplyIPAdapter(io.ComfyNode):
         return node_schema(
             node_id="ApplyIPAdapter",
             display_name="Apply IP Adapter",
-            description="Lets a picture steer the model, beside the text. Chain several for several prompts.",
+            description="Lets an image steer the model, beside the text. Chain several for several image prompts.",
             inputs=[
                 io.Model.Input("model", tooltip="The SD1.5, SD2 or SDXL model that the adapter was made for."),
                 IPAdapterModel.Input("ip_adapter", tooltip="The adapter."),
-                ImagePromptType.Input("image_prompt", tooltip="From Encode Image Prompt, with the same adapter."),
+                ImagePromptType.Input(
+                    "image_prompt",
+                    optional=True,
+                    tooltip="From Encode Image Prompt, with the same adapter. Without it, as when that node is "
+                    "bypassed, the model is passed on as it is.",
+                ),
                 io.Float.Input(
-                    "weight", default=1.0, min=-1.0, max=5.0, step=0.05, tooltip="Strength of the picture; 0 is off."
+                    "weight",
+                    default=1.0,
+                    min=-1.0,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="Strength of the image. 0.5 to 0.8 beside a text, 1 without; 0 is off.",
                 ),
                 io.Combo.Input(
                     "weight_type",
@@ -70,7 +91,8 @@ class ApplyIPAdapter(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     optional=True,
-                    tooltip="From which part of the noise schedule on the picture acts; 0 is the first step.",
+                    tooltip="From which part of the noise schedule on the image acts; 0 is the first step. Try 0.2 to "
+                    "leave the layout to the text.",
                 ),
                 io.Float.Input(
                     "end_at",
@@ -79,9 +101,11 @@ class ApplyIPAdapter(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     optional=True,
-                    tooltip="Up to which part of the noise schedule the picture acts; 1 is the last step.",
+                    tooltip="Up to which part of the noise schedule the image acts; 1 is the last step. Try 0.8 to "
+                    "leave the details to the text.",
                 ),
-                io.Combo.Input(
+                advanced(
+                    io.Combo.Input,
                     "embeds_scaling",
                     options=list(SCALINGS),
                     default="V only",
@@ -92,8 +116,29 @@ class ApplyIPAdapter(io.ComfyNode):
                 io.Mask.Input(
                     "attn_mask",
                     optional=True,
-                    tooltip="Where in the result the picture acts: 0 nowhere, 1 fully. Any size; a batch of masks "
-                    "gives each picture of a batch its own.",
+                    tooltip="Where in the result the image acts: 0 nowhere, 1 fully. Any size; a batch of masks "
+                    "gives each image of a batch its own.",
+                ),
+                LayerWeightsType.Input(
+                    "layer_weights",
+                    optional=True,
+                    tooltip="From Layer Weights: multiplies the weight that weight_type gives to each layer.",
+                ),
+                WeightScheduleType.Input(
+                    "weight_schedule",
+                    optional=True,
+                    tooltip="From Weight Schedule: multiplies the weight in each step, or for each frame.",
+                ),
+                advanced(
+                    io.Float.Input,
+                    "boost",
+                    default=1.0,
+                    min=-5.0,
+                    max=5.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="For the precise weight types: how strongly, in parts of weight, the other layers push "
+                    "away what should not come along. 1 is as strong as weight; try 0.5 to 2.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For the sampler; the input stays as it was.")],
@@ -112,17 +157,20 @@ class ApplyIPAdapter(io.ComfyNode):
         cls,
         model: Any,
         ip_adapter: LoadedAdapter,
-        image_prompt: ImagePrompt,
+        image_prompt: ImagePrompt | None = None,
         weight: float = 1.0,
         weight_type: str = "linear",
         start_at: float = 0.0,
         end_at: float = 1.0,
         embeds_scaling: Scaling = "V only",
         attn_mask: Tensor | None = None,
+        layer_weights: LayerFactors | None = None,
+        weight_schedule: WeightSchedule | None = None,
+        boost: float = 1.0,
     ) -> io.NodeOutput:
-        sites = cross_attention_sites(model.get_model_object("diffusion_model"))
-        check_compatible(ip_adapter.spec, sites, ip_adapter.name)
-        weights = layer_weights(weight_type, weight_layout(sites), weight, weight_composition=weight)
+        if image_prompt is None:
+            return io.NodeOutput(model)
+        weights, needs_negative = model_weights(model, ip_adapter, weight_type, weight, layer_weights, boost)
         patched = apply_prompt(
             model,
             ip_adapter,
@@ -132,7 +180,8 @@ class ApplyIPAdapter(io.ComfyNode):
             end_at=end_at,
             scaling=embeds_scaling,
             attn_mask=attn_mask,
-            needs_negative=f"weight_type {weight_type!r}" if any(layer.swapped for layer in weights) else "",
+            schedule=weight_schedule,
+            needs_negative=needs_negative,
         )
         return io.NodeOutput(patched)
 
@@ -147,10 +196,13 @@ def apply_prompt(
     end_at: float = 1.0,
     scaling: Scaling = "V only",
     attn_mask: Tensor | None = None,
+    mask_name: str = "attn_mask",
+    schedule: WeightSchedule | None = None,
     needs_negative: str = "",
 ) -> Any:
     """A clone of the model with one more image prompt in it. `weights` is one for each transformer of the UNet, see
-    `Site.transformer_index`; `needs_negative` names the input that acts in the negative branch alone.
+    `Site.transformer_index`; `schedule` multiplies all of them; `needs_negative` names the input that acts in the
+    negative branch alone, `mask_name` that of the mask.
 
     Raises AdapterError when the adapter is not made for the model, the prompt not for the adapter, or nothing would
     come of it although the weight is not 0.
@@ -160,7 +212,12 @@ def apply_prompt(
     check_prompt(ip_adapter, image_prompt)
     strength = largest(layer.weight * own for layer in weights for own in image_prompt.positive.weights)
     check_acts(strength, start_at, end_at, scaling, sites)
-    mask = None if attn_mask is None else (check_attention_mask if strength else check_mask)(attn_mask, "attn_mask")
+    if schedule is not None and scaling != "V only":
+        raise AdapterError(
+            f"A weight schedule multiplies the result of the image attention, embeds_scaling {scaling!r} the keys, "
+            "which are made once. Use 'V only' with a schedule."
+        )
+    mask = None if attn_mask is None else (check_attention_mask if strength else check_mask)(attn_mask, mask_name)
     patched = model.clone()
     if not patched.get_wrappers(_Wrappers.SAMPLER_SAMPLE, RUN):
         patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
@@ -168,7 +225,8 @@ def apply_prompt(
         return patched
     rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, inference_dtype(model))
     negative = "image_negative" if image_prompt.has_negative else needs_negative
-    install(patched, Application(_new_key(patched), pairs, rows, start_at, end_at, mask, negative))
+    key = _new_key(patched)
+    install(patched, Application(key, pairs, rows, start_at, end_at, mask, negative, schedule, mask_name))
     return patched
 
 

@@ -5,11 +5,25 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplyIPAdapter
+from .attention_map import ImagePromptAttentionMap, RecordAttentionMap
 from .demo import LoadIPAdapterDemo
 from .encode import EncodeImagePrompt
+from .layer_weights import LayerWeights
 from .load import LoadIPAdapter
+from .regions import ImagePromptRegions
+from .weight_schedule import WeightSchedule
 
 
 class IPAdapterKitExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadIPAdapter, EncodeImagePrompt, ApplyIPAdapter, LoadIPAdapterDemo]
+        return [
+            LoadIPAdapter,
+            EncodeImagePrompt,
+            ApplyIPAdapter,
+            LoadIPAdapterDemo,
+            LayerWeights,
+            WeightSchedule,
+            ImagePromptRegions,
+            RecordAttentionMap,
+            ImagePromptAttentionMap,
+        ]
