@@ -61,17 +61,19 @@ class WeightSchedule:
     def factors(self, count: int) -> tuple[float, ...]:
         """The factor of each of `count` steps or frames."""
         end = max(min(self.end, count), self.start + 1)
-        return tuple(self._factor(min(max(index, self.start), end - 1), end) for index in range(count))
+        return tuple(self._factor(min(index, end - 1), end) for index in range(count))
 
     def _factor(self, index: int, end: int) -> float:
         last = len(self.weights) - 1
+        if index < self.start:
+            return self.weights[0]
         if self.timing == "custom":
             return self.weights[min(index - self.start, last)]
         steps = end - self.start - 1
         at = _CURVES[self.timing]((index - self.start) / steps if steps else 1.0) * last
         before = min(int(at), last - 1)
-        first, second = self.weights[before], self.weights[before + 1]
-        return first + (second - first) * (at - before)
+        share = at - before
+        return self.weights[before] * (1 - share) + self.weights[before + 1] * share
 
     def notes(self, count: int) -> Iterator[str]:
         """What of the schedule has no effect in a run of `count` steps or frames, in sentences."""
@@ -81,7 +83,7 @@ class WeightSchedule:
         elif self.timing == "custom" and listed > there:
             yield f"Weight Schedule has {listed} weights for {there} {self.over}: the first {there} act."
         elif self.timing == "custom" and 1 < listed < there:
-            yield f"Weight Schedule has {listed} weights for {there} {self.over}: the last serves all others."
+            yield f"Weight Schedule has {listed} weights for {there} {self.over}: the last one is kept."
         if not any(self.factors(count)):
             yield f"Weight Schedule is 0 in all {count} {self.over}, so the image prompt does not act."
 

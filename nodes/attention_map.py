@@ -154,7 +154,5 @@ class ImagePromptAttentionMap(io.ComfyNode):
         else:
             _log.warning("Attention Map: no image prompt acted in the recorded model, so the map is empty.")
             heat = image.new_zeros(len(image), 1, 1)
-        if scale == "brightest":
-            heat = heat / heat.amax().clamp_min(1e-8)
-        drawn, large = draw_heat(image, heat, opacity)
+        drawn, large = draw_heat(image, heat, opacity, brightest=scale == "brightest")
         return io.NodeOutput(drawn, large, ui=ui.PreviewImage(drawn.cpu(), cls=cls))

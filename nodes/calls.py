@@ -33,7 +33,7 @@ class Run:
     size: Grid | None = None
     corners: Mapping[Hashable, Grid] = field(default_factory=dict)
     compiled: bool = False
-    images: int | None = None
+    images: int = 0
     sigmas: Tensor | None = None
     made: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict)
     windows: dict[str, tuple[float, float]] = field(default_factory=dict)

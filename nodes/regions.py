@@ -114,8 +114,7 @@ def _inputs(number: int) -> list[Any]:
         io.Mask.Input(
             f"mask_{number}",
             optional=True,
-            tooltip=f"Where region {number} is: 1 inside, 0 outside. Regions may overlap; there their image prompts add "
-            "up.",
+            tooltip=f"Where region {number} is: 1 inside, 0 outside. Where masks overlap, their prompts add up.",
         ),
         ImagePromptType.Input(
             f"image_prompt_{number}", optional=True, tooltip=f"The image prompt of region {number}, if it has one."

@@ -154,9 +154,9 @@ class Application:
         if self.schedule.over == "steps":
             step, steps = step_of_run(options, t)
             return (self.schedule.factors(steps)[step],) * len(call.frames)
-        images = (run_of(options) or Run()).images or max(call.frames) + 1
-        factors = self.schedule.factors(images)
-        return tuple(factors[min(frame, images - 1)] for frame in call.frames)
+        run = run_of(options) or Run()
+        factors = self.schedule.factors(max(run.images, *(frame + 1 for frame in call.frames)))
+        return tuple(factors[frame] for frame in call.frames)
 
     def _window(self, model_sampling: Any, options: Options) -> tuple[float, float]:
         """The sigmas of the window's ends, looked up once in a run: the table may lie on the device."""
