@@ -60,8 +60,8 @@ class Moment:
 
 @dataclass(eq=False)
 class Record:
-    """The magnitudes of the attentions of one run of the sampler, summed over the positive rows of each image. They lie
-    on the device while the run lasts, then in main memory, and the next run of the same model replaces them.
+    """The magnitudes of the attentions of one run of the sampler, summed over the positive rows of each image. Those of
+    the `latest` step lie on the device, those before in main memory; the next run of the same model replaces them.
 
     `keys`: of the applications, in the order of their nodes. `transformers`: the index of each by ComfyUI's place.
     """
@@ -72,6 +72,7 @@ class Record:
     steps: int = 0
     images: int = 0
     size: Grid = (0, 0)
+    latest: int = -1
     sums: dict[Entry, Tensor] = field(default_factory=dict[Entry, Tensor], repr=False)
 
     @property
@@ -94,11 +95,14 @@ class Record:
             _log.warning(
                 "Record Attention Map: an Apply IP Adapter comes after it and is not recorded. Connect it before."
             )
-        self.steps, self.sums = len(sigmas) - 1, {}
+        self.steps, self.latest, self.sums = len(sigmas) - 1, -1, {}
         try:
             return executor(guider, sigmas, extra_args, *args, **kwargs)
         finally:
-            self.sums = {entry: total.cpu() for entry, total in self.sums.items()}
+            self._to_main_memory()
+
+    def _to_main_memory(self) -> None:
+        self.sums = {entry: total.cpu() for entry, total in self.sums.items()}
 
     def __call__(
         self,
@@ -114,6 +118,9 @@ class Record:
         """APPLY_MODEL wrapper: which rows are to be noted, for which step."""
         options = dict(transformer_options or {})
         step, _ = step_of_run(options, t)
+        if step != self.latest:
+            self._to_main_memory()
+            self.latest = step
         call, run = read_call(options, x), run_of(options) or Run()
         self.images, self.size = run.images or len(call.frames), call.whole
         options[self.name] = Moment(step, call, _positive_rows(call))
@@ -125,12 +132,18 @@ class Record:
         if not isinstance(moment, Moment):
             return
         grid = options["activations_shape"][-2:]
+        if grid[0] * grid[1] != term.shape[1]:
+            raise AdapterError(
+                f"Record Attention Map: a layer has {term.shape[1]} queries for a grid of {grid[0]} x {grid[1]}. "
+                "Another node merges them; bypass it while you look at the map."
+            )
         magnitudes = term.abs().mean(-1, dtype=torch.float32)
         for area, rows in moment.rows_in(len(term), options):
             entry = Entry(moment.step, self.transformers[place[:2]], key, area, (int(grid[0]), int(grid[1])))
             chosen = magnitudes[rows[0] : rows[-1] + 1] if _is_range(rows) else magnitudes[rows]
             total = chosen.reshape(-1, len(area.images), chosen.shape[-1]).sum(0)
-            self.sums[entry] = total if entry not in self.sums else self.sums[entry].add_(total)
+            before = self.sums.get(entry)
+            self.sums[entry] = total if before is None else before.add_(total.to(before.device))
 
     def heat(self, layers: str, first: int, last: int, number: int = 0) -> Tensor:
         """The mean share of an image prompt in the attention of these layers (see `group_indices`), in the steps from
