@@ -25,9 +25,9 @@ def colour_heat(heat: Tensor) -> Tensor:
     return torch.lerp(colours[before], colours[before + 1], (at - before)[..., None])
 
 
-def draw_heat(image: Tensor, heat: Tensor, opacity: float = 0.6, *, brightest: bool = False) -> tuple[Tensor, Tensor]:
+def draw_heat(image: Tensor, heat: Tensor, opacity: float = 0.6, *, relative: bool = False) -> tuple[Tensor, Tensor]:
     """Heat [B, h, w] in 0..1 over images [B, H, W, C]. Returns the images and the heat in their size, [B, H, W].
-    `brightest` stretches the heat of all images so that its maximum is 1.
+    `relative` stretches the heat of all images, so that the least of it is 0 and the most 1.
 
     Raises AdapterError when their numbers differ.
     """
@@ -37,7 +37,8 @@ def draw_heat(image: Tensor, heat: Tensor, opacity: float = 0.6, *, brightest: b
             "run made, all of them."
         )
     large = F.interpolate(heat[:, None], size=image.shape[1:3], mode="bilinear", align_corners=False)[:, 0]
-    if brightest:
-        large = large / large.amax().clamp_min(torch.finfo(large.dtype).tiny)
+    if relative:
+        low, high = torch.aminmax(large)
+        large = (large - low) / (high - low).clamp_min(torch.finfo(large.dtype).tiny)
     drawn = torch.lerp(image[..., :3].to(large), colour_heat(large), opacity)
     return drawn, large

@@ -114,11 +114,11 @@ class ImagePromptAttentionMap(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "scale",
-                    options=["brightest", "absolute"],
-                    default="brightest",
+                    options=["relative", "absolute"],
+                    default="relative",
                     optional=True,
-                    tooltip="brightest: the place with most is the brightest. absolute: the share of the image prompt "
-                    "in all attention, from none to all; to compare maps with each other.",
+                    tooltip="relative: from the place with least, dark, to that with most, bright. absolute: the share "
+                    "of the image prompt in all attention, from none to all; to compare maps with each other.",
                 ),
                 advanced(
                     io.Float.Input,
@@ -146,7 +146,7 @@ class ImagePromptAttentionMap(io.ComfyNode):
         start_at_step: int = 0,
         end_at_step: int = _LAST,
         prompt: int = 0,
-        scale: str = "brightest",
+        scale: str = "relative",
         opacity: float = 0.6,
     ) -> io.NodeOutput:
         if record.keys:
@@ -154,5 +154,5 @@ class ImagePromptAttentionMap(io.ComfyNode):
         else:
             _log.warning("Attention Map: no image prompt acted in the recorded model, so the map is empty.")
             heat = image.new_zeros(len(image), 1, 1)
-        drawn, large = draw_heat(image, heat, opacity, brightest=scale == "brightest")
+        drawn, large = draw_heat(image, heat, opacity, relative=scale == "relative")
         return io.NodeOutput(drawn, large, ui=ui.PreviewImage(drawn.cpu(), cls=cls))

@@ -32,11 +32,12 @@ def test_drawing():
     torch.testing.assert_close(whole, colour_heat(large))
 
 
-def test_the_brightest_place():
-    image, heat = torch.zeros(2, 8, 8, 3), torch.full((2, 4, 4), 0.1)
-    heat[1] = 0.2
-    assert draw_heat(image, heat, brightest=True)[1][:, 0, 0].tolist() == [0.5, 1.0]
-    assert not draw_heat(image, 0 * heat, brightest=True)[1].any()
+def test_from_least_to_most():
+    image, heat = torch.zeros(3, 8, 8, 3), torch.full((3, 4, 4), 0.25)
+    heat[1], heat[2] = 0.5, 0.75
+    assert draw_heat(image, heat, relative=True)[1][:, 0, 0].tolist() == [0.0, 0.5, 1.0]
+    assert draw_heat(image, heat)[1][:, 0, 0].tolist() == [0.25, 0.5, 0.75]
+    assert not draw_heat(image, heat[:1].expand(3, -1, -1), relative=True)[1].any()
 
 
 def test_another_number_of_images():
