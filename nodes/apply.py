@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import comfy.model_management
 import comfy.patcher_extension
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -15,25 +13,23 @@ from ..ipadapter_core import (
     SCALINGS,
     WEIGHT_TYPES,
     AdapterError,
-    KeyValue,
     LayerFactors,
     LayerWeight,
     Scaling,
-    Site,
     WeightSchedule,
     check_compatible,
     cross_attention_sites,
     parse_weight_type,
 )
-from ..ipadapter_core.attention import split_heads
-from ..ipadapter_core.branches import branch_rows, fold_weights
 from ..ipadapter_core.masks import check_attention_mask, check_mask
 from .calls import RUN
 from .checks import check_acts, check_prompt, largest
+from .keys_values import inference_dtype, layer_pairs
 from .layer_weights import model_weights
+from .lora import LORA_STRENGTH, add_lora
 from .patch import SitePatch
 from .run import start_run
-from .steps import Application, Place
+from .steps import Application
 from .types import (
     ImagePrompt,
     ImagePromptType,
@@ -43,7 +39,6 @@ from .types import (
     WeightScheduleType,
     advanced,
     node_schema,
-    project,
 )
 
 _KEY = "ip_adapter_kit."
@@ -119,6 +114,16 @@ class ApplyIPAdapter(io.ComfyNode):
                     tooltip="Where in the result the image acts: 0 nowhere, 1 fully. Any size; a batch of masks "
                     "gives each image of a batch its own.",
                 ),
+                io.Float.Input(
+                    "lora_strength",
+                    default=LORA_STRENGTH,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Strength of the LoRA inside a FaceID file; other adapters have none. 0.6 follows the text "
+                    "better, 1 is as trained. 0 when the LoRA is loaded from its own file.",
+                ),
                 LayerWeightsType.Input(
                     "layer_weights",
                     optional=True,
@@ -164,6 +169,7 @@ class ApplyIPAdapter(io.ComfyNode):
         end_at: float = 1.0,
         embeds_scaling: Scaling = "V only",
         attn_mask: Tensor | None = None,
+        lora_strength: float = LORA_STRENGTH,
         layer_weights: LayerFactors | None = None,
         weight_schedule: WeightSchedule | None = None,
         boost: float = 1.0,
@@ -180,6 +186,7 @@ class ApplyIPAdapter(io.ComfyNode):
             end_at=end_at,
             scaling=embeds_scaling,
             attn_mask=attn_mask,
+            lora_strength=lora_strength,
             schedule=weight_schedule,
             needs_negative=needs_negative,
         )
@@ -197,18 +204,21 @@ def apply_prompt(
     scaling: Scaling = "V only",
     attn_mask: Tensor | None = None,
     mask_name: str = "attn_mask",
+    lora_strength: float = LORA_STRENGTH,
     schedule: WeightSchedule | None = None,
     needs_negative: str = "",
 ) -> Any:
     """A clone of the model with one more image prompt in it. `weights` is one for each transformer of the UNet, see
-    `Site.transformer_index`; `schedule` multiplies all of them; `needs_negative` names the input that acts in the
-    negative branch alone, `mask_name` that of the mask.
+    `Site.transformer_index`; `schedule` multiplies all of them; `lora_strength` is that of the LoRA inside a FaceID
+    file, which acts in every step; `needs_negative` names the input that acts in the negative branch alone, `mask_name`
+    that of the mask.
 
     Raises AdapterError when the adapter is not made for the model, the prompt not for the adapter, or nothing would
     come of it although the weight is not 0.
     """
-    sites = cross_attention_sites(model.get_model_object("diffusion_model"))
-    check_compatible(ip_adapter.spec, sites, ip_adapter.name)
+    unet = model.get_model_object("diffusion_model")
+    sites = cross_attention_sites(unet)
+    check_compatible(ip_adapter.spec, sites, ip_adapter.name, unet=unet)
     check_prompt(ip_adapter, image_prompt)
     strength = largest(layer.weight * own for layer in weights for own in image_prompt.positive.weights)
     check_acts(strength, start_at, end_at, scaling, sites)
@@ -223,38 +233,12 @@ def apply_prompt(
         patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
     if not strength:
         return patched
-    rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, inference_dtype(model))
+    add_lora(patched, ip_adapter, sites, lora_strength)
+    rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, inference_dtype(model), unet)
     negative = "image_negative" if image_prompt.has_negative else needs_negative
     key = _new_key(patched)
     install(patched, Application(key, pairs, rows, start_at, end_at, mask, negative, schedule, mask_name))
     return patched
-
-
-def layer_pairs(
-    ip_adapter: LoadedAdapter,
-    image_prompt: ImagePrompt,
-    sites: Sequence[Site],
-    weights: Sequence[LayerWeight],
-    scaling: Scaling,
-    dtype: torch.dtype,
-) -> tuple[tuple[int, int], dict[Place, KeyValue]]:
-    """The rows of both branches, and the keys and values of every layer whose weight is not 0, [rows, H, T, d], all
-    weights inside, on the offload device. Computed in fp32, kept in the model's `dtype`.
-    """
-    adapter, device = ip_adapter.on_device(), ip_adapter.patcher.load_device
-    tokens = project(ip_adapter, image_prompt).to(device)
-    positives, one_each = len(image_prompt.positive), image_prompt.one_each
-    swapped = any(layer.swapped and layer.weight for layer in weights)
-    rows = branch_rows(positives, len(tokens) - positives, one_each=one_each, swapped=swapped)
-    home = comfy.model_management.unet_offload_device()
-    pairs: dict[Place, KeyValue] = {}
-    for site, pair in zip(sites, adapter.keys_values(tokens), strict=True):
-        weight = weights[site.transformer_index]
-        folded = fold_weights(pair, weight, image_prompt.weights, rows, scaling, positives=positives, one_each=one_each)
-        if folded is not None and site.block is not None:
-            parts = (part.to(home, dtype) for part in folded)
-            pairs[site.block] = KeyValue(*(split_heads(part, site.heads, len(part)).contiguous() for part in parts))
-    return rows, pairs
 
 
 def install(patched: Any, application: Application) -> None:
@@ -268,12 +252,6 @@ def install(patched: Any, application: Application) -> None:
         # A weight is that of a whole transformer, so ours now stand in all places of that key. See `start_run`.
         patched.model_options["transformer_options"]["patches_replace"]["attn2"].pop((stage, number), None)
     patched.add_wrapper_with_key(_Wrappers.APPLY_MODEL, application.key, application)
-
-
-def inference_dtype(model: Any) -> torch.dtype:
-    """The dtype in which the model's layers calculate."""
-    dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
 def _new_key(model: Any) -> str:

@@ -6,8 +6,11 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplyIPAdapter
 from .attention_map import ImagePromptAttentionMap, RecordAttentionMap
-from .demo import LoadIPAdapterDemo
+from .demo import DemoImage, LoadIPAdapterDemo
+from .easy import ImagePrompt
 from .encode import EncodeImagePrompt
+from .face import EncodeFacePrompt
+from .face_analysis import LoadFaceAnalysis
 from .layer_weights import LayerWeights
 from .load import LoadIPAdapter
 from .regions import ImagePromptRegions
@@ -17,10 +20,14 @@ from .weight_schedule import WeightSchedule
 class IPAdapterKitExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
+            ImagePrompt,
             LoadIPAdapter,
             EncodeImagePrompt,
             ApplyIPAdapter,
+            LoadFaceAnalysis,
+            EncodeFacePrompt,
             LoadIPAdapterDemo,
+            DemoImage,
             LayerWeights,
             WeightSchedule,
             ImagePromptRegions,

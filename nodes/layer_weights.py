@@ -100,8 +100,9 @@ def model_weights(
 
     Raises AdapterError for what is not for this model, and for factors that leave nothing of the weight type.
     """
-    sites = cross_attention_sites(model.get_model_object("diffusion_model"))
-    check_compatible(ip_adapter.spec, sites, ip_adapter.name)
+    unet = model.get_model_object("diffusion_model")
+    sites = cross_attention_sites(unet)
+    check_compatible(ip_adapter.spec, sites, ip_adapter.name, unet=unet)
     layout = weight_layout(sites)
     weights = layer_weights(weight_type, layout, weight, weight_composition=weight, boost=weight * boost)
     swapped = any(layer.swapped for layer in weights)
