@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ipadapter_core import AdapterError, step_at
 from ..ipadapter_core.branches import chunk_branches, rows_each
 
 RUN = "ip_adapter_kit.run"  # in transformer_options: the Run
+SIGMA = "ip_adapter_kit.sigma"  # there too: the sigma of this call as a number, shared by all that need it
 
 Options = dict[str, Any]
 Grid = tuple[int, int]
@@ -19,7 +22,8 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run of a sampler on a latent of `size`, and what was prepared in it (dropped with it).
+    """One run of a sampler on a batch of `images` latents of `size` over `sigmas`, and what was prepared in it (dropped
+    with it).
 
     By the uuid of a cond: `names` in the guider, `corners` (top, left) of conds that cover only an area. `compiled`:
     the model runs as a compiled graph.
@@ -29,11 +33,18 @@ class Run:
     size: Grid | None = None
     corners: Mapping[Hashable, Grid] = field(default_factory=dict)
     compiled: bool = False
+    images: int = 0
+    sigmas: Tensor | None = None
     made: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict)
     windows: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         return self
+
+    @cached_property
+    def sigma_list(self) -> tuple[float, ...]:
+        """Read once in a run: they may lie on the device."""
+        return () if self.sigmas is None else tuple(self.sigmas.tolist())
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,27 @@ def run_of(options: Options) -> Run | None:
     """The run, or None when a host calls the model without the wrapper that starts it."""
     run = options.get(RUN)
     return run if isinstance(run, Run) else None
+
+
+def sigma_of(options: Options, t: Tensor) -> float:
+    """The sigma of this call; the one host sync of a step."""
+    if SIGMA not in options:
+        options[SIGMA] = float(t.max())
+    return options[SIGMA]
+
+
+def step_of_run(options: Options, t: Tensor) -> tuple[int, int]:
+    """The step that a call with this sigma belongs to, and the number of steps of the run.
+
+    Raises AdapterError when a host calls the model without the wrapper that starts the run.
+    """
+    run = run_of(options)
+    if run is None or len(run.sigma_list) < 2:
+        raise AdapterError(
+            "This sampler does not tell its steps, so neither a Weight Schedule over steps nor an attention map works "
+            "with it. Use a sampler of ComfyUI."
+        )
+    return step_at(run.sigma_list, sigma_of(options, t)), len(run.sigma_list) - 1
 
 
 def grid_of(shape: Sequence[int]) -> Grid:

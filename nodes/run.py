@@ -46,7 +46,7 @@ def start_run(
         guider.conds = conds = _one_name_each(conds)
     _check_applications(guider, options, sigmas, noise)
     compiled = "torch_compile_kwargs" in model_options
-    run = Run(names_by_uuid(conds), grid_of(noise.shape), _corners(conds), compiled)
+    run = Run(names_by_uuid(conds), grid_of(noise.shape), _corners(conds), compiled, len(noise), sigmas)
     model_options["transformer_options"] = {**options, RUN: run}
     return executor(guider, sigmas, {**extra_args, "model_options": model_options}, callback, noise, *args, **kwargs)
 
