@@ -21,14 +21,12 @@ Grid = tuple[int, int]
 class Run:
     """One run of a sampler on a latent of `size`, and what was prepared in it (dropped with it).
 
-    By the uuid of a cond: `names` in the guider, `corners` (top, left) of conds that cover only an area. `compiled`:
-    the model runs as a compiled graph.
+    By the uuid of a cond: `names` in the guider, `corners` (top, left) of conds that cover only an area.
     """
 
     names: Mapping[Hashable, frozenset[str]] = field(default_factory=dict)
     size: Grid | None = None
     corners: Mapping[Hashable, Grid] = field(default_factory=dict)
-    compiled: bool = False
     made: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict)
     windows: dict[str, tuple[float, float]] = field(default_factory=dict)
 

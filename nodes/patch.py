@@ -34,11 +34,7 @@ class SitePatch:
         """query [B, N, C], text key and value [B, T, C] -> [B, N, C], before `to_out`."""
         text = (self.previous or text_attention)(query, key, value, options)
         step = step_of(self.application, options, query)
-        # ComfyUI drops the guards of compiled graphs on transformer_options: a branch on a step's value would be
-        # frozen into the graph. There the gate, a tensor, says the same.
-        if not step.active and not torch.compiler.is_compiling():
-            return text
-        return text + self.image_term(query, step, options)
+        return text + self.image_term(query, step, options) if step.active else text
 
     def image_term(self, query: Tensor, step: Step, options: Options) -> Tensor:
         """The attention of query [B, N, C] to the image tokens of each row."""

@@ -14,7 +14,7 @@ from ..ipadapter_core.branches import POSITIVE, grown_rows
 from ..ipadapter_core.masks import crop_mask
 from .calls import Call, Grid, Options, Run, grid_of, read_call, run_of
 
-SIGMA = "ip_adapter_kit.sigma"  # in transformer_options: the sigma of this call as a number, shared by all adapters
+SIGMA = "ip_adapter_kit.sigma"  # in transformer_options: the sigma of this call, None where no adapter asked for it
 _REMEMBERED = 4  # calls: both halves of guidance on their own, with a neighbour each; more windows of frames come anew
 
 Place = tuple[str, int, int]  # ComfyUI's key of an attention layer, such as ("input", 1, 0)
@@ -27,8 +27,8 @@ class Step:
 
     `rows`: which row of the application's keys and values each row of the batch takes. `pairs`: these keys and values
     by the layer's place, [B, H, T, d], on the device of the call. `chunks`: which cond of the guider's list each chunk
-    of the batch is. `gates` has one [B, N, 1] tensor per grid of the UNet, the
-    mask times the window, the latent's own grid `size` among them; empty where nothing is to be multiplied.
+    of the batch is. `gates` has the mask as one [B, N, 1] tensor per grid of the UNet, the latent's own grid `size`
+    among them; empty without a mask.
     """
 
     active: bool
@@ -96,7 +96,7 @@ class Application:
         transformer_options: Options | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        options = dict(transformer_options or {})
+        options = {SIGMA: None, **(transformer_options or {})}  # the same keys in every call: graphs are made for them
         active = self._is_active(executor.class_obj.model_sampling, t, options)
         options[self.key] = self.step(active, options, read_call(options, x))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -138,7 +138,7 @@ class Application:
         """Whether this step is within the window; the one host sync of a step, and only when there is a window."""
         if self._is_always_active:
             return True
-        if SIGMA not in options:
+        if options[SIGMA] is None:
             options[SIGMA] = float(t.max())
         first, last = self._window(model_sampling, options)
         return last <= options[SIGMA] <= first
@@ -155,12 +155,11 @@ class Application:
     def step(self, active: bool, options: Options, call: Call) -> Step:
         """The step of a call; most calls of a run are alike, so its parts are kept for the next ones."""
         run = run_of(options) or Run()
-        compiled = run.compiled or torch.compiler.is_compiling()
-        rows, pairs, gates = self.batch_rows(call), {}, {}
-        if active or compiled:
+        rows, mask, pairs, gates = self.batch_rows(call), self.attn_mask, {}, {}
+        if active:
             pairs = _remember(run, ("pairs", self.key), (rows, call.device), lambda: self._select(rows, call.device))
-        if compiled or (active and self.attn_mask is not None):
-            gates = _remember(run, ("gates", self.key), (active, call), lambda: self._gates(active, call))
+        if active and mask is not None:
+            gates = _remember(run, ("gates", self.key), call, lambda: _gates(mask, call))
         return Step(active, rows, pairs, call.chunks, call.size, gates)
 
     def batch_rows(self, call: Call) -> tuple[int, ...]:
@@ -184,22 +183,6 @@ class Application:
 
         return {place: KeyValue(*map(select, pair)) for place, pair in self.pairs.items()}
 
-    def _gates(self, active: bool, call: Call) -> dict[Grid, Tensor]:
-        return {grid: self._gate(active, grid, call) for grid in level_grids(call.size)}
-
-    def _gate(self, active: bool, grid: Grid, call: Call) -> Tensor:
-        """[B, N, 1]; with several masks, one for each image of the batch, the last for all that are left."""
-        mask = self.attn_mask
-        if mask is None or not active:
-            shape = (call.rows, grid[0] * grid[1], 1)
-            return torch.full(shape, float(active), device=call.device, dtype=call.dtype)
-        chunks: list[Tensor] = []
-        for corner in call.corners:
-            part = mask if corner is None else crop_mask(mask, call.whole, corner, call.size)
-            resized = resize_mask(part, grid)
-            chunks.append(resized[[min(frame, len(resized) - 1) for frame in call.frames]])
-        return _on(torch.cat(chunks).to(call.dtype), call.device)
-
 
 def step_of(application: Application, options: Options, query: Tensor) -> Step:
     """The step that the wrapper prepared; made here when a host calls the layers without it."""
@@ -207,6 +190,20 @@ def step_of(application: Application, options: Options, query: Tensor) -> Step:
     if isinstance(step, Step):
         return step
     return application.step(True, options, read_call(options, query, grid_of(options["original_shape"])))
+
+
+def _gates(mask: Tensor, call: Call) -> dict[Grid, Tensor]:
+    """By grid: the mask as [B, N, 1]. Of several masks one for each image of the batch, the last for all others."""
+
+    def gate(grid: Grid) -> Tensor:
+        chunks: list[Tensor] = []
+        for corner in call.corners:
+            part = mask if corner is None else crop_mask(mask, call.whole, corner, call.size)
+            resized = resize_mask(part, grid)
+            chunks.append(resized[[min(frame, len(resized) - 1) for frame in call.frames]])
+        return _on(torch.cat(chunks).to(call.dtype), call.device)
+
+    return {grid: gate(grid) for grid in level_grids(call.size)}
 
 
 def _remember(run: Run, name: Hashable, key: Hashable, make: Callable[[], _T]) -> _T:
