@@ -14,7 +14,6 @@ from ..ipadapter_core.branches import POSITIVE, grown_rows
 from ..ipadapter_core.masks import crop_mask
 from .calls import Call, Grid, Options, Run, grid_of, read_call, run_of
 
-SIGMA = "ip_adapter_kit.sigma"  # in transformer_options: the sigma of this call, None where no adapter asked for it
 _REMEMBERED = 4  # calls: both halves of guidance on their own, with a neighbour each; more windows of frames come anew
 
 Place = tuple[str, int, int]  # ComfyUI's key of an attention layer, such as ("input", 1, 0)
@@ -96,7 +95,7 @@ class Application:
         transformer_options: Options | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        options = {SIGMA: None, **(transformer_options or {})}  # the same keys in every call: graphs are made for them
+        options = dict(transformer_options or {})
         active = self._is_active(executor.class_obj.model_sampling, t, options)
         options[self.key] = self.step(active, options, read_call(options, x))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -138,10 +137,10 @@ class Application:
         """Whether this step is within the window; the one host sync of a step, and only when there is a window."""
         if self._is_always_active:
             return True
-        if options[SIGMA] is None:
-            options[SIGMA] = float(t.max())
+        # Once for all adapters. Not in the options: a compiled graph would be one for this number.
+        sigma = _remember(run_of(options) or Run(), "sigma", t, lambda: float(t.max()))
         first, last = self._window(model_sampling, options)
-        return last <= options[SIGMA] <= first
+        return last <= sigma <= first
 
     def _window(self, model_sampling: Any, options: Options) -> tuple[float, float]:
         """The sigmas of the window's ends, looked up once in a run: the table may lie on the device."""
