@@ -16,7 +16,7 @@ from ..ipadapter_core import AdapterError
 from .calls import Options
 
 _APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
-_GRAPHS = 32  # of one function, where torch stops at 8 and runs what is new uncompiled: one for each kind of mask, etc.
+_GRAPHS = 32  # of one function: with a mask, with two prompts, another size. Torch runs what is new uncompiled after 8.
 
 
 @dataclass
@@ -24,9 +24,10 @@ class OwnGraphs:
     """A backend of torch.compile that compiles as the named one does, and is equal to none but its like.
 
     Torch keeps the compiled graphs of a function together, whoever compiled it, and takes the first whose guards hold
-    and whose backend is equal. Torch Compile Model drops all guards on the transformer options. In a graph of its own
-    the patches of an earlier run are frozen, and where the attention ends a graph (all but pytorch's and flash), the
-    graph of one block serves for another one. So neither may run the other's graphs.
+    and whose backend is equal. Torch Compile Model drops all guards on the transformer options. So its graphs keep the
+    patches of the run in which they were made; and where the attention ends a graph, as most do, every block is a call
+    of the same function, and the graph of one block, with its patch, runs in others too. With all guards kept, and
+    apart from those graphs, neither happens.
     """
 
     backend: str | Callable[..., Any]

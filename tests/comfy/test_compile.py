@@ -158,10 +158,9 @@ def test_deep_shrink(world, small, compiled):
     node = extras.PatchModelAddDownscale
     plain, adapter, prompts = small
     shrinking = node.execute(plain, 1, 1.6, 0.0, 0.5, True, "bicubic", "bicubic").args[0]
-    for model in (shrinking, plain):
-        for options in ({}, {"attn_mask": left_half()}):
-            want = world.apply(model, adapter, prompts[1], **options)
-            check(world, world.apply(compiled(model), adapter, prompts[1], **options), want, steps=3)
+    want = world.apply(shrinking, adapter, prompts[1], attn_mask=left_half())
+    assert not torch.allclose(world.sample(want, steps=2), world.sample(shrinking, steps=2), atol=1e-2)
+    check(world, world.apply(compiled(shrinking), adapter, prompts[1], attn_mask=left_half()), want, steps=2)
 
 
 def shrink(model):
