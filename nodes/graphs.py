@@ -9,7 +9,6 @@ from typing import Any
 
 import comfy.patcher_extension
 import torch
-import torch._dynamo
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS, apply_torch_compile_factory
 
 from ..ipadapter_core import AdapterError
@@ -69,7 +68,8 @@ def _with_more_graphs(wrapper: Callable[..., Any]) -> Callable[..., Any]:
 
 def _recompiled(wrapper: Callable[..., Any], model_options: Options) -> dict[str, Any]:
     """The modules that ComfyUI's wrapper puts into the model, compiled for us."""
-    modules = inspect.getclosurevars(wrapper).nonlocals.get("compiled_module_dict")
+    closure = inspect.getclosurevars(wrapper).nonlocals if inspect.isfunction(wrapper) else {}
+    modules = closure.get("compiled_module_dict")
     settings = model_options.get(TORCH_COMPILE_KWARGS)
     if not modules or not settings:
         raise AdapterError(
