@@ -32,11 +32,11 @@ def compiled():
     import comfy_extras.nodes_torch_compile as extras
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    def compiled(model, backend="eager", **settings):
+    def compiled(model):
         clone = model.clone()
         keep = getattr(extras, "skip_torch_compile_dict", None)
-        options = {"guard_filter_fn": keep} if keep and "mode" not in settings else None
-        set_torch_compile_wrapper(model=clone, backend=backend, options=options, **settings)
+        options = {"guard_filter_fn": keep} if keep else None
+        set_torch_compile_wrapper(model=clone, backend="eager", options=options)
         return clone
 
     torch._dynamo.reset()
@@ -184,17 +184,32 @@ def test_windows_on_grids_that_no_level_has(world, small, compiled, options):
     check(world, compiled(patched), patched, steps=3)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler on the CPU")
-@pytest.mark.parametrize("settings", [{}, {"mode": "reduce-overhead"}], ids=["the node", "another mode"])
-def test_inductor(world, small, compiled, settings):
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler on the CPU")
+
+
+@needs_compiler
+def test_the_node_with_inductor(world, small, compiled):
     import comfy_extras.nodes_torch_compile as extras
 
     plain, adapter, prompts = small
-    node = extras.TorchCompileModel
-    once = compiled(plain, "inductor", **settings) if settings else node.execute(plain, "inductor").args[0]
+    once = extras.TorchCompileModel.execute(plain, "inductor").args[0]
     before = graphs()
     check(world, world.apply(once, adapter, prompts[1]), world.apply(plain, adapter, prompts[1]), steps=1)
     assert graphs() == before + 1
+
+
+@needs_compiler
+def test_inductor_gets_mode_and_options(pack, compiled):
+    def scaled(mode, **options):
+        backend = pack.graphs.OwnGraphs("inductor", mode, options, None)
+        return torch.compile(lambda x: x * 2 + 1, backend=backend)(torch.ones(3))
+
+    assert scaled(None).tolist() == scaled("default").tolist() == [3.0, 3.0, 3.0]
+    assert scaled("reduce-overhead").tolist() == scaled(None, epilogue_fusion=False).tolist() == [3.0, 3.0, 3.0]
+    with pytest.raises(Exception, match="no_such_option"):
+        scaled(None, no_such_option=1)
+    with pytest.raises(Exception, match="no_such_mode"):
+        scaled("no_such_mode")
 
 
 def test_a_compilation_of_another_kind_is_refused(world, small, pack, compiled):
