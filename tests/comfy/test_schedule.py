@@ -182,7 +182,6 @@ def test_a_compiled_model(pack, world, scheduled, over, weights):
     keep = getattr(extras, "skip_torch_compile_dict", None)  # the node's own filter of guards
     want = world.sample(scheduled(over, weights), batch=2, steps=3)
     torch._dynamo.reset()
-    pack.run._compiled.clear()
     model = scheduled(over, weights)
     set_torch_compile_wrapper(model=model, backend="eager", options={"guard_filter_fn": keep} if keep else None)
     close(world.sample(model, batch=2, steps=3), want)
