@@ -1,0 +1,134 @@
+"""ComfyUI_IPAdapter_plus beside our nodes in one process, from the checkout that IPADAPTER_PLUS_PATH names."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+PEER = os.environ.get("IPADAPTER_PLUS_PATH", "")
+
+
+@pytest.fixture(scope="session")
+def peer_folder() -> Path:
+    if not PEER:
+        pytest.skip("IPADAPTER_PLUS_PATH is not set: this compares with a checkout of ComfyUI_IPAdapter_plus")
+    return Path(PEER).resolve()
+
+
+@pytest.fixture(scope="session")
+def peer(peer_folder: Path, comfyui: Path) -> Any:
+    """The old pack's node classes by id, from its own files."""
+    spec = importlib.util.spec_from_file_location(
+        "the_old_pack", peer_folder / "__init__.py", submodule_search_locations=[str(peer_folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["the_old_pack"] = module
+    spec.loader.exec_module(module)
+    return SimpleNamespace(nodes=module.NODE_CLASS_MAPPINGS, titles=module.NODE_DISPLAY_NAME_MAPPINGS)
+
+
+@pytest.fixture(scope="session")
+def old(pack: SimpleNamespace) -> dict[str, Any]:
+    """Our node classes under the old ids."""
+    return {cls.__name__: cls for cls in pack.register.OLD_NODES}
+
+
+CONTEXTS = {"sd15": 768, "sdxl": 2048}
+EMBEDS = 64  # of the tiny encoder: its image_embeds and its hidden states; a square, which the enhancer needs
+
+
+@pytest.fixture(scope="session")
+def vision(world: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny CLIP vision model that sees 224 px, as the old pack expects: 4 x 4 patches and the class token."""
+    import comfy.clip_vision
+
+    config = tmp_path_factory.mktemp("vision224") / "config.json"
+    settings = {
+        "model_type": "clip_vision_model",
+        "hidden_size": EMBEDS,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "image_size": 224,
+        "patch_size": 56,
+        "projection_dim": EMBEDS,
+        "num_channels": 3,
+        "hidden_act": "quick_gelu",
+    }
+    config.write_text(json.dumps(settings))
+    with torch.inference_mode():
+        encoder = comfy.clip_vision.ClipVisionModel(str(config))
+        world.randomise(encoder.model, seed=31, scale=0.2)
+        for part in encoder.model.vision_model.encoder.layers.modules():
+            if isinstance(part, torch.nn.Linear):
+                part.weight.mul_(0.5)
+    return encoder
+
+
+@pytest.fixture(scope="session")
+def models(world: SimpleNamespace) -> dict[str, Any]:
+    """Tiny UNets in the shapes of SD1.5 and SDXL, with the real widths of the text."""
+    with torch.inference_mode():
+        return {
+            family: world.new_model(family, context_dim=width, seed=index, width=32)
+            for index, (family, width) in enumerate(CONTEXTS.items())
+        }
+
+
+@pytest.fixture(scope="session")
+def adapter_file(pack: SimpleNamespace, models: dict[str, Any], comfyui: Path) -> Callable[..., str]:
+    """Writes a random adapter of a kind for a family into models/ipadapter, once; returns the file's name."""
+    import folder_paths
+
+    folder = Path(folder_paths.models_dir) / "ipadapter"
+
+    def write(family: str, kind: str = "base", name: str = "", **options: Any) -> str:
+        name = name or f"{kind}_{family}.safetensors"
+        if (folder / name).exists():
+            return name
+        sites = pack.core.cross_attention_sites(models[family].get_model_object("diffusion_model"))
+        if kind == "plus":
+            options = {"resampler_width": 1280 if family == "sdxl" else 768, **options}
+        if kind in ("base", "plus", "full", "faceid-plus"):
+            options = {"image_width": EMBEDS, **options}
+        if kind == "full":
+            options = {"tokens": 17, **options}
+        spec = pack.core.new_spec(kind, [site.width for site in sites], CONTEXTS[family], **options)
+        with torch.inference_mode():
+            adapter = pack.core.init_adapter(spec, dtype=torch.float16)
+            generator = torch.Generator().manual_seed(len(name))
+            for parameter in adapter.parameters():
+                parameter.requires_grad_(False)
+                fan = parameter.shape[1] if parameter.ndim > 1 else 1
+                noise = torch.randn(parameter.shape, generator=generator) / fan**0.5
+                parameter.copy_(noise if parameter.ndim > 1 else noise * 0.1 + 0.9)
+            pack.core.save_adapter(folder / name, adapter)
+        folder_paths.filename_list_cache.clear()
+        return name
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def run(world: SimpleNamespace) -> Callable[..., torch.Tensor]:
+    """Samples a model of a family, with its text."""
+
+    def sample(model: Any, family: str, **options: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(3)
+        positive, negative = (
+            [[torch.randn(1, 7, CONTEXTS[family], generator=generator), {"pooled_output": torch.zeros(1, 1280)}]]
+            for _ in range(2)
+        )
+        return world.sample(model, **{"positive": positive, "negative": negative, **options})
+
+    return sample
