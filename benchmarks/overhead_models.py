@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
@@ -121,11 +122,9 @@ class Ours:
     def __init__(self, pack: SimpleNamespace, adapter: Adapter) -> None:
         self.pack, self.adapter = pack, adapter
         self.loaded = pack.types.manage("benchmark.safetensors", adapter.module)
-        self.prompt = self.project()
-
-    def project(self) -> Any:
-        """The part of Encode Image Prompt that comes after the image encoder: features -> image prompt."""
-        return self.pack.encode.project(self.loaded, self.adapter.positive, self.adapter.negative, 1.0)
+        encoded = [pack.types.EncodedImages(features) for features in (adapter.positive, adapter.negative)]
+        self.prompt = pack.types.ImagePrompt(*encoded, self.loaded.name)
+        pack.types.project(self.loaded, self.prompt)
 
     def apply(self, model: Any, end_at: float = 1.0) -> Any:
         """The patched MODEL."""
@@ -133,7 +132,8 @@ class Ours:
 
     def apply_with_projection(self, model: Any) -> Any:
         """The patched MODEL, with all the work that the peer's Apply does."""
-        return self.pack.ApplyIPAdapter.execute(model, self.loaded, self.project()).args[0]
+        prompt = dataclasses.replace(self.prompt)
+        return self.pack.ApplyIPAdapter.execute(model, self.loaded, prompt).args[0]
 
 
 class Peer:

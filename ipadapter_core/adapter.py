@@ -48,12 +48,12 @@ class IPAdapter(nn.Module):
     def forward(self, *features: Tensor) -> tuple[KeyValue, ...]:
         return self.keys_values(self.encode(*features))
 
-    def encode(self, *features: Tensor) -> Tensor:
+    def encode(self, *features: Tensor, shortcut_scale: float | None = None) -> Tensor:
         """Image features -> tokens [B, T, D].
 
         base: image_embeds [B, E]. plus, full: penultimate hidden states [B, L, E]. faceid, portrait: face
         embeddings [B, F] or [B, faces, F]. faceid-plus: face embeddings [B, F] and the face crop's
-        penultimate hidden states.
+        penultimate hidden states. `shortcut_scale` counts for faceid-plus v2; None: the projector's own, 1.
 
         Raises AdapterError when the features are not what this adapter was trained on.
         """
@@ -79,6 +79,8 @@ class IPAdapter(nn.Module):
                 f"The features have shape {tuple(features[0].shape)}, this {self.spec.kind} adapter takes [B, L, "
                 f"{widths[0]}]: the encoder's penultimate hidden states, not its image_embeds."
             )
+        if shortcut_scale is not None and isinstance(self.projector, FaceIDPlusProjection):
+            return self.projector(*features, shortcut_scale)
         return cast("Tensor", self.projector(*features))
 
     def negative_tokens(

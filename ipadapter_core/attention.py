@@ -91,17 +91,26 @@ def image_attention(
     if key.dtype != query.dtype or value.dtype != query.dtype:
         key, value = key.to(query.dtype), value.to(query.dtype)
     scaled, left = scale_keys_values(KeyValue(key, value), weight, scaling)
-    out = attend(
-        _split_heads(query, heads, batch),
-        _split_heads(scaled.key, heads, batch),
-        _split_heads(scaled.value, heads, batch),
-    )
-    out = out.transpose(1, 2).reshape(query.shape)
+    out = attend_to_heads(query, *(split_heads(part, heads, batch) for part in scaled), attend=attend)
     if isinstance(left, Tensor) or left != 1.0:
         out = out * _per_row(left, out)
     if mask is not None:
         out = out * mask.to(out)
     return out
+
+
+def attend_to_heads(
+    query: Tensor, key: Tensor, value: Tensor, *, attend: Attend = F.scaled_dot_product_attention
+) -> Tensor:
+    """Attention of query [B, N, H * d] to keys and values with split heads, [B, H, T, d]. Returns [B, N, H * d]."""
+    out = attend(split_heads(query, key.shape[1], query.shape[0]), key, value)
+    return out.transpose(1, 2).reshape(query.shape)
+
+
+def split_heads(x: Tensor, heads: int, batch: int) -> Tensor:
+    """[B or 1, T, H * d] -> [B, H, T, d]; a single row is broadcast without a copy."""
+    split = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+    return split if x.shape[0] == batch else split.expand(batch, -1, -1, -1)
 
 
 def _scale_mean(value: Tensor, rows: Tensor | float, images: int) -> Tensor:
@@ -119,9 +128,3 @@ def _per_row(weight: float | Tensor, like: Tensor) -> Tensor | float:
     if not isinstance(weight, Tensor):
         return weight
     return weight.to(like).reshape(-1, 1, 1)
-
-
-def _split_heads(x: Tensor, heads: int, batch: int) -> Tensor:
-    """[B or 1, T, H*d] -> [B, H, T, d]; a single row is broadcast without a copy."""
-    split = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
-    return split if x.shape[0] == batch else split.expand(batch, -1, -1, -1)

@@ -2,51 +2,90 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .attention import KeyValue, Scaling, scale_keys_values
 from .errors import AdapterError
 from .weight_types import LayerWeight
 
-POSITIVE, NEGATIVE = 0, 1  # the rows of a folded KeyValue
+POSITIVE, NEGATIVE = 0, 1
+
+
+def branch_rows(positives: int, negatives: int, *, one_each: bool, swapped: bool) -> tuple[int, int]:
+    """How many rows `fold_weights` makes for the positive and for the negative branch.
+
+    Joined images are one row a branch. With `one_each` every image has its own row; a single negative image serves
+    all, unless a layer is `swapped`: there the negative branch gets the positive images.
+
+    Raises AdapterError for several negative images whose number is not that of the positive ones.
+    """
+    if not one_each:
+        return 1, 1
+    if negatives not in (1, positives):
+        raise AdapterError(
+            f"There are {positives} images, one for each latent, and {negatives} negative images. Use one negative "
+            f"image, or {positives}."
+        )
+    return positives, positives if swapped else negatives
 
 
 def fold_weights(
-    positive: KeyValue,
-    negative: KeyValue,
+    pair: KeyValue,
     weight: LayerWeight,
+    weights: Sequence[float],
+    rows: tuple[int, int],
     scaling: Scaling = "V only",
     *,
-    images: int = 1,
+    positives: int,
+    one_each: bool = False,
 ) -> KeyValue | None:
-    """Both branches of one layer with the weight inside: [2, T, C] tensors, row 0 for the positive branch and
-    row 1 for the negative one. The attention to them is added as it is. None when the weight is 0.
+    """Both branches of one layer with all weights inside. The attention to them is added as it is. None when the
+    weight is 0.
 
-    positive and negative are [1, T, C] each, see `join_tokens`; `images` counts the pictures in T. A branch
-    that gets nothing has values of 0. "V only" multiplies V, which equals multiplying the attention's output.
+    `pair` has the keys and values of `positives` positive images, then of the negative ones, [images, T, C];
+    `weights` is one number for each of them, on top of `weight`. Returns [sum(rows), L, C], the positive branch first;
+    `rows` is `branch_rows`' answer. L is T with `one_each`, else T times the images that are joined. A branch that
+    gets nothing has values of 0. "V only" multiplies V, which equals multiplying the attention's output.
 
     Raises AdapterError as `scale_keys_values` does.
     """
     if weight.weight == 0.0:
         return None
-    nothing = KeyValue(positive.key, torch.zeros_like(positive.value))
-    rows = {
-        POSITIVE: nothing if weight.swapped else _weighted(positive, weight.positive, scaling, images),
-        NEGATIVE: _weighted(positive, weight.positive_into_negative, scaling, images)
-        if weight.swapped
-        else _weighted(negative, weight.negative, scaling, images),
-    }
+    shares = torch.tensor(weights, dtype=torch.float32, device=pair.key.device)
+    images = KeyValue(pair.key[:positives], pair.value[:positives])
+    positive = _weighted(images, shares[:positives] * weight.positive, scaling)
+    if weight.swapped:
+        negative = _weighted(images, shares[:positives] * weight.positive_into_negative, scaling)
+    else:
+        others = KeyValue(pair.key[positives:], pair.value[positives:])
+        negative = _weighted(others, shares[positives:] * weight.negative, scaling)
+    if not one_each:
+        return KeyValue(*(torch.cat(join_images(*parts)) for parts in zip(positive, negative, strict=True)))
     return KeyValue(
-        torch.cat([rows[POSITIVE].key, rows[NEGATIVE].key]), torch.cat([rows[POSITIVE].value, rows[NEGATIVE].value])
+        *(torch.cat([p, n.expand(rows[1], -1, -1)]) for p, n in zip(positive, negative, strict=True)),
     )
 
 
-def _weighted(pair: KeyValue, weight: float, scaling: Scaling, images: int) -> KeyValue:
-    scaled, left = scale_keys_values(pair, weight, scaling, images=images)
-    return KeyValue(scaled.key, scaled.value * left)
+def join_images(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """[P, T, C] and [N, T, C] -> both as one row of equal length [1, L * T, C], L the least common multiple of P and N.
+
+    Repeating all tokens of a side leaves its attention as it is: the softmax shares out the same.
+    """
+    images = math.lcm(positive.shape[0], negative.shape[0])
+    first, second = (side.repeat(images // side.shape[0], 1, 1).flatten(0, 1)[None] for side in (positive, negative))
+    return first, second
+
+
+def _weighted(pair: KeyValue, weights: Tensor, scaling: Scaling) -> KeyValue:
+    """[N, T, C], each row with its weight; a weight of 0 leaves nothing, in every scaling."""
+    scaled, left = scale_keys_values(pair, weights, scaling)
+    left = left if isinstance(left, Tensor) else weights != 0.0
+    return KeyValue(scaled.key, scaled.value * left.reshape(-1, 1, 1).to(scaled.value))
 
 
 def names_by_uuid(conds: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[Hashable, frozenset[str]]:
@@ -78,15 +117,6 @@ def chunk_branches(
     return tuple(branches)
 
 
-def row_branches(branches: Sequence[int], batch: int) -> list[int]:
-    """The branch of each of `batch` rows; every chunk has the same number of rows.
-
-    Raises AdapterError when the batch does not divide into the chunks.
-    """
-    rows = _rows_each(len(branches), batch)
-    return [branch for branch in branches for _ in range(rows)]
-
-
 def grown_rows(declared: Sequence[int], chunks: Sequence[int], before: int, batch: int) -> list[int]:
     """For each row of a batch that was changed inside a layer, the row of the batch from before that it stands for.
 
@@ -95,7 +125,7 @@ def grown_rows(declared: Sequence[int], chunks: Sequence[int], before: int, batc
 
     Raises AdapterError when the batch does not divide into what is declared, or an index is new.
     """
-    rows = _rows_each(len(declared), batch)
+    rows = rows_each(len(declared), batch)
     if not set(declared) <= set(chunks):
         raise AdapterError(
             f"Another node made conditionings {list(declared)} of {list(chunks)} inside a layer. Connect it after the "
@@ -105,7 +135,8 @@ def grown_rows(declared: Sequence[int], chunks: Sequence[int], before: int, batc
     return [chunks.index(index) * each + row % each for index in declared for row in range(rows)]
 
 
-def _rows_each(chunks: int, batch: int) -> int:
+def rows_each(chunks: int, batch: int) -> int:
+    """The rows of each chunk of a batch. Raises AdapterError when the batch does not divide into the chunks."""
     if not chunks or batch % chunks:
         raise AdapterError(
             f"A batch of {batch} rows does not divide into {chunks} conditionings. Another node changes the "

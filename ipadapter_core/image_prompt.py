@@ -89,17 +89,6 @@ def combine_features(features: Tensor, combine: str) -> Tensor:
     return features.amax(dim=0, keepdim=True) if combine == "max" else features.amin(dim=0, keepdim=True)
 
 
-def join_tokens(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Tokens [P, T, D] and [N, T, D] -> both as one row of equal length [1, L * T, D], and the images L in it.
-
-    Repeating all tokens of a side leaves its attention as it is (the softmax shares out the same), so the
-    shorter side is repeated up to the least common multiple.
-    """
-    images = math.lcm(positive.shape[0], negative.shape[0])
-    rows = [side.repeat(images // side.shape[0], 1, 1).flatten(0, 1)[None] for side in (positive, negative)]
-    return rows[0], rows[1], images
-
-
 def _pixels(image: Tensor, name: str) -> Tensor:
     """[B, H, W, 1, 3 or 4] -> [B, 3, H, W]."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:

@@ -36,7 +36,7 @@ class Site:
     `id` is its (odd) number in adapter files, `width` the channels C of its keys and `context_width` those
     of the text. `transformer_index` counts the transformers in execution order (input, middle, output),
     which is what the weight types are defined on. `block` is ComfyUI's patch key, such as ("input", 1, 0);
-    None for diffusers.
+    None for diffusers. `heads` are those of the attention.
     """
 
     id: int
@@ -45,6 +45,7 @@ class Site:
     context_width: int
     transformer_index: int
     block: tuple[str, int, int] | None = None
+    heads: int = 1
 
 
 def attention_ids(names: Iterable[str]) -> dict[str, int]:
@@ -89,9 +90,12 @@ def diffusers_sites(unet: nn.Module) -> tuple[Site, ...]:
     sites: list[Site] = []
     for layer in table:
         name = layer.name.removesuffix(".processor")
-        to_k = modules[name].to_k
+        attention = modules[name]
+        to_k = attention.to_k
         index = transformers.index(_transformer(name))
-        sites.append(Site(layer.id, name, int(to_k.out_features), int(to_k.in_features), index))
+        sites.append(
+            Site(layer.id, name, int(to_k.out_features), int(to_k.in_features), index, heads=int(attention.heads))
+        )
     return tuple(sites)
 
 
@@ -151,11 +155,10 @@ def cross_attention_sites(diffusion_model: Any) -> tuple[Site, ...]:
     sites: list[Site] = []
     for key, id in comfy_block_ids([len(b) for b in inputs], len(middle), [len(b) for b in outputs]):
         stage, number, i = key
-        to_k = blocks[stage, number][i].attn2.to_k
-        name = f"{stage}.{number}.{i}.attn2"
-        sites.append(
-            Site(id, name, int(to_k.out_features), int(to_k.in_features), executed.index((stage, number)), key)
-        )
+        attention = blocks[stage, number][i].attn2
+        width, context = int(attention.to_k.out_features), int(attention.to_k.in_features)
+        name, index = f"{stage}.{number}.{i}.attn2", executed.index((stage, number))
+        sites.append(Site(id, name, width, context, index, key, int(attention.heads)))
     if not sites:
         raise AdapterError(f"{type(diffusion_model).__name__} has no cross-attention layers. Use an SD or SDXL model.")
     return tuple(sites)

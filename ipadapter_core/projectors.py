@@ -283,7 +283,7 @@ class FaceIDPlusProjection(nn.Module):
             dtype=dtype,
         )
 
-    def forward(self, face_embeds: Tensor, clip_features: Tensor) -> Tensor:
+    def forward(self, face_embeds: Tensor, clip_features: Tensor, shortcut_scale: float | None = None) -> Tensor:
         if self.shortcut is None:
             raise AdapterError(
                 "This FaceID-plus file does not say whether it is v1 or v2 (their keys are the same). Set "
@@ -291,4 +291,5 @@ class FaceIDPlusProjection(nn.Module):
             )
         face_tokens = self.norm(self.proj(face_embeds).unflatten(-1, (self.tokens, -1)))
         resampled = self.perceiver_resampler.resample(face_tokens, clip_features)
-        return face_tokens + self.shortcut_scale * resampled if self.shortcut else resampled
+        scale = self.shortcut_scale if shortcut_scale is None else shortcut_scale
+        return face_tokens + scale * resampled if self.shortcut else resampled

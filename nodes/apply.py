@@ -25,14 +25,15 @@ from ..ipadapter_core import (
     parse_weight_type,
     weight_layout,
 )
-from ..ipadapter_core.branches import fold_weights
+from ..ipadapter_core.attention import split_heads
+from ..ipadapter_core.branches import branch_rows, fold_weights
 from ..ipadapter_core.masks import check_attention_mask, check_mask
 from .calls import RUN
-from .checks import check_acts, check_prompt
+from .checks import check_acts, check_prompt, largest
 from .patch import SitePatch
 from .run import start_run
-from .steps import Application
-from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema
+from .steps import Application, Place
+from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
 
 _KEY = "ip_adapter_kit."
 _Wrappers = comfy.patcher_extension.WrappersMP
@@ -121,17 +122,54 @@ class ApplyIPAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         sites = cross_attention_sites(model.get_model_object("diffusion_model"))
         check_compatible(ip_adapter.spec, sites, ip_adapter.name)
-        check_prompt(ip_adapter, image_prompt)
-        strength = weight * image_prompt.weight
-        check_acts(strength, start_at, end_at, embeds_scaling, sites)
-        mask = None if attn_mask is None else (check_attention_mask if strength else check_mask)(attn_mask, "attn_mask")
-        patched = model.clone()
-        weights = layer_weights(weight_type, weight_layout(sites), strength, weight_composition=strength)
-        pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, embeds_scaling, inference_dtype(model))
-        swapped = any(layer.swapped for layer in weights)
-        negative = "image_negative" if image_prompt.has_negative else f"weight_type {weight_type!r}" if swapped else ""
-        install(patched, Application(_new_key(patched), start_at, end_at, mask, negative), sites, pairs)
+        weights = layer_weights(weight_type, weight_layout(sites), weight, weight_composition=weight)
+        patched = apply_prompt(
+            model,
+            ip_adapter,
+            image_prompt,
+            weights=weights,
+            start_at=start_at,
+            end_at=end_at,
+            scaling=embeds_scaling,
+            attn_mask=attn_mask,
+            needs_negative=f"weight_type {weight_type!r}" if any(layer.swapped for layer in weights) else "",
+        )
         return io.NodeOutput(patched)
+
+
+def apply_prompt(
+    model: Any,
+    ip_adapter: LoadedAdapter,
+    image_prompt: ImagePrompt,
+    *,
+    weights: Sequence[LayerWeight],
+    start_at: float = 0.0,
+    end_at: float = 1.0,
+    scaling: Scaling = "V only",
+    attn_mask: Tensor | None = None,
+    needs_negative: str = "",
+) -> Any:
+    """A clone of the model with one more image prompt in it. `weights` is one for each transformer of the UNet, see
+    `Site.transformer_index`; `needs_negative` names the input that acts in the negative branch alone.
+
+    Raises AdapterError when the adapter is not made for the model, the prompt not for the adapter, or nothing would
+    come of it although the weight is not 0.
+    """
+    sites = cross_attention_sites(model.get_model_object("diffusion_model"))
+    check_compatible(ip_adapter.spec, sites, ip_adapter.name)
+    check_prompt(ip_adapter, image_prompt)
+    strength = largest(layer.weight * own for layer in weights for own in image_prompt.positive.weights)
+    check_acts(strength, start_at, end_at, scaling, sites)
+    mask = None if attn_mask is None else (check_attention_mask if strength else check_mask)(attn_mask, "attn_mask")
+    patched = model.clone()
+    if not patched.get_wrappers(_Wrappers.SAMPLER_SAMPLE, RUN):
+        patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
+    if not strength:
+        return patched
+    rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, inference_dtype(model))
+    negative = "image_negative" if image_prompt.has_negative else needs_negative
+    install(patched, Application(_new_key(patched), pairs, rows, start_at, end_at, mask, negative))
+    return patched
 
 
 def layer_pairs(
@@ -141,43 +179,34 @@ def layer_pairs(
     weights: Sequence[LayerWeight],
     scaling: Scaling,
     dtype: torch.dtype,
-) -> list[KeyValue | None]:
-    """Keys and values of every site, both branches and all weights inside, on the offload device; None where the
-    weight is 0. Computed in fp32 where ComfyUI puts the adapter, kept in the model's `dtype`.
+) -> tuple[tuple[int, int], dict[Place, KeyValue]]:
+    """The rows of both branches, and the keys and values of every layer whose weight is not 0, [rows, H, T, d], all
+    weights inside, on the offload device. Computed in fp32, kept in the model's `dtype`.
     """
-    if all(weight.weight == 0.0 for weight in weights):
-        return [None] * len(sites)
-    adapter = ip_adapter.on_device()
-    device, home = ip_adapter.patcher.load_device, comfy.model_management.unet_offload_device()
-    tokens = torch.cat([image_prompt.positive, image_prompt.negative]).to(device, torch.float32)
-    pairs: list[KeyValue | None] = []
-    for site, (key, value) in zip(sites, adapter.keys_values(tokens), strict=True):
-        folded = fold_weights(
-            KeyValue(key[:1], value[:1]),
-            KeyValue(key[1:], value[1:]),
-            weights[site.transformer_index],
-            scaling,
-            images=image_prompt.images,
-        )
-        pairs.append(folded and KeyValue(*(part.to(home, dtype) for part in folded)))
-    return pairs
+    adapter, device = ip_adapter.on_device(), ip_adapter.patcher.load_device
+    tokens = project(ip_adapter, image_prompt).to(device)
+    positives, one_each = len(image_prompt.positive), image_prompt.one_each
+    swapped = any(layer.swapped and layer.weight for layer in weights)
+    rows = branch_rows(positives, len(tokens) - positives, one_each=one_each, swapped=swapped)
+    home = comfy.model_management.unet_offload_device()
+    pairs: dict[Place, KeyValue] = {}
+    for site, pair in zip(sites, adapter.keys_values(tokens), strict=True):
+        weight = weights[site.transformer_index]
+        folded = fold_weights(pair, weight, image_prompt.weights, rows, scaling, positives=positives, one_each=one_each)
+        if folded is not None and site.block is not None:
+            parts = (part.to(home, dtype) for part in folded)
+            pairs[site.block] = KeyValue(*(split_heads(part, site.heads, len(part)).contiguous() for part in parts))
+    return rows, pairs
 
 
-def install(patched: Any, application: Application, sites: Sequence[Site], pairs: Sequence[KeyValue | None]) -> None:
-    """Put the patches and wrappers of one application into a model that nobody else holds yet."""
-    if not patched.get_wrappers(_Wrappers.SAMPLER_SAMPLE, RUN):
-        patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
-    if all(pair is None for pair in pairs):
-        return
+def install(patched: Any, application: Application) -> None:
+    """Put the patches and the wrapper of one application into a model that nobody else holds yet."""
     before = patched.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
-    for site, pair in zip(sites, pairs, strict=True):
-        if pair is None:
-            continue
-        stage, number, index = site.block
+    for place in application.pairs:
+        stage, number, index = place
         # ComfyUI looks for the block's own key first, then for the one of all blocks of this transformer.
-        previous = before.get((stage, number, index)) or before.get((stage, number))
-        patch = SitePatch(application.key, pair, pair, previous)
-        patched.set_model_attn2_replace(patch, stage, number, index)
+        previous = before.get(place) or before.get((stage, number))
+        patched.set_model_attn2_replace(SitePatch(application, place, previous), stage, number, index)
         # A weight is that of a whole transformer, so ours now stand in all places of that key. See `start_run`.
         patched.model_options["transformer_options"]["patches_replace"]["attn2"].pop((stage, number), None)
     patched.add_wrapper_with_key(_Wrappers.APPLY_MODEL, application.key, application)

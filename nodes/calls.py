@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ipadapter_core.branches import chunk_branches
+from ..ipadapter_core.branches import chunk_branches, rows_each
 
 RUN = "ip_adapter_kit.run"  # in transformer_options: the Run
 
@@ -21,13 +21,15 @@ Grid = tuple[int, int]
 class Run:
     """One run of a sampler on a latent of `size`, and what was prepared in it (dropped with it).
 
-    By the uuid of a cond: `names` in the guider, `corners` (top, left) of conds that cover only an area.
+    By the uuid of a cond: `names` in the guider, `corners` (top, left) of conds that cover only an area. `compiled`:
+    the model runs as a compiled graph.
     """
 
-    names: Mapping[Hashable, frozenset[str]]
-    size: Grid
+    names: Mapping[Hashable, frozenset[str]] = field(default_factory=dict)
+    size: Grid | None = None
     corners: Mapping[Hashable, Grid] = field(default_factory=dict)
-    steps: dict[Hashable, Any] = field(default_factory=dict)
+    compiled: bool = False
+    made: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict)
     windows: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
@@ -54,21 +56,25 @@ class Call:
     dtype: torch.dtype
 
 
-def read_call(options: Options, x: Tensor) -> Call:
-    """The call that ComfyUI makes with these transformer options and this input [B, C, H, W]."""
-    run = run_of(options)
+def read_call(options: Options, x: Tensor, size: Grid | None = None) -> Call:
+    """The call that ComfyUI makes with these transformer options and this input [B, C, H, W]; in a layer with its query
+    [B, N, C] and the `size` of the latent.
+
+    Raises AdapterError when the batch does not divide into the conds.
+    """
+    run = run_of(options) or Run()
     chunks = tuple(options.get("cond_or_uncond") or (0,))
     uuids = options.get("uuids") or ()
-    corners = run.corners if run is not None and len(uuids) == len(chunks) else {}
-    size = grid_of(x)
+    corners = run.corners if len(uuids) == len(chunks) else {}
+    size = size or grid_of(x.shape)
     return Call(
         rows=x.shape[0],
         size=size,
-        whole=size if run is None else run.size,
+        whole=run.size or size,
         chunks=chunks,
         branches=branches_of(options),
         corners=tuple(corners.get(uuid) for uuid in uuids) if corners else (None,) * len(chunks),
-        frames=_frames(options, x.shape[0] // len(chunks)),
+        frames=_frames(options, rows_each(len(chunks), x.shape[0])),
         device=x.device,
         dtype=x.dtype,
     )
@@ -87,9 +93,9 @@ def run_of(options: Options) -> Run | None:
     return run if isinstance(run, Run) else None
 
 
-def grid_of(x: Tensor) -> Grid:
-    """(height, width) of a latent."""
-    return int(x.shape[-2]), int(x.shape[-1])
+def grid_of(shape: Sequence[int]) -> Grid:
+    """(height, width) of a latent of this shape."""
+    return int(shape[-2]), int(shape[-1])
 
 
 def _frames(options: Options, count: int) -> tuple[int, ...]:

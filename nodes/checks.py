@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -19,11 +19,17 @@ _sound_encoders: WeakSet[nn.Module] = WeakSet()
 
 
 def check_prompt(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> None:
-    if image_prompt.adapter != ip_adapter.name:
+    if image_prompt.adapter not in (ip_adapter.name, None):
         raise AdapterError(
             f"The image prompt was encoded with {image_prompt.adapter}, the connected adapter is {ip_adapter.name}. "
             "Connect the same Load IP Adapter to both nodes."
         )
+
+
+def largest(weights: Iterable[float]) -> float:
+    """The largest magnitude of some weights; NaN or infinity when one of them is."""
+    magnitudes = [abs(weight) for weight in weights]
+    return next((weight for weight in magnitudes if not math.isfinite(weight)), max(magnitudes, default=0.0))
 
 
 def check_acts(strength: float, start_at: float, end_at: float, scaling: Scaling, sites: Sequence[Site]) -> None:

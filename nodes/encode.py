@@ -1,8 +1,6 @@
-"""EncodeImagePrompt: pictures -> image tokens."""
+"""EncodeImagePrompt: images -> what the image encoder makes of them."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import comfy.clip_vision
 import comfy.model_management
@@ -12,9 +10,9 @@ from torch import Tensor
 
 from ..ipadapter_core import AdapterError
 from ..ipadapter_core.encoders import download_hint, needed_features
-from ..ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, CROPS, combine_features, crop_image, join_tokens
+from ..ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, CROPS, combine_features, crop_image
 from .checks import check_encoder
-from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema
+from .types import EncodedImages, ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
 
 TRAINED, BLACK = "as in training", "black image"
 NEGATIVES = [TRAINED, BLACK]
@@ -101,8 +99,13 @@ class EncodeImagePrompt(io.ComfyNode):
             against = combine_features(encode(ip_adapter, clip_vision, unwanted), combine)
         else:
             against = negative_features(ip_adapter, clip_vision, negative)
-        prompt = project(ip_adapter, features, against, weight)
-        prompt = replace(prompt, has_negative=image_negative is not None)
+        prompt = ImagePrompt(
+            EncodedImages(features, weights=(weight,) * len(features)),
+            None if against is None else EncodedImages(against, weights=(weight,) * len(against)),
+            ip_adapter.name,
+            has_negative=image_negative is not None,
+        )
+        project(ip_adapter, prompt)  # here, where a damaged adapter is to be named, and not again in Apply
         return io.NodeOutput(prompt, ui=ui.PreviewImage(seen.cpu(), cls=cls))
 
 
@@ -130,28 +133,6 @@ def negative_features(ip_adapter: LoadedAdapter, clip_vision: Encoder, negative:
     pixels = torch.zeros(1, 3, size, size, device=clip_vision.load_device)
     states = clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1]
     return _checked(ip_adapter, states.to(comfy.model_management.intermediate_device()))
-
-
-def project(ip_adapter: LoadedAdapter, features: Tensor, negative: Tensor | None, weight: float) -> ImagePrompt:
-    """Features of both branches -> tokens, computed where ComfyUI puts the adapter.
-
-    Raises AdapterError when they are not finite.
-    """
-    adapter = ip_adapter.on_device()
-    device = ip_adapter.patcher.load_device
-    positive = adapter.encode(features.to(device, torch.float32))
-    if negative is None:
-        against = adapter.negative_tokens(device=device, dtype=torch.float32)
-    else:
-        against = adapter.encode(negative.to(device, torch.float32))
-    if not (torch.isfinite(positive).all() and torch.isfinite(against).all()):
-        raise AdapterError(
-            f"{ip_adapter.name} makes tokens with NaN or infinity from features without. Its weights are damaged: "
-            "download or export it again."
-        )
-    home = comfy.model_management.intermediate_device()
-    positive, against, images = join_tokens(positive.to(home), against.to(home))
-    return ImagePrompt(positive, against, images, weight, ip_adapter.name)
 
 
 def _checked(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ipadapter_core import AdapterError, KeyValue, image_attention
-from .steps import Step, step_of
+from ..ipadapter_core import AdapterError
+from ..ipadapter_core.attention import attend_to_heads
+from .steps import Application, Place, Step, step_of
 
 Options = dict[str, Any]
 Replacement = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
@@ -20,22 +21,19 @@ Replacement = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class SitePatch:
-    """The replacement of one attn2 (ComfyUI's `attn2_replace`); immutable, and it holds tensors only.
+    """The replacement of one attn2 (ComfyUI's `attn2_replace`) by an application of an adapter; immutable.
 
-    `here` has the keys and values of both branches, [2, T, C], with every weight inside, where the model is;
-    `home` the same where they were computed. `previous` is what stood in this place before, from any pack;
-    None is ComfyUI's own attention. `key` finds this adapter's step in the options.
+    `place` is the layer's. `previous` is what stood there before, from any pack; None is ComfyUI's own attention.
     """
 
-    key: str
-    here: KeyValue
-    home: KeyValue
+    application: Application
+    place: Place
     previous: Replacement | None = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         """query [B, N, C], text key and value [B, T, C] -> [B, N, C], before `to_out`."""
         text = (self.previous or text_attention)(query, key, value, options)
-        step = step_of(self.key, options, query)
+        step = step_of(self.application, options, query)
         # ComfyUI drops the guards of compiled graphs on transformer_options: a branch on a step's value would be
         # frozen into the graph. There the gate, a tensor, says the same.
         if not step.active and not torch.compiler.is_compiling():
@@ -43,31 +41,17 @@ class SitePatch:
         return text + self.image_term(query, step, options)
 
     def image_term(self, query: Tensor, step: Step, options: Options) -> Tensor:
-        """The attention of query [B, N, C] to the image tokens of each row's branch."""
+        """The attention of query [B, N, C] to the image tokens of each row."""
         upcast = options.get("attn_precision") == torch.float32
-        pair = self.here if self.here.key.device == query.device else self._on(query.device)
-        rows, gate = step.of(options, query)
-        return image_attention(
-            query,
-            pair.key.index_select(0, rows),
-            pair.value.index_select(0, rows),
-            options["n_heads"],
-            mask=gate,
-            attend=_attend_in_fp32 if upcast else F.scaled_dot_product_attention,
-        )
+        key, value, gate = step.of(self.place, options, query)
+        attend = _attend_in_fp32 if upcast else F.scaled_dot_product_attention
+        term = attend_to_heads(query, key, value, attend=attend)
+        return term if gate is None else term * gate
 
     def to(self, target: Any, *_: Any, **__: Any) -> SitePatch:
-        """A patch on another device; a dtype changes nothing, keys and values follow the query's."""
+        """ComfyUI moves patches to the device of the model. Ours hold nothing; one of another pack may."""
         previous = self.previous.to(target) if hasattr(self.previous, "to") else self.previous
-        here = self._on(target) if isinstance(target, torch.device | str | int) else self.here
-        return self if here is self.here and previous is self.previous else replace(self, here=here, previous=previous)
-
-    def _on(self, target: torch.device | str | int) -> KeyValue:
-        device = torch.device(target)
-        for pair in (self.here, self.home):
-            if pair.key.device == device:
-                return pair
-        return KeyValue(*(part.to(device, non_blocking=True) for part in self.home))
+        return self if previous is self.previous else replace(self, previous=previous)
 
     def models(self) -> list[Any]:
         """The model patchers that a patch of another pack needs loaded; ours needs none."""

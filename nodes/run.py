@@ -45,7 +45,8 @@ def start_run(
     if conds:
         guider.conds = conds = _one_name_each(conds)
     _check_applications(guider, options, sigmas, noise)
-    run = Run(names_by_uuid(conds), grid_of(noise), _corners(conds))
+    compiled = "torch_compile_kwargs" in model_options
+    run = Run(names_by_uuid(conds), grid_of(noise.shape), _corners(conds), compiled)
     model_options["transformer_options"] = {**options, RUN: run}
     return executor(guider, sigmas, {**extra_args, "model_options": model_options}, callback, noise, *args, **kwargs)
 
@@ -58,7 +59,7 @@ def _check_applications(guider: Any, options: Options, sigmas: Tensor, noise: Te
     own = getattr(type(guider), "set_cfg", None) is comfy.samplers.CFGGuider.set_cfg
     cfg = guider.cfg if own else math.inf
     for application in (item for items in wrappers.values() for item in items if isinstance(item, Application)):
-        for sentence in application.check_run(sigmas[:-1], sampling, len(noise), grid_of(noise), cfg):
+        for sentence in application.check_run(sigmas[:-1], sampling, len(noise), grid_of(noise.shape), cfg):
             _log.warning("Apply IP Adapter: %s", sentence)
 
 
@@ -113,6 +114,6 @@ def _chain(patch: Any) -> tuple[Hashable, ...]:
     """What a graph freezes of stacked patches."""
     links: list[Hashable] = []
     while isinstance(patch, SitePatch):
-        links.append((patch.key, tuple(patch.here.key.shape)))
+        links.append((patch.application.key, tuple(patch.application.pairs[patch.place].key.shape[1:])))
         patch = patch.previous
     return (*links, type(patch))

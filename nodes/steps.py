@@ -1,53 +1,62 @@
-"""What a step of the sampler means for an adapter: which rows are positive, whether it acts now, and where."""
+"""What a step of the sampler means for an adapter: the keys and values of each row, whether it acts now, and where."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..ipadapter_core import AdapterError, resize_mask
-from ..ipadapter_core.branches import grown_rows, row_branches
+from ..ipadapter_core import AdapterError, KeyValue, resize_mask
+from ..ipadapter_core.branches import POSITIVE, grown_rows
 from ..ipadapter_core.masks import crop_mask
-from .calls import Call, Grid, Options, branches_of, read_call, run_of
+from .calls import Call, Grid, Options, Run, grid_of, read_call, run_of
 
 SIGMA = "ip_adapter_kit.sigma"  # in transformer_options: the sigma of this call as a number, shared by all adapters
+_REMEMBERED = 4  # calls: both halves of guidance on their own, with a neighbour each; more windows of frames come anew
+
+Place = tuple[str, int, int]  # ComfyUI's key of an attention layer, such as ("input", 1, 0)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One call of the model. `active`: within the adapter's window. `rows` [B]: the branch of each row.
+    """One call of the model with a batch of B rows. `active`: within the adapter's window.
 
-    `chunks`: which cond of the guider's list each chunk of the batch is. `gates` has one [B, N, 1] tensor per grid
-    of the UNet, the mask times the window, the latent's own grid `size` among them. They are not needed (`gated`
-    is False) without a mask, except in a compiled graph, see `SitePatch`.
+    `rows`: which row of the application's keys and values each row of the batch takes. `pairs`: these keys and values
+    by the layer's place, [B, H, T, d], on the device of the call. `chunks`: which cond of the guider's list each chunk
+    of the batch is. `gates` has one [B, N, 1] tensor per grid of the UNet, the
+    mask times the window, the latent's own grid `size` among them; empty where nothing is to be multiplied.
     """
 
     active: bool
-    rows: Tensor
-    chunks: tuple[int, ...] = (0,)
-    size: Grid = (0, 0)
+    rows: tuple[int, ...]
+    pairs: Mapping[Place, KeyValue]
+    chunks: tuple[int, ...]
+    size: Grid
     gates: Mapping[Grid, Tensor] = field(default_factory=dict)
-    gated: bool = False
 
-    def of(self, options: Options, query: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The branch of each row of query [B, N, C], and what to multiply its image attention with: [B, N, 1], or
-        None for nothing.
+    def of(self, place: Place, options: Options, query: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [B, H, T, d] for query [B, N, C], and what to multiply its image attention with: [B, N, 1],
+        or None for nothing.
         """
+        key, value = self.pairs[place]
+        if key.dtype != query.dtype:
+            key, value = key.to(query.dtype), value.to(query.dtype)
         gate = self._gate(options)
-        before, batch = self.rows.shape[0], query.shape[0]
-        if batch == before:
-            return self.rows, gate
+        batch = query.shape[0]
+        if batch == len(self.rows):
+            return key, value, gate
         # Regional prompts grow the batch between the wrapper and the layer, and say how in the options.
         declared = options.get("cond_or_uncond_couple") or options.get("cond_or_uncond") or (0,)
-        sources = _on(torch.tensor(grown_rows(declared, self.chunks, before, batch)), query.device)
-        return self.rows.index_select(0, sources), None if gate is None else gate.index_select(0, sources)
+        sources = _on(torch.tensor(grown_rows(declared, self.chunks, len(self.rows), batch)), query.device)
+        key, value = key.index_select(0, sources), value.index_select(0, sources)
+        return key, value, None if gate is None else gate.index_select(0, sources)
 
     def _gate(self, options: Options) -> Tensor | None:
-        if not self.gated and not (torch.compiler.is_compiling() and self.gates):
+        if not self.gates:
             return None
         height, width = options["activations_shape"][-2:]
         if (height, width) in self.gates:
@@ -59,15 +68,20 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Application:
-    """One Apply node: its key, its window in parts of the schedule (0..1), its mask [M, H, W] or None, and the input
-    of it that acts in the negative branch alone ("" for none).
+    """One image prompt in a model: its key, its keys and values, its window in parts of the schedule (0..1), its mask
+    [M, H, W] or None, and the input of it that acts in the negative branch alone ("" for none).
+
+    `pairs` has by place [P + N, H, T, d] tensors on the offload device: the rows of the positive branch, then those of
+    the negative one, all weights inside. `rows` is (P, N): 1 each, or one for each image of a batch.
 
     Called as an APPLY_MODEL wrapper, outside the layers and outside compiled graphs.
     """
 
     key: str
-    start_at: float
-    end_at: float
+    pairs: Mapping[Place, KeyValue]
+    rows: tuple[int, int] = (1, 1)
+    start_at: float = 0.0
+    end_at: float = 1.0
     attn_mask: Tensor | None = None
     negative: str = ""
 
@@ -84,11 +98,11 @@ class Application:
     ) -> Tensor:
         options = dict(transformer_options or {})
         active = self._is_active(executor.class_obj.model_sampling, t, options)
-        options[self.key] = self._step(active, options, x)
+        options[self.key] = self.step(active, options, read_call(options, x))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Application:
-        return self
+        return self  # ComfyUI before 0.14 deep-copies what a model holds whenever it is cloned
 
     def check_run(self, sigmas: Tensor, model_sampling: Any, batch: int, size: Grid, cfg: float) -> Iterator[str]:
         """What has no effect in a run over these sigmas, with a batch of latents of `size`, in sentences.
@@ -138,19 +152,43 @@ class Application:
             windows[self.key] = tuple(float(model_sampling.percent_to_sigma(end)) for end in ends)
         return windows[self.key]
 
-    def _step(self, active: bool, options: Options, x: Tensor) -> Step:
-        """The step, from the run's memory when the same has been before: most steps of a run are alike."""
-        run, call = run_of(options), read_call(options, x)
-        steps = {} if run is None else run.steps
-        same = (self.key, active, call)
-        if same not in steps:
-            rows = _on(torch.tensor(row_branches(call.branches, call.rows)), call.device)
-            gates = {grid: self._gate(active, grid, call) for grid in level_grids(call.size)}
-            steps[same] = Step(active, rows, call.chunks, call.size, gates, self.attn_mask is not None)
-        return steps[same]
+    def step(self, active: bool, options: Options, call: Call) -> Step:
+        """The step of a call; most calls of a run are alike, so its parts are kept for the next ones."""
+        run = run_of(options) or Run()
+        compiled = run.compiled or torch.compiler.is_compiling()
+        rows, pairs, gates = self.batch_rows(call), {}, {}
+        if active or compiled:
+            pairs = _remember(run, ("pairs", self.key), (rows, call.device), lambda: self._select(rows, call.device))
+        if compiled or (active and self.attn_mask is not None):
+            gates = _remember(run, ("gates", self.key), (active, call), lambda: self._gates(active, call))
+        return Step(active, rows, pairs, call.chunks, call.size, gates)
+
+    def batch_rows(self, call: Call) -> tuple[int, ...]:
+        """Which row of `pairs` each row of the batch takes; the last image is for all frames that are left."""
+        positives, negatives = self.rows
+        starts = {branch: (0, positives) if branch == POSITIVE else (positives, negatives) for branch in call.branches}
+        return tuple(
+            start + min(frame, count - 1)
+            for start, count in (starts[branch] for branch in call.branches)
+            for frame in call.frames
+        )
+
+    def _select(self, rows: Sequence[int], device: torch.device) -> dict[Place, KeyValue]:
+        """Only the rows that this call needs go to the device, each once."""
+        needed = sorted(set(rows))
+        home = torch.tensor(needed)
+        here = _on(torch.tensor([needed.index(row) for row in rows]), device)
+
+        def select(part: Tensor) -> Tensor:
+            return _on(part.index_select(0, home.to(part.device)), device).index_select(0, here)
+
+        return {place: KeyValue(*map(select, pair)) for place, pair in self.pairs.items()}
+
+    def _gates(self, active: bool, call: Call) -> dict[Grid, Tensor]:
+        return {grid: self._gate(active, grid, call) for grid in level_grids(call.size)}
 
     def _gate(self, active: bool, grid: Grid, call: Call) -> Tensor:
-        """[B, N, 1]; with several masks, one for each picture of the batch, the last for all that are left."""
+        """[B, N, 1]; with several masks, one for each image of the batch, the last for all that are left."""
         mask = self.attn_mask
         if mask is None or not active:
             shape = (call.rows, grid[0] * grid[1], 1)
@@ -163,13 +201,22 @@ class Application:
         return _on(torch.cat(chunks).to(call.dtype), call.device)
 
 
-def step_of(key: str, options: Options, query: Tensor) -> Step:
-    """The step that the wrapper prepared; all branches by index when a host calls the layers without it."""
-    step = options.get(key)
+def step_of(application: Application, options: Options, query: Tensor) -> Step:
+    """The step that the wrapper prepared; made here when a host calls the layers without it."""
+    step = options.get(application.key)
     if isinstance(step, Step):
         return step
-    rows = row_branches(branches_of(options), query.shape[0])
-    return Step(True, _on(torch.tensor(rows), query.device))
+    return application.step(True, options, read_call(options, query, grid_of(options["original_shape"])))
+
+
+def _remember(run: Run, name: Hashable, key: Hashable, make: Callable[[], _T]) -> _T:
+    """What was made for this key in this run; of each name the latest few."""
+    made = run.made.setdefault(name, {})
+    if key not in made:
+        made[key] = make()
+        for old in list(made)[:-_REMEMBERED]:
+            made.pop(old, None)
+    return made[key]
 
 
 def level_grids(size: Sequence[int], levels: int = 5) -> list[Grid]:

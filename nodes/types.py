@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.model_management
 import comfy.model_patcher
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core import AdapterSpec, IPAdapter
+from ..ipadapter_core import AdapterError, AdapterSpec, IPAdapter
 
 IPAdapterModel = io.Custom("IP_ADAPTER_MODEL")
 ImagePromptType = io.Custom("IMAGE_PROMPT")
@@ -52,19 +54,78 @@ class LoadedAdapter:
 
 
 @dataclass(frozen=True, eq=False)
-class ImagePrompt:
-    """Image tokens of both branches, [1, T, D] each, on ComfyUI's intermediate device.
+class EncodedImages:
+    """What the encoders make of N images, as the adapter's projector takes it, on ComfyUI's intermediate device.
 
-    `images` pictures share the T tokens; `weight` multiplies that of the Apply node; `adapter` names the file
-    whose projector made them. `has_negative`: `negative` is of pictures that were chosen.
+    `image`: image_embeds [N, E] or penultimate hidden states [N, L, E]; `face`: face embeddings [N, F]; None where
+    the adapter takes none. `weights`: one for each image, on top of Apply's weight.
     """
 
-    positive: Tensor
-    negative: Tensor
-    images: int
-    weight: float
-    adapter: str
+    image: Tensor | None = None
+    face: Tensor | None = None
+    weights: tuple[float, ...] = (1.0,)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @property
+    def features(self) -> tuple[Tensor, ...]:
+        """In the order in which `IPAdapter.encode` takes them."""
+        return tuple(feature for feature in (self.face, self.image) if feature is not None)
+
+    def weighted(self, weight: float) -> EncodedImages:
+        """The same images, each `weight` times as strong."""
+        return dataclasses.replace(self, weights=tuple(weight * own for own in self.weights))
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePrompt:
+    """Encoded images of both branches. `negative` None: the adapter's zeros, as in training.
+
+    The tokens of all images are joined for every latent, or with `one_each` image i is for latent (frame) i and the
+    last one for those that are left. `adapter` names the file they were encoded for; None: unknown. `has_negative`:
+    the negative images were chosen. `likeness`: the share of the resampled part in FaceID-Plus v2. `tokens`: what an
+    adapter's projector made of it, so that it runs once.
+    """
+
+    positive: EncodedImages
+    negative: EncodedImages | None = None
+    adapter: str | None = None
+    one_each: bool = False
     has_negative: bool = False
+    likeness: float = 1.0
+    tokens: WeakKeyDictionary[LoadedAdapter, Tensor] = field(default_factory=WeakKeyDictionary, init=False, repr=False)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of all images, positive and negative; the adapter's zeros have the mean weight."""
+        own = self.positive.weights
+        return (*own, *((sum(own) / len(own),) if self.negative is None else self.negative.weights))
+
+
+def project(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> Tensor:
+    """The image prompt -> tokens [P + N, T, D] of its P positive, then of its N negative images; computed once, in fp32
+    where ComfyUI puts the adapter, and kept on its intermediate device.
+
+    Raises AdapterError when the features are not the adapter's, or the tokens are not finite.
+    """
+    if ip_adapter not in image_prompt.tokens:
+        adapter, device = ip_adapter.on_device(), ip_adapter.patcher.load_device
+
+        def tokens(images: EncodedImages) -> Tensor:
+            features = (feature.to(device, torch.float32) for feature in images.features)
+            return adapter.encode(*features, shortcut_scale=image_prompt.likeness)
+
+        positive, negative = tokens(image_prompt.positive), image_prompt.negative
+        against = adapter.negative_tokens(device=device, dtype=torch.float32) if negative is None else tokens(negative)
+        made = torch.cat([positive, against])
+        if not torch.isfinite(made).all():
+            raise AdapterError(
+                f"{ip_adapter.name} makes tokens with NaN or infinity from features without. Its weights are damaged: "
+                "download or export it again."
+            )
+        image_prompt.tokens[ip_adapter] = made.to(comfy.model_management.intermediate_device())
+    return image_prompt.tokens[ip_adapter]
 
 
 def manage(name: str, adapter: IPAdapter) -> LoadedAdapter:

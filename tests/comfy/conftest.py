@@ -157,9 +157,17 @@ def new_adapter(pack: SimpleNamespace, model: Any, seed: int = 1, kind: str = "b
 
 def new_prompt(pack: SimpleNamespace, ip_adapter: Any, seed: int = 2, images: int = 1, weight: float = 1.0) -> Any:
     """An image prompt of random features."""
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(images, EMBEDS, generator=generator)
-    return pack.encode.project(ip_adapter, features, None, weight)
+    features = torch.randn(images, EMBEDS, generator=torch.Generator().manual_seed(seed))
+    encoded = pack.types.EncodedImages(features, weights=(weight,) * images)
+    return pack.types.ImagePrompt(encoded, adapter=ip_adapter.name)
+
+
+def tokens_of(pack: SimpleNamespace, ip_adapter: Any, prompt: Any) -> Any:
+    """The tokens of both branches as they act in the model: joined."""
+    tokens = pack.types.project(ip_adapter, prompt)
+    count = len(prompt.positive)
+    positive, negative = pack.branches.join_images(tokens[:count], tokens[count:])
+    return SimpleNamespace(positive=positive, negative=negative)
 
 
 def conds(batch_width: int = CONTEXT, seed: int = 3) -> tuple[Any, Any]:
@@ -217,6 +225,7 @@ def world(pack: SimpleNamespace) -> SimpleNamespace:
         new_model=new_model,
         new_adapter=lambda *a, **k: new_adapter(pack, *a, **k),
         new_prompt=lambda *a, **k: new_prompt(pack, *a, **k),
+        tokens=lambda *a: tokens_of(pack, *a),
     )
 
 

@@ -12,6 +12,11 @@ def patches(model):
     return model.model_options["transformer_options"]["patches_replace"]["attn2"]
 
 
+def held(model):
+    """Keys and values of all layers."""
+    return [part for patch in patches(model).values() for part in patch.application.pairs[patch.place]]
+
+
 @pytest.mark.parametrize(("family", "count"), [("sd15", 16), ("sdxl", 70)])
 def test_every_site_fires(pack, world, monkeypatch, family, count):
     model = world.new_model(family)
@@ -157,7 +162,8 @@ def test_batches(world):
 
 def test_several_pictures_and_cfg_one(world):
     prompt = world.new_prompt(world.adapter, images=3)
-    assert prompt.positive.shape == prompt.negative.shape == (1, 12, 64)
+    tokens = world.tokens(world.adapter, prompt)
+    assert tokens.positive.shape == tokens.negative.shape == (1, 12, 64)
     patched = world.apply(world.model, world.adapter, prompt)
     assert not torch.equal(world.sample(patched, cfg=1.0), world.sample(world.model, cfg=1.0))
 
@@ -239,15 +245,26 @@ def test_clones_share_the_tensors(world):
     assert torch.equal(world.sample(clone), world.sample(patched))
 
 
-def test_patches_follow_devices_and_ignore_dtypes(pack, world):
+def test_patches_pass_devices_on_to_the_one_before(pack, world):
+    """Ours hold nothing: keys and values go to the device of each call. One of another pack may hold something."""
+
+    class Other:
+        device = "cpu"
+
+        def __call__(self, query, key, value, options):
+            return query
+
+        def to(self, target):
+            moved = Other()
+            moved.device = target
+            return moved
+
     patch = next(iter(patches(world.apply(world.model, world.adapter, world.prompt)).values()))
-    assert patch.to(torch.float16) is patch
-    assert patch.to(torch.device("cpu")) is patch
-    moved = patch.to(torch.device("meta"))
-    assert moved is not patch and moved.here.key.device.type == "meta"
-    assert patch.here.key.device.type == "cpu"
-    back = moved.to(torch.device("cpu"))
-    assert back.here.key is patch.home.key
+    assert patch.to(torch.float16) is patch.to(torch.device("meta")) is patch
+    stacked = pack.patch.SitePatch(patch.application, patch.place, Other())
+    moved = stacked.to("meta")
+    assert moved.previous.device == "meta" and stacked.previous.device == "cpu"
+    assert moved.application is patch.application
 
 
 @pytest.mark.parametrize("scaling", ["V only", "K+V"])
@@ -298,14 +315,15 @@ def test_adapter_of_half_precision(pack, world):
     torch.testing.assert_close(
         world.sample(patched), world.sample(world.apply(world.model, world.adapter, world.prompt)), atol=0.02, rtol=0.02
     )
-    assert next(iter(patches(patched).values())).here.key.dtype is torch.float32
+    assert {part.dtype for part in held(patched)} == {torch.float32}
 
 
 def test_bytes_held_are_the_keys_and_values_only(world):
     patched = world.apply(world.model, world.adapter, world.prompt)
-    held = sum(part.nbytes for patch in patches(patched).values() for part in patch.here)
     widths = world.adapter.spec.layer_widths
-    assert held == 2 * 2 * 4 * 4 * sum(widths)  # K and V, both branches, 4 tokens, 4 bytes
+    assert sum(part.nbytes for part in held(patched)) == 2 * 2 * 4 * 4 * sum(
+        widths
+    )  # K and V, both branches, 4 tokens, 4 bytes
 
 
 def test_patches_of_other_packs_are_still_looked_after(pack, world):
@@ -384,7 +402,7 @@ def test_a_model_of_half_precision_has_keys_of_its_dtype(world, monkeypatch, dty
     )
     model = world.new_model()
     patched = world.apply(model, world.adapter, world.prompt)
-    assert {part.dtype for patch in patches(patched).values() for part in patch.here} == {dtype}
+    assert {part.dtype for part in held(patched)} == {dtype}
     sampled = world.sample(patched, steps=1)
     assert torch.isfinite(sampled).all()
     assert not torch.equal(sampled, world.sample(model, steps=1))

@@ -15,7 +15,7 @@ def seen(pack, monkeypatch):
     def call(self, executor, x, t, *args, **kwargs):
         def inner(*inner_args, **inner_kwargs):
             options = inner_args[5]
-            calls.append((list(options["cond_or_uncond"]), options[self.key].rows.tolist()))
+            calls.append((list(options["cond_or_uncond"]), list(options[self.key].rows)))
             return executor(*inner_args, **inner_kwargs)
 
         inner.class_obj = executor.class_obj
@@ -168,7 +168,8 @@ def test_positive_tokens_change_only_the_positive_branch(pack, world):
     """With the same prompt but other negative tokens, cfg 1 gives the same picture."""
     import dataclasses
 
-    prompt = dataclasses.replace(world.prompt, negative=torch.randn_like(world.prompt.negative))
+    negative = pack.types.EncodedImages(torch.randn_like(world.prompt.positive.image))
+    prompt = dataclasses.replace(world.prompt, negative=negative)
     one = world.apply(world.model, world.adapter, world.prompt)
     two = world.apply(world.model, world.adapter, prompt)
     assert torch.equal(world.sample(one, cfg=1.0), world.sample(two, cfg=1.0))
@@ -179,7 +180,7 @@ def test_swapped_layers_push_the_negative_branch(world):
     """ "style transfer precise": in the composition layers the positive tokens act in the negative branch."""
     patched = world.apply(world.model, world.adapter, world.prompt, weight_type="style transfer precise")
     patches = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
-    pair = patches["input", 8, 0].here  # transformer 5 of SD1.5
+    pair = patches["input", 8, 0].application.pairs["input", 8, 0]  # transformer 5 of SD1.5
     assert not pair.value[0].any() and pair.value[1].any()
     plain = world.apply(world.model, world.adapter, world.prompt, weight_type="style transfer")
     assert torch.equal(world.sample(patched, cfg=1.0), world.sample(plain, cfg=1.0))

@@ -54,7 +54,8 @@ def test_equality(pack, world, both, weight_type, masked):
         hook.remove()
     sites = core.diffusers_sites(unet)
     weights = [w.weight for w in core.layer_weights(weight_type, core.weight_layout(sites), 0.8)]
-    pairs = adapter.adapter.keys_values(torch.cat([prompt.negative, prompt.positive]))
+    tokens = world.tokens(adapter, prompt)
+    pairs = adapter.adapter.keys_values(torch.cat([tokens.negative, tokens.positive]))
     for latents, timestep, context, output in calls:
         application = core.AdapterApplication(
             key_values=pairs,

@@ -55,9 +55,9 @@ def test_images(refuse, name):
 def test_grey_and_alpha(encode):
     grey = images(channels=1)
     want = encode(grey.expand(-1, -1, -1, 3)).args[0]
-    assert torch.equal(encode(grey).args[0].positive, want.positive)
+    assert torch.equal(encode(grey).args[0].positive.image, want.positive.image)
     alpha = torch.cat([images(), torch.zeros(1, 40, 64, 1)], dim=-1)
-    assert torch.equal(encode(alpha).args[0].positive, encode(images()).args[0].positive)
+    assert torch.equal(encode(alpha).args[0].positive.image, encode(images()).args[0].positive.image)
 
 
 def test_masks(refuse):
@@ -79,14 +79,14 @@ def test_masks(refuse):
 def test_a_mask_at_the_side_is_seen_by_other_crops(encode, crop):
     left = torch.zeros(1, 64, 64)
     left[..., :4] = 1.0
-    seen, whole = (encode(images(), crop=crop, **mask).args[0].positive for mask in ({"mask": left}, {}))
+    seen, whole = (encode(images(), crop=crop, **mask).args[0].positive.image for mask in ({"mask": left}, {}))
     assert torch.isfinite(seen).all() and not torch.allclose(seen, whole)
 
 
 def test_subtracting_an_image_from_itself(refuse, encode):
     refuse(images().repeat(2, 1, 1, 1), "combine 'subtract' leaves nothing", combine="subtract")
     refuse(images().repeat(3, 1, 1, 1), "combine 'subtract' leaves nothing", combine="subtract")
-    assert torch.isfinite(encode(images(2), combine="subtract").args[0].positive).all()
+    assert torch.isfinite(encode(images(2), combine="subtract").args[0].positive.image).all()
 
 
 @pytest.mark.parametrize(("value", "words"), [(0.0, "are zero: the download broke off"), (torch.nan, "holds NaN")])
@@ -111,7 +111,7 @@ def test_an_encoder_without_projection_serves_a_plus_adapter(world, encode, enco
     bare = copy.deepcopy(encoder)
     bare.model.visual_projection.weight.fill_(torch.nan)
     plus = world.new_adapter(world.model, kind="plus", name="plus")
-    assert torch.isfinite(encode(images(), bare, plus).args[0].positive).all()
+    assert torch.isfinite(encode(images(), bare, plus).args[0].positive.image).all()
 
 
 def test_a_damaged_adapter(pack, world, refuse):
@@ -119,3 +119,16 @@ def test_a_damaged_adapter(pack, world, refuse):
     adapter = world.new_adapter(world.model, name="damaged")
     next(adapter.adapter.projector.parameters()).fill_(torch.inf)
     refuse(images(2), "damaged.safetensors makes tokens with NaN or infinity", adapter=adapter)
+
+
+def test_the_projector_runs_once(world, encode):
+    """Other weights in Apply IP Adapter make other keys and values of the same tokens."""
+    prompt = encode(images()).args[0]
+    world.adapter.adapter.projector.register_forward_pre_hook(lambda *_: calls.append(1))
+    calls = []
+    for weight in (0.3, 0.6):
+        world.apply(world.model, world.adapter, prompt, weight=weight)
+    assert not calls
+    world.apply(world.model, world.adapter, world.new_prompt(world.adapter, seed=77))
+    assert calls
+    world.adapter.adapter.projector._forward_pre_hooks.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -106,8 +108,8 @@ def test_weight_zero_switches_off_whatever_else_is_connected(world):
 
 def test_what_needs_a_negative_branch(pack, world, caplog):
     features = torch.randn(2, 48, generator=torch.Generator().manual_seed(91))
-    prompt = pack.encode.project(world.adapter, features[:1], features[1:], 1.0)
-    with_negative = pack.encode.replace(prompt, has_negative=True)
+    prompt = pack.types.ImagePrompt(*map(pack.types.EncodedImages, features[:, None]), world.adapter.name)
+    with_negative = dataclasses.replace(prompt, has_negative=True)
     for patched, name in (
         (world.apply(world.model, world.adapter, with_negative), "image_negative"),
         (

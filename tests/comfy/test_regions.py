@@ -21,7 +21,7 @@ def terms(pack, monkeypatch):
     def image_term(self, query, step, options):
         term = original(self, query, step, options)
         grid = tuple(options["activations_shape"][-2:])
-        found.append((self.key, options["block"], term.unflatten(1, grid).abs().sum(-1)))
+        found.append((self.application.key, options["block"], term.unflatten(1, grid).abs().sum(-1)))
         return term
 
     monkeypatch.setattr(pack.patch.SitePatch, "image_term", image_term)

@@ -196,6 +196,7 @@ def test_a_model_without_cross_attention() -> None:
 class Attention(nn.Module):
     def __init__(self, width: int, context: int) -> None:
         super().__init__()
+        self.heads = 8
         self.to_k = nn.Linear(context, width, bias=False, device="meta")
 
 

@@ -7,9 +7,16 @@ import torch
 from safetensors.torch import save_file
 
 from ipadapter_core import FAMILIES, AdapterError, KeyValue, LayerWeight, image_attention, new_spec
-from ipadapter_core.branches import chunk_branches, fold_weights, names_by_uuid, row_branches
+from ipadapter_core.branches import (
+    branch_rows,
+    chunk_branches,
+    fold_weights,
+    join_images,
+    names_by_uuid,
+    rows_each,
+)
 from ipadapter_core.encoders import ImageEncoder, encoder_fits, find_encoder, read_encoder
-from ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, combine_features, crop_image, join_tokens
+from ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, combine_features, crop_image
 
 
 def ramp(height, width):
@@ -86,40 +93,90 @@ def test_combine_features():
         assert torch.equal(combine_features(x[:1], combine), x[:1])
 
 
-def test_join_tokens_repeats_the_shorter_side_without_changing_its_attention():
+SCALINGS = ["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
+
+
+def pair_of(images):
+    return KeyValue(torch.randn(images, 6, 16), torch.randn(images, 6, 16))
+
+
+def row(pair, *images):
+    """The tokens of some images in one row."""
+    return KeyValue(*(part[list(images)].flatten(0, 1)[None] for part in pair))
+
+
+def test_join_images_repeats_the_shorter_side_without_changing_its_attention():
     positive, negative = torch.randn(3, 4, 8), torch.randn(2, 4, 8)
-    left, right, images = join_tokens(positive, negative)
-    assert images == 6 and left.shape == right.shape == (1, 24, 8)
+    left, right = join_images(positive, negative)
+    assert left.shape == right.shape == (1, 24, 8)
     query = torch.randn(1, 5, 8)
     for joined, alone in ((left, positive), (right, negative)):
-        row = alone.flatten(0, 1)[None]
+        single = alone.flatten(0, 1)[None]
         torch.testing.assert_close(
-            image_attention(query, joined, joined, 2), image_attention(query, row, row, 2), atol=1e-6, rtol=1e-5
+            image_attention(query, joined, joined, 2), image_attention(query, single, single, 2), atol=1e-6, rtol=1e-5
         )
 
 
-@pytest.mark.parametrize("scaling", ["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"])
+@pytest.mark.parametrize("scaling", SCALINGS)
 def test_folded_weights_equal_weighted_attention(scaling):
-    positive = KeyValue(torch.randn(1, 6, 16), torch.randn(1, 6, 16))
-    negative = KeyValue(torch.randn(1, 6, 16), torch.randn(1, 6, 16))
-    query = torch.randn(2, 5, 16)
-    folded = fold_weights(positive, negative, LayerWeight(0.7), scaling, images=1)
+    pair, query = pair_of(2), torch.randn(2, 5, 16)
+    folded = fold_weights(pair, LayerWeight(0.7), (1.0, 1.0), (1, 1), scaling, positives=1)
     got = image_attention(query, *folded, 4)
-    for row, pair in enumerate((positive, negative)):
-        want = image_attention(query[row : row + 1], *pair, 4, weight=0.7, scaling=scaling)
-        torch.testing.assert_close(got[row : row + 1], want, atol=1e-5, rtol=1e-5)
+    for index in range(2):
+        want = image_attention(query[index : index + 1], *row(pair, index), 4, weight=0.7, scaling=scaling)
+        torch.testing.assert_close(got[index : index + 1], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_each_joined_image_has_its_weight(scaling):
+    """Equal weights are one weight; a weight of 0 takes the image's values away, not its share of the softmax."""
+    pair, query = pair_of(5), torch.randn(2, 5, 16)
+    equal = fold_weights(pair, LayerWeight(0.7), (0.5,) * 5, (1, 1), scaling, positives=2)
+    want = fold_weights(pair, LayerWeight(0.35), (1.0,) * 5, (1, 1), scaling, positives=2)
+    for part, other in zip(equal, want, strict=True):
+        torch.testing.assert_close(part, other)
+    assert equal.key.shape == (2, 36, 16)  # 2 and 3 images: 6 of each
+    first = fold_weights(pair, LayerWeight(0.7), (1.0, 0.0, 1.0, 1.0, 1.0), (1, 1), scaling, positives=2)
+    values = first.value[0].unflatten(0, (6, 6))
+    assert not values[1::2].any() and values[::2].flatten(1).any(1).all()
+    assert torch.isfinite(image_attention(query, *first, 4)).all()
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_one_image_each(scaling):
+    """Row i is image i with its own weight; a single negative image serves all."""
+    pair, query = pair_of(4), torch.randn(1, 5, 16)
+    weights = (1.0, 0.5, 2.0, 1.0)
+    rows = branch_rows(3, 1, one_each=True, swapped=False)
+    folded = fold_weights(pair, LayerWeight(0.7), weights, rows, scaling, positives=3, one_each=True)
+    assert rows == (3, 1) and folded.key.shape == (4, 6, 16)
+    for index, weight in enumerate(weights):
+        want = image_attention(query, *row(pair, index), 4, weight=0.7 * weight, scaling=scaling)
+        got = image_attention(query, folded.key[index, None], folded.value[index, None], 4)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_swapped_weights_act_in_the_negative_branch_only():
-    positive = KeyValue(torch.randn(1, 6, 16), torch.randn(1, 6, 16))
-    negative = KeyValue(torch.randn(1, 6, 16), torch.randn(1, 6, 16))
-    folded = fold_weights(positive, negative, LayerWeight(0.5, swapped=True), "K+mean(V) w/ C penalty")
+    pair, query = pair_of(2), torch.randn(1, 5, 16)
+    weight = LayerWeight(0.5, swapped=True)
+    folded = fold_weights(pair, weight, (1.0, 1.0), (1, 1), "K+mean(V) w/ C penalty", positives=1)
     assert not folded.value[0].any()
-    query = torch.randn(1, 5, 16)
     got = image_attention(query, folded.key[1:], folded.value[1:], 4)
-    want = image_attention(query, *positive, 4, weight=0.5, scaling="K+mean(V) w/ C penalty")
+    want = image_attention(query, *row(pair, 0), 4, weight=0.5, scaling="K+mean(V) w/ C penalty")
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    assert fold_weights(positive, negative, LayerWeight(0.0)) is None
+    assert fold_weights(pair, LayerWeight(0.0), (1.0, 1.0), (1, 1), positives=1) is None
+    rows = branch_rows(3, 1, one_each=True, swapped=True)
+    each = fold_weights(pair_of(4), weight, (1.0,) * 4, rows, positives=3, one_each=True)
+    plain = fold_weights(pair_of(4), LayerWeight(0.5), (1.0,) * 4, rows, positives=3, one_each=True)
+    assert rows == (3, 3) and each.key.shape == plain.key.shape == (6, 6, 16)
+    assert not each.value[:3].any() and torch.equal(plain.key[3], plain.key[5])
+
+
+def test_one_negative_image_or_one_for_each():
+    assert branch_rows(3, 3, one_each=True, swapped=False) == (3, 3)
+    assert branch_rows(3, 2, one_each=False, swapped=False) == (1, 1)
+    with pytest.raises(AdapterError, match=r"3 images, one for each latent, and 2 negative .* or 3\."):
+        branch_rows(3, 2, one_each=True, swapped=False)
 
 
 def test_branches_by_name_and_by_index():
@@ -135,9 +192,9 @@ def test_branches_by_name_and_by_index():
     assert chunk_branches([1, 0], ["both", "both"], names) == (1, 0)
     assert chunk_branches([1, 0, 0], None, None) == (1, 0, 0)
     assert chunk_branches([2, 0], ["x", "y"], names) == (1, 0)
-    assert row_branches((1, 0), 6) == [1, 1, 1, 0, 0, 0]
+    assert rows_each(2, 6) == 3
     with pytest.raises(AdapterError, match="5 rows"):
-        row_branches((1, 0), 5)
+        rows_each(2, 5)
 
 
 def vision_file(path, hidden, embeds, tokens, openai=False):
