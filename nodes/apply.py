@@ -148,9 +148,11 @@ def apply_prompt(
     scaling: Scaling = "V only",
     attn_mask: Tensor | None = None,
     needs_negative: str = "",
+    checked: bool = True,
 ) -> Any:
     """A clone of the model with one more image prompt in it. `weights` is one for each transformer of the UNet, see
-    `Site.transformer_index`; `needs_negative` names the input that acts in the negative branch alone.
+    `Site.transformer_index`; `needs_negative` names the input that acts in the negative branch alone. Without `checked`
+    an image prompt may act nowhere, and a mask is taken as it is, outside 0..1 too.
 
     Raises AdapterError when the adapter is not made for the model, the prompt not for the adapter, or nothing would
     come of it although the weight is not 0.
@@ -159,8 +161,11 @@ def apply_prompt(
     check_compatible(ip_adapter.spec, sites, ip_adapter.name)
     check_prompt(ip_adapter, image_prompt)
     strength = largest(layer.weight * own for layer in weights for own in image_prompt.positive.weights)
-    check_acts(strength, start_at, end_at, scaling, sites)
-    mask = None if attn_mask is None else (check_attention_mask if strength else check_mask)(attn_mask, "attn_mask")
+    mask = attn_mask
+    if checked:
+        check_acts(strength, start_at, end_at, scaling, sites)
+        check = check_attention_mask if strength else check_mask
+        mask = None if attn_mask is None else check(attn_mask, "attn_mask")
     patched = model.clone()
     if not patched.get_wrappers(_Wrappers.SAMPLER_SAMPLE, RUN):
         patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
@@ -168,7 +173,7 @@ def apply_prompt(
         return patched
     rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, inference_dtype(model))
     negative = "image_negative" if image_prompt.has_negative else needs_negative
-    install(patched, Application(_new_key(patched), pairs, rows, start_at, end_at, mask, negative))
+    install(patched, Application(_new_key(patched), pairs, rows, start_at, end_at, mask, negative, checked))
     return patched
 
 

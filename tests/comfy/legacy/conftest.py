@@ -112,6 +112,8 @@ def adapter_file(pack: SimpleNamespace, models: dict[str, Any], comfyui: Path) -
                 fan = parameter.shape[1] if parameter.ndim > 1 else 1
                 noise = torch.randn(parameter.shape, generator=generator) / fan**0.5
                 parameter.copy_(noise if parameter.ndim > 1 else noise * 0.1 + 0.9)
+            for parameter in adapter.layers.parameters():
+                parameter.mul_(4)
             pack.core.save_adapter(folder / name, adapter)
         folder_paths.filename_list_cache.clear()
         return name
