@@ -131,6 +131,6 @@ def run(world: SimpleNamespace) -> Callable[..., torch.Tensor]:
             [[torch.randn(1, 7, CONTEXTS[family], generator=generator), {"pooled_output": torch.zeros(1, 1280)}]]
             for _ in range(2)
         )
-        return world.sample(model, **{"positive": positive, "negative": negative, **options})
+        return world.sample(model, **{"positive": positive, "negative": negative, "size": (16, 8), **options})
 
     return sample
