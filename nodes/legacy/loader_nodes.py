@@ -14,12 +14,11 @@ from comfy_api.latest import io
 
 from ...ipadapter_core import cross_attention_sites
 from ...ipadapter_core.encoders import find_encoder
-from ...ipadapter_core.layers import Site
 from ..load import ADAPTERS, ENCODERS, list_files, load_encoder
 from . import fields as f
 from .old_faces import load_faces
 from .old_node import InsightFace, IPAdapterWire, OldNode
-from .presets import Preset, find_adapter, find_image_encoder, find_lora, find_preset
+from .presets import Preset, family_of_context, find_adapter, find_image_encoder, find_lora, find_preset
 from .wires import open_file
 
 _loaded: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()  # kept while a graph holds them
@@ -61,7 +60,8 @@ class IPAdapterUnifiedLoader(OldNode):
         cls, model: Any, preset: str, lora_strength: float = 0.0, provider: str = "CPU", ipadapter: Any = None
     ) -> tuple[Any, dict[str, Any]]:
         wanted = find_preset(preset)
-        family = _family(cross_attention_sites(model.get_model_object("diffusion_model")))
+        sites = cross_attention_sites(model.get_model_object("diffusion_model"))
+        family = family_of_context(sites[0].context_width)
         path = find_adapter(preset, wanted, family)
         adapter = open_file(path)
         pipeline: dict[str, Any] = {
@@ -147,10 +147,6 @@ class IPAdapterInsightFaceLoader(OldNode):
     @classmethod
     def load_insightface(cls, provider: str, model_name: str) -> tuple[Any]:
         return (_faces(provider, model_name),)
-
-
-def _family(sites: Sequence[Site]) -> str:
-    return {768: "sd15", 1024: "sd2", 2048: "sdxl"}.get(sites[0].context_width, "another")
 
 
 def _image_encoder(preset: Preset, adapter: Any) -> dict[str, Any]:

@@ -177,6 +177,11 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def family_of_context(width: int) -> str:
+    """The family of base models whose text has this many channels; "another" for unknown ones."""
+    return {768: "sd15", 1024: "sd2", 2048: "sdxl"}.get(width, "another")
+
+
 def find_preset(name: str) -> Preset:
     """Raises AdapterError for a name that begins like no preset."""
     found = [preset for start, preset in PRESETS.items() if name.lower().startswith(start)]
@@ -219,7 +224,7 @@ def _fits(preset: Preset, family: str, name: str, path: str) -> bool:
         return False
     width = preset.embeds is None or spec.image_width == preset.embeds
     kolors = spec.is_kolors == (preset.encoder == "L")
-    return spec.kind in preset.kinds and spec.family == family and width and kolors
+    return spec.kind in preset.kinds and family_of_context(spec.context_width) == family and width and kolors
 
 
 def find_image_encoder(preset: Preset, spec: AdapterSpec) -> str | None:

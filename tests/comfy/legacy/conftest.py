@@ -90,9 +90,9 @@ def adapter_file(pack: SimpleNamespace, models: dict[str, Any], comfyui: Path) -
     """Writes a random adapter of a kind for a family into models/ipadapter, once; returns the file's name."""
     import folder_paths
 
-    folder = Path(folder_paths.models_dir) / "ipadapter"
+    own = Path(folder_paths.models_dir) / "ipadapter"
 
-    def write(family: str, kind: str = "base", name: str = "", **options: Any) -> str:
+    def write(family: str, kind: str = "base", name: str = "", folder: Path = own, **options: Any) -> str:
         name = name or f"{kind}_{family}.safetensors"
         if (folder / name).exists():
             return name
