@@ -50,11 +50,18 @@ _TOOLTIPS = {
 }
 
 
+class _Choices(list[str]):
+    """A list that ComfyUI can look up in a dict, as it does with the types of V3 inputs."""
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
 class Choice(io.Combo.Input):
     """A choice in the notation of V1 nodes, [list, options]: other packs and hosts read the list at index 0."""
 
     def get_io_type(self) -> Any:
-        return list(self.options or ())
+        return _Choices(self.options or ())
 
     def as_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().as_dict().items() if key not in ("options", "multiselect")}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 PEER = os.environ.get("IPADAPTER_PLUS_PATH", "")
 
@@ -134,3 +136,45 @@ def run(world: SimpleNamespace) -> Callable[..., torch.Tensor]:
         return world.sample(model, **{"positive": positive, "negative": negative, "size": (16, 8), **options})
 
     return sample
+
+
+@pytest.fixture
+def folders(pack: SimpleNamespace, tmp_path: Path, monkeypatch: Any, vision: Any) -> Iterator[Path]:
+    """Empty folders of models. ComfyUI knows encoders by the number of their layers, so the tiny one stands in."""
+    import comfy.clip_vision
+    import folder_paths
+
+    for name in ("ipadapter", "clip_vision", "loras"):
+        (tmp_path / name).mkdir()
+        suffixes = {".safetensors", ".bin"}
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(tmp_path / name)], suffixes))
+    folder_paths.filename_list_cache.clear()
+    monkeypatch.setattr(comfy.clip_vision, "load", lambda path: copy.copy(vision))
+    yield tmp_path
+    folder_paths.filename_list_cache.clear()
+
+
+@pytest.fixture
+def write_encoder(folders: Path, vision: Any) -> Callable[[str], None]:
+    """Puts the tiny encoder into models/clip_vision."""
+
+    def write(name: str) -> None:
+        state = {key: tensor.clone().contiguous() for key, tensor in vision.model.state_dict().items()}
+        save_file(state, folders / "clip_vision" / name)
+
+    return write
+
+
+@pytest.fixture
+def put(adapter_file: Callable[..., str], folders: Path, comfyui: Path) -> Callable[..., None]:
+    """Puts an adapter of a kind under a name into models/ipadapter."""
+    import folder_paths
+
+    made = Path(folder_paths.models_dir) / "ipadapter"
+
+    def write(family: str, kind: str, name: str, **options: Any) -> None:
+        source = made / adapter_file(family, kind, folder=made, **options)
+        (folders / "ipadapter" / f"{name}.safetensors").write_bytes(source.read_bytes())
+        folder_paths.filename_list_cache.clear()
+
+    return write

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
+H14 = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
+BIGG = "CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors"
 PRESETS = {
     "STANDARD (medium strength)": ("base", {"sd15": "ip-adapter_sd15", "sdxl": "ip-adapter_sdxl_vit-h"}),
     "LIGHT - SD1.5 only (low strength)": ("base", {"sd15": "ip-adapter_sd15_light_v11"}),
@@ -20,52 +20,17 @@ PRESETS = {
     "FULL FACE - SD1.5 only (portraits stronger)": ("full", {"sd15": "ip-adapter-full-face_sd15"}),
     "Composition": ("plus", {"sd15": "ip_plus_composition_sd15", "sdxl": "ip_plus_composition_sdxl"}),
 }
-ENCODERS = ["CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors", "CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors"]
-
-
-@pytest.fixture
-def folders(pack, tmp_path, monkeypatch, vision):
-    """Empty folders of models. ComfyUI knows encoders by the number of their layers, so the tiny one stands in."""
-    import comfy.clip_vision
-    import folder_paths
-
-    for name in ("ipadapter", "clip_vision", "loras"):
-        (tmp_path / name).mkdir()
-        suffixes = {".safetensors", ".bin"}
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(tmp_path / name)], suffixes))
-    folder_paths.filename_list_cache.clear()
-    monkeypatch.setattr(comfy.clip_vision, "load", lambda path: copy.copy(vision))
-    yield tmp_path
-    folder_paths.filename_list_cache.clear()
-
-
-def write_encoder(folder, vision, name=ENCODERS[0]):
-    state = {key: tensor.clone().contiguous() for key, tensor in vision.model.state_dict().items()}
-    save_file(state, folder / "clip_vision" / name)
-
-
-@pytest.fixture
-def put(adapter_file, folders):
-    """Puts an adapter of a kind under a name into models/ipadapter."""
-    import folder_paths
-
-    made = Path(folder_paths.models_dir) / "ipadapter"
-
-    def write(family, kind, name, **options):
-        source = made / adapter_file(family, kind, folder=made, **options)
-        (folders / "ipadapter" / f"{name}.safetensors").write_bytes(source.read_bytes())
-        folder_paths.filename_list_cache.clear()
-
-    return write
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_finds_the_file_that_the_old_pack_finds(peer, old, models, put, folders, vision, monkeypatch, preset):
+def test_a_preset_finds_the_file_that_the_old_pack_finds(
+    peer, old, models, put, folders, write_encoder, vision, preset
+):
     import sys
 
     kind, names = PRESETS[preset]
-    for name in ENCODERS:
-        write_encoder(folders, vision, name)
+    for name in (H14, BIGG):
+        write_encoder(name)
     utils = sys.modules["the_old_pack.utils"]
     loader = "IPAdapterUnifiedLoaderCommunity" if preset == "Composition" else "IPAdapterUnifiedLoader"
     for family, name in names.items():
@@ -116,15 +81,15 @@ def test_names_of_all_presets(peer, pack, folders):
     assert found == 21
 
 
-def test_other_names_are_found_by_their_tensors(old, models, put, folders, vision):
+def test_other_names_are_found_by_their_tensors(old, models, put, folders, write_encoder):
     put("sd15", "plus", "my favourite")
-    write_encoder(folders, vision, "some encoder.safetensors")
+    write_encoder("some encoder.safetensors")
     _, pipeline = old["IPAdapterUnifiedLoader"]().load_models(models["sd15"], "PLUS (high strength)")
     assert Path(pipeline["ipadapter"]["file"]).name == "my favourite.safetensors"
     assert Path(pipeline["clipvision"]["file"]).name == "some encoder.safetensors"
 
 
-def test_what_is_missing_is_named(pack, old, models, put, folders, vision):
+def test_what_is_missing_is_named(pack, old, models, put, folders, write_encoder):
     load = old["IPAdapterUnifiedLoader"]().load_models
     with pytest.raises(pack.core.AdapterError, match=r"No adapter for preset 'PLUS FACE.*h94/IP-Adapter"):
         load(models["sd15"], "PLUS FACE (portraits)")

@@ -142,15 +142,16 @@ ADVANCED = [
 ]
 
 
-@pytest.mark.parametrize(("family", "kind"), [("sd15", "base"), ("sd15", "plus"), ("sdxl", "base")])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("name", ADVANCED)
-def test_apply_nodes(compare, name, family, kind):
-    changes([compare(name, family, kind, seed, batch=1 + 2 * (seed % 2)) for seed in range(3)])
+def test_apply_nodes(compare, name, family):
+    changes([compare(name, family, "base", seed, batch=1 + 2 * (seed % 2)) for seed in range(2)])
 
 
-@pytest.mark.parametrize(("family", "kind"), [("sd15", "full"), ("sdxl", "plus")])
-def test_other_kinds(compare, family, kind):
-    changes([compare("IPAdapterAdvanced", family, kind, seed) for seed in range(3)])
+@pytest.mark.parametrize(("family", "kind"), [("sd15", "plus"), ("sd15", "full"), ("sdxl", "plus")])
+@pytest.mark.parametrize("name", ["IPAdapterAdvanced", "IPAdapterClipVisionEnhancerBatch"])
+def test_other_kinds(compare, name, family, kind):
+    changes([compare(name, family, kind, seed) for seed in range(2)])
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -161,7 +162,7 @@ def test_every_weight_type(compare, family, weight_type):
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_simple_node(compare, family):
-    changes([compare("IPAdapter", family, "base", seed, batch=3, pipeline=True) for seed in range(4)])
+    changes([compare("IPAdapter", family, "base", seed, batch=3, pipeline=True) for seed in range(2)])
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -183,7 +184,7 @@ def test_list_of_weights_without_frames(compare):
 
 @pytest.mark.parametrize("name", ["IPAdapterStyleComposition", "IPAdapterStyleCompositionBatch"])
 def test_style_and_composition(compare, name):
-    for seed in range(4):
+    for seed in range(3):
         draw = Draw(100 + seed, {})
         # Both batches alike: with "concat" the old pack cannot do others.
         style, composition = (torch.rand(1 + seed % 3, 90, 100, 3, generator=draw.generator) for _ in range(2))
@@ -193,7 +194,7 @@ def test_style_and_composition(compare, name):
 @pytest.mark.parametrize("kind", ["base", "plus"])
 @pytest.mark.parametrize("name", ["IPAdapterEmbeds", "IPAdapterEmbedsBatch"])
 def test_embeds(compare, vision, name, kind):
-    for seed in range(4):
+    for seed in range(3):
         draw = Draw(200 + seed, {})
         image, mask, weight = draw.image(), draw.mask(), round(draw.random.uniform(0.3, 1.5), 2)
 
