@@ -45,7 +45,7 @@ def crop_image(
     """
     if crop not in CROPS:
         raise AdapterError(f"Unknown crop {crop!r}. Use one of: {', '.join(CROPS)}.")
-    pixels = _pixels(image, name)
+    pixels = rgb_pixels(image, name)
     colour = torch.tensor(fill, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
     if mask is not None:
         seen = _fit_mask(mask, pixels, size, crop)
@@ -89,7 +89,7 @@ def combine_features(features: Tensor, combine: str) -> Tensor:
     return features.amax(dim=0, keepdim=True) if combine == "max" else features.amin(dim=0, keepdim=True)
 
 
-def _pixels(image: Tensor, name: str) -> Tensor:
+def rgb_pixels(image: Tensor, name: str) -> Tensor:
     """[B, H, W, 1, 3 or 4] -> [B, 3, H, W]."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
         raise AdapterError(

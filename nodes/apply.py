@@ -30,6 +30,7 @@ from ..ipadapter_core.branches import branch_rows, fold_weights
 from ..ipadapter_core.masks import check_attention_mask, check_mask
 from .calls import RUN
 from .checks import check_acts, check_prompt, largest
+from .lora import LORA_STRENGTH, add_lora
 from .patch import SitePatch
 from .run import start_run
 from .steps import Application, Place
@@ -95,6 +96,16 @@ class ApplyIPAdapter(io.ComfyNode):
                     tooltip="Where in the result the picture acts: 0 nowhere, 1 fully. Any size; a batch of masks "
                     "gives each picture of a batch its own.",
                 ),
+                io.Float.Input(
+                    "lora_strength",
+                    default=LORA_STRENGTH,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Strength of the LoRA inside a FaceID file; other adapters have none. 0.6 follows the text "
+                    "better, 1 is as trained. 0 when the LoRA is loaded from its own file.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For the sampler; the input stays as it was.")],
         )
@@ -119,6 +130,7 @@ class ApplyIPAdapter(io.ComfyNode):
         end_at: float = 1.0,
         embeds_scaling: Scaling = "V only",
         attn_mask: Tensor | None = None,
+        lora_strength: float = LORA_STRENGTH,
     ) -> io.NodeOutput:
         sites = cross_attention_sites(model.get_model_object("diffusion_model"))
         check_compatible(ip_adapter.spec, sites, ip_adapter.name)
@@ -132,6 +144,7 @@ class ApplyIPAdapter(io.ComfyNode):
             end_at=end_at,
             scaling=embeds_scaling,
             attn_mask=attn_mask,
+            lora_strength=lora_strength,
             needs_negative=f"weight_type {weight_type!r}" if any(layer.swapped for layer in weights) else "",
         )
         return io.NodeOutput(patched)
@@ -147,12 +160,14 @@ def apply_prompt(
     end_at: float = 1.0,
     scaling: Scaling = "V only",
     attn_mask: Tensor | None = None,
+    lora_strength: float = LORA_STRENGTH,
     needs_negative: str = "",
     checked: bool = True,
 ) -> Any:
     """A clone of the model with one more image prompt in it. `weights` is one for each transformer of the UNet, see
-    `Site.transformer_index`; `needs_negative` names the input that acts in the negative branch alone. Without `checked`
-    an image prompt may act nowhere, and a mask is taken as it is, outside 0..1 too.
+    `Site.transformer_index`; `lora_strength` is that of the LoRA inside a FaceID file, which acts in every step;
+    `needs_negative` names the input that acts in the negative branch alone. Without `checked` an image prompt may act
+    nowhere, and a mask is taken as it is, outside 0..1 too.
 
     Raises AdapterError when the adapter is not made for the model, the prompt not for the adapter, or nothing would
     come of it although the weight is not 0.
@@ -171,6 +186,7 @@ def apply_prompt(
         patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
     if not strength:
         return patched
+    add_lora(patched, ip_adapter, sites, lora_strength)
     rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, inference_dtype(model))
     negative = "image_negative" if image_prompt.has_negative else needs_negative
     install(patched, Application(_new_key(patched), pairs, rows, start_at, end_at, mask, negative, checked))

@@ -89,6 +89,11 @@ class EncodeImagePrompt(io.ComfyNode):
         crop: str = "center",
         negative: str = TRAINED,
     ) -> io.NodeOutput:
+        if ip_adapter.spec.face_width is not None:
+            raise AdapterError(
+                f"{ip_adapter.name} is a {ip_adapter.spec.kind} adapter, which takes face embeddings. Connect it to "
+                "Encode Face Prompt."
+            )
         check_encoder(clip_vision, "The connected image encoder")
         fill = tuple(getattr(clip_vision, "image_mean", CLIP_MEAN))
         size = clip_vision.image_size

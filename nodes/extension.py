@@ -7,10 +7,20 @@ from comfy_api.latest import ComfyExtension, io
 from .apply import ApplyIPAdapter
 from .demo import LoadIPAdapterDemo
 from .encode import EncodeImagePrompt
+from .face import EncodeFacePrompt
+from .face_analysis import LoadFaceAnalysis
 from .legacy.register import old_nodes
 from .load import LoadIPAdapter
 
 
 class IPAdapterKitExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadIPAdapter, EncodeImagePrompt, ApplyIPAdapter, LoadIPAdapterDemo, *old_nodes()]
+        return [
+            LoadIPAdapter,
+            EncodeImagePrompt,
+            ApplyIPAdapter,
+            LoadIPAdapterDemo,
+            LoadFaceAnalysis,
+            EncodeFacePrompt,
+            *old_nodes(),
+        ]

@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ipadapter_core import AdapterError, AdapterSpec, IPAdapter
+from ..ipadapter_core import AdapterError, AdapterSpec, IPAdapter, LoraLayers
 
 IPAdapterModel = io.Custom("IP_ADAPTER_MODEL")
 ImagePromptType = io.Custom("IMAGE_PROMPT")
@@ -33,11 +33,13 @@ def node_schema(**fields: Any) -> io.Schema:
 class LoadedAdapter:
     """An adapter under ComfyUI's memory management. `name` is its file's, for messages.
 
-    ComfyUI finds `patcher` and keeps the weights while a prompt that uses them runs.
+    ComfyUI finds `patcher` and keeps the weights while a prompt that uses them runs. `lora` is kept beside it: its
+    weights go to the device with the model that they patch, not with the adapter.
     """
 
     name: str
     patcher: comfy.model_patcher.ModelPatcher
+    lora: LoraLayers | None = None
 
     @property
     def adapter(self) -> IPAdapter:
@@ -129,7 +131,8 @@ def project(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> Tensor:
 
 
 def manage(name: str, adapter: IPAdapter) -> LoadedAdapter:
-    """Hand an adapter, built with ComfyUI's operations, to ComfyUI's memory management."""
+    """Hand an adapter, built with ComfyUI's operations, to ComfyUI's memory management, but for its LoRA."""
+    lora, adapter.lora = adapter.lora, None
     # Looked up late: ComfyUI replaces the class at start when it streams weights.
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     patcher = patcher_class(
@@ -137,4 +140,4 @@ def manage(name: str, adapter: IPAdapter) -> LoadedAdapter:
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    return LoadedAdapter(name, patcher)
+    return LoadedAdapter(name, patcher, lora)

@@ -85,6 +85,7 @@ def _apply_one(model: Any, pipeline: Pipeline, prompt: OldPrompt) -> tuple[Any, 
             end_at=prompt.end_at,
             scaling=prompt.embeds_scaling,
             attn_mask=prompt.attn_mask,
+            lora_strength=0.0,  # the unified loader adds the LoRA's own file
             checked=False,
         )
     return model, faces

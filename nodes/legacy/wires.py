@@ -38,7 +38,8 @@ class AdapterFile(Mapping[str, Any]):
         if key == "image_proj":
             return adapter.projector.state_dict()
         if key == "ip_adapter":
-            return {**adapter.layers.state_dict(), **(adapter.lora.state_dict() if adapter.lora is not None else {})}
+            lora = self.loaded.lora
+            return {**adapter.layers.state_dict(), **({} if lora is None else lora.state_dict())}
         return True
 
     def __iter__(self) -> Iterator[str]:

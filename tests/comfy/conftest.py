@@ -83,6 +83,17 @@ def pack(comfyui: Path) -> SimpleNamespace:
     return SimpleNamespace(**modules, **{cls.__name__: cls for cls in classes}, classes=own, core=core)
 
 
+@pytest.fixture(scope="session")
+def face_models() -> ModuleType:
+    """face_models.py, which writes small face models and draws what they take for faces."""
+    pytest.importorskip("insightface", reason="insightface is not installed (extra: face)")
+    spec = importlib.util.spec_from_file_location("face_models", Path(__file__).with_name("face_models.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def randomise(module: torch.nn.Module, seed: int, scale: float = 0.08) -> None:
     """Small random weights: ComfyUI's modules start uninitialised."""
     generator = torch.Generator().manual_seed(seed)

@@ -19,7 +19,7 @@ def test_missing_bundled_files_take_no_node_away(comfyui, copy_pack, tmp_path, c
     assert asyncio.run(nodes.load_custom_node(str(folder)))
     added = set(nodes.NODE_CLASS_MAPPINGS) - before
     try:
-        assert len(added) == 4 and "Error" not in caplog.text
+        assert len(added) == 6 and "Error" not in caplog.text
         with pytest.raises(Exception, match="bundled emoji files are missing"):
             nodes.NODE_CLASS_MAPPINGS["LoadIPAdapterDemo"].execute()
     finally:
@@ -36,7 +36,14 @@ def test_any_folder_name(comfyui, copy_pack, tmp_path, caplog):
         assert asyncio.run(nodes.load_custom_node(str(folder)))
     added = set(nodes.NODE_CLASS_MAPPINGS) - before
     try:
-        assert added == {"LoadIPAdapter", "EncodeImagePrompt", "ApplyIPAdapter", "LoadIPAdapterDemo"}
+        assert added == {
+            "LoadIPAdapter",
+            "EncodeImagePrompt",
+            "ApplyIPAdapter",
+            "LoadIPAdapterDemo",
+            "LoadFaceAnalysis",
+            "EncodeFacePrompt",
+        }
         assert "Error" not in caplog.text and "Cannot import" not in caplog.text
         for name in added:
             assert nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1()["category"] == "image prompt"

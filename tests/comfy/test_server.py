@@ -14,7 +14,8 @@ GRAPH = Path(__file__).parent / "demo.api.json"
 
 
 def test_the_nodes_are_there(server):
-    for node in ("LoadIPAdapter", "EncodeImagePrompt", "ApplyIPAdapter", "LoadIPAdapterDemo"):
+    nodes = ("LoadIPAdapter", "EncodeImagePrompt", "ApplyIPAdapter", "LoadIPAdapterDemo")
+    for node in (*nodes, "LoadFaceAnalysis", "EncodeFacePrompt"):
         info = server.get(f"/object_info/{node}")[node]
         assert info["category"] == "image prompt"
         assert info["python_module"] == "custom_nodes.a-folder"

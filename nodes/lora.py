@@ -1,0 +1,76 @@
+"""The LoRA inside a FaceID file, as weight patches that ComfyUI manages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from comfy.weight_adapter import LoRAAdapter
+
+from ..ipadapter_core import AdapterError, Site
+from ..ipadapter_core.lora import LORA_PARTS
+from .types import LoadedAdapter
+
+# Trained at 1. Below, the model follows the text better and the face stays; other hosts open at 0.6 too.
+LORA_STRENGTH = 0.6
+
+_STAGES = {"input": "input_blocks", "output": "output_blocks", "middle": "middle_block"}
+
+
+def add_lora(model: Any, ip_adapter: LoadedAdapter, sites: Sequence[Site], strength: float) -> None:
+    """Patch the attention weights of a model that nobody else holds yet. An adapter without LoRA, or strength 0, leaves
+    them as they are.
+
+    A file's LoRA acts once, however many prompts of the file a model has: the largest of their strengths counts.
+    """
+    if not math.isfinite(strength):
+        raise AdapterError(f"lora_strength is {strength}. Choose a number from 0 to 2; 0 switches the LoRA off.")
+    if ip_adapter.lora is None or strength == 0.0:
+        return
+    source = f"LoRA of {ip_adapter.name}"  # how a later prompt of the same file finds these patches
+    patches: dict[str, LoRAAdapter] = {}
+    for site in sites:
+        block = _block_name(model.get_model_object("diffusion_model"), site)
+        for attention, id in (("attn1", site.id - 1), ("attn2", site.id)):
+            for part in LORA_PARTS:
+                update: Any = ip_adapter.lora.part(id, part)
+                layer = "to_out.0" if part == "to_out" else part
+                # up, down, then what this LoRA has not: alpha, mid, DoRA scale, new shape.
+                weights = (update.up.weight.detach(), update.down.weight.detach(), None, None, None, None)
+                patches[f"diffusion_model.{block}.{attention}.{layer}.weight"] = LoRAAdapter({source}, weights)
+    strength = max([strength, *_take_out(model, source, patches)])
+    missing = set(patches) - set(model.add_patches(patches, strength))
+    if missing:
+        raise AdapterError(
+            f"{ip_adapter.name} holds a LoRA for {len(patches)} weights, the model has no {sorted(missing)[0]}. Set "
+            "lora_strength to 0 to use the adapter without it."
+        )
+
+
+def _take_out(model: Any, source: str, keys: Iterable[str]) -> list[float]:
+    """Remove the patches that an earlier prompt of the same file has left; their strengths."""
+    strengths: list[float] = []
+    for key in keys:
+        kept = []
+        for patch in model.patches.get(key, []):
+            if source in getattr(patch[1], "loaded_keys", ()):
+                strengths.append(patch[0])
+            else:
+                kept.append(patch)
+        if key in model.patches:
+            model.patches[key] = kept
+    return strengths
+
+
+def _block_name(diffusion_model: Any, site: Site) -> str:
+    """Where the transformer block of a site is in the module tree, such as "input_blocks.1.1.transformer_blocks.0"."""
+    stage, number, index = site.block or ("", 0, 0)
+    parent = _STAGES[stage] if stage == "middle" else f"{_STAGES[stage]}.{number}"
+    names = [
+        f"{parent}.{name}.transformer_blocks.{i}"
+        for name, child in diffusion_model.get_submodule(parent).named_children()
+        for i, block in enumerate(getattr(child, "transformer_blocks", ()))
+        if getattr(block, "attn2", None) is not None
+    ]
+    return names[index]
