@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,7 +107,9 @@ def adapter_file(pack: SimpleNamespace, models: dict[str, Any], comfyui: Path) -
             options = {"image_width": EMBEDS, **options}
         if kind == "full":
             options = {"tokens": 17, **options}
+        changes = options.pop("changes", {})
         spec = pack.core.new_spec(kind, [site.width for site in sites], CONTEXTS[family], **options)
+        spec = dataclasses.replace(spec, **changes)
         with torch.inference_mode():
             adapter = pack.core.init_adapter(spec, dtype=torch.float16)
             generator = torch.Generator().manual_seed(len(name))
@@ -116,6 +120,10 @@ def adapter_file(pack: SimpleNamespace, models: dict[str, Any], comfyui: Path) -
                 parameter.copy_(noise if parameter.ndim > 1 else noise * 0.1 + 0.9)
             for parameter in adapter.layers.parameters():
                 parameter.mul_(4)
+            spec = adapter.spec
+            if kind == "faceid-plus":  # the published files do not say which version they are
+                adapter.spec = dataclasses.replace(spec, shortcut=None)
+                adapter.projector.shortcut = None
             pack.core.save_adapter(folder / name, adapter)
         folder_paths.filename_list_cache.clear()
         return name
@@ -178,3 +186,116 @@ def put(adapter_file: Callable[..., str], folders: Path, comfyui: Path) -> Calla
         folder_paths.filename_list_cache.clear()
 
     return write
+
+
+TOLERANCE = 1e-3  # of the scale of what the image prompt changes
+FLOAT = 1e-5  # of the scale of the latents: rounding
+
+
+class Draw:
+    """Random inputs for a node, from the old pack's own INPUT_TYPES."""
+
+    def __init__(self, seed, given):
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.given = given
+
+    def image(self):
+        height, width = (self.random.choice([64, 80, 100, 150, 224, 300]) for _ in range(2))
+        return torch.rand(self.random.choice([1, 1, 2, 3]), height, width, 3, generator=self.generator)
+
+    def mask(self):
+        height, width = (self.random.choice([64, 100, 128]) for _ in range(2))
+        soft = torch.rand(self.random.choice([1, 1, 3]), 1, 4, 4, generator=self.generator)
+        return torch.nn.functional.interpolate(soft, size=(height, width), mode="bilinear")[:, 0]
+
+    def value(self, name, kind, options):
+        if name in self.given:
+            return self.given[name]
+        if isinstance(kind, list):
+            return self.random.choice(kind)
+        if kind == "FLOAT":
+            low, high = max(options["min"], -1.0), min(options["max"], 1.5)
+            return round(self.random.uniform(low, high), 2)
+        if kind == "INT":
+            return self.random.randint(options["min"], min(options["max"], 4))
+        if kind == "BOOLEAN":
+            return self.random.random() < 0.5
+        if kind == "STRING":
+            return self.random.choice(["", "0:0.5, 3:1.0,5:-0.4", "1:1, 6:0.7, 4:1", "3:0.8,6:1"])
+        if kind == "IMAGE":
+            return self.image()
+        if kind == "MASK":
+            return self.mask()
+        raise KeyError(kind)
+
+    def inputs(self, types):
+        made = {name: self.value(name, kind[0], (kind[1:] or [{}])[0]) for name, kind in types["required"].items()}
+        for name, (kind, *_) in types.get("optional", {}).items():
+            if name in self.given or self.random.random() < 0.4:
+                made[name] = self.value(name, kind, {})
+        if "start_at" in made and "start_at" not in self.given:
+            start = self.random.choice([0.0, 0.0, 0.2])
+            made.update(start_at=start, end_at=self.random.choice([1.0, 1.0, 0.6]))
+        return {name: value for name, value in made.items() if value is not None}
+
+
+@pytest.fixture(scope="session")
+def bases(models, run):
+    with torch.inference_mode():
+        return {
+            (family, batch): run(model, family, batch=batch) for family, model in models.items() for batch in (1, 3)
+        }
+
+
+@pytest.fixture(scope="session")
+def compare(peer, old, models, vision, adapter_file, run, bases):
+    """Run one node of both packs with the same random inputs and compare the latents, and what else they return.
+    Returns by how much the image prompt changes the latents. `make` gives inputs that a pack's own nodes make.
+    """
+
+    def once(name, family, kind, seed, batch=1, pipeline=False, make=lambda nodes, adapter: {}, file=None, **given):
+        file = file or adapter_file(family, kind)
+        draw = Draw(seed, {"model": models[family], "clip_vision": vision, "insightface": None, **given})
+        results, inputs = [], {}
+        for nodes in (peer.nodes, old):
+            (adapter,) = nodes["IPAdapterModelLoader"]().load_ipadapter_model(file)
+            made = make(nodes, adapter)
+            draw.given = {**draw.given, **made, "ipadapter": piped(adapter, vision) if pipeline else adapter}
+            inputs = inputs or draw.inputs(nodes[name].INPUT_TYPES())
+            inputs = {**inputs, **made, "ipadapter": draw.given["ipadapter"]}
+            outputs = getattr(nodes[name](), nodes[name].FUNCTION)(**inputs)
+            results.append((run(outputs[0], family, batch=batch), outputs[1:]))
+        (theirs, their_rest), (ours, our_rest) = results
+        changed, error = (float((part - theirs).abs().max()) for part in (bases[family, batch], ours))
+        scale = float(theirs.abs().max())
+        shown = {key: value for key, value in inputs.items() if isinstance(value, str | float | int)}
+        assert error <= TOLERANCE * changed + FLOAT * scale, (name, family, kind, error, changed, scale, shown)
+        for one, other in zip(their_rest, our_rest, strict=True):
+            assert (one is None) == (other is None), name
+            assert one is None or torch.allclose(one, other, atol=1e-6), name
+        return changed
+
+    return once
+
+
+def piped(adapter, vision):
+    """What a unified loader gives."""
+    parts = {"clipvision": vision, "ipadapter": adapter, "insightface": None}
+    return {name: {"file": None, "model": model} for name, model in parts.items()}
+
+
+@pytest.fixture(scope="session")
+def changes() -> Callable[[list[float]], None]:
+    """Asserts that comparisons compare something."""
+
+    def check(results: list[float]) -> None:
+        assert max(results) > 1e-2, results
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[[int], Draw]:
+    """Random inputs from a seed."""
+    return lambda seed: Draw(seed, {})
