@@ -149,7 +149,7 @@ def test_swarmui_runs_with_a_model_file(host):
 
 
 def test_swarmui_with_a_preset_is_told_what_is_missing(host):
-    """The graph is accepted; without an image encoder in models/clip_vision it stops with a sentence."""
+    """The graph is accepted; with the bundled model, for which no preset is made, it stops with a sentence."""
     graph = {"demo": {"class_type": "LoadIPAdapterDemo", "inputs": {}}}
     graph["image"] = {"class_type": "LoadImage", "inputs": {"image": "reference.png"}}
     inputs = {"model": ["demo", 0], "preset": "FACEID", "lora_strength": 0.6, "provider": "CPU"}
@@ -168,7 +168,7 @@ def test_swarmui_with_a_preset_is_told_what_is_missing(host):
     }
     entry = run(host, {**graph, **around(["apply", 0])})
     messages = [data for kind, data in entry["status"]["messages"] if kind == "execution_error"]
-    assert "No adapter for preset 'FACEID'" in messages[0]["exception_message"]
+    assert "Preset 'FACEID' is for SD1.5 and SDXL models" in messages[0]["exception_message"]
 
 
 def test_other_nodes_of_the_old_names_run(host):
