@@ -15,7 +15,7 @@ from .attention import SCALINGS, Attend, KeyValue, Scaling, image_attention, sca
 from .attn_processor import ImageAttnProcessor
 from .build import build_layers, build_lora, build_projector, load_layers, load_projector
 from .checkpoint import AdapterCheckpoint, checkpoint_from_state, read_checkpoint
-from .compatible import check_compatible
+from .compatible import check_compatible, context_tokens, is_kolors_unet
 from .errors import AdapterError
 from .infer import infer_spec, shortcut_hint
 from .layers import (
@@ -45,6 +45,7 @@ from .spec import (
     METADATA_ENCODER,
     METADATA_KIND,
     METADATA_NEGATIVE,
+    METADATA_RESOLUTION,
     METADATA_SHORTCUT,
     METADATA_TOKENS,
     AdapterSpec,
@@ -78,6 +79,7 @@ __all__ = [
     "METADATA_ENCODER",
     "METADATA_KIND",
     "METADATA_NEGATIVE",
+    "METADATA_RESOLUTION",
     "METADATA_SHORTCUT",
     "METADATA_TOKENS",
     "SCALINGS",
@@ -118,6 +120,7 @@ __all__ = [
     "check_compatible",
     "checkpoint_from_state",
     "comfy_block_ids",
+    "context_tokens",
     "cross_attention_sites",
     "diffusers_sites",
     "export_state",
@@ -127,6 +130,7 @@ __all__ = [
     "init_adapter",
     "init_from_unet",
     "inject",
+    "is_kolors_unet",
     "layer_keys_values",
     "layer_table",
     "layer_weights",

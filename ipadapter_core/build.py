@@ -31,7 +31,7 @@ def build_projector(
     Raises AdapterError when the spec lacks a width that its kind needs.
     """
     spec_of = _Required(spec)
-    context = spec.context_width
+    context = spec.token_width or spec.context_width
     if spec.kind == "base":
         return ImageProjection(
             spec_of("image_width"), context, spec.tokens, operations=operations, device=device, dtype=dtype
@@ -169,6 +169,15 @@ def load_layers(
 
 def assign(module: nn.Module, tensors: TensorMap, origin: str, dtype: torch.dtype | None = None) -> None:
     """Give a meta module the tensors of its own keys (frozen). Shapes are compared first."""
+    wanted = check_tensors(module, tensors, origin)
+    state = {name: tensors[name] if dtype is None else tensors[name].to(dtype) for name in wanted}
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+def check_tensors(module: nn.Module, tensors: TensorMap, origin: str) -> list[str]:
+    """The names of a module's tensors. Raises AdapterError when one is missing or of another shape, or there are
+    more."""
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     for name, shape in wanted.items():
         if tensors.shapes.get(name) != shape:
@@ -183,6 +192,4 @@ def assign(module: nn.Module, tensors: TensorMap, origin: str, dtype: torch.dtyp
         raise AdapterError(
             f"{origin}: {len(extra)} unexpected tensors, the first is {extra[0]}. This adapter is not supported."
         )
-    state = {name: tensors[name] if dtype is None else tensors[name].to(dtype) for name in wanted}
-    module.load_state_dict(state, strict=True, assign=True)
-    module.requires_grad_(False)
+    return list(wanted)

@@ -4,14 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor, nn
+
 from .errors import AdapterError
 from .layers import Site
-from .spec import FAMILY_NAMES, AdapterSpec, family_of
+from .spec import FAMILY_NAMES, KOLORS_TEXT_WIDTH, AdapterSpec, family_of
+
+_KOLORS_LABEL_WIDTH = 5632  # ChatGLM's pooled state of 4096 and the six sizes; SDXL has 1280 and the same
 
 
-def check_compatible(spec: AdapterSpec, sites: Sequence[Site], name: str = "The adapter") -> None:
+def is_kolors_unet(unet: nn.Module) -> bool:
+    """Whether a UNet of SDXL's shapes is Kolors': it narrows ChatGLM's states itself, or its labels are as wide as
+    they are. For ComfyUI's UNets (as other packs load Kolors) and diffusers'.
+    """
+    projection = getattr(unet, "encoder_hid_proj", None)
+    if getattr(projection, "in_features", None) == KOLORS_TEXT_WIDTH:
+        return True
+    for name in ("label_emb.0.0", "add_embedding.linear_1"):
+        try:
+            label = unet.get_submodule(name)
+        except AttributeError:
+            continue
+        return getattr(label, "in_features", None) == _KOLORS_LABEL_WIDTH
+    return False
+
+
+def check_compatible(
+    spec: AdapterSpec, sites: Sequence[Site], name: str = "The adapter", *, unet: nn.Module | None = None
+) -> None:
     """Check that an adapter fits a model's cross-attention sites (in id order); `name` is the file's, for
-    the message.
+    the message. With `unet`, Kolors and SDXL, whose sites are alike, are told apart.
 
     Raises AdapterError such as "ip-adapter_sdxl is made for SDXL (context 2048); the connected model is
     SD1.5 (768)."
@@ -19,6 +42,8 @@ def check_compatible(spec: AdapterSpec, sites: Sequence[Site], name: str = "The 
     widths = tuple(site.width for site in sites)
     context = sites[0].context_width if sites else 0
     if widths == spec.layer_widths and context == spec.context_width:
+        if unet is not None:
+            _check_kolors(spec, is_kolors_unet(unet), name)
         return
     if context == spec.context_width and len(widths) == len(spec.layer_widths):
         at = next(i for i, (a, b) in enumerate(zip(widths, spec.layer_widths, strict=True)) if a != b)
@@ -34,3 +59,31 @@ def check_compatible(spec: AdapterSpec, sites: Sequence[Site], name: str = "The 
         f"{name} is made for {spec.family_name} ({detail}); the connected model is {model} ({context}, {len(widths)} "
         f"layers). {use}"
     )
+
+
+def _check_kolors(spec: AdapterSpec, kolors: bool, name: str) -> None:
+    if spec.is_kolors and not kolors:
+        raise AdapterError(f"{name} is made for Kolors; the connected model is SDXL. Use an SDXL adapter.")
+    if kolors and not spec.is_kolors:
+        raise AdapterError(
+            f"{name} is made for {spec.family_name}; the connected model is Kolors. Use "
+            "ip_adapter_plus_general.bin of Kwai-Kolors/Kolors-IP-Adapter-Plus."
+        )
+
+
+def context_tokens(tokens: Tensor, spec: AdapterSpec, unet: nn.Module, name: str = "The adapter") -> Tensor:
+    """Tokens [B, T, token_width] -> [B, T, context_width]: those of Kolors FaceID are as wide as ChatGLM's states, and
+    the UNet's own encoder_hid_proj narrows both. Others are returned as they are.
+
+    Raises AdapterError for a Kolors UNet without that layer.
+    """
+    if spec.token_width is None:
+        return tokens
+    projection = getattr(unet, "encoder_hid_proj", None)
+    if not isinstance(projection, nn.Linear):
+        raise AdapterError(
+            f"{name} needs the encoder_hid_proj of Kolors' UNet, which the connected model does not have. Load Kolors "
+            "with nodes that keep it in the model, such as ComfyUI-Kolors-MZ."
+        )
+    weight, bias = (part.to(tokens.device, tokens.dtype) for part in (projection.weight, projection.bias))
+    return torch.nn.functional.linear(tokens, weight, bias)

@@ -1,76 +1,113 @@
-"""Which image encoder (CLIP vision) a file holds and which one an adapter needs: by tensor shapes, never by name."""
+"""Which image encoder (CLIP vision) a file holds and which one an adapter needs: by tensors, never by name."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import AdapterError
+from .published_encoders import (
+    CLIP_L,
+    CLIP_L_336,
+    PUBLISHED_ENCODERS,
+    EncoderFamily,
+    PublishedEncoder,
+    encoders_of_width,
+    families_named,
+)
 from .spec import AdapterSpec
 from .tensors import open_tensors
 
 EXPECTED_ENCODER = "an image encoder (CLIP vision), .safetensors or PyTorch"
 
-# (class embedding, position embedding, projection, the projection's output axis) in the two published layouts.
-_LAYOUTS = (
-    (
-        "vision_model.embeddings.class_embedding",
-        "vision_model.embeddings.position_embedding.weight",
-        "visual_projection.weight",
-        0,
-    ),
-    ("visual.class_embedding", "visual.positional_embedding", "visual.proj", 1),
-)
-_DOWNLOADS = {
-    1280: (
-        "CLIP ViT-H/14: https://huggingface.co/h94/IP-Adapter, models/image_encoder/model.safetensors, saved as "
-        "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
-    ),
-    1664: (
-        "OpenCLIP ViT-bigG/14: https://huggingface.co/h94/IP-Adapter, sdxl_models/image_encoder/model.safetensors, "
-        "saved as CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors"
-    ),
-    1024: "CLIP ViT-L/14: https://huggingface.co/openai/clip-vit-large-patch14, model.safetensors",
-}
-# The hidden width of the encoder whose image_embeds have this width.
-_HIDDEN_OF_EMBEDS = {1024: 1280, 1280: 1664, 768: 1024}
+Shapes = Mapping[str, tuple[int, ...]]
 
-# Tokens of the encoders that published plus adapters were trained with: ViT-L/14, ViT-H/14 and ViT-bigG/14 at 224
-# pixels. The same models at a higher resolution have the same widths.
-_PUBLISHED_TOKENS = {1024: 257, 1280: 257, 1664: 257}
-_KOLORS_TOKENS = 577  # ViT-L/14 at 336 pixels
+_CLIP = "vision_model.embeddings."
+_LAYER = re.compile(r"^(?:vision_model\.encoder\.layers|visual\.transformer\.resblocks|encoder\.layer|layer)\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageEncoder:
-    """The shape of an image encoder: channels of its hidden states and of its image_embeds (None: without a
-    projection), and its tokens (patches and the class token; 257 for ViT-H/14 at 224 pixels).
+    """The shape of an image encoder, from its tensors: channels of its hidden states and of its image_embeds (None: it
+    makes none), its tokens (patches and the class token; 257 for ViT-H/14 at 224 pixels; None where the size of the
+    image decides), its architecture, its layers (0: unknown) and the pixels of a patch (0: unknown).
     """
 
     hidden_width: int
     embeds_width: int | None
-    tokens: int
+    tokens: int | None
+    family: EncoderFamily = "CLIP"
+    layers: int = 0
+    patch: int = 0
+
+    @property
+    def published(self) -> PublishedEncoder | None:
+        """The published encoder of this shape."""
+        for encoder in PUBLISHED_ENCODERS:
+            same = (encoder.family, encoder.hidden_width, encoder.tokens) == (
+                self.family,
+                self.hidden_width,
+                self.tokens,
+            )
+            if same and self.layers in (0, encoder.layers):
+                return encoder
+        return None
 
     def describe(self) -> str:
-        """For messages: "hidden states of 1280, image_embeds of 1024, 257 tokens"."""
+        """For messages: "CLIP ViT-H/14: hidden states of 1280, image_embeds of 1024, 257 tokens"."""
         embeds = "no image_embeds" if self.embeds_width is None else f"image_embeds of {self.embeds_width}"
-        return f"hidden states of {self.hidden_width}, {embeds}, {self.tokens} tokens"
+        tokens = "tokens by the size of the image" if self.tokens is None else f"{self.tokens} tokens"
+        published = self.published
+        name = f"{self.family}, {self.layers} layers" if published is None else published.name
+        return f"{name}: hidden states of {self.hidden_width}, {embeds}, {tokens}"
 
 
-def encoder_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> ImageEncoder | None:
+def encoder_from_shapes(shapes: Shapes) -> ImageEncoder | None:
     """The encoder that tensors of these names and shapes are, or None when they are no CLIP vision model."""
-    for class_name, position_name, projection_name, axis in _LAYOUTS:
-        if class_name in shapes and position_name in shapes:
-            projection = shapes.get(projection_name)
-            return ImageEncoder(
-                hidden_width=shapes[class_name][-1],
-                embeds_width=None if projection is None else projection[axis],
-                tokens=shapes[position_name][-2],
-            )
-    return None
+    numbers = [int(match.group(1)) for match in map(_LAYER.match, shapes) if match]
+    layers = max(numbers, default=-1) + 1
+    if f"{_CLIP}position_embedding.weight" in shapes:
+        return _transformers_encoder(shapes, layers)
+    if "visual.class_embedding" in shapes and "visual.positional_embedding" in shapes:  # as OpenAI names them
+        projection = shapes.get("visual.proj")
+        return ImageEncoder(
+            hidden_width=shapes["visual.class_embedding"][-1],
+            embeds_width=None if projection is None else projection[1],
+            tokens=shapes["visual.positional_embedding"][-2],
+            layers=layers,
+            patch=shapes.get("visual.conv1.weight", (0,))[-1],
+        )
+    return _dino_encoder(shapes, layers) if "embeddings.cls_token" in shapes else None
+
+
+def _transformers_encoder(shapes: Shapes, layers: int) -> ImageEncoder:
+    """CLIP, which has a class token, or SigLIP."""
+    position = shapes[f"{_CLIP}position_embedding.weight"]
+    patch = shapes.get(f"{_CLIP}patch_embedding.weight", (0,))
+    class_token = shapes.get(f"{_CLIP}class_embedding")
+    if class_token is not None:
+        projection = shapes.get("visual_projection.weight")
+        embeds = None if projection is None else projection[0]
+        return ImageEncoder(class_token[-1], embeds, position[-2], "CLIP", layers, patch[-1])
+    if len(patch) == 2:  # NaFlex cuts the patches itself: a Linear, not a convolution
+        return ImageEncoder(position[-1], None, position[-2], "SigLIP2", layers, math.isqrt(patch[-1] // 3))
+    return ImageEncoder(position[-1], None, position[-2], "SigLIP", layers, patch[-1])
+
+
+def _dino_encoder(shapes: Shapes, layers: int) -> ImageEncoder | None:
+    width = shapes["embeddings.cls_token"][-1]
+    if "embeddings.register_tokens" in shapes and "layer.0.attention.o_proj.bias" in shapes:
+        return ImageEncoder(width, width, None, "DINOv3", layers, shapes["embeddings.patch_embeddings.weight"][-1])
+    if "encoder.layer.0.layer_scale1.lambda1" not in shapes:
+        return None
+    tokens = shapes["embeddings.position_embeddings"][-2]
+    return ImageEncoder(
+        width, width, tokens, "DINOv2", layers, shapes["embeddings.patch_embeddings.projection.weight"][-1]
+    )
 
 
 def read_encoder(path: str | os.PathLike[str]) -> ImageEncoder | None:
@@ -78,51 +115,86 @@ def read_encoder(path: str | os.PathLike[str]) -> ImageEncoder | None:
     file.
     """
     try:
-        return _open_encoder(Path(path))
+        return open_encoder(Path(path))
     except (AdapterError, OSError):
         return None
 
 
-def _open_encoder(path: Path) -> ImageEncoder | None:
-    """Raises AdapterError or OSError for a file that cannot be read."""
+def open_encoder(path: Path) -> ImageEncoder | None:
+    """`read_encoder` that raises AdapterError or OSError for a file that cannot be read."""
     infos = open_tensors(path, EXPECTED_ENCODER).infos
     try:
         return encoder_from_shapes({name.removeprefix("state_dict."): info.shape for name, info in infos.items()})
-    except IndexError:  # tensors of these names with fewer axes
+    except (IndexError, KeyError):  # tensors of these names with fewer axes, or without the others
         return None
 
 
 def encoder_fits(spec: AdapterSpec, encoder: ImageEncoder) -> bool:
-    """Whether an encoder makes the features that an adapter takes."""
-    if spec.kind == "base":
-        return encoder.embeds_width == spec.image_width
-    if spec.kind == "full":
-        return (encoder.hidden_width, encoder.tokens) == (spec.image_width, spec.tokens)
-    published = _PUBLISHED_TOKENS.get(encoder.hidden_width, encoder.tokens)
-    wanted = _KOLORS_TOKENS if spec.is_kolors else published
-    return encoder.hidden_width == spec.image_width and encoder.tokens == wanted
+    """Whether an encoder makes the features that an adapter takes, and is of the kind that it was trained on as far
+    as that can be known.
+
+    Several encoders share a width: the file's metadata decides, else the published adapters of this width (CLIP).
+    """
+    width = encoder.embeds_width if spec.kind == "base" else encoder.hidden_width
+    if width is None or width != spec.image_width:
+        return False
+    if spec.kind == "full" and spec.tokens != _tokens_at(encoder, spec.encoder_resolution):
+        return False
+    if spec.is_kolors:
+        return encoder.published == CLIP_L_336
+    families = families_named(spec.encoder_id)
+    if families:
+        return encoder.family in families
+    known = encoders_of_width(width, embeds=spec.kind == "base")
+    if not known:
+        return encoder.family == "CLIP"  # nobody's width: an encoder of one's own
+    if CLIP_L in known:  # DINOv2-L shares its width: only the metadata can ask for that
+        known = [CLIP_L]
+    return encoder.published in known or (spec.kind == "full" and encoder.family == "CLIP")
+
+
+def _tokens_at(encoder: ImageEncoder, resolution: int | None) -> int | None:
+    if resolution is None or not encoder.patch or encoder.family != "CLIP":
+        return encoder.tokens
+    return 1 + (resolution // encoder.patch) ** 2
 
 
 def find_encoder(
-    spec: AdapterSpec, files: Iterable[str | os.PathLike[str]], *, name: str = "The adapter", folder: str = ""
+    spec: AdapterSpec,
+    files: Iterable[str | os.PathLike[str]],
+    *,
+    name: str = "The adapter",
+    folder: str = "",
+    open_file: Callable[[Path], ImageEncoder | None] = open_encoder,
 ) -> Path:
     """The first of `files`, in order, that holds the image encoder of this adapter.
 
     `name` is the adapter's and `folder` where encoders belong, both for the message.
 
-    Raises AdapterError that says what each file is, which one to download and where to put it.
+    Raises AdapterError that says what each file is, which one to download and where to put it, or that two files
+    fit and differ.
     """
     seen: list[str] = []
+    fitting: dict[Path, ImageEncoder] = {}
     for file in map(Path, files):
         try:
-            encoder = _open_encoder(file)
+            encoder = open_file(file)
         except (AdapterError, OSError) as error:
             reason = re.split(r"; expected| \(|\. ", str(error).removeprefix(f"{file}: "))[0]  # without the advice
             seen.append(f"{file.name} ({reason})")
             continue
         if encoder is not None and encoder_fits(spec, encoder):
-            return file
-        seen.append(f"{file.name} ({encoder.describe() if encoder else 'not a CLIP vision model'})")
+            fitting[file] = encoder
+        else:
+            seen.append(f"{file.name} ({encoder.describe() if encoder else 'not a CLIP vision model'})")
+    if len({(encoder.family, encoder.tokens) for encoder in fitting.values()}) > 1:
+        listed = "; ".join(f"{file.name} ({encoder.describe()})" for file, encoder in fitting.items())
+        raise AdapterError(
+            f"{name} takes {needed_features(spec)}, and several image encoders make them: {listed}. Choose the one "
+            "that it was trained with in clip_vision_name."
+        )
+    if fitting:
+        return next(iter(fitting))
     found = f"Looked at: {'; '.join(seen)}" if seen else "The folder holds no file"
     raise AdapterError(
         f"No image encoder for {name}. It needs {needed_features(spec)} ({spec.encoder}). {found}. "
@@ -138,6 +210,11 @@ def needed_features(spec: AdapterSpec) -> str:
 
 def download_hint(spec: AdapterSpec) -> str:
     """Which published file holds the encoder of this adapter."""
-    width = spec.image_width or 0
-    hidden = _HIDDEN_OF_EMBEDS.get(width, 0) if spec.kind == "base" else width
-    return _DOWNLOADS.get(hidden, f"the image encoder that the adapter was trained with ({spec.encoder})")
+    named = families_named(spec.encoder_id)
+    known = encoders_of_width(spec.image_width or 0, embeds=spec.kind == "base")
+    if named:
+        known = [encoder for encoder in known if encoder.family in named]
+    if spec.is_kolors:
+        known = [CLIP_L_336]
+    download = known[0].download if known else ""
+    return download or f"the image encoder that the adapter was trained with ({spec.encoder})"

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from .build import build_projector, check_tensors
 from .checkpoint import AdapterCheckpoint
 from .errors import AdapterError
 from .infer_layers import Shapes, infer_layers
 from .spec import (
     FAMILIES,
+    KOLORS_TEXT_WIDTH,
     METADATA_BASE_FAMILY,
     METADATA_DIM_HEAD,
     METADATA_ENCODER,
     METADATA_KIND,
     METADATA_NEGATIVE,
+    METADATA_RESOLUTION,
     METADATA_SHORTCUT,
     METADATA_TOKENS,
     AdapterSpec,
@@ -50,8 +53,8 @@ class _Projector:
 def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
     """Describe an opened adapter. Reads shapes and metadata only, never weights or the file name.
 
-    Raises AdapterError for a missing layer, keys without values, shapes that fit no known projector, and
-    metadata that contradicts the shapes.
+    Raises AdapterError for a missing layer, keys without values, shapes that fit no known projector, tensors that
+    the projector has not, and metadata that contradicts the shapes.
     """
     origin, metadata = checkpoint.path, checkpoint.metadata
     widths, context_width, lora_rank = infer_layers(checkpoint.ip_adapter.shapes, origin)
@@ -63,17 +66,18 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
         raise AdapterError(
             f"{origin}: the image projector is incomplete or has unexpected shapes ({error}). Export the adapter again."
         ) from error
-    if projector.context_width != context_width:
+    kolors_face = projector.kind == "faceid-plus" and projector.context_width == KOLORS_TEXT_WIDTH
+    if projector.context_width != context_width and not kolors_face:
         raise AdapterError(
             f"{origin}: the image projector makes tokens of {projector.context_width}, the layers take "
-            f"{context_width}. The two parts belong to different adapters, or this is a Kolors FaceID file, which is "
-            "not supported."
+            f"{context_width}. The two parts belong to different adapters."
         )
     kind = _kind(projector, lora_rank, metadata, origin)
     family = family_of(context_width, widths)
     _check_family(family, metadata, origin)
     heads, dim_head = _heads(projector.inner_width, metadata, origin)
-    return AdapterSpec(
+    shortcut = _shortcut(kind, metadata, origin)
+    spec = AdapterSpec(
         kind=kind,
         family=family,
         context_width=context_width,
@@ -87,11 +91,15 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
         dim_head=dim_head,
         layer_widths=widths,
         lora_rank=lora_rank,
-        shortcut=_shortcut(kind, metadata, origin),
-        unnormalised=kind == "portrait" and projector.depth is not None,
+        shortcut=True if kolors_face and shortcut is None else shortcut,  # its only published file is a v2
+        unnormalised=kolors_face or (kind == "portrait" and projector.depth is not None),
         encoder_id=metadata.get(METADATA_ENCODER),
         negative=metadata.get(METADATA_NEGATIVE, "zeros"),
+        token_width=projector.context_width if kolors_face else None,
+        encoder_resolution=_integer(METADATA_RESOLUTION, metadata, origin),
     )
+    check_tensors(build_projector(spec, device="meta"), checkpoint.image_proj, origin)
+    return spec
 
 
 def shortcut_hint(path: str | os.PathLike[str]) -> bool | None:

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .errors import AdapterError
+from .foreign import foreign_adapter, refuse_foreign
 from .layers import attention_ids
 
+# The published prefix comes first: it wins where a file holds the weights under both (NoobAI's MARK1).
 IMAGE_PROJ_PREFIXES = ("image_proj.", "image_proj_model.")
 IP_ADAPTER_PREFIXES = ("ip_adapter.", "adapter_modules.")
 _ADAPTER_TENSOR = re.compile(r"to_([kv]_ip|(q|k|v|out)_lora\.(down|up))\.weight$")
@@ -18,7 +20,6 @@ _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
 
 # What a file without image_proj and ip_adapter looks like, by guarded key patterns; the first match wins.
 _OTHER_FILES: tuple[tuple[str, str], ...] = (
-    (r"^ip_adapter_proj_model\.|^double_blocks\.\d+\.processor\.", "an XLabs IP-Adapter for FLUX"),
     (
         r"^control_model\.|controlnet_cond_embedding\.|input_hint_block\.|controlnet_down_blocks\.",
         "a ControlNet",
@@ -51,6 +52,9 @@ class KeyPlan:
 def looks_like(keys: Iterable[str]) -> str:
     """What a set of tensor names looks like, for error messages: "a LoRA", "a ControlNet", ..."""
     names = list(keys)
+    foreign = foreign_adapter(names)
+    if foreign is not None:
+        return foreign
     for pattern, description in _OTHER_FILES:
         if any(re.search(pattern, name) for name in names):
             return description
@@ -65,9 +69,11 @@ def plan_keys(keys: Iterable[str], origin: str) -> KeyPlan:
     Layouts: "flat" (`image_proj.*`, `ip_adapter.*`, also a nested .bin after flattening), "trainer"
     (`image_proj_model.*`, `adapter_modules.*`) and "training-dump" (the trainer's whole state with
     `unet.*`, where the K/V may survive only under `unet.<processor>.to_k_ip.weight`). The names that DDP
-    (`module.`) and torch.compile (`_orig_mod.`) put around a module are dropped, wherever they are.
+    (`module.`) and torch.compile (`_orig_mod.`) put around a module are dropped, wherever they are. Where a file
+    holds a part under two prefixes, the published one is read.
 
-    Raises AdapterError, saying what the file looks like, when one of the two parts is missing.
+    Raises AdapterError, saying what the file looks like, when one of the two parts is missing or it is another
+    kind of adapter.
     """
     names: dict[str, str] = {}
     for key in keys:
@@ -75,6 +81,7 @@ def plan_keys(keys: Iterable[str], origin: str) -> KeyPlan:
         if name in names:
             raise AdapterError(f"{origin}: {names[name]} and {key} are the same tensor {name}. Keep one of them.")
         names[name] = key
+    refuse_foreign(names, origin)
     image_proj = _with_prefix(names, IMAGE_PROJ_PREFIXES)
     listed = _with_prefix(names, IP_ADAPTER_PREFIXES)
     rescued = {
@@ -103,20 +110,18 @@ def plan_keys(keys: Iterable[str], origin: str) -> KeyPlan:
 
 
 def _with_prefix(names: dict[str, str], prefixes: tuple[str, ...]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, key in names.items():
-        for prefix in prefixes:
-            if name.startswith(prefix):
-                found[name.removeprefix(prefix)] = key
-    return found
+    """The tensors under the first of the prefixes that the file has."""
+    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
+    if prefix is None:
+        return {}
+    return {name.removeprefix(prefix): key for name, key in names.items() if name.startswith(prefix)}
 
 
 def _layout(names: dict[str, str]) -> str:
     if any(name.startswith("unet.") for name in names):
         return "training-dump"
-    if any(name.startswith(("image_proj_model.", "adapter_modules.")) for name in names):
-        return "trainer"
-    return "flat"
+    published = all(any(name.startswith(prefix) for name in names) for prefix in ("image_proj.", "ip_adapter."))
+    return "flat" if published else "trainer"
 
 
 def _number_layers(found: dict[str, str], names: dict[str, str], origin: str) -> dict[str, str]:

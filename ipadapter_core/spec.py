@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from .errors import AdapterError
+from .published_encoders import CLIP_L_336, encoders_of_width
 
 Kind = Literal["base", "plus", "full", "faceid", "faceid-plus", "portrait"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -20,6 +21,7 @@ METADATA_ENCODER = "ipadapter.encoder"  # free text, such as a repository id
 METADATA_NEGATIVE = "ipadapter.negative"  # "zeros" or "black": the picture of the unconditional branch
 METADATA_TOKENS = "ipadapter.tokens"
 METADATA_DIM_HEAD = "ipadapter.dim_head"
+METADATA_RESOLUTION = "ipadapter.encoder_resolution"  # pixels of the encoder's input, where not its own
 
 # Cross-attention widths in id order (down, up, mid), as in the published files.
 SD15_WIDTHS = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
@@ -31,10 +33,9 @@ FAMILIES: Mapping[str, tuple[int, tuple[int, ...]]] = {
 }
 FAMILY_NAMES: Mapping[str, str] = {"sd15": "SD1.5", "sd2": "SD2", "sdxl": "SDXL"}
 
-_EMBEDS_ENCODERS = {768: "CLIP ViT-L/14", 1024: "CLIP ViT-H/14", 1280: "OpenCLIP ViT-bigG/14"}
-_HIDDEN_ENCODERS = {1024: "CLIP ViT-L/14", 1280: "CLIP ViT-H/14", 1664: "OpenCLIP ViT-bigG/14"}
 # Only Kolors' resampler is as wide as its context; its encoder is ViT-L/14 at 336 pixels.
 _KOLORS_WIDTH = 2048
+KOLORS_TEXT_WIDTH = 4096  # channels of ChatGLM's states, which Kolors' UNet narrows with its encoder_hid_proj
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,9 @@ class AdapterSpec:
     resampler's (plus, faceid-plus); `depth`, `heads` and `dim_head` belong to the resampler and are None
     without one. `layer_widths` has one entry per cross-attention layer in id order. `shortcut`
     (faceid-plus: True is v2) is None where the file does not say. `unnormalised` asks for raw face
-    embeddings (portrait with a resampler).
+    embeddings (portrait with a resampler, Kolors FaceID). `token_width` is that of the tokens where it is not
+    `context_width`: those of Kolors FaceID pass the model's own encoder_hid_proj first. `encoder_resolution` is the
+    side of the encoder's input in pixels where it is not the encoder's own.
     """
 
     kind: Kind
@@ -65,6 +68,8 @@ class AdapterSpec:
     unnormalised: bool = False
     encoder_id: str | None = None
     negative: str = "zeros"
+    token_width: int | None = None
+    encoder_resolution: int | None = None
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
@@ -98,18 +103,37 @@ class AdapterSpec:
         return " and ".join(names)
 
     def _image_encoder(self, width: int) -> str:
-        known = _EMBEDS_ENCODERS if self.kind == "base" else _HIDDEN_ENCODERS
-        name = known.get(width, f"an unknown image encoder of width {width}")
-        return f"{name} at 336 pixels" if self.is_kolors else name
+        if self.is_kolors:
+            return CLIP_L_336.name
+        base = self.kind == "base"
+        names = dict.fromkeys(encoder.name for encoder in encoders_of_width(width, embeds=base))
+        if names:
+            return " or ".join(names)
+        if base and encoders_of_width(width, embeds=False):
+            return "SigLIP with its pooling head, which ComfyUI does not load"
+        return f"an unknown image encoder of width {width}"
 
     @property
     def is_kolors(self) -> bool:
         """Whether it is made for Kolors, whose UNet has SDXL's shapes but another text encoder."""
-        return self.image_width == 1024 and self.resampler_width == self.context_width == _KOLORS_WIDTH
+        plus = self.resampler_width == self.context_width == _KOLORS_WIDTH
+        return self.image_width == 1024 and (plus or self.token_width == KOLORS_TEXT_WIDTH)
+
+    @property
+    def lookalike(self) -> str:
+        """A sentence on another kind of file of the same shapes; "" for most."""
+        if self.kind == "portrait" and self.unnormalised and self.family == "sdxl":
+            return (
+                "InstantID's ip-adapter.bin has the same shapes: it needs InstantID's own ControlNet beside it, so use "
+                "InstantID's nodes for that file."
+            )
+        return ""
 
     @property
     def family_name(self) -> str:
         """For messages: "SDXL", or the context width of an unknown family."""
+        if self.is_kolors:
+            return "Kolors"
         return FAMILY_NAMES.get(self.family, f"a model of context {self.context_width}")
 
     def describe(self) -> str:
@@ -122,7 +146,7 @@ class AdapterSpec:
             parts.append(f"LoRA of rank {self.lora_rank}")
         if self.kind == "faceid-plus":
             parts.append({True: "v2 (shortcut)", False: "v1", None: "v1 or v2 unknown"}[self.shortcut])
-        return f"{self.kind} adapter for {self.family_name}: {', '.join(parts)}"
+        return f"{self.kind} adapter for {self.family_name}: {', '.join(parts)}" + f". {self.lookalike}".rstrip(". ")
 
     def __str__(self) -> str:
         return self.describe()
@@ -217,6 +241,8 @@ def spec_metadata(spec: AdapterSpec) -> dict[str, str]:
         metadata[METADATA_SHORTCUT] = str(spec.shortcut).lower()
     if spec.encoder_id:
         metadata[METADATA_ENCODER] = spec.encoder_id
+    if spec.encoder_resolution is not None:
+        metadata[METADATA_RESOLUTION] = str(spec.encoder_resolution)
     return metadata
 
 

@@ -20,6 +20,7 @@ from ..ipadapter_core import (
     Scaling,
     Site,
     check_compatible,
+    context_tokens,
     cross_attention_sites,
     layer_weights,
     parse_weight_type,
@@ -132,8 +133,9 @@ class ApplyIPAdapter(io.ComfyNode):
         attn_mask: Tensor | None = None,
         lora_strength: float = LORA_STRENGTH,
     ) -> io.NodeOutput:
-        sites = cross_attention_sites(model.get_model_object("diffusion_model"))
-        check_compatible(ip_adapter.spec, sites, ip_adapter.name)
+        unet = model.get_model_object("diffusion_model")
+        sites = cross_attention_sites(unet)
+        check_compatible(ip_adapter.spec, sites, ip_adapter.name, unet=unet)
         weights = layer_weights(weight_type, weight_layout(sites), weight, weight_composition=weight)
         patched = apply_prompt(
             model,
@@ -161,19 +163,22 @@ def apply_prompt(
     scaling: Scaling = "V only",
     attn_mask: Tensor | None = None,
     lora_strength: float = LORA_STRENGTH,
+    token_scale: float = 1.0,
     needs_negative: str = "",
     checked: bool = True,
 ) -> Any:
     """A clone of the model with one more image prompt in it. `weights` is one for each transformer of the UNet, see
     `Site.transformer_index`; `lora_strength` is that of the LoRA inside a FaceID file, which acts in every step;
-    `needs_negative` names the input that acts in the negative branch alone. Without `checked` an image prompt may act
-    nowhere, and a mask is taken as it is, outside 0..1 too.
+    `token_scale` multiplies the tokens, keys and values alike; `needs_negative` names the input that acts in the
+    negative branch alone. Without `checked` an image prompt may act nowhere, and a mask is taken as it is, outside 0..1
+    too.
 
     Raises AdapterError when the adapter is not made for the model, the prompt not for the adapter, or nothing would
     come of it although the weight is not 0.
     """
-    sites = cross_attention_sites(model.get_model_object("diffusion_model"))
-    check_compatible(ip_adapter.spec, sites, ip_adapter.name)
+    unet = model.get_model_object("diffusion_model")
+    sites = cross_attention_sites(unet)
+    check_compatible(ip_adapter.spec, sites, ip_adapter.name, unet=unet)
     check_prompt(ip_adapter, image_prompt)
     strength = largest(layer.weight * own for layer in weights for own in image_prompt.positive.weights)
     mask = attn_mask
@@ -187,7 +192,9 @@ def apply_prompt(
     if not strength:
         return patched
     add_lora(patched, ip_adapter, sites, lora_strength)
-    rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, inference_dtype(model))
+    rows, pairs = layer_pairs(
+        ip_adapter, image_prompt, sites, weights, scaling, inference_dtype(model), unet, token_scale
+    )
     negative = "image_negative" if image_prompt.has_negative else needs_negative
     install(patched, Application(_new_key(patched), pairs, rows, start_at, end_at, mask, negative, checked))
     return patched
@@ -200,18 +207,20 @@ def layer_pairs(
     weights: Sequence[LayerWeight],
     scaling: Scaling,
     dtype: torch.dtype,
+    unet: torch.nn.Module,
+    token_scale: float = 1.0,
 ) -> tuple[tuple[int, int], dict[Place, KeyValue]]:
     """The rows of both branches, and the keys and values of every layer whose weight is not 0, [rows, H, T, d], all
     weights inside, on the offload device. Computed in fp32, kept in the model's `dtype`.
     """
     adapter, device = ip_adapter.on_device(), ip_adapter.patcher.load_device
-    tokens = project(ip_adapter, image_prompt).to(device)
+    tokens = context_tokens(project(ip_adapter, image_prompt).to(device), adapter.spec, unet, ip_adapter.name)
     positives, one_each = len(image_prompt.positive), image_prompt.one_each
     swapped = any(layer.swapped and layer.weight for layer in weights)
     rows = branch_rows(positives, len(tokens) - positives, one_each=one_each, swapped=swapped)
     home = comfy.model_management.unet_offload_device()
     pairs: dict[Place, KeyValue] = {}
-    for site, pair in zip(sites, adapter.keys_values(tokens), strict=True):
+    for site, pair in zip(sites, adapter.keys_values(tokens * token_scale), strict=True):
         weight = weights[site.transformer_index]
         folded = fold_weights(pair, weight, image_prompt.weights, rows, scaling, positives=positives, one_each=one_each)
         if folded is not None and site.block is not None:

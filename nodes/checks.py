@@ -55,11 +55,15 @@ def check_acts(strength: float, start_at: float, end_at: float, scaling: Scaling
 def check_encoder(encoder: Any, name: str) -> None:
     """Refuse an image encoder whose file is damaged; looked at once. `name` is its file's.
 
-    The projection is left out: encoders for plus adapters may come without, and `encode` looks at what it makes.
+    The projection is left out: encoders for plus adapters may come without, and `encode` looks at what it makes. So
+    is DINO's mask token, which may be zero and is not used.
     """
     model = getattr(encoder, "model", None)
     if not isinstance(model, nn.Module) or model in _sound_encoders:
         return
-    weights = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("vision_model.")}
+    if encoder.image_size <= 0 or ("DINOv3" in type(model).__name__ and not model._forward_hooks):
+        raise AdapterError(f"{name} ({type(model).__name__}) needs Load IP Adapter: choose its file there.")
+    unused = ("visual_projection.", "embeddings.mask_token")
+    weights = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(unused)}
     check_weights(weights, name)
     _sound_encoders.add(model)

@@ -1,4 +1,4 @@
-"""LoadIPAdapterDemo: the bundled emoji stack, so that the first workflow needs no download."""
+"""LoadIPAdapterDemo and DemoImage: the bundled emoji model, so that the first workflow needs no download."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from pathlib import Path
 
 import comfy.clip_vision
 import comfy.ops
-import comfy.utils
 import numpy as np
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
 from ..ipadapter_core import AdapterError, load_adapter
 from ..ipadapter_core.assets import MODEL, PROMPTS, emoji_folder
+from ..ipadapter_core.encoders import encoder_fits, read_encoder
 from . import demo_model
 from .checks import check_encoder
+from .files import ADAPTERS, adapter_path, adapter_spec, existing, stamp
 from .types import IPAdapterModel, manage, node_schema
 
 ADAPTER = "adapter.safetensors"
+BUNDLED = "the emoji adapter"
+_LARGEST = 64_000_000  # bytes; adapters for so small a model are smaller, so others are not even opened
 
 
 class LoadIPAdapterDemo(io.ComfyNode):
@@ -34,39 +37,70 @@ class LoadIPAdapterDemo(io.ComfyNode):
             "emoji of 64 x 64 pixels: enough to see what an image prompt does, with nothing to download.",
             inputs=[
                 io.Combo.Input(
-                    "picture",
-                    options=list_pictures(),
+                    "adapter",
+                    options=[BUNDLED, *list_adapters()],
+                    default=BUNDLED,
                     optional=True,
-                    tooltip="The picture to give out as image. The model has seen none of them, nor their concepts.",
+                    tooltip="The adapter. One that you trained on this model, with ipadapter demo or ipadapter train "
+                    "configs/emoji-base.toml, appears here when its file is copied into models/ipadapter.",
                 )
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="A UNet in the layout of SD1.5, a hundredth its size."),
                 io.Clip.Output(display_name="clip", tooltip="Its text encoder, of 16 tokens."),
-                io.Vae.Output(display_name="vae", tooltip="Its autoencoder; pictures are 64 x 64."),
+                io.Vae.Output(display_name="vae", tooltip="Its autoencoder; images are 64 x 64."),
                 io.ClipVision.Output(display_name="clip_vision", tooltip="The image encoder of the adapter."),
                 IPAdapterModel.Output(display_name="ip_adapter", tooltip="The adapter, trained on emoji."),
-                io.Image.Output(display_name="image", tooltip="The chosen picture, for Encode Image Prompt."),
             ],
         )
 
     @classmethod
-    def execute(cls, picture: str | None = None) -> io.NodeOutput:
+    def fingerprint_inputs(cls, adapter: str | None = BUNDLED) -> str:
+        """Changes when the adapter's file is replaced."""
+        return str(adapter if adapter in (None, BUNDLED) else stamp(ADAPTERS, adapter))
+
+    @classmethod
+    def execute(cls, adapter: str = BUNDLED) -> io.NodeOutput:
         root = emoji_folder()
         folder = root / MODEL
-        adapter = load_adapter(root / ADAPTER, operations=comfy.ops.manual_cast)
+        path = root / ADAPTER if adapter == BUNDLED else adapter_path(adapter)
         return io.NodeOutput(
             demo_model.load_unet(folder / "unet"),
             demo_model.load_text_encoder(folder / "text_encoder", folder / "tokenizer"),
             demo_model.load_vae(folder / "vae"),
             load_image_encoder(folder / "image_encoder"),
-            manage("the emoji adapter", adapter),
-            load_picture(picture or next(iter(list_pictures()), "")),
+            manage(adapter, load_adapter(path, operations=comfy.ops.manual_cast)),
         )
 
 
-def list_pictures() -> list[str]:
-    """The names of the bundled pictures: what, and in which style. None when the bundled files are missing: that is
+class DemoImage(io.ComfyNode):
+    """One of the bundled images."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            node_id="DemoImage",
+            display_name="Demo Image",
+            has_intermediate_output=True,  # the preview survives a reload of the page
+            description="One of the images that come with this pack: emoji that the demo model was not trained on.",
+            inputs=[
+                io.Combo.Input(
+                    "image",
+                    options=list_images(),
+                    tooltip="What it shows, and in which style. Choosing another one loads no model again.",
+                )
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="For Image Prompt or Encode Image Prompt.")],
+        )
+
+    @classmethod
+    def execute(cls, image: str) -> io.NodeOutput:
+        pixels = load_image(image)
+        return io.NodeOutput(pixels, ui=ui.PreviewImage(pixels, cls=cls))
+
+
+def list_images() -> list[str]:
+    """The names of the bundled images: what, and in which style. None when the bundled files are missing: that is
     said when the node runs, and is no reason for the other nodes not to load.
     """
     try:
@@ -75,16 +109,38 @@ def list_pictures() -> list[str]:
         return []
 
 
-def load_picture(name: str) -> Tensor:
-    """A bundled picture as an IMAGE, [1, 64, 64, 3] in 0..1.
+def list_adapters() -> list[str]:
+    """The adapters in models/ipadapter that fit the emoji model and its image encoder, by their tensors."""
+    try:
+        root = emoji_folder()
+        own = adapter_spec(root / ADAPTER)
+        encoder = read_encoder(next((root / MODEL / "image_encoder").glob("*.safetensors")))
+    except (AdapterError, OSError, StopIteration):
+        return []
+    names: list[str] = []
+    for path, name in existing(ADAPTERS).items():
+        try:
+            spec = adapter_spec(path) if path.stat().st_size < _LARGEST else None
+        except (AdapterError, OSError):
+            continue
+        if spec is None or encoder is None or spec.face_width is not None or not encoder_fits(spec, encoder):
+            continue
+        if (spec.context_width, spec.layer_widths) == (own.context_width, own.layer_widths):
+            names.append(name)
+    return names
+
+
+def load_image(name: str) -> Tensor:
+    """A bundled image as an IMAGE, [1, 64, 64, 3] in 0..1.
 
     Raises AdapterError when there is none of this name.
     """
-    names = list_pictures()
+    names = list_images()
     if name not in names:
-        raise AdapterError(f"There is no bundled picture {name!r}. Choose one of: {', '.join(names)}.")
-    with Image.open(emoji_folder() / PROMPTS / f"{name}.png") as picture:
-        return torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+        emoji_folder()  # raises when all bundled files are missing
+        raise AdapterError(f"There is no bundled image {name!r}. Choose one of: {', '.join(names)}.")
+    with Image.open(emoji_folder() / PROMPTS / f"{name}.png") as image:
+        return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
 def load_image_encoder(folder: Path) -> comfy.clip_vision.ClipVisionModel:

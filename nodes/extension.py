@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplyIPAdapter
-from .demo import LoadIPAdapterDemo
+from .demo import DemoImage, LoadIPAdapterDemo
+from .easy import ImagePrompt
 from .encode import EncodeImagePrompt
 from .face import EncodeFacePrompt
 from .face_analysis import LoadFaceAnalysis
@@ -16,11 +17,13 @@ from .load import LoadIPAdapter
 class IPAdapterKitExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
+            ImagePrompt,
             LoadIPAdapter,
             EncodeImagePrompt,
             ApplyIPAdapter,
-            LoadIPAdapterDemo,
             LoadFaceAnalysis,
             EncodeFacePrompt,
+            LoadIPAdapterDemo,
+            DemoImage,
             *old_nodes(),
         ]

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-import comfy.clip_vision
 import comfy.ops
-import folder_paths
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from ..ipadapter_core import AdapterError, AdapterSpec, load_adapter
-from ..ipadapter_core.encoders import EXPECTED_ENCODER, find_encoder
-from ..ipadapter_core.tensors import open_tensors
-from .checks import check_encoder
-from .types import IPAdapterModel, manage, node_schema
+from ..ipadapter_core import (
+    AdapterError,
+    AdapterSpec,
+    adapter_from_checkpoint,
+    infer_spec,
+    read_checkpoint,
+    shortcut_hint,
+)
+from .files import ADAPTERS, ENCODERS, adapter_path, choices, list_files, stamp
+from .message import advanced, show_on_node
+from .types import IPAdapterModel, LoadedAdapter, manage, node_schema
+from .vision import AUTO, find_encoder_file, load_encoder
 
-AUTO = "auto"
-ADAPTERS, ENCODERS = "ipadapter", "clip_vision"
-_SUFFIXES = {
-    ADAPTERS: (".safetensors", ".bin"),
-    ENCODERS: (".safetensors", ".sft", ".bin", ".pth", ".pt", ".ckpt"),
-}
-
-# The folder that other packs and ComfyUI-Manager use too; extra_model_paths.yaml may have added more places.
-folder_paths.add_model_folder_path(ADAPTERS, str(Path(folder_paths.models_dir) / ADAPTERS))
-
-
-def list_files(folder: str) -> list[str]:
-    """Names of the model files of a folder; the folder may also hold readme files and the like."""
-    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(_SUFFIXES[folder])]
+FROM_FILE, V1, V2 = "from the file", "v1", "v2"
+_log = logging.getLogger(__name__)
 
 
 class LoadIPAdapter(io.ComfyNode):
@@ -40,87 +34,119 @@ class LoadIPAdapter(io.ComfyNode):
             node_id="LoadIPAdapter",
             display_name="Load IP Adapter",
             description="Loads an IP-Adapter and the image encoder (CLIP vision) that it was trained with.",
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Combo.Input(
                     "ipadapter_name",
-                    options=list_files(ADAPTERS),
-                    tooltip="The adapter, from models/ipadapter. It must fit the base model: SD1.5, SD2 or SDXL.",
+                    options=choices(ADAPTERS),
+                    tooltip="The adapter, from models/ipadapter. It must fit the base model: SD1.5, SD2, SDXL or "
+                    "Kolors. To start: ip-adapter-plus_sd15 or ip-adapter-plus_sdxl_vit-h from h94/IP-Adapter.",
                 ),
                 io.Combo.Input(
                     "clip_vision_name",
-                    options=[AUTO, *list_files(ENCODERS)],
+                    options=[AUTO, *choices(ENCODERS)],
                     default=AUTO,
                     optional=True,
                     tooltip="The image encoder, from models/clip_vision. auto: the file there whose tensors have "
                     "the shapes that the adapter needs, whatever its name.",
                 ),
+                io.Combo.Input(
+                    "faceid_plus",
+                    options=[FROM_FILE, V1, V2],
+                    default=FROM_FILE,
+                    optional=True,
+                    tooltip="For FaceID-Plus alone, whose v1 and v2 files have the same tensors. from the file: its "
+                    "metadata, else what its name suggests (plusv2); the node shows which.",
+                    **advanced(),
+                ),
+                io.Int.Input(
+                    "encoder_resolution",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    step=1,
+                    optional=True,
+                    tooltip="Side of the image that the encoder sees, in pixels. 0: its own (224 for most), or what "
+                    "the adapter's file says. Try 448 for an adapter that was trained so; its card says it.",
+                    **advanced(),
+                ),
             ],
             outputs=[
                 IPAdapterModel.Output(display_name="ip_adapter", tooltip="The adapter."),
-                io.ClipVision.Output(display_name="clip_vision", tooltip="Its image encoder."),
+                io.ClipVision.Output(
+                    display_name="clip_vision",
+                    tooltip="Its image encoder; nothing for FaceID and portrait adapters, which see faces alone.",
+                ),
             ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, ipadapter_name: str, clip_vision_name: str = AUTO) -> str:
+    def fingerprint_inputs(
+        cls,
+        ipadapter_name: str,
+        clip_vision_name: str = AUTO,
+        faceid_plus: str = FROM_FILE,
+        encoder_resolution: int = 0,
+    ) -> str:
         """Changes when a file is replaced; for auto, when any encoder file is."""
         encoders = list_files(ENCODERS) if clip_vision_name == AUTO else [clip_vision_name]
         files = [(ADAPTERS, ipadapter_name), *((ENCODERS, name) for name in encoders)]
         # ComfyUI gives None for a name that comes over a wire; the file is then looked at when the node runs.
-        return str([_stamp(folder, name) for folder, name in files if name is not None])
+        return str([stamp(folder, name) for folder, name in files if name is not None])
 
     @classmethod
-    def execute(cls, ipadapter_name: str, clip_vision_name: str = AUTO) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise(ADAPTERS, ipadapter_name)
-        adapter = load_adapter(path, operations=comfy.ops.manual_cast)
-        _check_supported(ipadapter_name, adapter.spec)
-        encoder = load_encoder(clip_vision_name, ipadapter_name, adapter.spec)
-        return io.NodeOutput(manage(ipadapter_name, adapter), encoder)
+    def execute(
+        cls,
+        ipadapter_name: str,
+        clip_vision_name: str = AUTO,
+        faceid_plus: str = FROM_FILE,
+        encoder_resolution: int = 0,
+    ) -> io.NodeOutput:
+        path = adapter_path(ipadapter_name)
+        loaded = load_adapter_file(path, ipadapter_name, faceid_plus)
+        text, encoder = f"{loaded.spec.describe()}.", None
+        if loaded.spec.image_width is not None:
+            file = find_encoder_file(clip_vision_name, ipadapter_name, loaded.spec)
+            encoder = load_encoder(file, ipadapter_name, loaded.spec, encoder_resolution)
+            text += f" Image encoder: {file.name}, {encoder.image_size} pixels."
+        elif clip_vision_name != AUTO or encoder_resolution:
+            text += " It takes no image encoder: clip_vision_name and encoder_resolution have no effect."
+            _log.warning("Load IP Adapter: %s: %s", ipadapter_name, text)
+        show_on_node(cls, text)
+        return io.NodeOutput(loaded, encoder, ui=ui.PreviewText(text))
 
 
-def load_encoder(name: str, adapter_name: str, spec: AdapterSpec) -> comfy.clip_vision.ClipVisionModel:
-    """The encoder file of this name, or with "auto" the one that fits.
+def load_adapter_file(path: Path, name: str, faceid_plus: str = FROM_FILE) -> LoadedAdapter:
+    """An adapter under ComfyUI's memory management. Raises AdapterError for a file that is no adapter for a UNet."""
+    checkpoint = read_checkpoint(path)
+    shortcut = shortcut_of(infer_spec(checkpoint), name, faceid_plus)
+    adapter = adapter_from_checkpoint(checkpoint, operations=comfy.ops.manual_cast, shortcut=shortcut)
+    if adapter.spec.lookalike:
+        _log.warning("%s: %s", name, adapter.spec.lookalike)
+    return manage(name, adapter)
 
-    Raises AdapterError when none fits, or the file is damaged or no CLIP vision model.
+
+def shortcut_of(spec: AdapterSpec, name: str, faceid_plus: str) -> bool | None:
+    """Whether a FaceID-Plus adapter is a v2, by the choice, the metadata or, as a hint, the file's name; None for
+    other kinds. Raises AdapterError when none of them tells.
     """
-    if name == AUTO:
-        files = sorted(list_files(ENCODERS), key=lambda file: not file.lower().endswith((".safetensors", ".sft")))
-        paths = [folder_paths.get_full_path(ENCODERS, file) for file in files]
-        folder = folder_paths.get_folder_paths(ENCODERS)[0]
-        path = str(find_encoder(spec, [p for p in paths if p], name=adapter_name, folder=folder))
-    else:
-        path = folder_paths.get_full_path_or_raise(ENCODERS, name)
-        open_tensors(Path(path), EXPECTED_ENCODER)  # a damaged file, or one that holds code, is refused here
-    try:
-        encoder = comfy.clip_vision.load(path)
-    except Exception as error:  # it reads by the suffix, and may meet any other model
-        reason = str(error).split("\n", 1)[0]
+    if faceid_plus != FROM_FILE:
+        if spec.kind == "faceid-plus":
+            return faceid_plus == V2
         raise AdapterError(
-            f"{path}: ComfyUI cannot load it as an image encoder ({type(error).__name__}: {reason}). Check that its "
-            "suffix is that of its format, or choose another file."
-        ) from error
-    if encoder is None:
-        raise AdapterError(f"{path}: not a CLIP vision model that ComfyUI knows. {adapter_name} needs {spec.encoder}.")
-    check_encoder(encoder, path)
-    return encoder
-
-
-def _check_supported(name: str, spec: AdapterSpec) -> None:
-    if spec.is_kolors:
-        raise AdapterError(
-            f"{name} is made for Kolors ({spec.encoder}), which these nodes do not support. Use an adapter for SD1.5 "
-            "or SDXL."
+            f"faceid_plus is {faceid_plus}, and {name} is a {spec.kind} adapter, which has no versions. Set it to "
+            f"{FROM_FILE!r}."
         )
-    if spec.face_width is not None:
-        raise AdapterError(
-            f"{name} is a {spec.kind} adapter: it takes face embeddings of {spec.face_width} ({spec.encoder}), which "
-            "these nodes do not make. Use a base, plus or full adapter; plus-face files work."
-        )
-
-
-def _stamp(folder: str, name: str) -> tuple[str, int, int] | None:
-    path = folder_paths.get_full_path(folder, name)
-    if path is None:
+    if spec.kind != "faceid-plus" or spec.shortcut is not None:
         return None
-    status = Path(path).stat()
-    return name, status.st_size, status.st_mtime_ns
+    hint = shortcut_hint(name)
+    if hint is None:
+        raise AdapterError(
+            f"{name} is a FaceID-Plus adapter, and neither its metadata nor its name tells v1 from v2. Set faceid_plus."
+        )
+    _log.warning(
+        "Load IP Adapter: %s is loaded as FaceID-Plus %s, as its name suggests. Set faceid_plus if it is the other.",
+        name,
+        V2 if hint else V1,
+    )
+    return hint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -40,12 +41,15 @@ def add_lora(model: Any, ip_adapter: LoadedAdapter, sites: Sequence[Site], stren
                 weights = (update.up.weight.detach(), update.down.weight.detach(), None, None, None, None)
                 patches[f"diffusion_model.{block}.{attention}.{layer}.weight"] = LoRAAdapter({source}, weights)
     strength = max([strength, *_take_out(model, source, patches)])
+    before = model.patches_uuid
     missing = set(patches) - set(model.add_patches(patches, strength))
     if missing:
         raise AdapterError(
             f"{ip_adapter.name} holds a LoRA for {len(patches)} weights, the model has no {sorted(missing)[0]}. Set "
             "lora_strength to 0 to use the adapter without it."
         )
+    # The same patches have the same name, or ComfyUI would patch all weights again when only the prompt has changed.
+    model.patches_uuid = uuid.uuid5(before, f"{ip_adapter.patcher.patches_uuid} {strength}")
 
 
 def _take_out(model: Any, source: str, keys: Iterable[str]) -> list[float]:

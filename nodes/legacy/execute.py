@@ -13,10 +13,12 @@ from torch import Tensor
 from ...ipadapter_core import AdapterError
 from ...ipadapter_core.image_prompt import combine_features
 from ..apply import apply_prompt
+from ..face import crop_size
 from ..types import EncodedImages, ImagePrompt
 from .old_faces import read_faces
 from .old_features import image_features, unconditional
 from .old_weights import Shares, layer_shares
+from .setting import is_corrected
 from .wires import Pipeline
 
 _log = logging.getLogger("ip_adapter_kit")
@@ -85,6 +87,7 @@ def _apply_one(model: Any, pipeline: Pipeline, prompt: OldPrompt) -> tuple[Any, 
             end_at=prompt.end_at,
             scaling=prompt.embeds_scaling,
             attn_mask=prompt.attn_mask,
+            token_scale=prompt.weight_kolors if pipeline.adapter.spec.token_width is not None else 1.0,
             lora_strength=0.0,  # the unified loader adds the LoRA's own file
             checked=False,
         )
@@ -122,7 +125,9 @@ def _encode(pipeline: Pipeline, prompt: OldPrompt) -> tuple[_Encoded, Tensor | N
                 f"{pipeline.adapter.name} is a {spec.kind} adapter and needs insightface. Connect IPAdapter "
                 "InsightFace Loader, or IPAdapter Unified Loader FaceID."
             )
-        face, faces = read_faces(pipeline.insightface, image, crop=_crop(spec), normalised=not spec.unnormalised)
+        # The old pack asks for raw embeddings by the file's name, which no Kolors file has.
+        raw = spec.unnormalised and (is_corrected() or not spec.is_kolors)
+        face, faces = read_faces(pipeline.insightface, image, crop=crop_size(spec), normalised=not raw)
         image = faces
     features = None if spec.image_width is None else image_features(pipeline, image, **enhanced)
     if features is None:
@@ -173,8 +178,3 @@ def _repeated(images: EncodedImages, count: int, weights: tuple[float, ...]) -> 
 def _sized(features: Tensor, count: int) -> Tensor:
     rows: Sequence[int] = [min(index, len(features) - 1) for index in range(count)]
     return features[list(rows)]
-
-
-def _crop(spec: Any) -> int:
-    """The side of the aligned face, in pixels."""
-    return 256 if spec.context_width == 2048 else 224

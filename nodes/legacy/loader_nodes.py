@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -13,8 +12,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ...ipadapter_core import cross_attention_sites
-from ...ipadapter_core.encoders import find_encoder
-from ..load import ADAPTERS, ENCODERS, list_files, load_encoder
+from ..files import ADAPTERS, list_files, stamp, version
+from ..vision import AUTO, find_encoder_file, load_encoder
 from . import fields as f
 from .old_faces import load_faces
 from .old_node import InsightFace, IPAdapterWire, OldNode
@@ -123,8 +122,7 @@ class IPAdapterModelLoader(OldNode):
     def fingerprint_inputs(cls, **inputs: Any) -> str:
         """Changes when the file is replaced."""
         name = inputs.get("ipadapter_file")
-        path = None if name is None else folder_paths.get_full_path(ADAPTERS, name)
-        return str(path and Path(path).stat().st_mtime_ns)
+        return str(name and stamp(ADAPTERS, name))
 
     @classmethod
     def load_ipadapter_model(cls, ipadapter_file: str) -> tuple[Any]:
@@ -154,17 +152,12 @@ def _image_encoder(preset: Preset, adapter: Any) -> dict[str, Any]:
     spec = adapter.spec
     if spec.image_width is None:
         return {"file": None, "model": None}
-    path = find_image_encoder(preset, spec)
-    if path is None:
-        folder = folder_paths.get_folder_paths(ENCODERS)[0]
-        files = [folder_paths.get_full_path_or_raise(ENCODERS, file) for file in list_files(ENCODERS)]
-        find_encoder(spec, files, name=adapter.name, folder=folder)  # raises: it says what each file is
-    name = next(name for name in list_files(ENCODERS) if folder_paths.get_full_path(ENCODERS, name) == path)
-    key = (path, str(Path(path).stat().st_mtime_ns))
+    path = find_image_encoder(preset, spec) or find_encoder_file(AUTO, adapter.name, spec)
+    key = (str(path), str(version(path)))
     found = _loaded.get(key)
     if found is None:
-        found = _loaded[key] = load_encoder(name, adapter.name, spec)
-    return {"file": path, "model": found}
+        found = _loaded[key] = load_encoder(path, adapter.name, spec)
+    return {"file": str(path), "model": found}
 
 
 def _faces(provider: str, name: str = "buffalo_l") -> Any:

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import folder_paths
 
-from ...ipadapter_core import AdapterError, AdapterSpec, read_checkpoint
-from ...ipadapter_core.encoders import encoder_fits, read_encoder
-from ...ipadapter_core.infer import infer_spec
-from ..load import ADAPTERS, ENCODERS, list_files
+from ...ipadapter_core import AdapterError, AdapterSpec
+from ...ipadapter_core.encoders import encoder_fits
+from ..files import ADAPTERS, ENCODERS, H94, adapter_spec, encoder_shape, existing, home, list_files
 
 _log = logging.getLogger("ip_adapter_kit")
-_H94 = "https://huggingface.co/h94/IP-Adapter"
 _FACEID = "https://huggingface.co/h94/IP-Adapter-FaceID"
 
 
@@ -64,7 +62,7 @@ def _faceid(stem: str, published: str) -> Family:
 # By the beginning of the preset, in lower case. Other packs and hosts use some that the widgets do not have.
 PRESETS: dict[str, Preset] = {
     "light": Preset(
-        {"sd15": _named("sd15.light.v11", "sd15.light", published=f"{_H94}, models/ip-adapter_sd15_light_v11.bin")},
+        {"sd15": _named("sd15.light.v11", "sd15.light", published=f"{H94}, models/ip-adapter_sd15_light_v11.bin")},
         ("base",),
         1024,
         words=("light",),
@@ -72,16 +70,16 @@ PRESETS: dict[str, Preset] = {
     ),
     "standard": Preset(
         {
-            "sd15": _named("ip.adapter.sd15", published=f"{_H94}, models/ip-adapter_sd15.safetensors"),
-            "sdxl": _named("ip.adapter.sdxl.vit.h", published=f"{_H94}, sdxl_models/ip-adapter_sdxl_vit-h.safetensors"),
+            "sd15": _named("ip.adapter.sd15", published=f"{H94}, models/ip-adapter_sd15.safetensors"),
+            "sdxl": _named("ip.adapter.sdxl.vit.h", published=f"{H94}, sdxl_models/ip-adapter_sdxl_vit-h.safetensors"),
         },
         ("base",),
         1024,
     ),
     "vit-g": Preset(
         {
-            "sd15": _named("sd15.vit.g", published=f"{_H94}, models/ip-adapter_sd15_vit-G.safetensors"),
-            "sdxl": _named("ip.adapter.sdxl", published=f"{_H94}, sdxl_models/ip-adapter_sdxl.safetensors"),
+            "sd15": _named("sd15.vit.g", published=f"{H94}, models/ip-adapter_sd15_vit-G.safetensors"),
+            "sdxl": _named("ip.adapter.sdxl", published=f"{H94}, sdxl_models/ip-adapter_sdxl.safetensors"),
         },
         ("base",),
         1280,
@@ -90,16 +88,16 @@ PRESETS: dict[str, Preset] = {
     "plus (kolors": Preset({"sdxl": _named("ip.adapter.plus.general", "plus.gener(nal|al)")}, ("plus",), encoder="L"),
     "plus (": Preset(
         {
-            "sd15": _named("ip.adapter.plus.sd15", published=f"{_H94}, models/ip-adapter-plus_sd15.safetensors"),
-            "sdxl": _named("plus.sdxl.vit.h", published=f"{_H94}, sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors"),
+            "sd15": _named("ip.adapter.plus.sd15", published=f"{H94}, models/ip-adapter-plus_sd15.safetensors"),
+            "sdxl": _named("plus.sdxl.vit.h", published=f"{H94}, sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors"),
         },
         ("plus",),
     ),
     "plus face": Preset(
         {
-            "sd15": _named("plus.face.sd15", published=f"{_H94}, models/ip-adapter-plus-face_sd15.safetensors"),
+            "sd15": _named("plus.face.sd15", published=f"{H94}, models/ip-adapter-plus-face_sd15.safetensors"),
             "sdxl": _named(
-                "plus.face.sdxl.vit.h", published=f"{_H94}, sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors"
+                "plus.face.sdxl.vit.h", published=f"{H94}, sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors"
             ),
         },
         ("plus",),
@@ -107,7 +105,7 @@ PRESETS: dict[str, Preset] = {
         not_words=(),
     ),
     "full": Preset(
-        {"sd15": _named("full.face.sd15", published=f"{_H94}, models/ip-adapter-full-face_sd15.safetensors")},
+        {"sd15": _named("full.face.sd15", published=f"{H94}, models/ip-adapter-full-face_sd15.safetensors")},
         ("full",),
         not_words=(),
     ),
@@ -206,34 +204,37 @@ def find_adapter(name: str, preset: Preset, family: str) -> str:
         if _fits(preset, family, Path(file).name.lower(), path):
             _log.info("Preset %r: no file of its usual name; %s has the right shapes.", name, file)
             return path
-    where = folder_paths.get_folder_paths(ADAPTERS)[0]
     if wanted is None and family != "sd2":
         families = " and ".join({"sd15": "SD1.5", "sdxl": "SDXL"}[key] for key in preset.families)
         raise AdapterError(f"Preset {name!r} is for {families} models. Choose another preset, or another model.")
     found = f"It holds {', '.join(files)}" if files else "It is empty"
     download = f" Download {wanted.published}." if wanted and wanted.published else ""
-    raise AdapterError(f"No adapter for preset {name!r} and this {family} model in {where}. {found}.{download}")
+    raise AdapterError(
+        f"No adapter for preset {name!r} and this {family} model in {home(ADAPTERS)}. {found}.{download}"
+    )
 
 
 def _fits(preset: Preset, family: str, name: str, path: str) -> bool:
     if not all(word in name for word in preset.words) or any(word in name for word in preset.not_words):
         return False
     try:
-        spec = infer_spec(read_checkpoint(path))
-    except AdapterError:
+        spec = adapter_spec(Path(path))
+    except (AdapterError, OSError):
         return False
     width = preset.embeds is None or spec.image_width == preset.embeds
     kolors = spec.is_kolors == (preset.encoder == "L")
     return spec.kind in preset.kinds and family_of_context(spec.context_width) == family and width and kolors
 
 
-def find_image_encoder(preset: Preset, spec: AdapterSpec) -> str | None:
-    """The path of the encoder with the preset's usual name if it fits, else of any that fits."""
-    files = list_files(ENCODERS)
-    usual = [file for file in files if re.search(_ENCODERS[preset.encoder], file, re.IGNORECASE)]
-    for file in [*usual, *(file for file in files if file not in usual)]:
-        path = folder_paths.get_full_path_or_raise(ENCODERS, file)
-        encoder = read_encoder(path)
+def find_image_encoder(preset: Preset, spec: AdapterSpec) -> Path | None:
+    """The encoder with the preset's usual name if it fits, else any that fits."""
+    files = existing(ENCODERS)
+    usual = [path for path, name in files.items() if re.search(_ENCODERS[preset.encoder], name, re.IGNORECASE)]
+    for path in [*usual, *files]:
+        try:
+            encoder = encoder_shape(path)
+        except (AdapterError, OSError):
+            continue
         if encoder is not None and encoder_fits(spec, encoder):
             return path
     return None

@@ -118,9 +118,9 @@ def loaded_adapter(value: Any) -> LoadedAdapter:
 
 
 def _with_version(adapter: IPAdapter, *, is_v2: bool) -> IPAdapter:
-    """FaceID-Plus is version 1 unless the file's name or metadata says 2, as in the old pack."""
+    """FaceID-Plus is version 1 unless the file's name or metadata says 2, as in the old pack; Kolors' is version 2."""
     projector = adapter.projector
     if isinstance(projector, FaceIDPlusProjection) and not projector.shortcut:
-        projector.shortcut = is_v2
-        adapter.spec = with_shortcut(adapter.spec, is_v2)
+        projector.shortcut = is_v2 or adapter.spec.is_kolors
+        adapter.spec = with_shortcut(adapter.spec, projector.shortcut)
     return adapter

@@ -25,6 +25,17 @@ ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
 PACK = "pack_of_any_name"
 WIDTH, CONTEXT, EMBEDS = 32, 64, 48  # channels of the tiny UNet's first level, of its text, of the image features
+VISION = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "image_size": 32,
+    "patch_size": 16,
+    "projection_dim": 48,
+    "num_channels": 3,
+    "hidden_act": "quick_gelu",
+}
 
 
 @pytest.fixture(scope="session")
@@ -376,3 +387,55 @@ def _write_picture(path: Path) -> None:
 
     pixels = (torch.rand(80, 100, 3, generator=torch.Generator().manual_seed(61)) * 255).byte().numpy()
     Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folders(comfyui, tmp_path, monkeypatch):
+    """Empty models/ipadapter and models/clip_vision folders."""
+    import folder_paths
+
+    places = {}
+    for name in ("ipadapter", "clip_vision"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(tmp_path / name)], set()))
+        places[name] = tmp_path / name
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return places
+
+
+@pytest.fixture
+def encoder_state(comfyui):
+    """The state dict of a ViT-H-shaped but narrow CLIP vision model."""
+    import comfy.clip_model
+    import comfy.ops
+
+    config = {**VISION, "num_hidden_layers": 32, "model_type": "clip_vision_model"}
+    with torch.device("cpu"):
+        model = comfy.clip_model.CLIPVisionModelProjection(config, torch.float32, "cpu", comfy.ops.manual_cast)
+    return {key: torch.zeros_like(tensor) for key, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def narrow(comfyui, tmp_path, monkeypatch):
+    """ComfyUI's loader takes a narrow encoder for ViT-H, whose layers it counts; let it be built with its widths."""
+    import comfy.clip_vision
+
+    config = tmp_path / "narrow.json"
+    config.write_text(json.dumps({**VISION, "num_hidden_layers": 32, "model_type": "clip_vision_model"}))
+    original = comfy.clip_vision.ClipVisionModel
+    monkeypatch.setattr(comfy.clip_vision, "ClipVisionModel", lambda _: original(str(config)))
+
+
+@pytest.fixture
+def sound_state(encoder_state):
+    generator = torch.Generator().manual_seed(21)
+    return {
+        key: torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
+        for key, tensor in encoder_state.items()
+    }
+
+
+@pytest.fixture
+def vision() -> dict[str, Any]:
+    """The config of `sound_state`, but for its 32 layers."""
+    return VISION

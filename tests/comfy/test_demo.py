@@ -13,7 +13,7 @@ def stack(pack):
     with torch.inference_mode():
         return dict(
             zip(
-                ("model", "clip", "vae", "clip_vision", "ip_adapter", "image"),
+                ("model", "clip", "vae", "clip_vision", "ip_adapter"),
                 pack.LoadIPAdapterDemo.execute().args,
                 strict=True,
             )
@@ -41,15 +41,42 @@ def test_a_picture(stack, pack, world):
     assert not torch.equal(drawn, stack["vae"].decode(sample(stack, world, stack["model"])))
 
 
-def test_the_bundled_pictures(pack):
-    names = pack.demo.list_pictures()
+def test_the_bundled_images(pack):
+    names = pack.demo.list_images()
     assert len(names) == 6
+    assert pack.DemoImage.define_schema().inputs[0].options == names
     for name in names:
-        picture = pack.LoadIPAdapterDemo.execute(name).args[-1]
-        assert picture.shape == (1, 64, 64, 3)
-        assert picture.min() >= 0.0 and picture.max() == 1.0 and picture.std() > 0.1
+        image = pack.DemoImage.execute(name).args[0]
+        assert image.shape == (1, 64, 64, 3)
+        assert image.min() >= 0.0 and image.max() == 1.0 and image.std() > 0.1
     with pytest.raises(pack.core.AdapterError, match=r"'\.\./secret'.*crab_fluent"):
-        pack.demo.load_picture("../secret")
+        pack.demo.load_image("../secret")
+
+
+def test_an_adapter_of_ones_own(stack, pack, world, folders):
+    """What `ipadapter demo` and `ipadapter train configs/emoji-base.toml` make, copied into models/ipadapter."""
+    spec = stack["ip_adapter"].spec
+    own = pack.core.init_adapter(spec)
+    world.randomise(own, seed=8)
+    pack.core.save_adapter(folders["ipadapter"] / "named after nothing.safetensors", own)
+    pack.core.save_adapter(folders["ipadapter"] / "for another model.safetensors", world.adapter.adapter)
+    plus = pack.core.new_spec("plus", spec.layer_widths, spec.context_width, image_width=48, dim_head=16, depth=1)
+    pack.core.save_adapter(folders["ipadapter"] / "on another encoder.safetensors", pack.core.init_adapter(plus))
+    (folders["ipadapter"] / "no model.safetensors").write_bytes(b"x")
+    assert pack.demo.list_adapters() == ["named after nothing.safetensors"]
+    options = pack.LoadIPAdapterDemo.define_schema().inputs[0].options
+    assert options == ["the emoji adapter", "named after nothing.safetensors"]
+    before = pack.LoadIPAdapterDemo.fingerprint_inputs(options[1])
+    loaded = pack.LoadIPAdapterDemo.execute(options[1]).args[4]
+    assert loaded.name == options[1]
+    for key, tensor in pack.core.export_state(loaded.adapter).items():
+        torch.testing.assert_close(tensor, pack.core.export_state(own)[key])
+    picture = torch.rand(1, 64, 64, 3)
+    prompt = pack.EncodeImagePrompt.execute(loaded, stack["clip_vision"], picture).args[0]
+    drawn = sample(stack, world, world.apply(stack["model"], loaded, prompt))
+    assert not torch.equal(drawn, sample(stack, world, stack["model"]))
+    pack.core.save_adapter(folders["ipadapter"] / options[1], own, {"more": "metadata"})
+    assert pack.LoadIPAdapterDemo.fingerprint_inputs(options[1]) != before
 
 
 def test_it_has_sixteen_sites(stack, pack):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -135,6 +137,35 @@ def test_loras_of_other_files_add_up(family, pack, world):
         one, two = ip_adapter.lora.part(id, part), other.lora.part(id, part)
         change = 0.5 * one.up.weight @ one.down.weight + 0.25 * two.up.weight @ two.down.weight
         assert torch.allclose(after[key], before[key] + change, atol=1e-5)
+
+
+def test_weights_are_patched_once_while_only_the_prompt_changes(world, pack, monkeypatch):
+    """A model is patched again when its patches change, not whenever Apply runs again."""
+    from comfy.weight_adapter import LoRAAdapter
+
+    with torch.inference_mode():
+        model = world.new_model("sd15")
+    sites = pack.core.cross_attention_sites(model.model.diffusion_model)
+    ip_adapter, other = new_faceid(world, pack, sites), new_faceid(world, pack, sites, seed=12)
+    calculate, calls = LoRAAdapter.calculate_weight, []
+
+    def spy(*args, **kwargs):
+        calls.append(args[2])
+        return calculate(*args, **kwargs)
+
+    monkeypatch.setattr(LoRAAdapter, "calculate_weight", spy)
+    prompt = pack.types.ImagePrompt(pack.types.EncodedImages(face=torch.randn(1, 512)), adapter=ip_adapter.name)
+    count, runs = 8 * len(sites), []
+    for adapter, weight, strength in [
+        (ip_adapter, 1, 0.6),
+        (ip_adapter, 0.5, 0.6),
+        (ip_adapter, 0.5, 1.0),
+        (other, 0.5, 1.0),
+    ]:
+        calls.clear()
+        runs.append(world.sample(world.apply(model, adapter, prompt, weight=weight, lora_strength=strength), steps=1))
+        assert len(calls) == (0 if len(runs) == 2 else count)
+    assert not any(torch.equal(one, two) for one, two in itertools.pairwise(runs))
 
 
 def test_pruned_model(world, pack):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
+
+NODES = {file.stem for file in (Path(__file__).resolve().parents[2] / "web" / "docs").glob("*.md")}
 
 
 def test_missing_bundled_files_take_no_node_away(comfyui, copy_pack, tmp_path, caplog):
@@ -19,9 +22,11 @@ def test_missing_bundled_files_take_no_node_away(comfyui, copy_pack, tmp_path, c
     assert asyncio.run(nodes.load_custom_node(str(folder)))
     added = set(nodes.NODE_CLASS_MAPPINGS) - before
     try:
-        assert len(added) == 6 and "Error" not in caplog.text
+        assert added == NODES and "Error" not in caplog.text
         with pytest.raises(Exception, match="bundled emoji files are missing"):
             nodes.NODE_CLASS_MAPPINGS["LoadIPAdapterDemo"].execute()
+        with pytest.raises(Exception, match="bundled emoji files are missing"):
+            nodes.NODE_CLASS_MAPPINGS["DemoImage"].execute("crab_fluent")
     finally:
         for name in added:
             del nodes.NODE_CLASS_MAPPINGS[name]
@@ -36,14 +41,7 @@ def test_any_folder_name(comfyui, copy_pack, tmp_path, caplog):
         assert asyncio.run(nodes.load_custom_node(str(folder)))
     added = set(nodes.NODE_CLASS_MAPPINGS) - before
     try:
-        assert added == {
-            "LoadIPAdapter",
-            "EncodeImagePrompt",
-            "ApplyIPAdapter",
-            "LoadIPAdapterDemo",
-            "LoadFaceAnalysis",
-            "EncodeFacePrompt",
-        }
+        assert added == NODES
         assert "Error" not in caplog.text and "Cannot import" not in caplog.text
         for name in added:
             assert nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1()["category"] == "image prompt"

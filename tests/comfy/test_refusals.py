@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -105,16 +103,3 @@ def test_another_encoder(pack, world):
         "a.safetensors takes image_embeds of 48",
         "models/clip_vision",
     )
-
-
-def test_face_adapters_are_refused_at_load(pack, world):
-    spec = dataclasses.replace(world.adapter.spec, kind="faceid", face_width=512, image_width=None)
-    refuse(pack, lambda: pack.load._check_supported("f.bin", spec), "f.bin is a faceid adapter", "512", "Use a base")
-
-
-def test_kolors_adapters_are_refused_at_load(pack, world):
-    """Their shapes are those of SDXL adapters."""
-    spec = dataclasses.replace(
-        world.adapter.spec, kind="plus", context_width=2048, image_width=1024, resampler_width=2048
-    )
-    refuse(pack, lambda: pack.load._check_supported("k.bin", spec), "k.bin is made for Kolors", "336 pixels")

@@ -15,7 +15,11 @@ from pathlib import Path
 import pytest
 
 SNAPSHOT = Path(__file__).parent / "schema.snapshot.json"
-FILES = {"ipadapter_name": [], "clip_vision_name": ["auto"]}  # lists of files are not part of the promise
+FILES = {
+    "ipadapter_name": [],
+    "clip_vision_name": ["auto"],
+    "adapter": ["the emoji adapter"],
+}  # lists of files are not part of the promise
 
 
 def describe(cls):

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+NODES = sorted(file.stem for file in (Path(__file__).resolve().parents[2] / "web" / "docs").glob("*.md"))
 GRAPH = Path(__file__).parent / "demo.api.json"
 
 
 def test_the_nodes_are_there(server):
-    nodes = ("LoadIPAdapter", "EncodeImagePrompt", "ApplyIPAdapter", "LoadIPAdapterDemo")
-    for node in (*nodes, "LoadFaceAnalysis", "EncodeFacePrompt"):
+    for node in NODES:
         info = server.get(f"/object_info/{node}")[node]
         assert info["category"] == "image prompt"
         assert info["python_module"] == "custom_nodes.a-folder"
@@ -73,3 +73,30 @@ def test_former_weight_types_pass_and_others_are_named(server):
     with pytest.raises(urllib.error.HTTPError) as refused:
         server.run(graph)
     assert "Unknown weight type 'swirl'. Use one of: linear, ease in" in refused.value.read().decode()
+
+
+def test_another_image_loads_no_model_again(server):
+    """And with Image Prompt on the demo model: two nodes, no file, the choice in the history."""
+    graph = {
+        "1": {"class_type": "LoadIPAdapterDemo", "inputs": {}},
+        "2": {"class_type": "DemoImage", "inputs": {"image": "crab_fluent"}},
+        "3": {"class_type": "ImagePrompt", "inputs": {"model": ["1", 0], "image": ["2", 0], "use_for": "subject"}},
+        "5": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ""}},
+        "6": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "7": json.loads(GRAPH.read_text())["7"],
+        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": ["1", 2]}},
+        "9": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}},
+    }
+    graph["3"]["inputs"]["weight"] = 0.7
+    graph["7"]["inputs"]["model"] = ["3", 0]
+    first = server.run(graph)
+    assert first["status"]["status_str"] == "success", first["status"]
+    assert first["outputs"]["3"]["text"][0].startswith("the emoji adapter")
+    assert len(first["outputs"]["3"]["images"]) == 1 and len(first["outputs"]["2"]["images"]) == 1
+    graph["2"]["inputs"]["image"] = "lizard_twemoji"
+    second = server.run(graph)
+    cached = next(data["nodes"] for kind, data in second["status"]["messages"] if kind == "execution_cached")
+    assert "1" in cached and not {"2", "3", "7"} & set(cached)
+    third = server.run(graph)
+    cached = next(data["nodes"] for kind, data in third["status"]["messages"] if kind == "execution_cached")
+    assert {"1", "2", "3", "7"} <= set(cached)

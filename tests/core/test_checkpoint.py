@@ -323,7 +323,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] 
     ),
     "other context": (put("image_proj.norm.weight", lambda x: x[:12].contiguous()), "tokens of 12.*take 24"),
     "odd rows": (put("image_proj.proj.weight", lambda x: x[:95].contiguous()), "95 numbers.*tokens of 24"),
-    "even ids": (shift_ids, r"\[0, 1, 2\].*odd ids"),
+    "even ids": (shift_ids, r"an IP-Adapter for FLUX or another diffusion transformer .*numbered 0, 1, 2"),
     "strange tensor": (
         put("ip_adapter.1.norm_q.weight", lambda x: x),
         "unexpected tensor ip_adapter.1.norm_q.weight",

@@ -257,7 +257,7 @@ def test_no_encoder_names_what_there_is_and_what_to_download(published):
     for words in (
         "x",
         "hidden states of 1280",
-        "2.safetensors (hidden states of 1024",
+        "2.safetensors (CLIP ViT-L/14: hidden states of 1024",
         "ViT-H-14",
         "models/clip_vision",
     ):

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.engine.denoiser import new_adapter
 from ipadapter_trainer.models.base_model import BaseModel
 from ipadapter_trainer.training.checkpoints import checkpoint_folders
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from ipadapter_core import save_adapter
+from ipadapter_core import AdapterError, load_adapter, save_adapter
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -238,6 +240,17 @@ def test_inspect(adapter_file: Path, pictures: Path) -> None:
         code, _, err = ipadapter("inspect", wrong)
         assert code == 2
         assert str(wrong) in err
+
+
+def test_inspect_and_the_loader_agree_on_other_adapters(adapter_file: Path, tmp_path: Path) -> None:
+    """One table names them, for the nodes too."""
+    file = tmp_path / "instruct.safetensors"
+    save_file({**load_file(adapter_file), "image_proj.proj_new_input.weight": torch.ones(2, 2)}, file)
+    code, _, err = ipadapter("inspect", file)
+    with pytest.raises(AdapterError) as error:
+        load_adapter(file)
+    assert code == 2 and "an IPAdapter-Instruct adapter, not an IP-Adapter" in err
+    assert str(error.value) in " ".join(err.split())
 
 
 def test_an_option_given_twice_is_refused(adapter_file: Path, pictures: Path) -> None:

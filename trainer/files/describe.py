@@ -54,6 +54,7 @@ class Description:
         rows = [
             ("file", f"{self.file} ({self.bytes / 1e6:.1f} MB, {self.layout} layout)"),
             ("kind", spec.kind + self._version()),
+            *([("or", spec.lookalike)] if spec.lookalike else []),
             ("for", f"{spec.family_name} (text of {spec.context_width})"),
             ("encoder", f"{spec.encoder}: {spec.feature}"),
             ("tokens", str(spec.tokens)),

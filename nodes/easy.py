@@ -1,0 +1,141 @@
+"""ImagePrompt: the one node to start with. Model and image in, steered model out."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import comfy.clip_vision
+from comfy_api.latest import io, ui
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..ipadapter_core import AdapterError, LayerWeight, Site, cross_attention_sites, layer_weights, weight_layout
+from .apply import apply_prompt
+from .demo import load_image_encoder
+from .encode import EncodeImagePrompt
+from .files import ADAPTERS, ENCODERS, list_files, stamp, version
+from .load import load_adapter_file
+from .message import advanced, show_on_node
+from .pairs import COMPOSITION, LIKENESS, PLUS, STYLE, SUBJECT, USES, Pair, find_pair
+from .types import ImagePrompt as EncodedPrompt
+from .types import LoadedAdapter, node_schema
+from .vision import load_encoder
+
+_WEIGHT_TYPES = {STYLE: "style transfer", COMPOSITION: "composition"}  # linear for the others
+_KEPT = 2  # loaded pairs for each model
+
+Loaded = tuple[LoadedAdapter, comfy.clip_vision.ClipVisionModel]
+Encoded = tuple[EncodedPrompt, dict[str, Any]]
+
+# So that another weight reads no file and runs no encoder. Both go with their owner: the pairs with the model that
+# they steer, the encoded images with the image.
+_loaded: WeakKeyDictionary[nn.Module, dict[Any, Loaded]] = WeakKeyDictionary()
+_encoded: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class ImagePrompt(io.ComfyNode):
+    """Model and image -> the model with the image as a prompt; the files are found."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            node_id="ImagePrompt",
+            display_name="Image Prompt",
+            description="Lets an image steer the model, beside the text. The one node to start with: it finds the "
+            "adapter and the image encoder that fit the model, and shows which it took.",
+            essentials_category="Image Generation",
+            has_intermediate_output=True,  # the preview survives a reload of the page
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.5, SD2, SDXL or Kolors model, or that of the demo."),
+                io.Image.Input("image", tooltip="What the result should be like. Its middle square is seen."),
+                io.Float.Input(
+                    "weight",
+                    default=0.7,
+                    min=-1.0,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="Strength of the image. 0.5 to 0.8 beside a text, 1 with an empty one; 0 is off.",
+                ),
+                io.Combo.Input(
+                    "use_for",
+                    options=list(USES),
+                    default=SUBJECT,
+                    tooltip="What to take over. subject: all of the image. style and composition: only the layers that "
+                    "carry them; try weight 1. face: an adapter for faces, where one is there.",
+                ),
+                io.Combo.Input(
+                    "likeness",
+                    options=list(LIKENESS),
+                    default=PLUS,
+                    optional=True,
+                    tooltip="plus keeps most of the image, standard leaves the text more say, light even more. The "
+                    "nearest adapter that is there is taken. Files for faces, for composition and light ones have the "
+                    "shapes of others, so their names decide among those that fit.",
+                    **advanced(),
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="For the sampler; the input stays as it was.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Changes when a file of the two folders comes, goes or is replaced."""
+        return str([stamp(folder, name) for folder in (ADAPTERS, ENCODERS) for name in list_files(folder)])
+
+    @classmethod
+    def execute(
+        cls, model: Any, image: Tensor, weight: float = 0.7, use_for: str = SUBJECT, likeness: str = PLUS
+    ) -> io.NodeOutput:
+        unet = model.get_model_object("diffusion_model")
+        sites = cross_attention_sites(unet)
+        pair = find_pair(unet, sites, use_for, likeness)
+        weight_type = _WEIGHT_TYPES.get(use_for, "linear")
+        if use_for == COMPOSITION and pair.is_for_composition:
+            weight_type = "linear"
+        weights = _weights(sites, weight_type, weight, use_for)
+        ip_adapter, encoder = _load(model.model, pair)
+        prompt, shown = _encode(image, ip_adapter, encoder)
+        patched = apply_prompt(model, ip_adapter, prompt, weights=weights)
+        text = " ".join([f"{pair.describe()}, weight type {weight_type!r}.", *pair.notes])
+        show_on_node(cls, text)
+        return io.NodeOutput(patched, ui={**shown, **ui.PreviewText(text).as_dict()})
+
+
+def _weights(sites: list[Site], weight_type: str, weight: float, use_for: str) -> tuple[LayerWeight, ...]:
+    layout = weight_layout(sites)
+    try:
+        return layer_weights(weight_type, layout, weight, weight_composition=weight)
+    except AdapterError as error:  # pruned and small models
+        raise AdapterError(
+            f"use_for {use_for!r} needs the layers of SD1.5 or SDXL that carry {use_for}; the connected model has "
+            f"{layout} transformers before, in and after the middle block. Set use_for to {SUBJECT!r}."
+        ) from error
+
+
+def _load(base: nn.Module, pair: Pair) -> Loaded:
+    """The pair's models, from its files when they are not those of the last runs on this model."""
+    kept = _loaded.setdefault(base, {})
+    key = (pair.adapter, version(pair.adapter), pair.encoder, version(pair.encoder))
+    if key not in kept:
+        if pair.encoder.is_dir():
+            encoder = load_image_encoder(pair.encoder)
+        else:
+            encoder = load_encoder(pair.encoder, pair.name, pair.spec)
+        loaded = load_adapter_file(pair.adapter, pair.name), encoder
+        while len(kept) >= _KEPT:
+            kept.pop(next(iter(kept)))
+        kept[key] = loaded
+    return kept[key]
+
+
+def _encode(image: Tensor, ip_adapter: LoadedAdapter, encoder: comfy.clip_vision.ClipVisionModel) -> Encoded:
+    """The image prompt as Encode Image Prompt makes it, and its preview."""
+    if image not in _encoded:
+        _encoded[image] = WeakKeyDictionary()
+    made: WeakKeyDictionary[LoadedAdapter, Encoded] = _encoded[image]
+    if ip_adapter not in made:
+        output = EncodeImagePrompt.execute(ip_adapter, encoder, image)
+        made[ip_adapter] = output.args[0], output.ui.as_dict()
+    return made[ip_adapter]

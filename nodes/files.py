@@ -1,0 +1,95 @@
+"""The model folders: which files they hold, what is in them, and what to do when they are empty."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import folder_paths
+
+from ..ipadapter_core import AdapterError, AdapterSpec, infer_spec, read_checkpoint
+from ..ipadapter_core.encoders import ImageEncoder, open_encoder
+
+ADAPTERS, ENCODERS = "ipadapter", "clip_vision"
+H94 = "https://huggingface.co/h94/IP-Adapter"
+_SUFFIXES = {
+    ADAPTERS: (".safetensors", ".bin"),
+    ENCODERS: (".safetensors", ".sft", ".bin", ".pth", ".pt", ".ckpt"),
+}
+# What an empty list shows.
+_EMPTY = {
+    ADAPTERS: "none: put an adapter into models/ipadapter",
+    ENCODERS: "none: put an image encoder into models/clip_vision",
+}
+
+# The folder that other packs and ComfyUI-Manager use too; extra_model_paths.yaml may have added more places.
+folder_paths.add_model_folder_path(ADAPTERS, str(Path(folder_paths.models_dir) / ADAPTERS))
+
+
+def list_files(folder: str) -> list[str]:
+    """Names of the model files of a folder; the folder may also hold readme files and the like."""
+    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(_SUFFIXES[folder])]
+
+
+def choices(folder: str) -> list[str]:
+    """What a list of this folder offers: its files, or one line that says where files belong."""
+    return list_files(folder) or [_EMPTY[folder]]
+
+
+def home(folder: str) -> str:
+    """Where to put files of this kind."""
+    return folder_paths.get_folder_paths(folder)[0]
+
+
+def is_empty_choice(name: str) -> bool:
+    """Whether a name is the line of an empty list."""
+    return name in _EMPTY.values()
+
+
+def adapter_path(name: str) -> Path:
+    """Raises AdapterError for the line of an empty list, FileNotFoundError for a file that is not there."""
+    if is_empty_choice(name):
+        raise AdapterError(
+            f"There is no adapter in {home(ADAPTERS)}. Download ip-adapter-plus_sd15.safetensors (SD1.5) or "
+            f"ip-adapter-plus_sdxl_vit-h.safetensors (SDXL) from {H94} into it, then press R to reload the lists."
+        )
+    return Path(folder_paths.get_full_path_or_raise(ADAPTERS, name))
+
+
+def existing(folder: str) -> dict[Path, str]:
+    """The files of a folder by path, and their names in it; safetensors first."""
+    names = sorted(list_files(folder), key=lambda name: not name.lower().endswith((".safetensors", ".sft")))
+    paths = {name: folder_paths.get_full_path(folder, name) for name in names}
+    return {Path(path): name for name, path in paths.items() if path is not None}
+
+
+def stamp(folder: str, name: str) -> tuple[str, int, int] | None:
+    """Changes when a file is replaced."""
+    path = folder_paths.get_full_path(folder, name)
+    return None if path is None else (name, *version(Path(path)))
+
+
+def adapter_spec(path: Path) -> AdapterSpec:
+    """What an adapter file is, from its header alone, which is read once. Raises AdapterError or OSError."""
+    return _adapter_spec(path, version(path))
+
+
+def encoder_shape(path: Path) -> ImageEncoder | None:
+    """The same for an image encoder; None for another model."""
+    return _encoder_shape(path, version(path))
+
+
+@lru_cache(maxsize=512)
+def _adapter_spec(path: Path, _: tuple[int, int]) -> AdapterSpec:
+    return infer_spec(read_checkpoint(path))
+
+
+@lru_cache(maxsize=512)
+def _encoder_shape(path: Path, _: tuple[int, int]) -> ImageEncoder | None:
+    return open_encoder(path)
+
+
+def version(path: Path) -> tuple[int, int]:
+    """Changes when a file is replaced."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

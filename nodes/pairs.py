@@ -1,0 +1,186 @@
+"""Which adapter and image encoder of the model folders fit a model and a use best, by their tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..ipadapter_core import (
+    FAMILY_NAMES,
+    AdapterError,
+    AdapterSpec,
+    Kind,
+    Site,
+    check_compatible,
+    family_of,
+    is_kolors_unet,
+)
+from ..ipadapter_core.assets import MODEL, emoji_folder
+from ..ipadapter_core.encoders import find_encoder
+from .demo import ADAPTER, BUNDLED
+from .files import ADAPTERS, ENCODERS, H94, adapter_spec, encoder_shape, existing, home
+
+SUBJECT, STYLE, COMPOSITION, FACE = USES = ("subject", "style", "composition", "face")
+LIGHT, STANDARD, PLUS = LIKENESS = ("light", "standard", "plus")
+
+_KINDS: dict[str, tuple[Kind, ...]] = {
+    LIGHT: ("base", "plus", "full"),
+    STANDARD: ("base", "plus", "full"),
+    PLUS: ("plus", "full", "base"),
+}
+# Files of equal shapes that were trained for a use of their own: only their names tell, so a name decides among files
+# that fit by their shapes, and never against the shapes.
+_HINTS = {FACE: re.compile("face"), COMPOSITION: re.compile("composition"), LIGHT: re.compile("light(?!ning)")}
+_KOLORS_PAGE = "https://huggingface.co/Kwai-Kolors/Kolors-IP-Adapter-Plus"
+_DOWNLOADS = {
+    ("sd15", LIGHT): "models/ip-adapter_sd15_light.safetensors",
+    ("sd15", STANDARD): "models/ip-adapter_sd15.safetensors",
+    ("sd15", PLUS): "models/ip-adapter-plus_sd15.safetensors",
+    ("sd15", FACE): "models/ip-adapter-plus-face_sd15.safetensors",
+    ("sdxl", LIGHT): "sdxl_models/ip-adapter_sdxl_vit-h.safetensors",
+    ("sdxl", STANDARD): "sdxl_models/ip-adapter_sdxl_vit-h.safetensors",
+    ("sdxl", PLUS): "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors",
+    ("sdxl", FACE): "sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An adapter file and its encoder's (a folder for the bundled one). `notes` are for the user."""
+
+    name: str
+    adapter: Path
+    encoder: Path
+    spec: AdapterSpec
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_for_composition(self) -> bool:
+        """Whether its name says that it was trained on composition alone, so that it needs no weight type for it."""
+        return bool(_HINTS[COMPOSITION].search(self.name.lower()))
+
+    def describe(self) -> str:
+        if self.encoder.is_dir():
+            return f"{self.name} with its own image encoder"
+        return f"{self.name} ({self.spec.kind} adapter for {self.spec.family_name}) with {self.encoder.name}"
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    name: str
+    path: Path
+    spec: AdapterSpec
+
+    def mismatch(self, use_for: str) -> int:
+        """How little its name suits a use."""
+        named = {use for use in (FACE, COMPOSITION) if _HINTS[use].search(self.name.lower())}
+        return len(named ^ ({use_for} & {FACE, COMPOSITION}))
+
+    def rank(self, use_for: str, likeness: str) -> tuple[Any, ...]:
+        light = bool(_HINTS[LIGHT].search(self.name.lower()))
+        return self.mismatch(use_for), _KINDS[likeness].index(self.spec.kind), light is not (likeness == LIGHT)
+
+
+def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: str) -> Pair:
+    """The best pair of models/ipadapter and models/clip_vision, else the bundled one where it fits.
+
+    Raises AdapterError that names the file that is missing, its folder and its page.
+    """
+    candidates, others = _candidates(unet, sites)
+    bundled = None if candidates else _bundled(unet, sites)
+    if bundled is not None:
+        return bundled
+    if not candidates:
+        raise _missing(unet, sites, use_for, likeness, others)
+    ranked = sorted(candidates, key=lambda candidate: candidate.rank(use_for, likeness))  # stable: safetensors first
+    encoders, first_error = existing(ENCODERS), None
+    for candidate in ranked:
+        spec, name = candidate.spec, candidate.name
+        try:
+            encoder = find_encoder(spec, encoders, name=name, folder=home(ENCODERS), open_file=encoder_shape)
+        except AdapterError as error:
+            first_error = first_error or error
+            continue
+        notes = _notes(candidate, ranked, use_for, likeness)
+        return Pair(name, candidate.path, encoder, spec, notes)
+    assert first_error is not None
+    raise first_error
+
+
+def _candidates(unet: nn.Module, sites: Sequence[Site]) -> tuple[list[_Candidate], list[str]]:
+    """The adapters that fit the model and need no face, and what the other files are."""
+    found: list[_Candidate] = []
+    others: list[str] = []
+    for path, name in existing(ADAPTERS).items():
+        try:
+            spec = adapter_spec(path)
+        except (AdapterError, OSError):
+            others.append(f"{name} (no adapter that is read)")
+            continue
+        if spec.face_width is None and _fits(spec, unet, sites):
+            found.append(_Candidate(name, path, spec))
+        else:
+            others.append(f"{name} ({spec.kind} for {spec.family_name})")
+    return found, others
+
+
+def _fits(spec: AdapterSpec, unet: nn.Module, sites: Sequence[Site]) -> bool:
+    try:
+        check_compatible(spec, sites, unet=unet)
+    except AdapterError:
+        return False
+    return True
+
+
+def _bundled(unet: nn.Module, sites: Sequence[Site]) -> Pair | None:
+    """The emoji adapter, for the model of Load IP Adapter Demo."""
+    try:
+        folder = emoji_folder()
+        spec = adapter_spec(folder / ADAPTER)
+    except (AdapterError, OSError):
+        return None
+    if not _fits(spec, unet, sites):
+        return None
+    return Pair(BUNDLED, folder / ADAPTER, folder / MODEL / "image_encoder", spec)
+
+
+def _notes(chosen: _Candidate, ranked: Sequence[_Candidate], use_for: str, likeness: str) -> tuple[str, ...]:
+    """What the user should know of the choice."""
+    notes: list[str] = []
+    own, kind = chosen.mismatch(use_for), chosen.spec.kind
+    if any(other.spec.kind == kind and other.mismatch(use_for) != own for other in ranked):
+        notes.append("Its name decided: files for faces and composition have the shapes of the others.")
+    if use_for == FACE and own:
+        notes.append("No file here has face in its name (plus-face, full-face), so a general one is used.")
+    if kind != _KINDS[likeness][0]:
+        notes.append(f"Likeness {likeness} asks for a {_KINDS[likeness][0]} adapter, of which none is usable here.")
+    if chosen is not ranked[0]:
+        notes.append(f"{ranked[0].name} fits better, but its image encoder is not in {home(ENCODERS)}.")
+    return tuple(notes)
+
+
+def _missing(
+    unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: str, others: Sequence[str]
+) -> AdapterError:
+    context, widths = sites[0].context_width, [site.width for site in sites]
+    family = "kolors" if is_kolors_unet(unet) else family_of(context, widths)
+    file = _DOWNLOADS.get((family, FACE if use_for == FACE else likeness))
+    page = H94
+    if family == "kolors":
+        file, page = "ip_adapter_plus_general.bin", _KOLORS_PAGE
+    model = "Kolors" if family == "kolors" else FAMILY_NAMES.get(family)
+    looked = f" Looked at: {'; '.join(others)}." if others else ""
+    if file is None:
+        what = f"{model} model" if model else f"model (context {context}, {len(sites)} layers)"
+        return AdapterError(
+            f"No adapter in {home(ADAPTERS)} fits the connected {what}, and none for it is published. Put one that "
+            f"was trained on it there, or connect an SD1.5 or SDXL model.{looked}"
+        )
+    return AdapterError(
+        f"No adapter for {model} is in {home(ADAPTERS)}. Download {file} from {page} and put it there.{looked}"
+    )
