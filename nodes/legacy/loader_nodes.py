@@ -13,6 +13,7 @@ from comfy_api.latest import io
 
 from ...ipadapter_core import cross_attention_sites
 from ..files import ADAPTERS, list_files, stamp, version
+from ..lora import add_lora
 from ..vision import AUTO, find_encoder_file, load_encoder
 from . import fields as f
 from .old_faces import load_faces
@@ -68,11 +69,13 @@ class IPAdapterUnifiedLoader(OldNode):
             "ipadapter": {"file": path, "model": adapter},
             "insightface": {"provider": None, "model": None},
         }
-        if lora_strength > 0:
-            lora = find_lora(wanted, family)
-            if lora is not None:
-                weights = comfy.utils.load_torch_file(lora, safe_load=True)
-                model, _ = comfy.sd.load_lora_for_models(model, None, weights, lora_strength, 0)
+        lora = find_lora(wanted, family) if lora_strength > 0 else None
+        if lora is not None:
+            weights = comfy.utils.load_torch_file(lora, safe_load=True)
+            model, _ = comfy.sd.load_lora_for_models(model, None, weights, lora_strength, 0)
+        elif lora_strength > 0 and adapter.loaded.lora is not None:
+            model = model.clone()  # the adapter's file holds the same LoRA
+            add_lora(model, adapter.loaded, sites, lora_strength)
         before = dict((ipadapter or {}).get("insightface") or {})
         if wanted.faces:
             same = before.get("model") is not None and before.get("provider") == provider

@@ -241,17 +241,9 @@ def find_image_encoder(preset: Preset, spec: AdapterSpec) -> Path | None:
 
 
 def find_lora(preset: Preset, family: str) -> str | None:
-    """The path of the FaceID LoRA of this preset; None for presets without one.
-
-    Raises AdapterError that names the file to download when there is none.
-    """
+    """The path of the FaceID LoRA's own file; None without one."""
     pattern = preset.families[family].lora if family in preset.families else None
-    if pattern is None:
-        return None
-    for file in folder_paths.get_filename_list("loras"):
-        if re.search(pattern, file, re.IGNORECASE):
+    for file in folder_paths.get_filename_list("loras") if pattern else ():
+        if re.search(pattern or "", file, re.IGNORECASE):
             return folder_paths.get_full_path_or_raise("loras", file)
-    raise AdapterError(
-        f"The LoRA of this FaceID adapter is missing in {folder_paths.get_folder_paths('loras')[0]}. Download "
-        f"{preset.families[family].published}, or set lora_strength to 0."
-    )
+    return None

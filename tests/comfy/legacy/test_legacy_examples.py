@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 PEER = os.environ.get("IPADAPTER_PLUS_PATH", "")
 EXAMPLES = sorted((Path(PEER) / "examples").glob("*.json")) if PEER else []
@@ -160,17 +161,36 @@ def replaced(models, vision):
     }
 
 
+@pytest.fixture
+def face_images(face_models, comfyui, folders):
+    """Images with a face, for the small face models that are put where both packs look, and a LoRA."""
+    import folder_paths
+
+    face_models.write_pack(Path(folder_paths.models_dir) / "insightface" / "models" / "buffalo_l")
+    name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_q"
+    parts = {f"{name}.lora_up.weight": torch.ones(32, 2), f"{name}.lora_down.weight": torch.ones(2, 32)}
+    save_file(parts, folders / "loras" / "ip-adapter-faceid-plusv2_sd15_lora.safetensors")
+    image = face_models.draw_faces((32, 9, 8))[None]
+    return lambda *_: (image, torch.zeros(1, 640, 640))
+
+
 @each_example
 def test_it_runs(old, core_nodes, put, write_encoder, replaced, file, request):
     workflow = json.loads(file.read_text(encoding="utf-8"))
     types = {node["type"] for node in workflow["nodes"]}
     if file.stem in OTHER_MODELS:
         pytest.skip("for a model that has no tiny one here")
-    if "IPAdapterUnifiedLoaderFaceID" in types:
-        pytest.skip("needs face models")
     family = "sdxl" if any("sdxl" in str(node.get("widgets_values")) for node in workflow["nodes"]) else "sd15"
-    name = {"sd15": "ip-adapter-plus_sd15", "sdxl": "ip-adapter-plus_sdxl_vit-h"}[family]
-    put(family, "plus", name)
+    if "IPAdapterUnifiedLoaderFaceID" in types:
+        replaced["LoadImage"] = request.getfixturevalue("face_images")
+        if family == "sdxl":
+            put("sdxl", "portrait", "ip-adapter-faceid-portrait_sdxl")
+        else:
+            put("sd15", "faceid-plus", "ip-adapter-faceid-plusv2_sd15", lora_rank=8)
+            put("sd15", "full", "ip-adapter-full-face_sd15")
+    else:
+        name = {"sd15": "ip-adapter-plus_sd15", "sdxl": "ip-adapter-plus_sdxl_vit-h"}[family]
+        put(family, "plus", name)
     write_encoder("CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")
     results = Graph(workflow, {**core_nodes, **old}, replaced).run()
     assert results

@@ -88,6 +88,13 @@ def test_unified_loader_for_faces(peer, old, models, put, write_encoder, folders
     assert ours["ipadapter"]["file"] == theirs["ipadapter"]["file"]
     assert ours["ipadapter"]["model"]["faceidplusv2"] is True
     assert set(our_model.patches) == set(their_model.patches) and our_model.patches
+    (folders / "loras" / "ip-adapter-faceid-plusv2_sd15_lora.safetensors").unlink()
+    import folder_paths
+
+    folder_paths.filename_list_cache.clear()
+    # Without its own file, the LoRA inside the adapter's: of all attention layers, self-attention too.
+    inside, _ = old["IPAdapterUnifiedLoaderFaceID"]().load_models(models["sd15"], "FACEID PLUS V2", 0.6, "CPU")
+    assert len(inside.patches) == 4 * 32
     again, _ = old["IPAdapterUnifiedLoaderFaceID"]().load_models(models["sd15"], "FACEID PLUS V2", 0.0, "CPU")
     assert not again.patches
 
