@@ -17,7 +17,9 @@ from .build import build_layers, build_lora, build_projector, load_layers, load_
 from .checkpoint import AdapterCheckpoint, checkpoint_from_state, read_checkpoint
 from .compatible import check_compatible, context_tokens, is_kolors_unet
 from .errors import AdapterError
+from .heat import colour_heat, draw_heat, image_share
 from .infer import infer_spec, shortcut_hint
+from .layer_groups import LAYER_GROUPS, LayerFactors, group_factors, group_indices, parse_factors
 from .layers import (
     ImageKeyValueLayers,
     Layer,
@@ -36,6 +38,7 @@ from .masks import level_grid, resize_mask
 from .operations import Operations
 from .projectors import FaceIDPlusProjection, FaceIDProjection, FullProjection, ImageProjection, Resampler
 from .rows import pipeline_rows
+from .schedule import TIMINGS, WeightSchedule, parse_weights, step_at
 from .spec import (
     FAMILIES,
     FAMILY_NAMES,
@@ -74,6 +77,7 @@ __all__ = [
     "FAMILIES",
     "FAMILY_NAMES",
     "KINDS",
+    "LAYER_GROUPS",
     "METADATA_BASE_FAMILY",
     "METADATA_DIM_HEAD",
     "METADATA_ENCODER",
@@ -83,6 +87,7 @@ __all__ = [
     "METADATA_SHORTCUT",
     "METADATA_TOKENS",
     "SCALINGS",
+    "TIMINGS",
     "WEIGHT_LAYOUTS",
     "WEIGHT_TYPES",
     "WEIGHT_TYPE_ALIASES",
@@ -103,6 +108,7 @@ __all__ = [
     "KeyValue",
     "Kind",
     "Layer",
+    "LayerFactors",
     "LayerWeight",
     "LoraLayers",
     "Operations",
@@ -111,6 +117,7 @@ __all__ = [
     "Site",
     "TensorMap",
     "WeightLayout",
+    "WeightSchedule",
     "WeightType",
     "adapter_from_checkpoint",
     "attention_ids",
@@ -119,13 +126,18 @@ __all__ = [
     "build_projector",
     "check_compatible",
     "checkpoint_from_state",
+    "colour_heat",
     "comfy_block_ids",
     "context_tokens",
     "cross_attention_sites",
     "diffusers_sites",
+    "draw_heat",
     "export_state",
     "family_of",
+    "group_factors",
+    "group_indices",
     "image_attention",
+    "image_share",
     "infer_spec",
     "init_adapter",
     "init_from_unet",
@@ -140,7 +152,9 @@ __all__ = [
     "load_projector",
     "looks_like",
     "new_spec",
+    "parse_factors",
     "parse_weight_type",
+    "parse_weights",
     "pipeline_rows",
     "read_checkpoint",
     "resize_mask",
@@ -148,6 +162,7 @@ __all__ = [
     "scale_keys_values",
     "shortcut_hint",
     "spec_metadata",
+    "step_at",
     "weight_layout",
     "with_shortcut",
 ]

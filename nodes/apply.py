@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import comfy.model_management
 import comfy.patcher_extension
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -15,27 +13,33 @@ from ..ipadapter_core import (
     SCALINGS,
     WEIGHT_TYPES,
     AdapterError,
-    KeyValue,
+    LayerFactors,
     LayerWeight,
     Scaling,
-    Site,
+    WeightSchedule,
     check_compatible,
-    context_tokens,
     cross_attention_sites,
-    layer_weights,
     parse_weight_type,
-    weight_layout,
 )
-from ..ipadapter_core.attention import split_heads
-from ..ipadapter_core.branches import branch_rows, fold_weights
 from ..ipadapter_core.masks import check_attention_mask, check_mask
 from .calls import RUN
 from .checks import check_acts, check_prompt, largest
+from .keys_values import inference_dtype, layer_pairs
+from .layer_weights import model_weights
 from .lora import LORA_STRENGTH, add_lora
 from .patch import SitePatch
 from .run import start_run
-from .steps import Application, Place
-from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
+from .steps import Application
+from .types import (
+    ImagePrompt,
+    ImagePromptType,
+    IPAdapterModel,
+    LayerWeightsType,
+    LoadedAdapter,
+    WeightScheduleType,
+    advanced,
+    node_schema,
+)
 
 _KEY = "ip_adapter_kit."
 _Wrappers = comfy.patcher_extension.WrappersMP
@@ -49,13 +53,23 @@ class ApplyIPAdapter(io.ComfyNode):
         return node_schema(
             node_id="ApplyIPAdapter",
             display_name="Apply IP Adapter",
-            description="Lets a picture steer the model, beside the text. Chain several for several prompts.",
+            description="Lets an image steer the model, beside the text. Chain several for several image prompts.",
             inputs=[
                 io.Model.Input("model", tooltip="The SD1.5, SD2 or SDXL model that the adapter was made for."),
                 IPAdapterModel.Input("ip_adapter", tooltip="The adapter."),
-                ImagePromptType.Input("image_prompt", tooltip="From Encode Image Prompt, with the same adapter."),
+                ImagePromptType.Input(
+                    "image_prompt",
+                    optional=True,
+                    tooltip="From Encode Image Prompt, with the same adapter. Without it, as when that node is "
+                    "bypassed, the model is passed on as it is.",
+                ),
                 io.Float.Input(
-                    "weight", default=1.0, min=-1.0, max=5.0, step=0.05, tooltip="Strength of the picture; 0 is off."
+                    "weight",
+                    default=1.0,
+                    min=-1.0,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="Strength of the image. 0.5 to 0.8 beside a text, 1 without; 0 is off.",
                 ),
                 io.Combo.Input(
                     "weight_type",
@@ -72,7 +86,8 @@ class ApplyIPAdapter(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     optional=True,
-                    tooltip="From which part of the noise schedule on the picture acts; 0 is the first step.",
+                    tooltip="From which part of the noise schedule on the image acts; 0 is the first step. Try 0.2 to "
+                    "leave the layout to the text.",
                 ),
                 io.Float.Input(
                     "end_at",
@@ -81,9 +96,11 @@ class ApplyIPAdapter(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     optional=True,
-                    tooltip="Up to which part of the noise schedule the picture acts; 1 is the last step.",
+                    tooltip="Up to which part of the noise schedule the image acts; 1 is the last step. Try 0.8 to "
+                    "leave the details to the text.",
                 ),
-                io.Combo.Input(
+                advanced(
+                    io.Combo.Input,
                     "embeds_scaling",
                     options=list(SCALINGS),
                     default="V only",
@@ -94,8 +111,8 @@ class ApplyIPAdapter(io.ComfyNode):
                 io.Mask.Input(
                     "attn_mask",
                     optional=True,
-                    tooltip="Where in the result the picture acts: 0 nowhere, 1 fully. Any size; a batch of masks "
-                    "gives each picture of a batch its own.",
+                    tooltip="Where in the result the image acts: 0 nowhere, 1 fully. Any size; a batch of masks "
+                    "gives each image of a batch its own.",
                 ),
                 io.Float.Input(
                     "lora_strength",
@@ -106,6 +123,27 @@ class ApplyIPAdapter(io.ComfyNode):
                     optional=True,
                     tooltip="Strength of the LoRA inside a FaceID file; other adapters have none. 0.6 follows the text "
                     "better, 1 is as trained. 0 when the LoRA is loaded from its own file.",
+                ),
+                LayerWeightsType.Input(
+                    "layer_weights",
+                    optional=True,
+                    tooltip="From Layer Weights: multiplies the weight that weight_type gives to each layer.",
+                ),
+                WeightScheduleType.Input(
+                    "weight_schedule",
+                    optional=True,
+                    tooltip="From Weight Schedule: multiplies the weight in each step, or for each frame.",
+                ),
+                advanced(
+                    io.Float.Input,
+                    "boost",
+                    default=1.0,
+                    min=-5.0,
+                    max=5.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="For the precise weight types: how strongly, in parts of weight, the other layers push "
+                    "away what should not come along. 1 is as strong as weight; try 0.5 to 2.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For the sampler; the input stays as it was.")],
@@ -124,7 +162,7 @@ class ApplyIPAdapter(io.ComfyNode):
         cls,
         model: Any,
         ip_adapter: LoadedAdapter,
-        image_prompt: ImagePrompt,
+        image_prompt: ImagePrompt | None = None,
         weight: float = 1.0,
         weight_type: str = "linear",
         start_at: float = 0.0,
@@ -132,11 +170,13 @@ class ApplyIPAdapter(io.ComfyNode):
         embeds_scaling: Scaling = "V only",
         attn_mask: Tensor | None = None,
         lora_strength: float = LORA_STRENGTH,
+        layer_weights: LayerFactors | None = None,
+        weight_schedule: WeightSchedule | None = None,
+        boost: float = 1.0,
     ) -> io.NodeOutput:
-        unet = model.get_model_object("diffusion_model")
-        sites = cross_attention_sites(unet)
-        check_compatible(ip_adapter.spec, sites, ip_adapter.name, unet=unet)
-        weights = layer_weights(weight_type, weight_layout(sites), weight, weight_composition=weight)
+        if image_prompt is None:
+            return io.NodeOutput(model)
+        weights, needs_negative = model_weights(model, ip_adapter, weight_type, weight, layer_weights, boost)
         patched = apply_prompt(
             model,
             ip_adapter,
@@ -147,7 +187,8 @@ class ApplyIPAdapter(io.ComfyNode):
             scaling=embeds_scaling,
             attn_mask=attn_mask,
             lora_strength=lora_strength,
-            needs_negative=f"weight_type {weight_type!r}" if any(layer.swapped for layer in weights) else "",
+            schedule=weight_schedule,
+            needs_negative=needs_negative,
         )
         return io.NodeOutput(patched)
 
@@ -162,16 +203,18 @@ def apply_prompt(
     end_at: float = 1.0,
     scaling: Scaling = "V only",
     attn_mask: Tensor | None = None,
+    mask_name: str = "attn_mask",
     lora_strength: float = LORA_STRENGTH,
+    schedule: WeightSchedule | None = None,
     token_scale: float = 1.0,
     needs_negative: str = "",
     checked: bool = True,
 ) -> Any:
     """A clone of the model with one more image prompt in it. `weights` is one for each transformer of the UNet, see
-    `Site.transformer_index`; `lora_strength` is that of the LoRA inside a FaceID file, which acts in every step;
-    `token_scale` multiplies the tokens, keys and values alike; `needs_negative` names the input that acts in the
-    negative branch alone. Without `checked` an image prompt may act nowhere, and a mask is taken as it is, outside 0..1
-    too.
+    `Site.transformer_index`; `schedule` multiplies all of them; `lora_strength` is that of the LoRA inside a FaceID
+    file, which acts in every step; `token_scale` multiplies keys and values alike; `needs_negative` names the input
+    that acts in the negative branch alone, `mask_name` that of the mask. Without `checked`, for the old names, an image
+    prompt may act nowhere, and a mask is taken as it is, outside 0..1 too.
 
     Raises AdapterError when the adapter is not made for the model, the prompt not for the adapter, or nothing would
     come of it although the weight is not 0.
@@ -185,48 +228,24 @@ def apply_prompt(
     if checked:
         check_acts(strength, start_at, end_at, scaling, sites)
         check = check_attention_mask if strength else check_mask
-        mask = None if attn_mask is None else check(attn_mask, "attn_mask")
+        mask = None if attn_mask is None else check(attn_mask, mask_name)
+    if schedule is not None and scaling != "V only":
+        raise AdapterError(
+            f"A weight schedule multiplies the result of the image attention, embeds_scaling {scaling!r} the keys, "
+            "which are made once. Use 'V only' with a schedule."
+        )
     patched = model.clone()
     if not patched.get_wrappers(_Wrappers.SAMPLER_SAMPLE, RUN):
         patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
     if not strength:
         return patched
     add_lora(patched, ip_adapter, sites, lora_strength)
-    rows, pairs = layer_pairs(
-        ip_adapter, image_prompt, sites, weights, scaling, inference_dtype(model), unet, token_scale
-    )
+    dtype = inference_dtype(model)
+    rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, dtype, unet, token_scale)
     negative = "image_negative" if image_prompt.has_negative else needs_negative
-    install(patched, Application(_new_key(patched), pairs, rows, start_at, end_at, mask, negative, checked))
+    key = _new_key(patched)
+    install(patched, Application(key, pairs, rows, start_at, end_at, mask, negative, schedule, mask_name, checked))
     return patched
-
-
-def layer_pairs(
-    ip_adapter: LoadedAdapter,
-    image_prompt: ImagePrompt,
-    sites: Sequence[Site],
-    weights: Sequence[LayerWeight],
-    scaling: Scaling,
-    dtype: torch.dtype,
-    unet: torch.nn.Module,
-    token_scale: float = 1.0,
-) -> tuple[tuple[int, int], dict[Place, KeyValue]]:
-    """The rows of both branches, and the keys and values of every layer whose weight is not 0, [rows, H, T, d], all
-    weights inside, on the offload device. Computed in fp32, kept in the model's `dtype`.
-    """
-    adapter, device = ip_adapter.on_device(), ip_adapter.patcher.load_device
-    tokens = context_tokens(project(ip_adapter, image_prompt).to(device), adapter.spec, unet, ip_adapter.name)
-    positives, one_each = len(image_prompt.positive), image_prompt.one_each
-    swapped = any(layer.swapped and layer.weight for layer in weights)
-    rows = branch_rows(positives, len(tokens) - positives, one_each=one_each, swapped=swapped)
-    home = comfy.model_management.unet_offload_device()
-    pairs: dict[Place, KeyValue] = {}
-    for site, pair in zip(sites, adapter.keys_values(tokens * token_scale), strict=True):
-        weight = weights[site.transformer_index]
-        folded = fold_weights(pair, weight, image_prompt.weights, rows, scaling, positives=positives, one_each=one_each)
-        if folded is not None and site.block is not None:
-            parts = (part.to(home, dtype) for part in folded)
-            pairs[site.block] = KeyValue(*(split_heads(part, site.heads, len(part)).contiguous() for part in parts))
-    return rows, pairs
 
 
 def install(patched: Any, application: Application) -> None:
@@ -240,12 +259,6 @@ def install(patched: Any, application: Application) -> None:
         # A weight is that of a whole transformer, so ours now stand in all places of that key. See `start_run`.
         patched.model_options["transformer_options"]["patches_replace"]["attn2"].pop((stage, number), None)
     patched.add_wrapper_with_key(_Wrappers.APPLY_MODEL, application.key, application)
-
-
-def inference_dtype(model: Any) -> torch.dtype:
-    """The dtype in which the model's layers calculate."""
-    dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
 def _new_key(model: Any) -> str:

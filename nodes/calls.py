@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..ipadapter_core import AdapterError, step_at
 from ..ipadapter_core.branches import chunk_branches, rows_each
 
 RUN = "ip_adapter_kit.run"  # in transformer_options: the Run
+_REMEMBERED = 4  # calls: both halves of guidance on their own, with a neighbour each; more windows of frames come anew
 
 Options = dict[str, Any]
 Grid = tuple[int, int]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run of a sampler on a latent of `size`, and what was prepared in it (dropped with it).
+    """One run of a sampler on a batch of `images` latents of `size` over `sigmas`, and what was prepared in it (dropped
+    with it).
 
-    By the uuid of a cond: `names` in the guider, `corners` (top, left) of conds that cover only an area. `compiled`:
-    the model runs as a compiled graph.
+    By the uuid of a cond: `names` in the guider, `corners` (top, left) of conds that cover only an area.
     """
 
     names: Mapping[Hashable, frozenset[str]] = field(default_factory=dict)
     size: Grid | None = None
     corners: Mapping[Hashable, Grid] = field(default_factory=dict)
-    compiled: bool = False
+    images: int = 0
+    sigmas: Tensor | None = None
     made: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict)
     windows: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         return self
+
+    def remember(self, name: Hashable, key: Hashable, make: Callable[[], _T]) -> _T:
+        """What was made for this key in this run; of each name the latest few."""
+        made = self.made.setdefault(name, {})
+        if key not in made:
+            made[key] = make()
+            for old in list(made)[:-_REMEMBERED]:
+                made.pop(old, None)
+        return made[key]
+
+    @cached_property
+    def sigma_list(self) -> tuple[float, ...]:
+        """Read once in a run: they may lie on the device."""
+        return () if self.sigmas is None else tuple(self.sigmas.tolist())
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,27 @@ def run_of(options: Options) -> Run | None:
     """The run, or None when a host calls the model without the wrapper that starts it."""
     run = options.get(RUN)
     return run if isinstance(run, Run) else None
+
+
+def sigma_of(options: Options, t: Tensor) -> float:
+    """The sigma of this call; the one host sync of a step, shared by all that need it. It stays out of the options: a
+    compiled graph would be one for this number.
+    """
+    return (run_of(options) or Run()).remember("sigma", t, lambda: float(t.max()))
+
+
+def step_of_run(options: Options, t: Tensor) -> tuple[int, int]:
+    """The step that a call with this sigma belongs to, and the number of steps of the run.
+
+    Raises AdapterError when a host calls the model without the wrapper that starts the run.
+    """
+    run = run_of(options)
+    if run is None or len(run.sigma_list) < 2:
+        raise AdapterError(
+            "This sampler does not tell its steps, so neither a Weight Schedule over steps nor an attention map works "
+            "with it. Use a sampler of ComfyUI."
+        )
+    return step_at(run.sigma_list, sigma_of(options, t)), len(run.sigma_list) - 1
 
 
 def grid_of(shape: Sequence[int]) -> Grid:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ipadapter_core import AdapterError
 from ..ipadapter_core.attention import attend_to_heads
+from .record import Record
 from .steps import Application, Place, Step, step_of
 
 Options = dict[str, Any]
@@ -24,21 +25,31 @@ class SitePatch:
     """The replacement of one attn2 (ComfyUI's `attn2_replace`) by an application of an adapter; immutable.
 
     `place` is the layer's. `previous` is what stood there before, from any pack; None is ComfyUI's own attention.
+    `record` notes where the image acts, for an attention map.
     """
 
     application: Application
     place: Place
     previous: Replacement | None = None
+    record: Record | None = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         """query [B, N, C], text key and value [B, T, C] -> [B, N, C], before `to_out`."""
         text = (self.previous or text_attention)(query, key, value, options)
+        if self.record is not None and not isinstance(self.previous, SitePatch):
+            self.record.add(self.place, "", text, options)
         step = step_of(self.application, options, query)
-        # ComfyUI drops the guards of compiled graphs on transformer_options: a branch on a step's value would be
-        # frozen into the graph. There the gate, a tensor, says the same.
-        if not step.active and not torch.compiler.is_compiling():
+        if not step.active:
             return text
-        return text + self.image_term(query, step, options)
+        term = self.image_term(query, step, options)
+        if self.record is not None:
+            self.record.add(self.place, self.application.key, term, options)
+        return text + term
+
+    def recorded(self, record: Record) -> SitePatch:
+        """The same with all below it that is ours, for a model that nobody else holds."""
+        below = self.previous.recorded(record) if isinstance(self.previous, SitePatch) else self.previous
+        return replace(self, previous=below, record=record)
 
     def image_term(self, query: Tensor, step: Step, options: Options) -> Tensor:
         """The attention of query [B, N, C] to the image tokens of each row."""

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ipadapter_core import AdapterError, KeyValue, resize_mask
+from ..ipadapter_core import AdapterError, KeyValue, WeightSchedule, resize_mask
 from ..ipadapter_core.branches import POSITIVE, grown_rows
 from ..ipadapter_core.masks import crop_mask
-from .calls import Call, Grid, Options, Run, grid_of, read_call, run_of
-
-SIGMA = "ip_adapter_kit.sigma"  # in transformer_options: the sigma of this call as a number, shared by all adapters
-_REMEMBERED = 4  # calls: both halves of guidance on their own, with a neighbour each; more windows of frames come anew
+from .calls import Call, Grid, Options, Run, grid_of, read_call, run_of, sigma_of, step_of_run
 
 Place = tuple[str, int, int]  # ComfyUI's key of an attention layer, such as ("input", 1, 0)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One call of the model with a batch of B rows. `active`: within the adapter's window.
+    """One call of the model with a batch of B rows. `active`: within the adapter's window, and not scheduled to be 0.
 
     `rows`: which row of the application's keys and values each row of the batch takes. `pairs`: these keys and values
     by the layer's place, [B, H, T, d], on the device of the call. `chunks`: which cond of the guider's list each chunk
-    of the batch is. `gates` has one [B, N, 1] tensor per grid of the UNet, the
-    mask times the window, the latent's own grid `size` among them; empty where nothing is to be multiplied.
+    of the batch is. `gates` has one [B, N, 1] tensor per grid of the UNet, the mask times window and schedule, the
+    latent's own grid `size` among them; empty where nothing is to be multiplied.
     """
 
     active: bool
@@ -68,9 +64,9 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Application:
-    """One image prompt in a model: its key, its keys and values, its window in parts of the schedule (0..1), its mask
-    [M, H, W] or None, and the input of it that acts in the negative branch alone ("" for none). `checked`: a mask that
-    leaves nothing of it is an error.
+    """One image prompt in a model: its key, its keys and values, its window in parts of the noise schedule (0..1), its
+    mask [M, H, W] or None, the input of it that acts in the negative branch alone ("" for none), the schedule of its
+    weight, and the name of the mask's input. `checked`: a mask that leaves nothing of it is an error.
 
     `pairs` has by place [P + N, H, T, d] tensors on the offload device: the rows of the positive branch, then those of
     the negative one, all weights inside. `rows` is (P, N): 1 each, or one for each image of a batch.
@@ -85,6 +81,8 @@ class Application:
     end_at: float = 1.0
     attn_mask: Tensor | None = None
     negative: str = ""
+    schedule: WeightSchedule | None = None
+    mask_name: str = "attn_mask"
     checked: bool = True
 
     def __call__(
@@ -99,8 +97,10 @@ class Application:
         **kwargs: Any,
     ) -> Tensor:
         options = dict(transformer_options or {})
+        call = read_call(options, x)
         active = self._is_active(executor.class_obj.model_sampling, t, options)
-        options[self.key] = self.step(active, options, read_call(options, x))
+        factors = self.factors(t, options, call) if active else (0.0,) * len(call.frames)
+        options[self.key] = self.step(factors, options, call)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Application:
@@ -115,11 +115,11 @@ class Application:
         if used is not None and not resize_mask(used, size).any():
             if used.any():
                 raise AdapterError(
-                    f"attn_mask is 0 at every place of the {size[0]} x {size[1]} latent: its area is too small. Grow "
-                    "the mask."
+                    f"{self.mask_name} is 0 at every place of the {size[0]} x {size[1]} latent: its area is too small. "
+                    "Grow the mask."
                 )
             raise AdapterError(
-                f"attn_mask has {len(self.attn_mask)} masks, and the first {len(used)}, for the images that are "
+                f"{self.mask_name} has {len(self.attn_mask)} masks, and the first {len(used)}, for the images that are "
                 "sampled, are 0 everywhere. Put the masks into the order of the images."
             )
         if not self._is_always_active:
@@ -129,6 +129,16 @@ class Application:
                     f"The image prompt acts in none of these {len(sigmas)} steps: none lies between start_at "
                     f"{self.start_at:g} and end_at {self.end_at:g}."
                 )
+        images = self.rows[0]
+        if images > batch:
+            unused = f"image {images} acts" if images == batch + 1 else f"images {batch + 1} to {images} act"
+            yield (
+                f"The image prompt has {images} images, one for each latent, and {batch} "
+                f"{'is' if batch == 1 else 'are'} sampled: {unused} in none. Sample {images} latents, or turn one_each "
+                "off."
+            )
+        if self.schedule is not None:
+            yield from self.schedule.notes(batch if self.schedule.over == "frames" else len(sigmas))
         if self.negative and cfg == 1.0:
             yield f"{self.negative} acts in the negative branch, which cfg 1 leaves out. Set cfg above 1."
 
@@ -137,13 +147,22 @@ class Application:
         return self.start_at <= 0.0 and self.end_at >= 1.0
 
     def _is_active(self, model_sampling: Any, t: Tensor, options: Options) -> bool:
-        """Whether this step is within the window; the one host sync of a step, and only when there is a window."""
+        """Whether this step is within the window; asks for the sigma only when there is a window."""
         if self._is_always_active:
             return True
-        if SIGMA not in options:
-            options[SIGMA] = float(t.max())
         first, last = self._window(model_sampling, options)
-        return last <= options[SIGMA] <= first
+        return last <= sigma_of(options, t) <= first
+
+    def factors(self, t: Tensor, options: Options, call: Call) -> tuple[float, ...]:
+        """What the schedule multiplies each image of the batch with in this call."""
+        if self.schedule is None:
+            return (1.0,) * len(call.frames)
+        if self.schedule.over == "steps":
+            step, steps = step_of_run(options, t)
+            return (self.schedule.factors(steps)[step],) * len(call.frames)
+        run = run_of(options) or Run()
+        factors = self.schedule.factors(max(run.images, *(frame + 1 for frame in call.frames)))
+        return tuple(factors[frame] for frame in call.frames)
 
     def _window(self, model_sampling: Any, options: Options) -> tuple[float, float]:
         """The sigmas of the window's ends, looked up once in a run: the table may lie on the device."""
@@ -154,15 +173,17 @@ class Application:
             windows[self.key] = tuple(float(model_sampling.percent_to_sigma(end)) for end in ends)
         return windows[self.key]
 
-    def step(self, active: bool, options: Options, call: Call) -> Step:
-        """The step of a call; most calls of a run are alike, so its parts are kept for the next ones."""
+    def step(self, factors: tuple[float, ...], options: Options, call: Call) -> Step:
+        """The step of a call, with a factor for each image of the batch; most calls of a run are alike, so its parts
+        are kept for the next ones.
+        """
+        active = any(factors)
         run = run_of(options) or Run()
-        compiled = run.compiled or torch.compiler.is_compiling()
         rows, pairs, gates = self.batch_rows(call), {}, {}
-        if active or compiled:
-            pairs = _remember(run, ("pairs", self.key), (rows, call.device), lambda: self._select(rows, call.device))
-        if compiled or (active and self.attn_mask is not None):
-            gates = _remember(run, ("gates", self.key), (active, call), lambda: self._gates(active, call))
+        if active:
+            pairs = run.remember(("pairs", self.key), (rows, call.device), lambda: self._select(rows, call.device))
+        if active and (self.attn_mask is not None or set(factors) != {1.0}):
+            gates = run.remember(("gates", self.key), (factors, call), lambda: self._gates(factors, call))
         return Step(active, rows, pairs, call.chunks, call.size, gates)
 
     def batch_rows(self, call: Call) -> tuple[int, ...]:
@@ -186,21 +207,21 @@ class Application:
 
         return {place: KeyValue(*map(select, pair)) for place, pair in self.pairs.items()}
 
-    def _gates(self, active: bool, call: Call) -> dict[Grid, Tensor]:
-        return {grid: self._gate(active, grid, call) for grid in level_grids(call.size)}
+    def _gates(self, factors: tuple[float, ...], call: Call) -> dict[Grid, Tensor]:
+        scale = _on(torch.tensor(factors * len(call.chunks), dtype=call.dtype), call.device).reshape(-1, 1, 1)
+        return {grid: self._gate(scale, grid, call) for grid in level_grids(call.size)}
 
-    def _gate(self, active: bool, grid: Grid, call: Call) -> Tensor:
+    def _gate(self, scale: Tensor, grid: Grid, call: Call) -> Tensor:
         """[B, N, 1]; with several masks, one for each image of the batch, the last for all that are left."""
         mask = self.attn_mask
-        if mask is None or not active:
-            shape = (call.rows, grid[0] * grid[1], 1)
-            return torch.full(shape, float(active), device=call.device, dtype=call.dtype)
+        if mask is None:
+            return scale.expand(-1, grid[0] * grid[1], -1).contiguous()
         chunks: list[Tensor] = []
         for corner in call.corners:
             part = mask if corner is None else crop_mask(mask, call.whole, corner, call.size)
             resized = resize_mask(part, grid)
             chunks.append(resized[[min(frame, len(resized) - 1) for frame in call.frames]])
-        return _on(torch.cat(chunks).to(call.dtype), call.device)
+        return _on(torch.cat(chunks).to(call.dtype), call.device) * scale
 
 
 def step_of(application: Application, options: Options, query: Tensor) -> Step:
@@ -208,17 +229,8 @@ def step_of(application: Application, options: Options, query: Tensor) -> Step:
     step = options.get(application.key)
     if isinstance(step, Step):
         return step
-    return application.step(True, options, read_call(options, query, grid_of(options["original_shape"])))
-
-
-def _remember(run: Run, name: Hashable, key: Hashable, make: Callable[[], _T]) -> _T:
-    """What was made for this key in this run; of each name the latest few."""
-    made = run.made.setdefault(name, {})
-    if key not in made:
-        made[key] = make()
-        for old in list(made)[:-_REMEMBERED]:
-            made.pop(old, None)
-    return made[key]
+    call = read_call(options, query, grid_of(options["original_shape"]))
+    return application.step(application.factors(options.get("sigmas"), options, call), options, call)
 
 
 def level_grids(size: Sequence[int], levels: int = 5) -> list[Grid]:

@@ -72,3 +72,21 @@ def test_each_frame_has_its_image(pack, world, in_windows, images):
         want = in_windows(world.apply(world.model, world.adapter, single))
         torch.testing.assert_close(got[frame], want[frame], atol=2e-3, rtol=2e-3)
     assert not torch.allclose(got, in_windows(world.apply(world.model, world.adapter, world.prompt)), atol=0.05)
+
+
+def test_each_frame_has_its_weight(pack, world, in_windows):
+    made = pack.WeightSchedule.execute("frames", "0, 1", "linear").args[0]
+    got = in_windows(world.apply(world.model, world.adapter, world.prompt, weight_schedule=made))
+    for frame in range(FRAMES):
+        single = world.apply(world.model, world.adapter, world.prompt, weight=frame / (FRAMES - 1))
+        torch.testing.assert_close(got[frame], in_windows(single)[frame], atol=2e-3, rtol=2e-3)
+
+
+def test_a_map_of_all_frames(pack, world, in_windows):
+    masks = torch.zeros(FRAMES, 16, 16)
+    masks[1::2] = 1.0
+    patched = world.apply(world.model, world.adapter, world.prompt, attn_mask=masks)
+    model, record = pack.RecordAttentionMap.execute(patched).args
+    assert torch.equal(in_windows(model), in_windows(patched))
+    acted = record.heat("all", 0, 10000).flatten(1).amax(1)
+    assert [bool(most) for most in acted] == [False, True] * (FRAMES // 2)

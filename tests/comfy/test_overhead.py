@@ -73,6 +73,26 @@ def test_at_most_one_sync_a_step(world):
     assert 0 < sum(two_windows[name] - base[name] for name in SYNCS) <= STEPS + 4 * lookups
 
 
+@pytest.mark.parametrize("over", ["steps", "frames"])
+def test_a_schedule_costs_one_call_a_layer_and_one_sync_a_step(pack, world, monkeypatch, over):
+    made = pack.WeightSchedule.execute(over, "1, 0.5").args[0]
+    patched = world.apply(world.model, world.adapter, world.prompt, weight_schedule=made)
+    added = in_the_layers(world, patched, monkeypatch)
+    added.subtract(in_the_layers(world, world.model, monkeypatch))
+    assert sum(added.values()) <= 7 * 16 and not any(added[name] for name in (*MATMULS, *SYNCS)), added
+    whole, base = in_all(world, patched), in_all(world, world.model)
+    assert sum(whole[name] - base[name] for name in SYNCS) <= (STEPS if over == "steps" else 0)
+
+
+def test_a_record_waits_for_the_device_once_a_step(pack, world, monkeypatch):
+    recorded = pack.RecordAttentionMap.execute(world.apply(world.model, world.adapter, world.prompt)).args[0]
+    added = in_the_layers(world, recorded, monkeypatch)
+    added.subtract(in_the_layers(world, world.model, monkeypatch))
+    assert not any(added[name] for name in (*MATMULS, *SYNCS)), added
+    whole, base = in_all(world, recorded), in_all(world, world.model)
+    assert sum(whole[name] - base[name] for name in SYNCS) <= STEPS
+
+
 def in_lookups(world):
     """Syncs of one percent_to_sigma."""
     with Counting() as counting:

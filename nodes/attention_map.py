@@ -1,0 +1,158 @@
+"""RecordAttentionMap and ImagePromptAttentionMap: where in the result an image prompt acted."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import comfy.patcher_extension
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..ipadapter_core import (
+    LAYER_GROUPS,
+    AdapterError,
+    cross_attention_sites,
+    draw_heat,
+    weight_layout,
+)
+from .patch import SitePatch
+from .record import Record
+from .steps import Application
+from .types import AttentionRecordType, advanced, node_schema
+
+_KEY = "ip_adapter_kit.record"
+_LAST = 10000  # as in KSampler (Advanced)
+_Wrappers = comfy.patcher_extension.WrappersMP
+_log = logging.getLogger("ip_adapter_kit")
+
+
+class RecordAttentionMap(io.ComfyNode):
+    """A model with image prompts -> the same, which notes where they act."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            node_id="RecordAttentionMap",
+            display_name="Record Attention Map",
+            description="Notes where the image prompts act while the model is sampled, for Attention Map. The images "
+            "stay the same.",
+            inputs=[io.Model.Input("model", tooltip="From the last Apply IP Adapter.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For the sampler."),
+                AttentionRecordType.Output(display_name="record", tooltip="For Image Prompt Attention Map."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any) -> io.NodeOutput:
+        patched = model.clone()
+        attn2 = patched.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
+        patches = {place: patch for place, patch in attn2.items() if isinstance(patch, SitePatch)}
+        if any(patch.record is not None for patch in patches.values()):
+            raise AdapterError(
+                "This model is recorded already. Use one Record Attention Map, after the last Apply IP Adapter."
+            )
+        wrappers = patched.wrappers.get(_Wrappers.APPLY_MODEL, {})
+        keys = [key for key, items in wrappers.items() if any(isinstance(item, Application) for item in items)]
+        sites = cross_attention_sites(patched.get_model_object("diffusion_model"))
+        transformers = {site.block[:2]: site.transformer_index for site in sites if site.block is not None}
+        record = Record(tuple(str(key) for key in keys), weight_layout(sites), transformers)
+        for (stage, number, index), patch in patches.items():
+            patched.set_model_attn2_replace(patch.recorded(record), stage, number, index)
+        if patches:
+            patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, _KEY, record.sample)
+            patched.add_wrapper_with_key(_Wrappers.APPLY_MODEL, _KEY, record)
+        else:
+            _log.warning("Record Attention Map: no image prompt acts in the connected model.")
+        return io.NodeOutput(patched, record)
+
+
+class ImagePromptAttentionMap(io.ComfyNode):
+    """A record and the images of its run -> a heat map over them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            node_id="ImagePromptAttentionMap",
+            display_name="Attention Map",
+            description="Draws where in the result the image prompt acted, as a heat map over the image.",
+            is_output_node=True,
+            inputs=[
+                AttentionRecordType.Input("record", tooltip="From Record Attention Map, whose model was sampled."),
+                io.Image.Input("image", tooltip="The images of that run, from VAE Decode."),
+                io.Combo.Input(
+                    "layers",
+                    options=["all", *LAYER_GROUPS],
+                    default="all",
+                    optional=True,
+                    tooltip="The part of the UNet to look at, as in Layer Weights.",
+                ),
+                io.Int.Input(
+                    "start_at_step",
+                    default=0,
+                    min=0,
+                    max=_LAST,
+                    optional=True,
+                    tooltip="The first step to look at. The layout is decided in the first steps, details in the last.",
+                ),
+                io.Int.Input(
+                    "end_at_step",
+                    default=_LAST,
+                    min=1,
+                    max=_LAST,
+                    optional=True,
+                    tooltip="Up to this step, which is not included. 10000 is all of them.",
+                ),
+                io.Int.Input(
+                    "prompt",
+                    default=0,
+                    min=0,
+                    max=99,
+                    optional=True,
+                    tooltip="Which image prompt: 1 is that of the first Apply IP Adapter, 0 all of them together.",
+                ),
+                io.Combo.Input(
+                    "scale",
+                    options=["relative", "absolute"],
+                    default="relative",
+                    optional=True,
+                    tooltip="relative: from the place with least, dark, to that with most, bright. absolute: the share "
+                    "of the image prompt in all attention, from none to all; to compare maps with each other.",
+                ),
+                advanced(
+                    io.Float.Input,
+                    "opacity",
+                    default=0.6,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How much the map covers the image. 1 is the map alone.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The images under the map."),
+                io.Mask.Output(display_name="map", tooltip="The map alone, also for use as a mask."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        record: Record,
+        image: Tensor,
+        layers: str = "all",
+        start_at_step: int = 0,
+        end_at_step: int = _LAST,
+        prompt: int = 0,
+        scale: str = "relative",
+        opacity: float = 0.6,
+    ) -> io.NodeOutput:
+        if record.keys:
+            heat = record.heat(layers, start_at_step, end_at_step, prompt)
+        else:
+            _log.warning("Attention Map: no image prompt acted in the recorded model, so the map is empty.")
+            heat = image.new_zeros(len(image), 1, 1)
+        drawn, large = draw_heat(image, heat, opacity, relative=scale == "relative")
+        return io.NodeOutput(drawn, large, ui=ui.PreviewImage(drawn.cpu(), cls=cls))

@@ -1,0 +1,210 @@
+"""Where image prompts act while a model is sampled: what the layers note for an attention map."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ipadapter_core import AdapterError, WeightLayout, group_indices, image_share
+from ..ipadapter_core.branches import POSITIVE, grown_rows
+from .calls import Call, Grid, Options, Run, read_call, run_of, step_of_run
+
+_log = logging.getLogger("ip_adapter_kit")
+
+TEXT = ""  # in place of an application's key: the attention to the text
+Place = tuple[str, int, int]
+
+
+class Area(NamedTuple):
+    """The part of the latents that some conds of a call cover: its corner (top, left), its size, and which images."""
+
+    corner: Grid
+    size: Grid
+    images: tuple[int, ...]
+
+
+class Entry(NamedTuple):
+    """What a sum of magnitudes is of: a step, a transformer of the UNet, an application or `TEXT`, an area, a grid."""
+
+    step: int
+    transformer: int
+    key: str
+    area: Area
+    grid: Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """One call of the model: its step, and its positive rows by the area that they cover."""
+
+    step: int
+    call: Call
+    rows: dict[Area, tuple[int, ...]]
+
+    def rows_in(self, batch: int, options: Options) -> Iterator[tuple[Area, list[int]]]:
+        """The positive rows of a batch within a layer, which may have been grown on the way there."""
+        sources = list(range(self.call.rows))
+        if batch != self.call.rows:
+            declared = options.get("cond_or_uncond_couple") or options.get("cond_or_uncond") or (0,)
+            sources = grown_rows(declared, self.call.chunks, self.call.rows, batch)
+        for area, rows in self.rows.items():
+            # Row i of each chunk is that of image i, so the rows of an area come image by image.
+            yield area, [place for place, source in enumerate(sources) if source in rows]
+
+
+@dataclass(eq=False)
+class Record:
+    """The magnitudes of the attentions of one run of the sampler, summed over the positive rows of each image. Those of
+    the `latest` step lie on the device, those before in main memory; the next run of the same model replaces them.
+
+    `keys`: of the applications, in the order of their nodes. `transformers`: the index of each by ComfyUI's place.
+    """
+
+    keys: tuple[str, ...]
+    layout: WeightLayout
+    transformers: dict[tuple[str, int], int]
+    steps: int = 0
+    images: int = 0
+    size: Grid = (0, 0)
+    latest: int = -1
+    sums: dict[Entry, Tensor] = field(default_factory=dict[Entry, Tensor], repr=False)
+
+    @property
+    def name(self) -> str:
+        """Of the moment in transformer_options."""
+        return f"ip_adapter_kit.record.{id(self)}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+        return self  # ComfyUI before 0.14 deep-copies what a model holds whenever it is cloned
+
+    def sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: Options, *args: Any, **kwargs: Any) -> Any:
+        """SAMPLER_SAMPLE wrapper: a record of this run alone."""
+        if "torch_compile_kwargs" in (extra_args.get("model_options") or {}):
+            raise AdapterError(
+                "Record Attention Map cannot look into a compiled model. Bypass the node that compiles it while you "
+                "look at the map; the images are the same."
+            )
+        patches = guider.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
+        if any(getattr(patch, "record", self) is None for patch in patches.values()):
+            _log.warning(
+                "Record Attention Map: an Apply IP Adapter comes after it and is not recorded. Connect it before."
+            )
+        self.steps, self.latest, self.sums = len(sigmas) - 1, -1, {}
+        try:
+            return executor(guider, sigmas, extra_args, *args, **kwargs)
+        finally:
+            self._to_main_memory()
+
+    def _to_main_memory(self) -> None:
+        self.sums = {entry: total.cpu() for entry, total in self.sums.items()}
+
+    def __call__(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Options | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """APPLY_MODEL wrapper: which rows are to be noted, for which step."""
+        options = dict(transformer_options or {})
+        step, _ = step_of_run(options, t)
+        if step != self.latest:
+            self._to_main_memory()
+            self.latest = step
+        call, run = read_call(options, x), run_of(options) or Run()
+        self.images, self.size = run.images or len(call.frames), call.whole
+        options[self.name] = Moment(step, call, _positive_rows(call))
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def add(self, place: Place, key: str, term: Tensor, options: Options) -> None:
+        """Note what a layer is about to add, [B, N, C]."""
+        moment = options.get(self.name)
+        if not isinstance(moment, Moment):
+            return
+        grid = options["activations_shape"][-2:]
+        if grid[0] * grid[1] != term.shape[1]:
+            raise AdapterError(
+                f"Record Attention Map: a layer has {term.shape[1]} queries for a grid of {grid[0]} x {grid[1]}. "
+                "Another node merges them; bypass it while you look at the map."
+            )
+        magnitudes = term.abs().mean(-1, dtype=torch.float32)
+        for area, rows in moment.rows_in(len(term), options):
+            entry = Entry(moment.step, self.transformers[place[:2]], key, area, (int(grid[0]), int(grid[1])))
+            chosen = magnitudes[rows[0] : rows[-1] + 1] if _is_range(rows) else magnitudes[rows]
+            total = chosen.reshape(-1, len(area.images), chosen.shape[-1]).sum(0)
+            before = self.sums.get(entry)
+            self.sums[entry] = total if before is None else before.add_(total.to(before.device))
+
+    def heat(self, layers: str, first: int, last: int, number: int = 0) -> Tensor:
+        """The mean share of an image prompt in the attention of these layers (see `group_indices`), in the steps from
+        `first` up to, not including, `last`: [images, height, width] of the latents, in 0..1. `number` counts the
+        prompts from 1; 0 is all of them together.
+
+        Raises AdapterError when nothing was recorded, or not what is asked for.
+        """
+        indices, last = group_indices(layers, self.layout), min(last, self.steps)
+        if not self.sums:
+            raise AdapterError(
+                "Nothing was recorded. Connect the model of Record Attention Map to the sampler that makes the image."
+            )
+        if not first < last:
+            raise AdapterError(
+                f"Steps from {first} up to {last} hold none of the {self.steps} steps that were recorded. Change "
+                "start_at_step or end_at_step."
+            )
+        if number > len(self.keys):
+            raise AdapterError(f"There are {len(self.keys)} image prompts in the model, and prompt is {number}.")
+        keys = self.keys[number - 1 : number] if number else self.keys
+        totals: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for entry, total in self.sums.items():
+            if entry.transformer in indices and first <= entry.step < last:
+                of = totals.setdefault((entry.step, entry.transformer), {})
+                of[entry.key] = of.get(entry.key, torch.zeros(self.images, *self.size)) + self._canvas(entry, total)
+        shares = [
+            image_share(sum((of[key] for key in keys if key in of), torch.zeros(())), _rest(of, keys))
+            for of in totals.values()
+        ]
+        if not shares:
+            raise AdapterError(
+                f"No image prompt acts in the layers {layers!r} of this model. Choose 'all', or another weight_type in "
+                "Apply IP Adapter."
+            )
+        return torch.stack(shares).mean(0)
+
+    def _canvas(self, entry: Entry, total: Tensor) -> Tensor:
+        """The magnitudes in their place of all latents, [images, height, width]."""
+        (top, left), (height, width), images = entry.area
+        part = F.interpolate(total.reshape(-1, 1, *entry.grid), size=(height, width), mode="bilinear")[:, 0]
+        canvas = torch.zeros(self.images, *self.size)
+        canvas[list(images), top : top + height, left : left + width] = part
+        return canvas
+
+
+def _rest(totals: dict[str, Tensor], keys: tuple[str, ...]) -> Tensor:
+    """All attention but that of the chosen image prompts."""
+    return sum((total for key, total in totals.items() if key not in keys), torch.zeros(()))
+
+
+def _positive_rows(call: Call) -> dict[Area, tuple[int, ...]]:
+    each = len(call.frames)
+    rows: dict[Area, tuple[int, ...]] = {}
+    for chunk, (branch, corner) in enumerate(zip(call.branches, call.corners, strict=True)):
+        if branch == POSITIVE:
+            area = Area(corner or (0, 0), call.size, call.frames)
+            rows[area] = (*rows.get(area, ()), *range(chunk * each, (chunk + 1) * each))
+    return rows
+
+
+def _is_range(rows: list[int]) -> bool:
+    """Rows that lie side by side are cut out without an index, which would have to go to the device."""
+    return rows == list(range(rows[0], rows[-1] + 1)) if rows else False
