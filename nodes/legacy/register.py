@@ -14,6 +14,7 @@ from . import (
     frames_nodes,
     image_nodes,
     loader_nodes,
+    precise_nodes,
     region_nodes,
     tiled_nodes,
 )
@@ -22,6 +23,7 @@ from .presence import find_old_pack
 _log = logging.getLogger("ip_adapter_kit")
 _MODULES = (
     apply_nodes,
+    precise_nodes,
     faceid_nodes,
     tiled_nodes,
     embeds_nodes,
