@@ -1,6 +1,6 @@
 """What an image prompt costs in a real ComfyUI: no adapter against Apply IP Adapter against ComfyUI_IPAdapter_plus.
 
-    python benchmarks/comfyui_overhead.py --comfyui PATH [--peer PATH] [--json FILE]
+    python benchmarks/comfyui_overhead.py --comfyui PATH [--peer PATH] [--old-names] [--json FILE]
 
 Runs on the CPU with the Python of that ComfyUI, in one process, and needs no model files: all weights are random.
 Exit code 1 when a bar is missed. MB are 10^6 bytes.
@@ -21,6 +21,7 @@ How to read the figures:
 * Calls: composite operators are counted as the calls that they consist of. The row below counts them whole, as torch
   shows them in inference mode; there the peer's linear layers look as cheap as a transpose.
 * The peer patches 70 layers of SDXL and 60 of them fire (16 and 15 of SD1.5); bars take its figures as they are.
+* --old-names: both packs run the node IPAdapterEmbeds, the projector included, so its time has no bar of its own.
 * Ratios of times are medians over rounds of the ratio within a round. CPU time is judged: other programs disturb it
   less than wall time.
 """
@@ -65,7 +66,7 @@ def main() -> int:
 def _measure(args: argparse.Namespace) -> list[Row]:
     from overhead_runs import Packs, Settings, rows_of_apply, rows_of_sampling  # noqa: PLC0415 - needs ComfyUI started
 
-    packs = Packs(load_ours(), load_peer(args.peer.resolve()) if args.peer else None)
+    packs = Packs(load_ours(), load_peer(args.peer.resolve()) if args.peer else None, args.old_names)
     settings = Settings(args.width, args.size, args.steps, args.repeats, args.apply_repeats)
     rows: list[Row] = []
     for family in ("sd15", "sdxl"):
@@ -84,6 +85,11 @@ def _arguments() -> argparse.Namespace:
         help="a ComfyUI checkout; default: $COMFYUI_PATH",
     )
     parser.add_argument("--peer", type=Path, help="a ComfyUI_IPAdapter_plus checkout, to compare with")
+    parser.add_argument(
+        "--old-names",
+        action="store_true",
+        help="measure this pack's IPAdapterEmbeds, the peer's node under its own name, instead of Apply IP Adapter",
+    )
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     parser.add_argument("--threads", type=int, default=1, help="of torch; 1 makes CPU times comparable (default)")
     parser.add_argument("--width", type=int, default=64, help="channels of the sampled UNets' first level; 320 is real")

@@ -42,6 +42,7 @@ def load_ours() -> SimpleNamespace:
     extension = asyncio.run(entry.comfy_entrypoint())
     classes = asyncio.run(extension.get_node_list())
     modules = {name: sys.modules[f"{OURS}.nodes.{name}"] for name in ("apply", "encode", "types")}
+    modules["wires"] = sys.modules[f"{OURS}.nodes.legacy.wires"]
     return SimpleNamespace(
         core=sys.modules[f"{OURS}.ipadapter_core"], **modules, **{cls.__name__: cls for cls in classes}
     )

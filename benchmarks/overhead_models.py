@@ -136,6 +136,25 @@ class Ours:
         return self.pack.ApplyIPAdapter.execute(model, self.loaded, prompt).args[0]
 
 
+class OldNames:
+    """This repository's IPAdapterEmbeds, the old pack's node under its own name: like the peer's, it runs the image
+    projector in every execution, and leaves out the middle block.
+    """
+
+    def __init__(self, pack: SimpleNamespace, adapter: Adapter) -> None:
+        self.node = pack.IPAdapterEmbeds()
+        self.adapter = adapter
+        self.file = pack.wires.AdapterFile(pack.types.manage("benchmark.safetensors", adapter.module))
+
+    def apply(self, model: Any, end_at: float = 1.0) -> Any:
+        """The patched MODEL."""
+        options = {"weight": 1.0, "weight_type": "linear", "start_at": 0.0, "end_at": end_at}
+        adapter = self.adapter
+        return self.node.apply_ipadapter(model, self.file, adapter.positive, neg_embed=adapter.negative, **options)[0]
+
+    apply_with_projection = apply
+
+
 class Peer:
     """The peer's node for features that are already encoded; it runs the projector itself, in every execution."""
 

@@ -22,7 +22,7 @@ from overhead_measure import (
     paired_ratio,
     total,
 )
-from overhead_models import REAL_WIDTH, Ours, Peer, half_precision_unets, new_adapter, new_unet, sample
+from overhead_models import REAL_WIDTH, OldNames, Ours, Peer, half_precision_unets, new_adapter, new_unet, sample
 from overhead_table import Row
 
 LABELS = {"sd15": "SD1.5", "sdxl": "SDXL"}
@@ -53,11 +53,13 @@ class Packs:
 
     ours: SimpleNamespace
     peer: ModuleType | None
+    old_names: bool = False
 
-    def appliers(self, model: Any, family: str, dtype: torch.dtype) -> tuple[Ours, Peer | None]:
+    def appliers(self, model: Any, family: str, dtype: torch.dtype) -> tuple[Ours | OldNames, Peer | None]:
         """Both packs' Apply with the same adapter, whose weights have this dtype."""
         adapter = new_adapter(self.ours, model, family, dtype)
-        return Ours(self.ours, adapter), self.peer and Peer(self.peer, self.ours, adapter)
+        ours = OldNames if self.old_names else Ours
+        return ours(self.ours, adapter), self.peer and Peer(self.peer, self.ours, adapter)
 
 
 def rows_of_apply(packs: Packs, settings: Settings) -> Iterator[Row]:
@@ -74,7 +76,7 @@ def rows_of_apply(packs: Packs, settings: Settings) -> Iterator[Row]:
         times = alternate(actions, settings.apply_repeats)
         file = f"{_short(dtype)} file"
         # The published adapters are fp16 files, so the bar is on those.
-        share = APPLY_SHARE if dtype == torch.float16 else None
+        share = APPLY_SHARE if dtype == torch.float16 and not packs.old_names else None
         yield from _time_rows(f"SDXL Apply, {file}", "s", times, share, ours="ours")
         yield from _time_rows(f"SDXL Apply + projection, {file}", "s", times, ours="with projection")
         if dtype == torch.float16:

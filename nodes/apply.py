@@ -206,12 +206,15 @@ def apply_prompt(
     mask_name: str = "attn_mask",
     lora_strength: float = LORA_STRENGTH,
     schedule: WeightSchedule | None = None,
+    token_scale: float = 1.0,
     needs_negative: str = "",
+    checked: bool = True,
 ) -> Any:
     """A clone of the model with one more image prompt in it. `weights` is one for each transformer of the UNet, see
     `Site.transformer_index`; `schedule` multiplies all of them; `lora_strength` is that of the LoRA inside a FaceID
-    file, which acts in every step; `needs_negative` names the input that acts in the negative branch alone, `mask_name`
-    that of the mask.
+    file, which acts in every step; `token_scale` multiplies keys and values alike; `needs_negative` names the input
+    that acts in the negative branch alone, `mask_name` that of the mask. Without `checked`, for the old names, an image
+    prompt may act nowhere, and a mask is taken as it is, outside 0..1 too.
 
     Raises AdapterError when the adapter is not made for the model, the prompt not for the adapter, or nothing would
     come of it although the weight is not 0.
@@ -221,23 +224,27 @@ def apply_prompt(
     check_compatible(ip_adapter.spec, sites, ip_adapter.name, unet=unet)
     check_prompt(ip_adapter, image_prompt)
     strength = largest(layer.weight * own for layer in weights for own in image_prompt.positive.weights)
-    check_acts(strength, start_at, end_at, scaling, sites)
+    mask = attn_mask
+    if checked:
+        check_acts(strength, start_at, end_at, scaling, sites)
+        check = check_attention_mask if strength else check_mask
+        mask = None if attn_mask is None else check(attn_mask, mask_name)
     if schedule is not None and scaling != "V only":
         raise AdapterError(
             f"A weight schedule multiplies the result of the image attention, embeds_scaling {scaling!r} the keys, "
             "which are made once. Use 'V only' with a schedule."
         )
-    mask = None if attn_mask is None else (check_attention_mask if strength else check_mask)(attn_mask, mask_name)
     patched = model.clone()
     if not patched.get_wrappers(_Wrappers.SAMPLER_SAMPLE, RUN):
         patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
     if not strength:
         return patched
     add_lora(patched, ip_adapter, sites, lora_strength)
-    rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, inference_dtype(model), unet)
+    dtype = inference_dtype(model)
+    rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, dtype, unet, token_scale)
     negative = "image_negative" if image_prompt.has_negative else needs_negative
     key = _new_key(patched)
-    install(patched, Application(key, pairs, rows, start_at, end_at, mask, negative, schedule, mask_name))
+    install(patched, Application(key, pairs, rows, start_at, end_at, mask, negative, schedule, mask_name, checked))
     return patched
 
 

@@ -13,6 +13,7 @@ from .encode import EncodeImagePrompt
 from .face import EncodeFacePrompt
 from .face_analysis import LoadFaceAnalysis
 from .layer_weights import LayerWeights
+from .legacy.register import old_nodes
 from .load import LoadIPAdapter
 from .noise_image import NoiseImage
 from .regions import ImagePromptRegions
@@ -40,4 +41,5 @@ class IPAdapterKitExtension(ComfyExtension):
             ImagePromptRegions,
             RecordAttentionMap,
             ImagePromptAttentionMap,
+            *old_nodes(),
         ]

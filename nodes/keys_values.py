@@ -23,12 +23,15 @@ def layer_pairs(
     scaling: Scaling,
     dtype: torch.dtype,
     unet: torch.nn.Module,
+    token_scale: float = 1.0,
 ) -> tuple[tuple[int, int], dict[Place, KeyValue]]:
     """The rows of both branches, and the keys and values of every layer whose weight is not 0, [rows, H, T, d], all
-    weights inside, on the offload device. Computed in fp32, kept in the model's `dtype`.
+    weights inside, on the offload device. Computed in fp32, kept in the model's `dtype`. `token_scale` multiplies the
+    tokens.
     """
     adapter, device = ip_adapter.on_device(), ip_adapter.patcher.load_device
     tokens = context_tokens(project(ip_adapter, image_prompt).to(device), adapter.spec, unet, ip_adapter.name)
+    tokens = tokens * token_scale
     positives, one_each = len(image_prompt.positive), image_prompt.one_each
     shares = image_prompt.weights
     if one_each and len(tokens) == positives + 1 and len(set(shares[:positives])) > 1:

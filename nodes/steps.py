@@ -66,7 +66,7 @@ class Step:
 class Application:
     """One image prompt in a model: its key, its keys and values, its window in parts of the noise schedule (0..1), its
     mask [M, H, W] or None, the input of it that acts in the negative branch alone ("" for none), the schedule of its
-    weight, and the name of the mask's input.
+    weight, and the name of the mask's input. `checked`: a mask that leaves nothing of it is an error.
 
     `pairs` has by place [P + N, H, T, d] tensors on the offload device: the rows of the positive branch, then those of
     the negative one, all weights inside. `rows` is (P, N): 1 each, or one for each image of a batch.
@@ -83,6 +83,7 @@ class Application:
     negative: str = ""
     schedule: WeightSchedule | None = None
     mask_name: str = "attn_mask"
+    checked: bool = True
 
     def __call__(
         self,
@@ -108,9 +109,9 @@ class Application:
     def check_run(self, sigmas: Tensor, model_sampling: Any, batch: int, size: Grid, cfg: float) -> Iterator[str]:
         """What has no effect in a run over these sigmas, with a batch of latents of `size`, in sentences.
 
-        Raises AdapterError when the mask leaves nothing of the image prompt.
+        Raises AdapterError when the mask leaves nothing of the image prompt, if it is `checked`.
         """
-        used = None if self.attn_mask is None else self.attn_mask[:batch]
+        used = None if self.attn_mask is None or not self.checked else self.attn_mask[:batch]
         if used is not None and not resize_mask(used, size).any():
             if used.any():
                 raise AdapterError(

@@ -1,0 +1,201 @@
+"""The old nodes around EMBEDS: tensors of image features before the projector, times their weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ...ipadapter_core import AdapterError
+from ...ipadapter_core.image_prompt import combine_features
+from . import fields as f
+from .execute import OldPrompt, apply_old
+from .old_features import encode_with_mask, unconditional
+from .old_node import Embeds, IPAdapterWire, OldNode
+from .wires import open_pipeline
+
+_SUFFIX = ".ipadpt"
+
+
+class IPAdapterEmbeds(OldNode):
+    TITLE = "IPAdapter Embeds"
+    UNFOLD: ClassVar[bool] = False
+
+    @classmethod
+    def inputs(cls) -> Sequence[Any]:
+        return [
+            *f.model_and_adapter(),
+            f.embeds("pos_embed"),
+            f.number("weight", 1.0, -1, 3),
+            f.weight_type(),
+            *f.window(),
+            f.scaling(),
+            f.embeds("neg_embed", optional=True),
+            f.wire(io.Mask, "attn_mask", optional=True),
+            f.wire(io.ClipVision, "clip_vision", optional=True),
+        ]
+
+    @classmethod
+    def apply_ipadapter(
+        cls,
+        model: Any,
+        ipadapter: Any,
+        pos_embed: Tensor,
+        weight: Any,
+        weight_type: str,
+        start_at: float,
+        end_at: float,
+        neg_embed: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        clip_vision: Any = None,
+        embeds_scaling: str = "V only",
+    ) -> tuple[Any, ...]:
+        prompt = OldPrompt(
+            pos_embed=pos_embed,
+            neg_embed=neg_embed,
+            weight=weight,
+            weight_type=weight_type,
+            start_at=start_at,
+            end_at=end_at,
+            attn_mask=attn_mask,
+            embeds_scaling=embeds_scaling,
+            unfold=cls.UNFOLD,
+        )
+        return apply_old(model, open_pipeline(ipadapter, clip_vision=clip_vision), prompt)
+
+
+class IPAdapterEmbedsBatch(IPAdapterEmbeds):
+    TITLE = "IPAdapter Embeds Batch"
+    UNFOLD = True
+
+
+class IPAdapterEncoder(OldNode):
+    TITLE = "IPAdapter Encoder"
+    REPLACED_BY = "Encode Image Prompt"
+    FUNCTION = "encode"
+
+    @classmethod
+    def inputs(cls) -> Sequence[Any]:
+        return [
+            f.wire(IPAdapterWire, "ipadapter"),
+            f.image("image"),
+            f.number("weight", 1.0, -1.0, 3.0, 0.01),
+            f.wire(io.Mask, "mask", optional=True),
+            f.wire(io.ClipVision, "clip_vision", optional=True),
+        ]
+
+    @classmethod
+    def outputs(cls) -> Sequence[Any]:
+        return [Embeds.Output(display_name="pos_embed"), Embeds.Output(display_name="neg_embed")]
+
+    @classmethod
+    def encode(
+        cls, ipadapter: Any, image: Tensor, weight: float, mask: Tensor | None = None, clip_vision: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        pipeline = open_pipeline(ipadapter, clip_vision=clip_vision)
+        positive = encode_with_mask(pipeline, image, mask)
+        return positive * weight, unconditional(pipeline, positive)
+
+
+class IPAdapterCombineEmbeds(OldNode):
+    TITLE = "IPAdapter Combine Embeds"
+    REPLACED_BY = "Combine Image Prompts"
+    FUNCTION = "batch"
+
+    @classmethod
+    def inputs(cls) -> Sequence[Any]:
+        return [
+            f.embeds("embed1"),
+            f.choice("method", [*f.OLD_COMBINES, "max", "min"]),
+            *(f.embeds(f"embed{index}", optional=True) for index in range(2, 6)),
+        ]
+
+    @classmethod
+    def outputs(cls) -> Sequence[Any]:
+        return [Embeds.Output()]
+
+    @classmethod
+    def batch(
+        cls,
+        embed1: Tensor,
+        method: str,
+        embed2: Tensor | None = None,
+        embed3: Tensor | None = None,
+        embed4: Tensor | None = None,
+        embed5: Tensor | None = None,
+    ) -> tuple[Tensor]:
+        given = [embed for embed in (embed1, embed2, embed3, embed4, embed5) if embed is not None]
+        return (combine_features(torch.cat(given), method),)
+
+
+class IPAdapterSaveEmbeds(OldNode):
+    TITLE = "IPAdapter Save Embeds"
+    REPLACED_BY = "Save Image Prompt"
+    FUNCTION = "save"
+    OUTPUT = True
+
+    @classmethod
+    def inputs(cls) -> Sequence[Any]:
+        return [f.embeds("embeds"), io.String.Input("filename_prefix", default="IP_embeds")]
+
+    @classmethod
+    def outputs(cls) -> Sequence[Any]:
+        return []
+
+    @classmethod
+    def save(cls, embeds: Tensor, filename_prefix: str) -> tuple[None]:
+        folder, name, counter, *_ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
+        torch.save(embeds, Path(folder) / f"{name}_{counter:05}{_SUFFIX}")
+        return (None,)
+
+
+class IPAdapterLoadEmbeds(OldNode):
+    TITLE = "IPAdapter Load Embeds"
+    REPLACED_BY = "Load Image Prompt"
+    FUNCTION = "load"
+
+    @classmethod
+    def inputs(cls) -> Sequence[Any]:
+        folder = Path(folder_paths.get_input_directory())
+        return [f.choice("embeds", sorted(str(path.relative_to(folder)) for path in folder.rglob(f"*{_SUFFIX}")))]
+
+    @classmethod
+    def outputs(cls) -> Sequence[Any]:
+        return [Embeds.Output()]
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        """A file can be written anew under its name."""
+        name = inputs.get("embeds")
+        path = None if name is None else Path(folder_paths.get_annotated_filepath(name))
+        return str(path and path.is_file() and path.stat().st_mtime_ns)
+
+    @classmethod
+    def load(cls, embeds: str) -> tuple[Tensor]:
+        path = folder_paths.get_annotated_filepath(embeds)
+        try:
+            tensor = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise AdapterError(
+                f"{path}: cannot be read as EMBEDS ({type(error).__name__}). Save it again with IPAdapter Save Embeds."
+            ) from error
+        if not isinstance(tensor, Tensor):
+            raise AdapterError(f"{path}: holds {type(tensor).__name__}, not a tensor of EMBEDS. Choose another file.")
+        return (tensor,)
+
+
+NODES = [
+    IPAdapterEmbeds,
+    IPAdapterEmbedsBatch,
+    IPAdapterEncoder,
+    IPAdapterCombineEmbeds,
+    IPAdapterSaveEmbeds,
+    IPAdapterLoadEmbeds,
+]
