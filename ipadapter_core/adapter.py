@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 from .attention import KeyValue
@@ -22,6 +20,7 @@ from .lora import LoraLayers
 from .operations import Operations
 from .projectors import FaceIDPlusProjection
 from .spec import AdapterSpec, spec_metadata, with_shortcut
+from .tensors import write_safetensors
 
 
 class IPAdapter(nn.Module):
@@ -197,18 +196,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: IPAdapter, metadata: Map
     for key, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{target}: not saved, {key} holds NaN or infinity. The training diverged.")
-    # Written beside the target, so that the replacement is atomic (one file system).
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors makes files that their owner alone can read
-        save_file(state, str(temporary), metadata={**spec_metadata(_current_spec(adapter)), **(metadata or {})})
-        temporary.chmod(mode)
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_safetensors(target, state, {**spec_metadata(_current_spec(adapter)), **(metadata or {})})
 
 
 def _current_spec(adapter: IPAdapter) -> AdapterSpec:

@@ -1,8 +1,9 @@
-"""From pictures to the features of one image prompt: cropping, masking and combining, before the projector."""
+"""From images to the features of one image prompt: cropping, masking and combining, before the projector."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
@@ -20,6 +21,7 @@ COMBINES: tuple[Combine, ...] = get_args(Combine)
 # CLIP's mean colour: zero after the encoder's normalisation, so it says nothing.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
+BATCH = 16  # images at a time: a video must not be in memory twice
 _LONG = 32  # the aspect ratio from which an image is a strip; shorter ones are resized whole, exactly as CLIP does
 _MARGIN = 2  # squares around the one that is kept: more than the reach of the bicubic filter
 
@@ -33,11 +35,11 @@ def crop_image(
     fill: tuple[float, float, float] = CLIP_MEAN,
     name: str = "image",
 ) -> Tensor:
-    """The square picture that the encoder sees. image [B, H, W, C] in 0..1 -> [B, size, size, 3] in 0..1.
+    """The square image that the encoder sees. image [B, H, W, C] in 0..1 -> [B, size, size, 3] in 0..1.
 
     The short side is resized to `size` (bicubic, antialiased, as CLIP's preprocessing does) and the square
     is taken where `crop` says; "pad" fills a square with `fill`, "stretch" ignores the aspect ratio. Where
-    `mask` ([H, W] or [B, H, W], any size) is 0 the picture becomes `fill`, where it is 1 it stays. One channel is
+    `mask` ([H, W] or [B, H, W], any size) is 0 the image becomes `fill`, where it is 1 it stays. One channel is
     grey, a fourth (alpha) is dropped. `name` is that of the input, for messages.
 
     Raises AdapterError for an unknown crop, an image that is not [B, H, W, 1, 3 or 4] or not in 0..1, and a mask that
@@ -47,23 +49,28 @@ def crop_image(
         raise AdapterError(f"Unknown crop {crop!r}. Use one of: {', '.join(CROPS)}.")
     pixels = rgb_pixels(image, name)
     colour = torch.tensor(fill, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
-    if mask is not None:
-        seen = _fit_mask(mask, pixels, size, crop)
-        pixels = pixels * seen + colour * (1 - seen)
-    if crop == "stretch":
-        square = _resize(pixels, (size, size))
-    elif crop == "pad":
-        square = _pad_to_square(pixels, size, colour)
-    else:
-        square = _crop_to_square(pixels, size, crop)
-    return square.clamp(0.0, 1.0).movedim(1, -1)
+    masks = None if mask is None else _fit_mask(mask, pixels, size, crop)
+    squares: list[Tensor] = []
+    for first in range(0, len(pixels), BATCH):
+        part = pixels[first : first + BATCH]
+        if masks is not None:
+            seen = masks[last_for_all(len(masks), range(first, first + len(part)))]
+            part = part * seen + colour * (1 - seen)
+        if crop == "stretch":
+            square = _resize(part, (size, size))
+        elif crop == "pad":
+            square = _pad_to_square(part, size, colour)
+        else:
+            square = _crop_to_square(part, size, crop)
+        squares.append(square.clamp(0.0, 1.0).movedim(1, -1))
+    return torch.cat(squares)
 
 
 def combine_features(features: Tensor, combine: str) -> Tensor:
-    """Encoder features of N pictures [N, ...] -> [1, ...]; [N, ...] for "concat", whose tokens are joined later.
+    """Encoder features of N images [N, ...] -> [1, ...]; [N, ...] for "concat", whose tokens are joined later.
 
     add: the sum. subtract: the first minus the mean of the others. average: the mean. norm average: the mean
-    of the features, each divided by its norm over the N pictures. max, min: element by element.
+    of the features, each divided by its norm over the N images. max, min: element by element.
 
     Raises AdapterError for an unknown method, and when "subtract" leaves nothing.
     """
@@ -89,8 +96,13 @@ def combine_features(features: Tensor, combine: str) -> Tensor:
     return features.amax(dim=0, keepdim=True) if combine == "max" else features.amin(dim=0, keepdim=True)
 
 
+def last_for_all(count: int, places: Iterable[int]) -> list[int]:
+    """Which of `count` each place takes: its own, and the last one where there are more places."""
+    return [min(place, count - 1) for place in places]
+
+
 def rgb_pixels(image: Tensor, name: str) -> Tensor:
-    """[B, H, W, 1, 3 or 4] -> [B, 3, H, W]."""
+    """[B, H, W, 1, 3 or 4] -> [B, 3, H, W]. Raises AdapterError for another shape and values outside 0..1."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
         raise AdapterError(
             f"{name} has the shape {tuple(image.shape)}. Pass [batch, height, width, 3 channels] with at least one "
@@ -101,7 +113,7 @@ def rgb_pixels(image: Tensor, name: str) -> Tensor:
 
 
 def _fit_mask(mask: Tensor, pixels: Tensor, size: int, crop: str) -> Tensor:
-    """[H, W] or [B, H, W] -> [B, 1, H, W] at the picture's size; the last mask serves the pictures left."""
+    """[H, W] or [M, H, W] -> [M, 1, H, W] at the image's size; the last mask serves the images left."""
     mask = check_mask(mask)
     if len(mask) > len(pixels):
         raise AdapterError(
@@ -109,10 +121,8 @@ def _fit_mask(mask: Tensor, pixels: Tensor, size: int, crop: str) -> Tensor:
             "for each image."
         )
     empty = ~mask.flatten(1).any(1)
-    rows = [min(i, len(mask) - 1) for i in range(len(pixels))]
-    mask = mask[:, None].to(pixels)
-    if mask.shape[-2:] != pixels.shape[-2:]:
-        mask = F.interpolate(mask, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
+    rows = last_for_all(len(mask), range(len(pixels)))
+    mask = mask_pixels(mask, pixels)
     kept = mask if crop in ("pad", "stretch") else mask[(..., *_kept(mask, size, crop))]
     for image, row in enumerate(rows):
         if empty[row]:
@@ -126,7 +136,15 @@ def _fit_mask(mask: Tensor, pixels: Tensor, size: int, crop: str) -> Tensor:
                 f"{one_of('mask', row, mask)} hides all that crop {crop!r} keeps of {one_of('image', image, pixels)} "
                 "from the image encoder. Choose another crop, such as 'pad', or enlarge the mask."
             )
-    return mask[rows]
+    return mask
+
+
+def mask_pixels(mask: Tensor, pixels: Tensor) -> Tensor:
+    """[M, H, W] of any size -> [M, 1, H, W] at the size of the pixels."""
+    mask = mask[:, None].to(pixels)
+    if mask.shape[-2:] == pixels.shape[-2:]:
+        return mask
+    return F.interpolate(mask, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def _kept(pixels: Tensor, size: int, crop: str) -> tuple[slice, slice]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from .errors import AdapterError
@@ -190,11 +193,29 @@ def _truncated(path: Path, size: int, expected: int, source: str) -> AdapterErro
 def read_pickle(path: Path, *, is_zip: bool, source: str = "") -> TensorFile:
     """Open a PyTorch .bin without running code from it; nested dicts become dotted keys.
 
-    Only `torch.load(weights_only=True)` touches the pickle. Raises AdapterError when the file holds anything
-    but tensors in dicts, or is damaged.
+    Raises AdapterError when the file holds anything but tensors in dicts, or is damaged.
     """
+    return file_from_tensors(_flatten(_unpickle(path, is_zip=is_zip, source=source), path))
+
+
+def read_tensor(path: Path, expected: str) -> Tensor:
+    """The tensor in a PyTorch file that holds nothing else. `expected` is for the message.
+
+    Raises AdapterError when the file is something else, or damaged; OSError when it cannot be read at all.
+    """
+    found = file_type(path)
+    if found not in (ZIP, PICKLE):
+        raise unexpected_type(path, expected)
+    content = _unpickle(path, is_zip=found == ZIP)
+    if not isinstance(content, Tensor):
+        raise AdapterError(f"{path}: holds one {type(content).__name__}; expected {expected}. Choose another file.")
+    return content.detach().clone()  # off the file
+
+
+def _unpickle(path: Path, *, is_zip: bool, source: str = "") -> object:
+    """Only `torch.load(weights_only=True)` touches a pickle."""
     try:
-        content: Any = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         holds = f"Python objects ({found.group(1)})" if found else "something else than tensors"
@@ -207,7 +228,6 @@ def read_pickle(path: Path, *, is_zip: bool, source: str = "") -> TensorFile:
         raise AdapterError(
             f"{path}: truncated or not a PyTorch file ({path.stat().st_size} bytes; {reason}). {download_again(source)}"
         ) from error
-    return file_from_tensors(_flatten(content, path))
 
 
 def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
@@ -220,3 +240,19 @@ def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
         elif isinstance(value, dict):
             tensors.update({f"{key}.{inner}": tensor for inner, tensor in _flatten(value, path).items()})
     return tensors
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file that appears whole or not at all. Raises OSError or SafetensorError when the disk refuses."""
+    # Written beside the target, so that the replacement is atomic (one file system).
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files that their owner alone can read
+        save_file(dict(tensors), str(temporary), metadata=dict(metadata))
+        temporary.chmod(mode)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from ..ipadapter_core import AdapterError, step_at
 from ..ipadapter_core.branches import chunk_branches, rows_each
 
 RUN = "ip_adapter_kit.run"  # in transformer_options: the Run
-SIGMA = "ip_adapter_kit.sigma"  # there too: the sigma of this call as a number, shared by all that need it
+_REMEMBERED = 4  # calls: both halves of guidance on their own, with a neighbour each; more windows of frames come anew
 
 Options = dict[str, Any]
 Grid = tuple[int, int]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +26,12 @@ class Run:
     """One run of a sampler on a batch of `images` latents of `size` over `sigmas`, and what was prepared in it (dropped
     with it).
 
-    By the uuid of a cond: `names` in the guider, `corners` (top, left) of conds that cover only an area. `compiled`:
-    the model runs as a compiled graph.
+    By the uuid of a cond: `names` in the guider, `corners` (top, left) of conds that cover only an area.
     """
 
     names: Mapping[Hashable, frozenset[str]] = field(default_factory=dict)
     size: Grid | None = None
     corners: Mapping[Hashable, Grid] = field(default_factory=dict)
-    compiled: bool = False
     images: int = 0
     sigmas: Tensor | None = None
     made: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict)
@@ -40,6 +39,15 @@ class Run:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         return self
+
+    def remember(self, name: Hashable, key: Hashable, make: Callable[[], _T]) -> _T:
+        """What was made for this key in this run; of each name the latest few."""
+        made = self.made.setdefault(name, {})
+        if key not in made:
+            made[key] = make()
+            for old in list(made)[:-_REMEMBERED]:
+                made.pop(old, None)
+        return made[key]
 
     @cached_property
     def sigma_list(self) -> tuple[float, ...]:
@@ -105,10 +113,10 @@ def run_of(options: Options) -> Run | None:
 
 
 def sigma_of(options: Options, t: Tensor) -> float:
-    """The sigma of this call; the one host sync of a step."""
-    if SIGMA not in options:
-        options[SIGMA] = float(t.max())
-    return options[SIGMA]
+    """The sigma of this call; the one host sync of a step, shared by all that need it. It stays out of the options: a
+    compiled graph would be one for this number.
+    """
+    return (run_of(options) or Run()).remember("sigma", t, lambda: float(t.max()))
 
 
 def step_of_run(options: Options, t: Tensor) -> tuple[int, int]:

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import comfy.clip_vision
-import comfy.model_management
-import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..ipadapter_core import AdapterError
-from ..ipadapter_core.encoders import download_hint, needed_features
-from ..ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, CROPS, combine_features, crop_image
+from ..ipadapter_core.branches import branch_rows
+from ..ipadapter_core.image_prompt import COMBINES, CROPS, combine_features
 from .checks import check_encoder
+from .features import NEGATIVES, TRAINED, Encoder, encode_images, negative_features
 from .types import EncodedImages, ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
-
-TRAINED, BLACK = "as in training", "black image"
-NEGATIVES = [TRAINED, BLACK]
-Encoder = comfy.clip_vision.ClipVisionModel
 
 
 class EncodeImagePrompt(io.ComfyNode):
-    """Pictures -> one image prompt."""
+    """Images -> one image prompt."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
             node_id="EncodeImagePrompt",
             display_name="Encode Image Prompt",
-            description="Turns one or several pictures into an image prompt, and shows what the encoder sees of them.",
+            has_intermediate_output=True,
+            description="Turns one or several images into an image prompt, and shows what the encoder sees of them.",
             inputs=[
-                IPAdapterModel.Input("ip_adapter", tooltip="The adapter that reads the pictures."),
+                IPAdapterModel.Input("ip_adapter", tooltip="The adapter that reads the images."),
                 io.ClipVision.Input("clip_vision", tooltip="The adapter's image encoder, from Load IP Adapter."),
-                io.Image.Input("image", tooltip="The picture; a batch of pictures becomes one prompt, see combine."),
+                io.Image.Input("image", tooltip="The image; a batch of images becomes one prompt, see combine."),
                 io.Image.Input(
                     "image_negative",
                     optional=True,
                     tooltip="What the result should keep away from. Without it, see negative.",
                 ),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="Hides parts of the picture from the encoder: 0 hidden, 1 seen."
+                    "mask", optional=True, tooltip="Hides parts of the image from the encoder: 0 hidden, 1 seen."
                 ),
                 io.Float.Input(
                     "weight",
@@ -54,7 +49,7 @@ class EncodeImagePrompt(io.ComfyNode):
                     options=list(COMBINES),
                     default="concat",
                     optional=True,
-                    tooltip="How several pictures become one prompt. concat keeps the tokens of all; the others "
+                    tooltip="How several images become one prompt. concat keeps the tokens of all; the others "
                     "calculate one set of features (subtract: the first minus the mean of the others).",
                 ),
                 io.Combo.Input(
@@ -62,15 +57,32 @@ class EncodeImagePrompt(io.ComfyNode):
                     options=list(CROPS),
                     default="center",
                     optional=True,
-                    tooltip="The encoder sees a square: which part of the picture to keep, or pad or stretch it.",
+                    tooltip="The encoder sees a square: which part of the image to keep, or pad or stretch it.",
                 ),
                 io.Combo.Input(
                     "negative",
                     options=NEGATIVES,
                     default=TRAINED,
                     optional=True,
-                    tooltip="The picture of the negative branch when image_negative is not connected: what the adapter "
+                    tooltip="The image of the negative branch when image_negative is not connected: what the adapter "
                     "was trained with (no features, or zero pixel values), or a black image.",
+                ),
+                io.Int.Input(
+                    "tiles",
+                    default=0,
+                    min=0,
+                    max=4,
+                    optional=True,
+                    tooltip="Besides the whole image, square tiles of it, each seen at the encoder's full size: for "
+                    "details and for long images. 0: none. 1: squares along the long side. 2: two along the short "
+                    "side, 2 x 2 of a square image. Their tokens are joined; try it with crop pad.",
+                ),
+                io.Boolean.Input(
+                    "one_each",
+                    default=False,
+                    optional=True,
+                    tooltip="On: image 1 steers the first latent or frame, image 2 the second, and the last image "
+                    "those that are left. Off: all images together steer every latent.",
                 ),
             ],
             outputs=[ImagePromptType.Output(display_name="image_prompt", tooltip="For Apply IP Adapter.")],
@@ -88,6 +100,8 @@ class EncodeImagePrompt(io.ComfyNode):
         combine: str = "concat",
         crop: str = "center",
         negative: str = TRAINED,
+        tiles: int = 0,
+        one_each: bool = False,
     ) -> io.NodeOutput:
         if ip_adapter.spec.face_width is not None:
             raise AdapterError(
@@ -95,66 +109,36 @@ class EncodeImagePrompt(io.ComfyNode):
                 "Encode Face Prompt."
             )
         check_encoder(clip_vision, "The connected image encoder")
-        fill = tuple(getattr(clip_vision, "image_mean", CLIP_MEAN))
-        size = clip_vision.image_size
-        seen = crop_image(image, size, crop, mask=mask, fill=fill)
-        features = combine_features(encode(ip_adapter, clip_vision, seen), combine)
+        if one_each:
+            _check_one_each(combine, tiles)
+        features, seen = encode_images(ip_adapter, clip_vision, image, crop=crop, mask=mask, tiles=tiles)
+        features = combine_features(features, combine)
         if image_negative is not None:
-            unwanted = crop_image(image_negative, size, crop, fill=fill, name="image_negative")
-            against = combine_features(encode(ip_adapter, clip_vision, unwanted), combine)
+            unwanted, _ = encode_images(ip_adapter, clip_vision, image_negative, crop=crop, name="image_negative")
+            against = combine_features(unwanted, combine)
         else:
             against = negative_features(ip_adapter, clip_vision, negative)
+        branch_rows(len(features), 1 if against is None else len(against), one_each=one_each, swapped=False)
         prompt = ImagePrompt(
             EncodedImages(features, weights=(weight,) * len(features)),
             None if against is None else EncodedImages(against, weights=(weight,) * len(against)),
             ip_adapter.name,
+            one_each=one_each,
             has_negative=image_negative is not None,
         )
         project(ip_adapter, prompt)  # here, where a damaged adapter is to be named, and not again in Apply
         return io.NodeOutput(prompt, ui=ui.PreviewImage(seen.cpu(), cls=cls))
 
 
-def encode(ip_adapter: LoadedAdapter, clip_vision: Encoder, pictures: Tensor) -> Tensor:
-    """Square pictures [B, S, S, 3] in 0..1 -> the features that the adapter takes.
-
-    Raises AdapterError when the encoder is not the adapter's, or damaged.
-    """
-    output = clip_vision.encode_image(pictures, crop=False)
-    return _checked(
-        ip_adapter, output["image_embeds" if ip_adapter.spec.kind == "base" else "penultimate_hidden_states"]
-    )
-
-
-def negative_features(ip_adapter: LoadedAdapter, clip_vision: Encoder, negative: str) -> Tensor | None:
-    """The features of the negative branch; None stands for zeros of image_embeds, as base adapters are trained."""
-    spec = ip_adapter.spec
-    size = clip_vision.image_size
-    if negative == BLACK or spec.negative == "black":
-        return encode(ip_adapter, clip_vision, torch.zeros(1, size, size, 3))
-    if spec.kind == "base":
-        return None
-    comfy.model_management.load_models_gpu([clip_vision.patcher])
-    # Zero after normalisation, which no picture given to encode_image can be exactly.
-    pixels = torch.zeros(1, 3, size, size, device=clip_vision.load_device)
-    states = clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1]
-    return _checked(ip_adapter, states.to(comfy.model_management.intermediate_device()))
-
-
-def _checked(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
-    spec = ip_adapter.spec
-    tokens_differ = spec.kind == "full" and features.shape[1] != spec.tokens
-    if features.shape[-1] != spec.image_width or tokens_differ:
-        tokens = f", {features.shape[1]} tokens" if spec.kind == "full" else ""
-        kind = "image_embeds" if spec.kind == "base" else "hidden states"
+def _check_one_each(combine: str, tiles: int) -> None:
+    """Raises AdapterError for what makes one image of several, or several of one."""
+    if combine != "concat":
         raise AdapterError(
-            f"The connected image encoder makes {kind} of {features.shape[-1]}{tokens}; {ip_adapter.name} takes "
-            f"{needed_features(spec)}. Connect the clip_vision of Load IP Adapter, or download {download_hint(spec)}, "
-            "into models/clip_vision."
+            f"one_each keeps the images apart, combine {combine!r} makes one of them. Set combine to 'concat', or turn "
+            "one_each off."
         )
-    if not (torch.isfinite(features).all() and features.flatten(1).any(1).all()):
-        found = "nothing but 0" if torch.isfinite(features).all() else "NaN or infinity"
+    if tiles:
         raise AdapterError(
-            f"The connected image encoder makes {found} of a sound image. Its file is damaged: download "
-            f"{download_hint(spec)}, into models/clip_vision."
+            f"one_each takes one image for each latent, tiles {tiles} makes several of each. Set tiles to 0, or turn "
+            "one_each off."
         )
-    return features

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplyIPAdapter
 from .attention_map import ImagePromptAttentionMap, RecordAttentionMap
+from .combine import CombineImagePrompts
 from .demo import DemoImage, LoadIPAdapterDemo
 from .easy import ImagePrompt
 from .encode import EncodeImagePrompt
@@ -13,7 +14,9 @@ from .face import EncodeFacePrompt
 from .face_analysis import LoadFaceAnalysis
 from .layer_weights import LayerWeights
 from .load import LoadIPAdapter
+from .noise_image import NoiseImage
 from .regions import ImagePromptRegions
+from .save_load import LoadImagePrompt, SaveImagePrompt
 from .weight_schedule import WeightSchedule
 
 
@@ -28,6 +31,10 @@ class IPAdapterKitExtension(ComfyExtension):
             EncodeFacePrompt,
             LoadIPAdapterDemo,
             DemoImage,
+            CombineImagePrompts,
+            NoiseImage,
+            SaveImagePrompt,
+            LoadImagePrompt,
             LayerWeights,
             WeightSchedule,
             ImagePromptRegions,

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..ipadapter_core import AdapterError, AdapterSpec
 from ..ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, combine_features, crop_image
 from .checks import check_encoder
-from .encode import TRAINED, Encoder, encode, negative_features
 from .face_analysis import FACE_ALIASES, FaceAnalysis, FaceAnalysisType
 from .faces import NO_FACE, ORDERS, FaceFeatures, face_features
+from .features import TRAINED, Encoder, encode, negative_features
 from .types import EncodedImages, ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
 
 

@@ -30,13 +30,19 @@ def layer_pairs(
     adapter, device = ip_adapter.on_device(), ip_adapter.patcher.load_device
     tokens = context_tokens(project(ip_adapter, image_prompt).to(device), adapter.spec, unet, ip_adapter.name)
     positives, one_each = len(image_prompt.positive), image_prompt.one_each
+    shares = image_prompt.weights
+    if one_each and len(tokens) == positives + 1 and len(set(shares[:positives])) > 1:
+        # The single negative image serves every frame, with the weight of that frame.
+        tokens = torch.cat([tokens[:positives], tokens[positives:].expand(positives, -1, -1)])
+        shares = shares[:positives] * 2
     swapped = any(layer.swapped and layer.weight for layer in weights)
     rows = branch_rows(positives, len(tokens) - positives, one_each=one_each, swapped=swapped)
     home = comfy.model_management.unet_offload_device()
     pairs: dict[Place, KeyValue] = {}
-    for site, pair in zip(sites, adapter.keys_values(tokens), strict=True):
-        weight = weights[site.transformer_index]
-        folded = fold_weights(pair, weight, image_prompt.weights, rows, scaling, positives=positives, one_each=one_each)
+    # One layer at a time: with an image for each frame of a video all layers would not fit on the device.
+    for site, (to_k, to_v) in zip(sites, adapter.layers.pairs(), strict=True):
+        weight, pair = weights[site.transformer_index], KeyValue(to_k(tokens), to_v(tokens))
+        folded = fold_weights(pair, weight, shares, rows, scaling, positives=positives, one_each=one_each)
         if folded is not None and site.block is not None:
             parts = (part.to(home, dtype) for part in folded)
             pairs[site.block] = KeyValue(*(split_heads(part, site.heads, len(part)).contiguous() for part in parts))

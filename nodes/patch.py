@@ -39,9 +39,7 @@ class SitePatch:
         if self.record is not None and not isinstance(self.previous, SitePatch):
             self.record.add(self.place, "", text, options)
         step = step_of(self.application, options, query)
-        # ComfyUI drops the guards of compiled graphs on transformer_options: a branch on a step's value would be
-        # frozen into the graph. There the gate, a tensor, says the same.
-        if not step.active and not torch.compiler.is_compiling():
+        if not step.active:
             return text
         term = self.image_term(query, step, options)
         if self.record is not None:

@@ -7,22 +7,20 @@ import math
 import uuid
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import comfy.patcher_extension
 import comfy.samplers
-import torch
 from torch import Tensor
 
 from ..ipadapter_core.branches import names_by_uuid
 from .calls import RUN, Grid, Options, Run, grid_of
+from .graphs import with_own_graphs
 from .patch import SitePatch, refuse_late_patch
 from .steps import Application
 
 Conds = Mapping[str, list[dict[str, Any]]]
 
 _log = logging.getLogger("ip_adapter_kit")
-_compiled: WeakKeyDictionary[Any, Hashable] = WeakKeyDictionary()  # the signature each model was last compiled with
 
 
 def start_run(
@@ -40,13 +38,13 @@ def start_run(
     options = model_options.get("transformer_options", {})
     patches = options.get("patches_replace", {}).get("attn2", {})
     _refuse_shadowed(patches)
-    _forget_other_graphs(guider, model_options, patches)
+    if any(isinstance(patch, SitePatch) for patch in patches.values()):
+        options = with_own_graphs(model_options, options)
     conds = getattr(guider, "conds", None) or {}
     if conds:
         guider.conds = conds = _one_name_each(conds)
     _check_applications(guider, options, sigmas, noise)
-    compiled = "torch_compile_kwargs" in model_options
-    run = Run(names_by_uuid(conds), grid_of(noise.shape), _corners(conds), compiled, len(noise), sigmas)
+    run = Run(names_by_uuid(conds), grid_of(noise.shape), _corners(conds), len(noise), sigmas)
     model_options["transformer_options"] = {**options, RUN: run}
     return executor(guider, sigmas, {**extra_args, "model_options": model_options}, callback, noise, *args, **kwargs)
 
@@ -90,30 +88,3 @@ def _refuse_shadowed(patches: Mapping[Any, Any]) -> None:
     ours = {place[:2] for place, patch in patches.items() if isinstance(patch, SitePatch)}
     if any(place in ours for place in patches):
         refuse_late_patch()
-
-
-def _forget_other_graphs(guider: Any, model_options: Options, patches: Mapping[Any, Any]) -> None:
-    """Compile anew when ComfyUI dropped the guards that would have noticed another set of patches.
-
-    Torch Compile Model of newer versions drops all guards on the transformer options: which layers have an image
-    prompt, and the shapes of its keys, are frozen into the graph. Two things stay invisible: a compiled run without
-    any Apply IP Adapter passes no wrapper (after a run with the node, set its weight to 0 instead of taking it
-    away), and some nodes that work between the blocks still go wrong with a compiled model: with Deep Shrink the
-    pictures differ from the uncompiled ones. Its cause is not known.
-    """
-    if "torch_compile_kwargs" not in model_options:
-        return
-    model = guider.model_patcher.model
-    signature = frozenset((place, _chain(patch)) for place, patch in patches.items())
-    if _compiled.get(model) != signature:
-        torch.compiler.reset()
-        _compiled[model] = signature
-
-
-def _chain(patch: Any) -> tuple[Hashable, ...]:
-    """What a graph freezes of stacked patches."""
-    links: list[Hashable] = []
-    while isinstance(patch, SitePatch):
-        links.append((patch.application.key, tuple(patch.application.pairs[patch.place].key.shape[1:])))
-        patch = patch.previous
-    return (*links, type(patch))

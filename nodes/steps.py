@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,7 @@ from ..ipadapter_core.branches import POSITIVE, grown_rows
 from ..ipadapter_core.masks import crop_mask
 from .calls import Call, Grid, Options, Run, grid_of, read_call, run_of, sigma_of, step_of_run
 
-_REMEMBERED = 4  # calls: both halves of guidance on their own, with a neighbour each; more windows of frames come anew
-
 Place = tuple[str, int, int]  # ComfyUI's key of an attention layer, such as ("input", 1, 0)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +128,14 @@ class Application:
                     f"The image prompt acts in none of these {len(sigmas)} steps: none lies between start_at "
                     f"{self.start_at:g} and end_at {self.end_at:g}."
                 )
+        images = self.rows[0]
+        if images > batch:
+            unused = f"image {images} acts" if images == batch + 1 else f"images {batch + 1} to {images} act"
+            yield (
+                f"The image prompt has {images} images, one for each latent, and {batch} "
+                f"{'is' if batch == 1 else 'are'} sampled: {unused} in none. Sample {images} latents, or turn one_each "
+                "off."
+            )
         if self.schedule is not None:
             yield from self.schedule.notes(batch if self.schedule.over == "frames" else len(sigmas))
         if self.negative and cfg == 1.0:
@@ -173,12 +178,11 @@ class Application:
         """
         active = any(factors)
         run = run_of(options) or Run()
-        compiled = run.compiled or torch.compiler.is_compiling()
         rows, pairs, gates = self.batch_rows(call), {}, {}
-        if active or compiled:
-            pairs = _remember(run, ("pairs", self.key), (rows, call.device), lambda: self._select(rows, call.device))
-        if compiled or (active and (self.attn_mask is not None or set(factors) != {1.0})):
-            gates = _remember(run, ("gates", self.key), (factors, call), lambda: self._gates(factors, call))
+        if active:
+            pairs = run.remember(("pairs", self.key), (rows, call.device), lambda: self._select(rows, call.device))
+        if active and (self.attn_mask is not None or set(factors) != {1.0}):
+            gates = run.remember(("gates", self.key), (factors, call), lambda: self._gates(factors, call))
         return Step(active, rows, pairs, call.chunks, call.size, gates)
 
     def batch_rows(self, call: Call) -> tuple[int, ...]:
@@ -226,16 +230,6 @@ def step_of(application: Application, options: Options, query: Tensor) -> Step:
         return step
     call = read_call(options, query, grid_of(options["original_shape"]))
     return application.step(application.factors(options.get("sigmas"), options, call), options, call)
-
-
-def _remember(run: Run, name: Hashable, key: Hashable, make: Callable[[], _T]) -> _T:
-    """What was made for this key in this run; of each name the latest few."""
-    made = run.made.setdefault(name, {})
-    if key not in made:
-        made[key] = make()
-        for old in list(made)[:-_REMEMBERED]:
-            made.pop(old, None)
-    return made[key]
 
 
 def level_grids(size: Sequence[int], levels: int = 5) -> list[Grid]:

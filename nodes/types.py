@@ -15,6 +15,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..ipadapter_core import AdapterError, AdapterSpec, IPAdapter, LoraLayers
+from ..ipadapter_core.image_prompt import BATCH
 
 IPAdapterModel = io.Custom("IP_ADAPTER_MODEL")
 ImagePromptType = io.Custom("IMAGE_PROMPT")
@@ -114,6 +115,11 @@ class ImagePrompt:
         own = self.positive.weights
         return (*own, *((sum(own) / len(own),) if self.negative is None else self.negative.weights))
 
+    def weighted(self, weight: float) -> ImagePrompt:
+        """The same prompt, `weight` times as strong."""
+        negative = None if self.negative is None else self.negative.weighted(weight)
+        return dataclasses.replace(self, positive=self.positive.weighted(weight), negative=negative)
+
 
 def project(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> Tensor:
     """The image prompt -> tokens [P + N, T, D] of its P positive, then of its N negative images; computed once, in fp32
@@ -123,10 +129,12 @@ def project(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> Tensor:
     """
     if ip_adapter not in image_prompt.tokens:
         adapter, device = ip_adapter.on_device(), ip_adapter.patcher.load_device
+        likeness = image_prompt.likeness
 
         def tokens(images: EncodedImages) -> Tensor:
-            features = (feature.to(device, torch.float32) for feature in images.features)
-            return adapter.encode(*features, shortcut_scale=image_prompt.likeness)
+            parts = zip(*(feature.split(BATCH) for feature in images.features), strict=True)
+            here = ([feature.to(device, torch.float32) for feature in part] for part in parts)
+            return torch.cat([adapter.encode(*part, shortcut_scale=likeness) for part in here])
 
         positive, negative = tokens(image_prompt.positive), image_prompt.negative
         against = adapter.negative_tokens(device=device, dtype=torch.float32) if negative is None else tokens(negative)

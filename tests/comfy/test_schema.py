@@ -18,6 +18,7 @@ SNAPSHOT = Path(__file__).parent / "schema.snapshot.json"
 FILES = {
     "ipadapter_name": [],
     "clip_vision_name": ["auto"],
+    "image_prompt_name": [],
     "adapter": ["the emoji adapter"],
 }  # lists of files are not part of the promise
 

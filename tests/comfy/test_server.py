@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import urllib.error
@@ -40,6 +41,10 @@ def test_the_second_run_is_cached(server):
     entry = server.run(graph)
     cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
     assert {"1", "3", "4", "7"} <= set(cached)
+    from comfy_api.latest import io as comfy_io
+
+    if "has_intermediate_output" in {field.name for field in dataclasses.fields(comfy_io.Schema)}:
+        assert len(entry["outputs"]["3"]["images"]) == 1  # the preview is there after a reload of the page
 
 
 def test_an_error_reaches_the_user(server):
@@ -100,3 +105,29 @@ def test_another_image_loads_no_model_again(server):
     third = server.run(graph)
     cached = next(data["nodes"] for kind, data in third["status"]["messages"] if kind == "execution_cached")
     assert {"1", "2", "3", "7"} <= set(cached)
+
+
+def test_save_combine_and_load(server):
+    """An image prompt is saved in one graph, and listed, loaded and combined in the next."""
+    graph = json.loads(GRAPH.read_text())
+    apply = next(node for node in graph.values() if node["class_type"] == "ApplyIPAdapter")
+    encoded = apply["inputs"]["image_prompt"]
+    graph["90"] = {"class_type": "SaveImagePrompt", "inputs": {"image_prompt": encoded, "filename_prefix": "demo"}}
+    entry = server.run(graph)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert entry["outputs"]["90"]["text"] == ["output/image_prompts/demo_00001_.safetensors"]
+    info = server.get("/object_info/LoadImagePrompt")["LoadImagePrompt"]["input"]["required"]["image_prompt_name"]
+    (name,) = info[0] if isinstance(info[0], list) else info[1]["options"]
+    assert name == "image_prompts/demo_00001_.safetensors [output]"
+    del graph["90"]
+    graph["91"] = {"class_type": "LoadImagePrompt", "inputs": {"image_prompt_name": name}}
+    prompts = {"image_prompt_1": encoded, "image_prompt_2": ["91", 0], "combine": "average", "weight_2": 0.5}
+    graph["92"] = {"class_type": "CombineImagePrompts", "inputs": prompts}
+    apply["inputs"]["image_prompt"] = ["92", 0]
+    encode = next(node for node in graph.values() if node["class_type"] == "EncodeImagePrompt")
+    noise = {"noise": "shuffle", "strength": 0.5, "blur": 3, "seed": 1, "image": encode["inputs"]["image"], "size": 64}
+    graph["93"] = {"class_type": "NoiseImage", "inputs": noise}
+    encode["inputs"]["image_negative"] = ["93", 0]
+    entry = server.run(graph)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert len(entry["outputs"]["9"]["images"]) == 4 and len(entry["outputs"]["93"]["images"]) == 1

@@ -1,0 +1,127 @@
+"""Files of image prompts: what is in them, and where they are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import comfy.model_management
+import folder_paths
+import torch
+from torch import Tensor
+
+from ..ipadapter_core import AdapterError, looks_like
+from ..ipadapter_core.tensors import TensorFile, open_tensors, read_tensor, write_safetensors
+from .types import EncodedImages, ImagePrompt
+
+FOLDER = "image_prompts"  # in ComfyUI's output folder
+OLD_SUFFIX = ".ipadpt"
+
+_SUFFIX = ".safetensors"
+_OUTPUT = " [output]"  # how ComfyUI marks names of files in its output folder
+_FORMAT, _VERSION = "ip_adapter_kit image prompt", 1
+_EXPECTED = "a file of Save Image Prompt"
+_PARTS = ("positive", "negative")
+
+
+def list_prompts() -> list[str]:
+    """Names of the files in input/ and in output/image_prompts/, as ComfyUI's `get_annotated_filepath` takes them."""
+    given, saved = Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory())
+    names = [path.relative_to(given).as_posix() for path in _files(given)]
+    return sorted(names) + sorted(path.relative_to(saved).as_posix() + _OUTPUT for path in _files(saved / FOLDER))
+
+
+def prompt_path(name: str) -> Path:
+    """Raises AdapterError for a name that is not in the list."""
+    if name not in list_prompts():
+        raise AdapterError(
+            f"There is no image prompt {name!r}. Make one with Save Image Prompt, or put a file of it or of the old "
+            f"Save Embeds ({OLD_SUFFIX}) into {folder_paths.get_input_directory()}; then press R to reload the lists."
+        )
+    return Path(folder_paths.get_annotated_filepath(name))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.suffix.lower() in (_SUFFIX, OLD_SUFFIX) and path.is_file()]
+
+
+def write_prompt(path: Path, prompt: ImagePrompt) -> None:
+    """Write an image prompt with all that it is for. Raises OSError or SafetensorError when the disk refuses."""
+    metadata = {
+        "format": _FORMAT,
+        "version": str(_VERSION),
+        "one_each": json.dumps(prompt.one_each),
+        "has_negative": json.dumps(prompt.has_negative),
+        "likeness": json.dumps(prompt.likeness),
+    }
+    if prompt.adapter is not None:
+        metadata["adapter"] = prompt.adapter.replace("\\", "/")
+    tensors: dict[str, Tensor] = {}
+    for part, images in zip(_PARTS, (prompt.positive, prompt.negative), strict=True):
+        if images is not None:
+            metadata[f"{part}_weights"] = json.dumps(images.weights)
+            features = {"image": images.image, "face": images.face}
+            # Clones, because safetensors refuses tensors that share memory.
+            tensors |= {f"{part}.{name}": x.cpu().contiguous().clone() for name, x in features.items() if x is not None}
+    write_safetensors(path, tensors, metadata)
+
+
+def read_prompt(path: Path) -> ImagePrompt:
+    """The image prompt in a file of Save Image Prompt. Raises AdapterError for any other file, and a damaged one."""
+    file = open_tensors(path, _EXPECTED)
+    metadata = file.metadata
+    if metadata.get("format") != _FORMAT:
+        raise AdapterError(f"{path}: {looks_like(file.infos)}; expected {_EXPECTED}. Choose another file.")
+    try:
+        if int(metadata["version"]) > _VERSION:
+            raise AdapterError(
+                f"{path}: format {metadata['version']} of image prompts; this version of IP-Adapter Kit reads up to "
+                f"{_VERSION}. Update it."
+            )
+        adapter = metadata.get("adapter")
+        prompt = ImagePrompt(
+            _images(file, metadata, "positive"),
+            _images(file, metadata, "negative") if "negative_weights" in metadata else None,
+            None if adapter is None else adapter.replace("/", os.sep),  # as this system names files in subfolders
+            one_each=bool(json.loads(metadata["one_each"])),
+            has_negative=bool(json.loads(metadata["has_negative"])),
+            likeness=float(json.loads(metadata["likeness"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path}: damaged image prompt ({error}). Save it again.") from error
+    return prompt
+
+
+def read_old_features(path: Path) -> EncodedImages:
+    """The features in an .ipadpt file: one tensor and nothing else. Raises AdapterError for any other file."""
+    features = read_tensor(path, f"the features in an {OLD_SUFFIX} file")
+    if features.ndim not in (2, 3) or 0 in features.shape or not features.is_floating_point():
+        raise AdapterError(
+            f"{path}: holds a tensor of shape {tuple(features.shape)} ({str(features.dtype).removeprefix('torch.')}); "
+            "expected features [images, width] or [images, tokens, width]. Choose another file."
+        )
+    if not torch.isfinite(features).all():
+        raise AdapterError(f"{path}: the features hold NaN or infinity. Encode and save them again.")
+    return EncodedImages(_here(features), weights=(1.0,) * len(features))
+
+
+def _images(file: TensorFile, metadata: Mapping[str, str], part: str) -> EncodedImages:
+    """Raises KeyError, TypeError or ValueError for what Save Image Prompt never writes."""
+    weights = tuple(float(weight) for weight in json.loads(metadata[f"{part}_weights"]))
+    features: dict[str, Tensor] = {}
+    for name, dims in (("image", (2, 3)), ("face", (2,))):
+        key = f"{part}.{name}"
+        if key in file.infos:
+            tensor = file.read(key)
+            if tensor.ndim not in dims or len(tensor) != len(weights) or not torch.isfinite(tensor).all():
+                raise ValueError(f"{key} has the shape {tuple(tensor.shape)} for {len(weights)} images, or NaN")
+            features[name] = _here(tensor.clone())  # off the file, which may be replaced
+    if not features or not weights or not torch.isfinite(torch.tensor(weights)).all():
+        raise ValueError(f"{part} has {len(features)} features and the weights {weights}")
+    return EncodedImages(features.get("image"), features.get("face"), weights)
+
+
+def _here(features: Tensor) -> Tensor:
+    return features.to(comfy.model_management.intermediate_device(), torch.float32)

@@ -1,0 +1,126 @@
+"""SaveImagePrompt and LoadImagePrompt: image prompts that outlive the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path, PurePath
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..ipadapter_core import AdapterError
+from ..ipadapter_core.branches import branch_rows
+from .prompt_files import FOLDER, OLD_SUFFIX, list_prompts, prompt_path, read_old_features, read_prompt, write_prompt
+from .prompt_math import shapes_of
+from .types import ImagePrompt, ImagePromptType, node_schema
+
+_NONE = "none: make one with Save Image Prompt"  # what an empty list shows
+
+
+class SaveImagePrompt(io.ComfyNode):
+    """An image prompt -> a file in output/image_prompts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            node_id="SaveImagePrompt",
+            display_name="Save Image Prompt",
+            description="Saves an image prompt into output/image_prompts, for Load Image Prompt: no image and no image "
+            "encoder is needed there.",
+            is_output_node=True,
+            inputs=[
+                ImagePromptType.Input("image_prompt", tooltip="What is saved."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="prompt",
+                    tooltip="Name of the file in output/image_prompts; a number is added. A folder may come before it: "
+                    "portraits/anna.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, image_prompt: ImagePrompt, filename_prefix: str = "prompt") -> io.NodeOutput:
+        prefix = PurePath(os.path.normpath(filename_prefix.strip() or "prompt"))
+        if prefix.anchor or ".." in prefix.parts:
+            raise AdapterError(
+                f"filename_prefix {filename_prefix!r} leads out of output/{FOLDER}. Use a name such as portraits/anna."
+            )
+        folder, name, number, *_ = folder_paths.get_save_image_path(
+            f"{FOLDER}/{prefix.as_posix()}", folder_paths.get_output_directory()
+        )
+        path = Path(folder) / f"{name}_{number:05}_.safetensors"
+        write_prompt(path, image_prompt)
+        saved = path.relative_to(folder_paths.get_output_directory()).as_posix()
+        return io.NodeOutput(ui=ui.PreviewText(f"output/{saved}"))
+
+
+class LoadImagePrompt(io.ComfyNode):
+    """A file -> the image prompt in it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            node_id="LoadImagePrompt",
+            display_name="Load Image Prompt",
+            description="Loads what Save Image Prompt saved, or an .ipadpt file of ComfyUI_IPAdapter_plus.",
+            inputs=[
+                io.Combo.Input(
+                    "image_prompt_name",
+                    options=list_prompts() or [_NONE],
+                    tooltip="A file of output/image_prompts or of input, where files from elsewhere and .ipadpt files "
+                    "belong. Press R after saving another one.",
+                ),
+                ImagePromptType.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Its images become the negative ones. Needed for .ipadpt files of plus adapters, "
+                    "which hold none: encode a black image, or load the saved neg_embed with another of this node.",
+                ),
+            ],
+            outputs=[
+                ImagePromptType.Output(
+                    display_name="image_prompt", tooltip="For Apply IP Adapter, with the adapter it was encoded for."
+                )
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, image_prompt_name: str | None = None, negative: object = None) -> str:
+        """Another file of the same name is loaded again. None comes over a wire."""
+        if image_prompt_name not in list_prompts():
+            return ""
+        status = prompt_path(image_prompt_name).stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, image_prompt_name: str, negative: ImagePrompt | None = None) -> io.NodeOutput:
+        path = prompt_path(image_prompt_name)
+        is_old = path.suffix.lower() == OLD_SUFFIX
+        prompt = ImagePrompt(read_old_features(path)) if is_old else read_prompt(path)
+        if negative is not None:
+            prompt = _with_negative(prompt, negative)
+        elif prompt.negative is None and prompt.positive.image is not None and prompt.positive.image.ndim == 3:
+            raise AdapterError(
+                f"{image_prompt_name} holds hidden states, for a plus or full adapter, and no negative image. Connect "
+                "an image prompt to negative: that of a black image, or the saved neg_embed."
+            )
+        return io.NodeOutput(prompt)
+
+
+def _with_negative(prompt: ImagePrompt, negative: ImagePrompt) -> ImagePrompt:
+    images, unwanted = prompt.positive, negative.positive
+    if prompt.adapter and negative.adapter and prompt.adapter != negative.adapter:
+        raise AdapterError(
+            f"The file was encoded with {prompt.adapter}, negative with {negative.adapter}. Use one adapter for both."
+        )
+    if shapes_of(images) != shapes_of(unwanted):
+        raise AdapterError(
+            f"The file has features of {shapes_of(images)}, negative of {shapes_of(unwanted)}. Use one adapter and its "
+            "image encoder for both."
+        )
+    branch_rows(len(images), len(unwanted), one_each=prompt.one_each, swapped=False)
+    adapter = prompt.adapter or negative.adapter
+    return dataclasses.replace(prompt, negative=unwanted, adapter=adapter, has_negative=True)
