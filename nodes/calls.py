@@ -14,7 +14,7 @@ from ..ipadapter_core import AdapterError, step_at
 from ..ipadapter_core.branches import chunk_branches, rows_each
 
 RUN = "ip_adapter_kit.run"  # in transformer_options: the Run
-_REMEMBERED = 4  # calls: both halves of guidance on their own, with a neighbour each; more windows of frames come anew
+_REMEMBERED = 4  # calls: both halves of guidance on their own, with a neighbour each
 
 Options = dict[str, Any]
 Grid = tuple[int, int]
@@ -40,12 +40,12 @@ class Run:
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         return self
 
-    def remember(self, name: Hashable, key: Hashable, make: Callable[[], _T]) -> _T:
-        """What was made for this key in this run; of each name the latest few."""
+    def remember(self, name: Hashable, key: Hashable, make: Callable[[], _T], keep: int = _REMEMBERED) -> _T:
+        """What was made for this key in this run; of each name the latest `keep`."""
         made = self.made.setdefault(name, {})
         if key not in made:
             made[key] = make()
-            for old in list(made)[:-_REMEMBERED]:
+            for old in list(made)[:-keep]:
                 made.pop(old, None)
         return made[key]
 
@@ -127,8 +127,8 @@ def step_of_run(options: Options, t: Tensor) -> tuple[int, int]:
     run = run_of(options)
     if run is None or len(run.sigma_list) < 2:
         raise AdapterError(
-            "This sampler does not tell its steps, so neither a Weight Schedule over steps nor an attention map works "
-            "with it. Use a sampler of ComfyUI."
+            "The steps of this sampler are not known: a Weight Schedule over steps and an attention map need them. Use "
+            "a sampler of ComfyUI."
         )
     return step_at(run.sigma_list, sigma_of(options, t)), len(run.sigma_list) - 1
 

@@ -44,7 +44,10 @@ def layer_pairs(
     pairs: dict[Place, KeyValue] = {}
     # One layer at a time: with an image for each frame of a video all layers would not fit on the device.
     for site, (to_k, to_v) in zip(sites, adapter.layers.pairs(), strict=True):
-        weight, pair = weights[site.transformer_index], KeyValue(to_k(tokens), to_v(tokens))
+        weight = weights[site.transformer_index]
+        if weight.weight == 0.0:
+            continue
+        pair = KeyValue(to_k(tokens), to_v(tokens))
         folded = fold_weights(pair, weight, shares, rows, scaling, positives=positives, one_each=one_each)
         if folded is not None and site.block is not None:
             parts = (part.to(home, dtype) for part in folded)

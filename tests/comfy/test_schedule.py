@@ -175,14 +175,13 @@ def test_refusals(pack, world, scheduled):
 
 
 @pytest.mark.parametrize(("over", "weights"), [("steps", "0, 0.5, 1"), ("frames", "1, 0.3")])
-def test_a_compiled_model(pack, world, scheduled, over, weights):
+def test_a_compiled_model(world, scheduled, over, weights):
     import comfy_extras.nodes_torch_compile as extras
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     keep = getattr(extras, "skip_torch_compile_dict", None)  # the node's own filter of guards
     want = world.sample(scheduled(over, weights), batch=2, steps=3)
     torch._dynamo.reset()
-    pack.run._compiled.clear()
     model = scheduled(over, weights)
     set_torch_compile_wrapper(model=model, backend="eager", options={"guard_filter_fn": keep} if keep else None)
     close(world.sample(model, batch=2, steps=3), want)
