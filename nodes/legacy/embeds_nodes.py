@@ -11,15 +11,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...ipadapter_core import AdapterError
 from ...ipadapter_core.image_prompt import combine_features
+from ..prompt_files import OLD_SUFFIX, read_old_features
 from . import fields as f
 from .execute import OldPrompt, apply_old
 from .old_features import encode_with_mask, unconditional
 from .old_node import Embeds, IPAdapterWire, OldNode
 from .wires import open_pipeline
-
-_SUFFIX = ".ipadpt"
 
 
 class IPAdapterEmbeds(OldNode):
@@ -152,7 +150,7 @@ class IPAdapterSaveEmbeds(OldNode):
         folder, name, counter, *_ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()
         )
-        torch.save(embeds, Path(folder) / f"{name}_{counter:05}{_SUFFIX}")
+        torch.save(embeds, Path(folder) / f"{name}_{counter:05}{OLD_SUFFIX}")
         return (None,)
 
 
@@ -164,7 +162,7 @@ class IPAdapterLoadEmbeds(OldNode):
     @classmethod
     def inputs(cls) -> Sequence[Any]:
         folder = Path(folder_paths.get_input_directory())
-        return [f.choice("embeds", sorted(str(path.relative_to(folder)) for path in folder.rglob(f"*{_SUFFIX}")))]
+        return [f.choice("embeds", sorted(str(path.relative_to(folder)) for path in folder.rglob(f"*{OLD_SUFFIX}")))]
 
     @classmethod
     def outputs(cls) -> Sequence[Any]:
@@ -179,16 +177,7 @@ class IPAdapterLoadEmbeds(OldNode):
 
     @classmethod
     def load(cls, embeds: str) -> tuple[Tensor]:
-        path = folder_paths.get_annotated_filepath(embeds)
-        try:
-            tensor = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise AdapterError(
-                f"{path}: cannot be read as EMBEDS ({type(error).__name__}). Save it again with IPAdapter Save Embeds."
-            ) from error
-        if not isinstance(tensor, Tensor):
-            raise AdapterError(f"{path}: holds {type(tensor).__name__}, not a tensor of EMBEDS. Choose another file.")
-        return (tensor,)
+        return (read_old_features(Path(folder_paths.get_annotated_filepath(embeds))).image,)
 
 
 NODES = [
