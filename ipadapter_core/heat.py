@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import AdapterError
+from .image_prompt import rgb_pixels
 
 # From none to most: black, violet, red, orange, pale yellow. Brightness grows all the way, for the colour-blind too.
 _COLOURS = ((0.0, 0.0, 0.02), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.98, 0.55, 0.04), (0.99, 1.0, 0.64))
@@ -29,8 +30,9 @@ def draw_heat(image: Tensor, heat: Tensor, opacity: float = 0.6, *, relative: bo
     """Heat [B, h, w] in 0..1 over images [B, H, W, C]. Returns the images and the heat in their size, [B, H, W].
     `relative` stretches the heat of all images, so that the least of it is 0 and the most 1.
 
-    Raises AdapterError when their numbers differ.
+    Raises AdapterError when their numbers differ, or as `rgb_pixels` does.
     """
+    pixels = rgb_pixels(image, "image").movedim(1, -1)
     if len(image) != len(heat):
         raise AdapterError(
             f"There are {len(image)} images and attention maps of {len(heat)}. Connect the images that the recorded "
@@ -40,5 +42,5 @@ def draw_heat(image: Tensor, heat: Tensor, opacity: float = 0.6, *, relative: bo
     if relative:
         low, high = torch.aminmax(large)
         large = (large - low) / (high - low).clamp_min(torch.finfo(large.dtype).tiny)
-    drawn = torch.lerp(image[..., :3].to(large), colour_heat(large), opacity)
+    drawn = torch.lerp(pixels.to(large), colour_heat(large), opacity)
     return drawn, large

@@ -27,6 +27,8 @@ from .checks import check_acts, check_prompt, largest
 from .keys_values import inference_dtype, layer_pairs
 from .layer_weights import model_weights
 from .lora import LORA_STRENGTH, add_lora
+from .message import advanced
+from .node import Node
 from .patch import SitePatch
 from .run import start_run
 from .steps import Application
@@ -37,7 +39,6 @@ from .types import (
     LayerWeightsType,
     LoadedAdapter,
     WeightScheduleType,
-    advanced,
     node_schema,
 )
 
@@ -45,7 +46,7 @@ _KEY = "ip_adapter_kit."
 _Wrappers = comfy.patcher_extension.WrappersMP
 
 
-class ApplyIPAdapter(io.ComfyNode):
+class ApplyIPAdapter(Node):
     """Model, adapter and image prompt -> the model with the image prompt in every cross-attention."""
 
     @classmethod
@@ -99,14 +100,14 @@ class ApplyIPAdapter(io.ComfyNode):
                     tooltip="Up to which part of the noise schedule the image acts; 1 is the last step. Try 0.8 to "
                     "leave the details to the text.",
                 ),
-                advanced(
-                    io.Combo.Input,
+                io.Combo.Input(
                     "embeds_scaling",
                     options=list(SCALINGS),
                     default="V only",
                     optional=True,
                     tooltip="What the weight multiplies. V only: the result of the image attention. The others also "
                     "scale the keys, which sharpens or blurs what the layers look at.",
+                    **advanced(),
                 ),
                 io.Mask.Input(
                     "attn_mask",
@@ -134,8 +135,7 @@ class ApplyIPAdapter(io.ComfyNode):
                     optional=True,
                     tooltip="From Weight Schedule: multiplies the weight in each step, or for each frame.",
                 ),
-                advanced(
-                    io.Float.Input,
+                io.Float.Input(
                     "boost",
                     default=1.0,
                     min=-5.0,
@@ -144,6 +144,7 @@ class ApplyIPAdapter(io.ComfyNode):
                     optional=True,
                     tooltip="For the precise weight types: how strongly, in parts of weight, the other layers push "
                     "away what should not come along. 1 is as strong as weight; try 0.5 to 2.",
+                    **advanced(),
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For the sampler; the input stays as it was.")],

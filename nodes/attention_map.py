@@ -16,10 +16,12 @@ from ..ipadapter_core import (
     draw_heat,
     weight_layout,
 )
+from .message import advanced
+from .node import Node
 from .patch import SitePatch
 from .record import Record
 from .steps import Application
-from .types import AttentionRecordType, advanced, node_schema
+from .types import AttentionRecordType, node_schema
 
 _KEY = "ip_adapter_kit.record"
 _LAST = 10000  # as in KSampler (Advanced)
@@ -27,7 +29,7 @@ _Wrappers = comfy.patcher_extension.WrappersMP
 _log = logging.getLogger("ip_adapter_kit")
 
 
-class RecordAttentionMap(io.ComfyNode):
+class RecordAttentionMap(Node):
     """A model with image prompts -> the same, which notes where they act."""
 
     @classmethod
@@ -68,7 +70,7 @@ class RecordAttentionMap(io.ComfyNode):
         return io.NodeOutput(patched, record)
 
 
-class ImagePromptAttentionMap(io.ComfyNode):
+class ImagePromptAttentionMap(Node):
     """A record and the images of its run -> a heat map over them."""
 
     @classmethod
@@ -120,8 +122,7 @@ class ImagePromptAttentionMap(io.ComfyNode):
                     tooltip="relative: from the place with least, dark, to that with most, bright. absolute: the share "
                     "of the image prompt in all attention, from none to all; to compare maps with each other.",
                 ),
-                advanced(
-                    io.Float.Input,
+                io.Float.Input(
                     "opacity",
                     default=0.6,
                     min=0.0,
@@ -129,6 +130,7 @@ class ImagePromptAttentionMap(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     tooltip="How much the map covers the image. 1 is the map alone.",
+                    **advanced(),
                 ),
             ],
             outputs=[

@@ -127,8 +127,8 @@ def step_of_run(options: Options, t: Tensor) -> tuple[int, int]:
     run = run_of(options)
     if run is None or len(run.sigma_list) < 2:
         raise AdapterError(
-            "This sampler does not tell its steps, so neither a Weight Schedule over steps nor an attention map works "
-            "with it. Use a sampler of ComfyUI."
+            "The steps of this sampler are not known: a Weight Schedule over steps and an attention map need them. Use "
+            "a sampler of ComfyUI."
         )
     return step_at(run.sigma_list, sigma_of(options, t)), len(run.sigma_list) - 1
 

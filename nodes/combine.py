@@ -5,13 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..ipadapter_core.image_prompt import COMBINES
+from .node import Node
 from .prompt_math import combine_prompts
 from .types import ImagePrompt, ImagePromptType, node_schema
 
 _NUMBERS = range(1, 6)
 
 
-class CombineImagePrompts(io.ComfyNode):
+class CombineImagePrompts(Node):
     """Two to five image prompts, each with its weight -> one."""
 
     @classmethod

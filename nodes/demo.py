@@ -18,6 +18,7 @@ from ..ipadapter_core.encoders import encoder_fits, read_encoder
 from . import demo_model
 from .checks import check_encoder
 from .files import ADAPTERS, adapter_path, adapter_spec, existing, stamp
+from .node import Node
 from .types import IPAdapterModel, manage, node_schema
 
 ADAPTER = "adapter.safetensors"
@@ -25,7 +26,7 @@ BUNDLED = "the emoji adapter"
 _LARGEST = 64_000_000  # bytes; adapters for so small a model are smaller, so others are not even opened
 
 
-class LoadIPAdapterDemo(io.ComfyNode):
+class LoadIPAdapterDemo(Node):
     """The emoji stack as ComfyUI's own objects."""
 
     @classmethod
@@ -73,7 +74,7 @@ class LoadIPAdapterDemo(io.ComfyNode):
         )
 
 
-class DemoImage(io.ComfyNode):
+class DemoImage(Node):
     """One of the bundled images."""
 
     @classmethod

@@ -17,6 +17,7 @@ from .encode import EncodeImagePrompt
 from .files import ADAPTERS, ENCODERS, list_files, stamp, version
 from .load import load_adapter_file
 from .message import advanced, show_on_node
+from .node import Node
 from .pairs import COMPOSITION, LIKENESS, PLUS, STYLE, SUBJECT, USES, Pair, find_pair
 from .types import ImagePrompt as EncodedPrompt
 from .types import LoadedAdapter, node_schema
@@ -34,7 +35,7 @@ _loaded: WeakKeyDictionary[nn.Module, dict[Any, Loaded]] = WeakKeyDictionary()
 _encoded: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-class ImagePrompt(io.ComfyNode):
+class ImagePrompt(Node):
     """Model and image -> the model with the image as a prompt; the files are found."""
 
     @classmethod

@@ -10,10 +10,11 @@ from ..ipadapter_core.branches import branch_rows
 from ..ipadapter_core.image_prompt import COMBINES, CROPS, combine_features
 from .checks import check_encoder
 from .features import NEGATIVES, TRAINED, Encoder, encode_images, negative_features
+from .node import Node
 from .types import EncodedImages, ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
 
 
-class EncodeImagePrompt(io.ComfyNode):
+class EncodeImagePrompt(Node):
     """Images -> one image prompt."""
 
     @classmethod

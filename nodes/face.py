@@ -14,10 +14,11 @@ from .checks import check_encoder
 from .face_analysis import FACE_ALIASES, FaceAnalysis, FaceAnalysisType
 from .faces import NO_FACE, ORDERS, FaceFeatures, face_features
 from .features import TRAINED, Encoder, encode, negative_features
+from .node import Node
 from .types import EncodedImages, ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
 
 
-class EncodeFacePrompt(io.ComfyNode):
+class EncodeFacePrompt(Node):
     """Images of faces -> one image prompt."""
 
     @classmethod

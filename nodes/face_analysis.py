@@ -11,6 +11,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ipadapter_core import AdapterError
+from .node import Node
 from .types import SEARCH_ALIASES, node_schema
 
 FaceAnalysisType = io.Custom("FACE_ANALYSIS")
@@ -47,7 +48,7 @@ class FaceAnalysis:
         return self  # a copy would load the models again
 
 
-class LoadFaceAnalysis(io.ComfyNode):
+class LoadFaceAnalysis(Node):
     """A folder of face models -> what Encode Face Prompt finds faces with."""
 
     @classmethod

@@ -19,7 +19,9 @@ from ..ipadapter_core import (
     parse_factors,
     weight_layout,
 )
-from .types import LayerWeightsType, LoadedAdapter, advanced, node_schema
+from .message import advanced
+from .node import Node
+from .types import LayerWeightsType, LoadedAdapter, node_schema
 
 FAMILIES = {"SD1.5": "sd15", "SDXL": "sdxl"}
 _CARRIES = {
@@ -33,7 +35,7 @@ _CARRIES = {
 _log = logging.getLogger("ip_adapter_kit")
 
 
-class LayerWeights(io.ComfyNode):
+class LayerWeights(Node):
     """Sliders, or a text -> a factor for each transformer."""
 
     @classmethod
@@ -64,14 +66,14 @@ class LayerWeights(io.ComfyNode):
                     tooltip="The model that the weights are for. SD1.5 is for SD2 too, SDXL for Kolors and Pony.",
                 ),
                 *sliders,
-                advanced(
-                    io.String.Input,
+                io.String.Input(
                     "layers",
                     default="",
                     multiline=True,
                     optional=True,
                     tooltip="Transformer by transformer, instead of the sliders: index:weight, such as 3:2.5, 6:1. "
                     "Those that are not listed get 0. Texts of Mad Scientist nodes work here.",
+                    **advanced(),
                 ),
             ],
             outputs=[LayerWeightsType.Output(display_name="layer_weights", tooltip="For Apply IP Adapter.")],

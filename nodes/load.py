@@ -18,6 +18,7 @@ from ..ipadapter_core import (
 )
 from .files import ADAPTERS, ENCODERS, adapter_path, choices, list_files, stamp
 from .message import advanced, show_on_node
+from .node import Node
 from .types import IPAdapterModel, LoadedAdapter, manage, node_schema
 from .vision import AUTO, find_encoder_file, load_encoder
 
@@ -25,7 +26,7 @@ FROM_FILE, V1, V2 = "from the file", "v1", "v2"
 _log = logging.getLogger(__name__)
 
 
-class LoadIPAdapter(io.ComfyNode):
+class LoadIPAdapter(Node):
     """An adapter file -> the adapter and its image encoder."""
 
     @classmethod

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ..ipadapter_core.image_prompt import crop_image
 from ..ipadapter_core.noise import NOISES, noise_image
+from .node import Node
 from .types import node_schema
 
 
-class NoiseImage(io.ComfyNode):
+class NoiseImage(Node):
     """An image, or none -> the same with noise."""
 
     @classmethod

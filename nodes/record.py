@@ -163,7 +163,10 @@ class Record:
                 "start_at_step or end_at_step."
             )
         if number > len(self.keys):
-            raise AdapterError(f"There are {len(self.keys)} image prompts in the model, and prompt is {number}.")
+            raise AdapterError(
+                f"prompt is {number}; the recorded model has {len(self.keys)} image "
+                f"prompt{'s' * (len(self.keys) != 1)}. Choose a lower number, or 0 for all."
+            )
         keys = self.keys[number - 1 : number] if number else self.keys
         totals: dict[tuple[int, int], dict[str, Tensor]] = {}
         for entry, total in self.sums.items():

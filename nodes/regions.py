@@ -13,13 +13,14 @@ from ..ipadapter_core import WEIGHT_TYPES, AdapterError, parse_weight_type
 from ..ipadapter_core.masks import check_attention_mask
 from .apply import apply_prompt
 from .layer_weights import model_weights
+from .node import Node
 from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema
 
 REGIONS = 4
 _log = logging.getLogger("ip_adapter_kit")
 
 
-class ImagePromptRegions(io.ComfyNode):
+class ImagePromptRegions(Node):
     """Masks with a text and an image prompt each -> model and positive conditioning."""
 
     @classmethod

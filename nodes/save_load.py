@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..ipadapter_core import AdapterError
 from ..ipadapter_core.branches import branch_rows
+from .node import Node
 from .prompt_files import FOLDER, OLD_SUFFIX, list_prompts, prompt_path, read_old_features, read_prompt, write_prompt
 from .prompt_math import shapes_of
 from .types import ImagePrompt, ImagePromptType, node_schema
@@ -18,7 +19,7 @@ from .types import ImagePrompt, ImagePromptType, node_schema
 _NONE = "none: make one with Save Image Prompt"  # what an empty list shows
 
 
-class SaveImagePrompt(io.ComfyNode):
+class SaveImagePrompt(Node):
     """An image prompt -> a file in output/image_prompts."""
 
     @classmethod
@@ -48,16 +49,22 @@ class SaveImagePrompt(io.ComfyNode):
             raise AdapterError(
                 f"filename_prefix {filename_prefix!r} leads out of output/{FOLDER}. Use a name such as portraits/anna."
             )
-        folder, name, number, *_ = folder_paths.get_save_image_path(
-            f"{FOLDER}/{prefix.as_posix()}", folder_paths.get_output_directory()
-        )
-        path = Path(folder) / f"{name}_{number:05}_.safetensors"
-        write_prompt(path, image_prompt)
+        try:
+            folder, name, number, *_ = folder_paths.get_save_image_path(
+                f"{FOLDER}/{prefix.as_posix()}", folder_paths.get_output_directory()
+            )
+            path = Path(folder) / f"{name}_{number:05}_.safetensors"
+            write_prompt(path, image_prompt)
+        except OSError as error:  # a full disk, a folder that cannot be written to, a name that is too long
+            raise AdapterError(
+                f"output/{FOLDER}/{str(prefix)[:80]}: not saved ({error.strerror or error}). Free some space, or "
+                "change filename_prefix."
+            ) from error
         saved = path.relative_to(folder_paths.get_output_directory()).as_posix()
         return io.NodeOutput(ui=ui.PreviewText(f"output/{saved}"))
 
 
-class LoadImagePrompt(io.ComfyNode):
+class LoadImagePrompt(Node):
     """A file -> the image prompt in it."""
 
     @classmethod

@@ -184,7 +184,8 @@ class Application:
             keep = 4 if self.rows == (1, 1) else 2  # of an image for each frame, the halves of one window
             name, key = ("pairs", self.key), (rows, call.device)
             pairs = run.remember(name, key, lambda: self._select(rows, call.device), keep)
-        if active and (self.attn_mask is not None or set(factors) != {1.0}):
+        # A schedule has gates in all steps, or a compiled graph would be one for a factor of 1 and one for the others.
+        if active and (self.attn_mask is not None or self.schedule is not None):
             gates = run.remember(("gates", self.key), (factors, call), lambda: self._gates(factors, call))
         return Step(active, rows, pairs, call.chunks, call.size, gates)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,12 +31,6 @@ def node_schema(**fields: Any) -> io.Schema:
     """An io.Schema of our category; fields that an older ComfyUI does not know are left out (it would refuse them)."""
     fields = {"category": CATEGORY, "search_aliases": SEARCH_ALIASES, **fields}
     return io.Schema(**{name: value for name, value in fields.items() if name in _SCHEMA_FIELDS})
-
-
-def advanced(make: Any, *args: Any, **fields: Any) -> Any:
-    """An input that the frontend folds away; an older ComfyUI, which cannot, shows it like the others."""
-    known = "advanced" in inspect.signature(make).parameters
-    return make(*args, **fields, **({"advanced": True} if known else {}))
 
 
 @dataclass(frozen=True, eq=False)

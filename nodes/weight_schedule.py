@@ -6,10 +6,11 @@ from comfy_api.latest import io
 
 from ..ipadapter_core import schedule
 from ..ipadapter_core.schedule import LAST, OVERS, TIMINGS, Over, Timing, parse_weights
+from .node import Node
 from .types import WeightScheduleType, node_schema
 
 
-class WeightSchedule(io.ComfyNode):
+class WeightSchedule(Node):
     """A text and a timing -> a factor for each step or frame."""
 
     @classmethod

@@ -170,7 +170,7 @@ def test_what_is_connected_wrongly(pack, world, recorded, heat, caplog):
     late = world.apply(model, world.adapter, world.prompt)
     world.sample(late, steps=1)
     assert "an Apply IP Adapter comes after it and is not recorded" in caplog.text
-    with pytest.raises(pack.core.AdapterError, match="There are 1 image prompts in the model, and prompt is 2"):
+    with pytest.raises(pack.core.AdapterError, match="prompt is 2; the recorded model has 1 image prompt"):
         heat(record, prompt=2)
 
 

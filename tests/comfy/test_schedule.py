@@ -175,7 +175,7 @@ def test_refusals(pack, world, scheduled):
 
 
 @pytest.mark.parametrize(("over", "weights"), [("steps", "0, 0.5, 1"), ("frames", "1, 0.3")])
-def test_a_compiled_model(pack, world, scheduled, over, weights):
+def test_a_compiled_model(world, scheduled, over, weights):
     import comfy_extras.nodes_torch_compile as extras
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 

@@ -1,0 +1,63 @@
+"""What all nodes have in common: their inputs are checked when they run, whatever way a value came."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..ipadapter_core import AdapterError
+
+_NUMBERS = {"INT", "FLOAT"}
+_LISTED = 8  # choices that a message names
+
+
+class Node(io.ComfyNode):
+    """A node whose `execute` refuses values that its widgets could not have.
+
+    ComfyUI checks what is set in a widget, but not what comes over a wire. As there, a choice that `validate_inputs`
+    takes is left to it.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "execute" in cls.__dict__:
+            cls.execute = classmethod(_checked(cls.__dict__["execute"].__func__))
+
+
+def _checked(execute: Any) -> Any:
+    signature = inspect.signature(execute)
+
+    @functools.wraps(execute)
+    def checked(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(cls, *args, **kwargs).arguments
+        own = inspect.signature(cls.validate_inputs).parameters
+        for entry in cls.define_schema().inputs:
+            if given.get(entry.id) is not None and entry.id not in own:
+                check_value(entry, given[entry.id])
+        return execute(cls, *args, **kwargs)
+
+    return checked
+
+
+def check_value(entry: Any, value: Any) -> None:
+    """Raises AdapterError when a value is none of the choices of an input, or no number in its range."""
+    if entry.io_type == "COMBO":
+        options = list(entry.options or ())
+        if value not in options:
+            listed = ", ".join(map(str, options[:_LISTED])) + (", ..." if len(options) > _LISTED else "")
+            raise AdapterError(f"{entry.id} is {str(value)[:80]!r}. Choose one of: {listed}.")
+    if entry.io_type in _NUMBERS:
+        sort, types = ("a whole number", int) if entry.io_type == "INT" else ("a number", int | float)
+        if not isinstance(value, types) or not math.isfinite(value) or not _in_range(entry, value):
+            low, high = (f"{end:g}" if isinstance(end, int | float) else "any" for end in (entry.min, entry.max))
+            raise AdapterError(f"{entry.id} is {str(value)[:80]}. Choose {sort} from {low} to {high}.")
+
+
+def _in_range(entry: Any, value: float) -> bool:
+    low = -math.inf if entry.min is None else entry.min
+    high = math.inf if entry.max is None else entry.max
+    return low <= value <= high
