@@ -42,7 +42,7 @@ class RecordAttentionMap(Node):
             inputs=[io.Model.Input("model", tooltip="From the last Apply IP Adapter.")],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For the sampler."),
-                AttentionRecordType.Output(display_name="record", tooltip="For Image Prompt Attention Map."),
+                AttentionRecordType.Output(display_name="record", tooltip="For Attention Map."),
             ],
         )
 

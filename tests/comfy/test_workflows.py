@@ -49,9 +49,11 @@ def test_the_help_page_is_served(server, node):
     assert server.read(f"/extensions/a-folder/docs/{node}.md") == page
 
 
-def test_the_texts_are_served(server):
-    texts = server.get("/api/i18n")["en"]["nodeDefs"]
-    assert {node: texts[node] for node in NODES} == read_json(ROOT / "locales" / "en" / "nodeDefs.json")
+def test_the_texts_are_served_in_every_language(server):
+    served = server.get("/api/i18n")
+    for folder in (ROOT / "locales").iterdir():
+        texts = served[folder.name]["nodeDefs"]
+        assert {node: texts[node] for node in NODES} == read_json(folder / "nodeDefs.json")
 
 
 @each_workflow
