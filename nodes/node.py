@@ -24,8 +24,9 @@ class Node(io.ComfyNode):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "execute" in cls.__dict__:
-            cls.execute = classmethod(_checked(cls.__dict__["execute"].__func__))
+        execute = getattr(cls.__dict__.get("execute"), "__func__", None)
+        if execute is not None and not hasattr(execute, "__wrapped__"):  # ComfyUI runs a locked copy of the class
+            cls.execute = classmethod(_checked(execute))
 
 
 def _checked(execute: Any) -> Any:
