@@ -16,7 +16,7 @@ WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 TWINS = ROOT / "tests" / "workflows"
 FIRST_CELLS = re.compile(r"^\| (`[^|]+`) \|", re.MULTILINE)
 # Types that come over a wire.
-NO_WIDGET = {"MODEL", "CLIP_VISION", "IMAGE", "MASK", "IP_ADAPTER_MODEL", "IMAGE_PROMPT"}
+WIDGETS = {"COMBO", "INT", "FLOAT", "BOOLEAN", "STRING"}
 
 
 def help_page(node):
@@ -88,7 +88,7 @@ def test_the_translation_has_every_name():
 
 def test_there_is_nothing_else_among_the_workflows():
     """ComfyUI lists every JSON of the folder as a template, with the picture of the same name."""
-    assert len(WORKFLOWS) == 4
+    assert len(WORKFLOWS) == 7
     expected = {file.name for file in WORKFLOWS} | {f"{file.stem}.jpg" for file in WORKFLOWS}
     assert {file.name for file in (ROOT / "example_workflows").iterdir()} == expected
 
@@ -106,11 +106,11 @@ class TestWorkflow:
             assert output["type"] == entry["type"] == kind
 
     def test_it_is_the_same_for_everybody(self, file):
-        """A fixed seed, default titles, and nothing of the page or the machine it was made on."""
+        """A fixed seed, and nothing of the page or the machine it was made on."""
         graph = json.loads(file.read_text(encoding="utf-8"))
         assert graph["extra"] == {}
         for node in graph["nodes"]:
-            assert "title" not in node and node["mode"] == 0
+            assert node.get("title", "a title") and node["mode"] == 0
             assert set(node["properties"]) <= {"Node name for S&R", "cnr_id", "ver", "models"}
             assert node.get("widgets_values", []) == list(node.get("widgets_values_named", {}).values())
             if node["type"] == "KSampler":
@@ -124,13 +124,15 @@ class TestWorkflow:
             schema = NODES[node["type"]]
             assert node["properties"]["cnr_id"] == "ip-adapter-kit"
             assert [[out["type"], out["name"]] for out in node["outputs"]] == schema["outputs"]
-            widgets = [described for described in schema["inputs"].values() if described["type"] not in NO_WIDGET]
-            assert len(node["widgets_values"]) == len(widgets)
-            for value, described in zip(node["widgets_values"], widgets, strict=True):
-                if described["type"] == "FLOAT":
-                    assert described["min"] <= value <= described["max"]
-                elif "models" not in node["properties"]:
-                    assert value in described["choices"]
+            widgets = {name: entry for name, entry in schema["inputs"].items() if entry["type"] in WIDGETS}
+            values = node["widgets_values_named"]
+            # What the frontend adds by itself after a seed.
+            assert set(values) - ({"control_after_generate"} if "seed" in widgets else set()) == set(widgets)
+            for name, described in widgets.items():
+                if described["type"] in ("FLOAT", "INT"):
+                    assert described["min"] <= values[name] <= described["max"]
+                elif described["type"] == "COMBO" and "models" not in node["properties"]:
+                    assert values[name] in described["choices"]
 
     def test_files_to_download_are_named(self, file):
         """Each file that a loader asks for has an address on huggingface.co, the only ones ComfyUI offers to fetch."""
@@ -139,12 +141,14 @@ class TestWorkflow:
             models = node["properties"].get("models", [])
             assert bool(models) == (node["type"] in folders)
             for model in models:
-                assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(".safetensors")
+                assert model["url"].startswith("https://huggingface.co/")
+                assert model["url"].endswith((".safetensors", ".bin"))
             if models:
                 names = [model["name"] for model in models if model["directory"] == folders[node["type"]]]
                 assert names == node["widgets_values"][:1]
             if node["type"] == "LoadIPAdapter":
-                assert {model["directory"] for model in models} == {"ipadapter", "clip_vision"}
+                encoders = [model["name"] for model in models if model["directory"] == "clip_vision"]
+                assert encoders == [value for value in node["widgets_values"][1:2] if value != "auto"]
 
     def test_it_has_a_thumbnail(self, file):
         picture = file.with_suffix(".jpg")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.error
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 NODES = sorted(file.stem for file in (ROOT / "web" / "docs").glob("*.md"))
 NO_NODE = {"MarkdownNote"}  # the frontend's own
-FOLDERS = {"CheckpointLoaderSimple": "ckpt_name", "LoadIPAdapter": "ipadapter_name"}
+FILES = {"CheckpointLoaderSimple": {"ckpt_name"}, "LoadIPAdapter": {"ipadapter_name", "clip_vision_name"}}
 each_workflow = pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 
 
@@ -40,7 +41,10 @@ def test_the_templates_are_served(server):
     assert sorted(server.get("/api/workflow_templates")["a-folder"]) == [file.stem for file in WORKFLOWS]
     for file in WORKFLOWS:
         for name in (file.name, f"{file.stem}.jpg"):
-            assert server.read(f"/api/workflow_templates/a-folder/{name}") == file.with_name(name).read_bytes()
+            assert (
+                server.read(f"/api/workflow_templates/a-folder/{urllib.parse.quote(name)}")
+                == file.with_name(name).read_bytes()
+            )
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -71,7 +75,7 @@ def test_the_graph_fits_the_nodes_of_this_comfyui(server, file):
         # What the frontend adds by itself: after a seed, and the button of Load Image.
         assert extra <= ({"control_after_generate"} if "seed" in widgets else {"upload"})
         for name, entry in widgets.items():
-            if choices_of(entry) and FOLDERS.get(node["type"]) != name:
+            if choices_of(entry) and name not in FILES.get(node["type"], ()):
                 assert values[name] in choices_of(entry)
         for entry in node["inputs"]:
             assert entry["name"] in described or entry["name"] in extra
@@ -86,14 +90,14 @@ def test_the_graph_fits_the_nodes_of_this_comfyui(server, file):
 def test_the_graph_runs(server, file):
     """Those that need no download, as they are; the others stop at the files that are not there, and at no other."""
     graph = read_json(ROOT / "tests" / "workflows" / f"{file.stem}.api.json")
-    files = {node["inputs"][FOLDERS[kind]] for node in graph.values() if (kind := node["class_type"]) in FOLDERS}
+    files = {node["inputs"][name] for node in graph.values() for name in FILES.get(node["class_type"], ())} - {"auto"}
     if files:
         with pytest.raises(urllib.error.HTTPError) as refused:
             server.run(graph)
         errors = json.loads(refused.value.read())["node_errors"]
         stopped = {graph[number]["class_type"]: str(node["errors"]) for number, node in errors.items()}
         # ComfyUI 0.3.64 leaves the choices of newer nodes, such as ours, to the nodes themselves.
-        assert {"CheckpointLoaderSimple"} <= set(stopped) <= set(FOLDERS)
+        assert {"CheckpointLoaderSimple"} <= set(stopped) <= set(FILES)
         for kind, message in stopped.items():
             assert "Value not in list" in message and any(name in message for name in files), kind
         return
@@ -101,5 +105,6 @@ def test_the_graph_runs(server, file):
     assert entry["status"]["status_str"] == "success", entry["status"]
     previews = [number for number, node in graph.items() if node["class_type"] == "PreviewImage"]
     assert previews
+    (batch,) = (node["inputs"]["batch_size"] for node in graph.values() if node["class_type"] == "EmptyLatentImage")
     for number in previews:
-        assert len(entry["outputs"][number]["images"]) == 4
+        assert len(entry["outputs"][number]["images"]) == batch
