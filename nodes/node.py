@@ -48,7 +48,7 @@ def check_value(entry: Any, value: Any) -> None:
     """Raises AdapterError when a value is none of the choices of an input, or no number in its range."""
     if entry.io_type == "COMBO":
         options = list(entry.options or ())
-        if value not in options:
+        if options and value not in options:  # the node itself says why there are none
             listed = ", ".join(map(str, options[:_LISTED])) + (", ..." if len(options) > _LISTED else "")
             raise AdapterError(f"{entry.id} is {str(value)[:80]!r}. Choose one of: {listed}.")
     if entry.io_type in _NUMBERS:

@@ -195,7 +195,7 @@ def test_refusals(pack, encode, combine, plus):
     faces = face_prompt(pack, 1, likeness=1.0), face_prompt(pack, 2, likeness=0.5)
     refuse("image_prompt_1 has likeness 1, image_prompt_2 has likeness 0.5", prompts=faces)
     refuse("'subtract' leaves nothing", prompts=(one, one), combine="subtract")
-    refuse("Unknown combine method 'swirl'", prompts=(one, two), combine="swirl")
+    refuse("combine is 'swirl'. Choose one of: concat", prompts=(one, two), combine="swirl")
     wrong = dataclasses.replace(two, negative=pack.types.EncodedImages(torch.zeros(1, 40)))
     refuse("image_prompt_2 has features of 48, its negative images of 40", prompts=(one, wrong))
 

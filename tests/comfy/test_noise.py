@@ -78,7 +78,7 @@ def test_as_a_negative_image(pack, world, encoder, make):
 
 def test_refusals(pack, make):
     for words, options in (
-        ("Unknown noise 'static'. Use one of: fade, dissolve", {"noise": "static"}),
+        ("noise is 'static'. Choose one of: fade, dissolve", {"noise": "static"}),
         ("image holds NaN", {"image": picture() * torch.nan}),
         ("image has the shape (9, 9, 3)", {"image": torch.zeros(9, 9, 3)}),
     ):

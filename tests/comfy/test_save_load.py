@@ -167,8 +167,13 @@ def test_no_way_out_of_the_folder(pack, folders, encode, prefix):
 @pytest.mark.parametrize("name", ["../secret.safetensors", "gone.safetensors", "none: make one with Save Image Prompt"])
 def test_only_names_of_the_list_are_read(pack, folders, encode, save, load, name):
     (folders / "secret.safetensors").write_bytes(save(encode()).read_bytes())
-    with pytest.raises(pack.core.AdapterError, match="There is no image prompt"):
+    with pytest.raises(pack.core.AdapterError, match=r"image_prompt_name is .* Choose one of: image_prompts/prompt_0"):
         load(name)
+
+
+def test_an_empty_list(pack, folders, load):
+    with pytest.raises(pack.core.AdapterError, match="There is no image prompt"):
+        load("none: make one with Save Image Prompt")
 
 
 def altered(path, **changes):
