@@ -56,9 +56,32 @@ def _check_applications(guider: Any, options: Options, sigmas: Tensor, noise: Te
     # Guiders with several scales have a `cfg` that they do not use.
     own = getattr(type(guider), "set_cfg", None) is comfy.samplers.CFGGuider.set_cfg
     cfg = guider.cfg if own else math.inf
+    patches = options.get("patches_replace", {}).get("attn2", {})
     for application in (item for items in wrappers.values() for item in items if isinstance(item, Application)):
+        _warn_of_replaced(application, patches)
         for sentence in application.check_run(sigmas[:-1], sampling, len(noise), grid_of(noise.shape), cfg):
             _log.warning("Apply IP Adapter: %s", sentence)
+
+
+def _warn_of_replaced(application: Application, patches: Mapping[Any, Any]) -> None:
+    """Log the layers that another pack took after Apply IP Adapter. Whether it passes their calls on cannot be known."""
+    others = [patches.get(place) for place in application.pairs if not _holds(patches.get(place), application)]
+    if others:
+        _log.warning(
+            "Apply IP Adapter: %s of another pack took %d of its %d layers after it; unless it passes their calls on, "
+            "the image prompt does not act there. Connect its node before Apply IP Adapter.",
+            getattr(others[0], "__qualname__", type(others[0]).__qualname__),
+            len(others),
+            len(application.pairs),
+        )
+
+
+def _holds(patch: Any, application: Application) -> bool:
+    while isinstance(patch, SitePatch):
+        if patch.application is application:
+            return True
+        patch = patch.previous
+    return False
 
 
 def _one_name_each(conds: Conds) -> Conds:

@@ -165,6 +165,16 @@ def test_a_replacement_before_ours_stays_and_one_after_ours_is_refused(pack, wor
         world.sample(foreign_replacement(world.apply(world.model, world.adapter, world.prompt)))
 
 
+def test_layers_that_another_pack_takes_after_ours_are_logged(world, caplog):
+    model = world.apply(world.model, world.adapter, world.prompt)
+    world.sample(model, steps=1)
+    assert not caplog.text
+    later = model.clone()
+    later.set_model_attn2_replace(lambda query, key, value, options: query, "middle", 0, 0)
+    world.sample(later, steps=1)
+    assert "<lambda> of another pack took 1 of its 16 layers after it" in caplog.text
+
+
 def test_the_reference_alone(pack, world):
     check(pack, world, lambda model: model, world.prompt, batch=2)
 
