@@ -64,7 +64,7 @@ def _check_applications(guider: Any, options: Options, sigmas: Tensor, noise: Te
 
 
 def _warn_of_replaced(application: Application, patches: Mapping[Any, Any]) -> None:
-    """Log the layers that another pack took after Apply IP Adapter. Whether it passes their calls on cannot be known."""
+    """Log the layers that another pack took after us. Whether it passes their calls on cannot be known."""
     others = [patches.get(place) for place in application.pairs if not _holds(patches.get(place), application)]
     if others:
         _log.warning(
