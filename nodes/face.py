@@ -25,6 +25,7 @@ class EncodeFacePrompt(Node):
     def define_schema(cls) -> io.Schema:
         return node_schema(
             node_id="EncodeFacePrompt",
+            has_intermediate_output=True,  # the preview survives a reload of the page
             display_name="Encode Face Prompt",
             description="Turns the face in one or several images into an image prompt for a FaceID adapter, and shows "
             "the face that it took.",

@@ -13,7 +13,7 @@ from ..ipadapter_core.encoders import ImageEncoder, open_encoder
 ADAPTERS, ENCODERS = "ipadapter", "clip_vision"
 H94 = "https://huggingface.co/h94/IP-Adapter"
 _SUFFIXES = {
-    ADAPTERS: (".safetensors", ".bin"),
+    ADAPTERS: (".safetensors", ".sft", ".bin", ".pth", ".pt", ".ckpt"),
     ENCODERS: (".safetensors", ".sft", ".bin", ".pth", ".pt", ".ckpt"),
 }
 # What an empty list shows.

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..ipadapter_core import AdapterError
 
 _NUMBERS = {"INT", "FLOAT"}
+_WIDGETS = {*_NUMBERS, "COMBO", "BOOLEAN", "STRING"}
 _LISTED = 8  # choices that a message names
 
 
@@ -39,6 +40,8 @@ def _checked(execute: Any) -> Any:
         for entry in cls.define_schema().inputs:
             if given.get(entry.id) is not None and entry.id not in own:
                 check_value(entry, given[entry.id])
+            elif entry.id in given and given[entry.id] is None and (not entry.optional or entry.io_type in _WIDGETS):
+                raise AdapterError(f"{entry.id} is connected to an output that has nothing. Connect another one.")
         return execute(cls, *args, **kwargs)
 
     return checked

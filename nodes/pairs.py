@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from torch import nn
@@ -62,7 +62,7 @@ class Pair:
     @property
     def is_for_composition(self) -> bool:
         """Whether its name says that it was trained on composition alone, so that it needs no weight type for it."""
-        return bool(_HINTS[COMPOSITION].search(self.name.lower()))
+        return bool(_HINTS[COMPOSITION].search(_file_name(self.name)))
 
     def describe(self) -> str:
         if self.encoder.is_dir():
@@ -78,12 +78,17 @@ class _Candidate:
 
     def mismatch(self, use_for: str) -> int:
         """How little its name suits a use."""
-        named = {use for use in (FACE, COMPOSITION) if _HINTS[use].search(self.name.lower())}
+        named = {use for use in (FACE, COMPOSITION) if _HINTS[use].search(_file_name(self.name))}
         return len(named ^ ({use_for} & {FACE, COMPOSITION}))
 
     def rank(self, use_for: str, likeness: str) -> tuple[Any, ...]:
-        light = bool(_HINTS[LIGHT].search(self.name.lower()))
+        light = bool(_HINTS[LIGHT].search(_file_name(self.name)))
         return self.mismatch(use_for), _KINDS[likeness].index(self.spec.kind), light is not (likeness == LIGHT)
+
+
+def _file_name(name: str) -> str:
+    """Without its folders, whose names say nothing about the file."""
+    return PureWindowsPath(name).name.lower()
 
 
 def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: str) -> Pair:

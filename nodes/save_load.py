@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 
 import folder_paths
 from comfy_api.latest import io, ui
+from safetensors import SafetensorError
 
 from ..ipadapter_core import AdapterError
 from ..ipadapter_core.branches import branch_rows
@@ -55,10 +56,10 @@ class SaveImagePrompt(Node):
             )
             path = Path(folder) / f"{name}_{number:05}_.safetensors"
             write_prompt(path, image_prompt)
-        except OSError as error:  # a full disk, a folder that cannot be written to, a name that is too long
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise AdapterError(
-                f"output/{FOLDER}/{str(prefix)[:80]}: not saved ({error.strerror or error}). Free some space, or "
-                "change filename_prefix."
+                f"output/{FOLDER}/{str(prefix)[:80]}: not saved ({reason}). Free some space, or change filename_prefix."
             ) from error
         saved = path.relative_to(folder_paths.get_output_directory()).as_posix()
         return io.NodeOutput(ui=ui.PreviewText(f"output/{saved}"))
@@ -109,11 +110,6 @@ class LoadImagePrompt(Node):
         prompt = ImagePrompt(read_old_features(path)) if is_old else read_prompt(path)
         if negative is not None:
             prompt = _with_negative(prompt, negative)
-        elif prompt.negative is None and prompt.positive.image is not None and prompt.positive.image.ndim == 3:
-            raise AdapterError(
-                f"{image_prompt_name} holds hidden states, for a plus or full adapter, and no negative image. Connect "
-                "an image prompt to negative: that of a black image, or the saved neg_embed."
-            )
         return io.NodeOutput(prompt)
 
 

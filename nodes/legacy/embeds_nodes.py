@@ -11,6 +11,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...ipadapter_core import AdapterError
 from ...ipadapter_core.image_prompt import combine_features
 from ..prompt_files import OLD_SUFFIX, read_old_features
 from . import fields as f
@@ -128,6 +129,12 @@ class IPAdapterCombineEmbeds(OldNode):
         embed5: Tensor | None = None,
     ) -> tuple[Tensor]:
         given = [embed for embed in (embed1, embed2, embed3, embed4, embed5) if embed is not None]
+        for embed in given[1:]:
+            if embed.shape[1:] != embed1.shape[1:]:
+                raise AdapterError(
+                    f"The embeds are of shapes {tuple(embed1.shape)} and {tuple(embed.shape)}. Encode them "
+                    "with the same kind of adapter and the same image encoder."
+                )
         return (combine_features(torch.cat(given), method),)
 
 
@@ -177,6 +184,9 @@ class IPAdapterLoadEmbeds(OldNode):
 
     @classmethod
     def load(cls, embeds: str) -> tuple[Tensor]:
+        names = cls.define_schema().inputs[0].options
+        if embeds not in names:  # it may come over a wire
+            raise AdapterError(f"There are no embeds {embeds!r} in the input folder. Choose one of its .ipadpt files.")
         return (read_old_features(Path(folder_paths.get_annotated_filepath(embeds))).image,)
 
 

@@ -156,7 +156,7 @@ def _image_encoder(preset: Preset, adapter: Any) -> dict[str, Any]:
     if spec.image_width is None:
         return {"file": None, "model": None}
     path = find_image_encoder(preset, spec) or find_encoder_file(AUTO, adapter.name, spec)
-    key = (str(path), str(version(path)))
+    key = (str(path), f"{version(path)} {spec.encoder_resolution or 0}")
     found = _loaded.get(key)
     if found is None:
         found = _loaded[key] = load_encoder(path, adapter.name, spec)

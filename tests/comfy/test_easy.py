@@ -23,6 +23,7 @@ def shelf(pack, world, folders, narrow, sound_state):
     def write(name, kind="base", model=world.model, seed=1):
         import folder_paths
 
+        (folders["ipadapter"] / name).parent.mkdir(parents=True, exist_ok=True)
         pack.core.save_adapter(folders["ipadapter"] / name, world.new_adapter(model, seed=seed, kind=kind).adapter)
         folder_paths.filename_list_cache.clear()
 
@@ -97,6 +98,15 @@ def test_names_decide_among_files_of_the_same_shapes(pack, world, shelf, image, 
     said = text_of(pack.ImagePrompt.execute(world.model, image, use_for=use_for, likeness=likeness))
     assert said.startswith(expected)
     assert ("Its name decided" in said) is (likeness == "plus")
+
+
+def test_the_names_of_folders_say_nothing(pack, world, shelf, image):
+    """Everything of huggingface/ would be for faces."""
+    for name in ("huggingface/plus-face", "huggingface/plus", "highlight/plus"):
+        shelf(f"{name}.safetensors", "plus")
+    assert text_of(pack.ImagePrompt.execute(world.model, image)).startswith("highlight/plus.safetensors")
+    said = text_of(pack.ImagePrompt.execute(world.model, image, use_for="face"))
+    assert said.startswith("huggingface/plus-face.safetensors")
 
 
 def test_a_name_never_wins_over_the_shapes(pack, world, shelf, image):
