@@ -133,8 +133,8 @@ def project(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> Tensor:
         if negative is None and adapter.spec.feature != "image_embeds" and adapter.spec.image_width is not None:
             raise AdapterError(
                 f"The image prompt holds no negative image, and {ip_adapter.name} is a {adapter.spec.kind} adapter, "
-                "which needs one. Connect an image prompt to negative of Load Image Prompt: that of a black image, or the "
-                "saved neg_embed."
+                "which needs one. Connect an image prompt to negative of Load Image Prompt: that of a black image, or "
+                "the saved neg_embed."
             )
         against = adapter.negative_tokens(device=device, dtype=torch.float32) if negative is None else tokens(negative)
         made = torch.cat([positive, against])
