@@ -97,8 +97,8 @@ def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: st
     Raises AdapterError that names the file that is missing, its folder and its page.
     """
     candidates, others = _candidates(unet, sites)
-    bundled = None if candidates else _bundled(unet, sites)
-    if bundled is not None:
+    bundled = _bundled(unet, sites)
+    if not candidates and bundled is not None:
         return bundled
     if not candidates:
         raise _missing(unet, sites, use_for, likeness, others)
@@ -113,6 +113,8 @@ def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: st
             continue
         notes = _notes(candidate, ranked, use_for, likeness)
         return Pair(name, candidate.path, encoder, spec, notes)
+    if bundled is not None:  # a trained emoji adapter, whose encoder comes with the pack
+        return bundled
     assert first_error is not None
     raise first_error
 
