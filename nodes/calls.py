@@ -42,12 +42,7 @@ class Run:
 
     def remember(self, name: Hashable, key: Hashable, make: Callable[[], _T], keep: int = _REMEMBERED) -> _T:
         """What was made for this key in this run; of each name the latest `keep`."""
-        made = self.made.setdefault(name, {})
-        if key not in made:
-            made[key] = make()
-            for old in list(made)[:-keep]:
-                made.pop(old, None)
-        return made[key]
+        return remember(self.made.setdefault(name, {}), key, make, keep)
 
     @cached_property
     def sigma_list(self) -> tuple[float, ...]:
@@ -73,6 +68,15 @@ class Call:
     frames: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
+
+
+def remember(made: dict[Hashable, _T], key: Hashable, make: Callable[[], _T], keep: int) -> _T:
+    """What was made for this key, or is made now; the latest `keep` stay."""
+    if key not in made:
+        made[key] = make()
+        for old in list(made)[:-keep]:
+            made.pop(old, None)
+    return made[key]
 
 
 def read_call(options: Options, x: Tensor, size: Grid | None = None) -> Call:

@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 import comfy.clip_vision
 from comfy_api.latest import io, ui
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ipadapter_core import AdapterError, LayerWeight, Site, cross_attention_sites, layer_weights, weight_layout
 from .apply import apply_prompt
@@ -19,20 +18,16 @@ from .load import load_adapter_file
 from .message import advanced, show_on_node
 from .node import Node
 from .pairs import COMPOSITION, LIKENESS, PLUS, STYLE, SUBJECT, USES, Pair, find_pair
-from .types import ImagePrompt as EncodedPrompt
 from .types import LoadedAdapter, node_schema
 from .vision import load_encoder
 
 _WEIGHT_TYPES = {STYLE: "style transfer", COMPOSITION: "composition"}  # linear for the others
-_KEPT = 2  # loaded pairs for each model
+_KEPT = len(USES)  # loaded pairs for each model
 
 Loaded = tuple[LoadedAdapter, comfy.clip_vision.ClipVisionModel]
-Encoded = tuple[EncodedPrompt, dict[str, Any]]
 
-# So that another weight reads no file and runs no encoder. Both go with their owner: the pairs with the model that
-# they steer, the encoded images with the image.
+# So that another weight reads no file and runs no encoder. They go with the model that they steer.
 _loaded: WeakKeyDictionary[nn.Module, dict[Any, Loaded]] = WeakKeyDictionary()
-_encoded: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class ImagePrompt(Node):
@@ -97,11 +92,11 @@ class ImagePrompt(Node):
             weight_type = "linear"
         weights = _weights(sites, weight_type, weight, use_for)
         ip_adapter, encoder = _load(model.model, pair)
-        prompt, shown = _encode(image, ip_adapter, encoder)
-        patched = apply_prompt(model, ip_adapter, prompt, weights=weights)
+        encoded = EncodeImagePrompt.execute(ip_adapter, encoder, image)
+        patched = apply_prompt(model, ip_adapter, encoded.args[0], weights=weights)
         text = " ".join([f"{pair.describe()}, weight type {weight_type!r}.", *pair.notes])
         show_on_node(cls, text)
-        return io.NodeOutput(patched, ui={**shown, **ui.PreviewText(text).as_dict()})
+        return io.NodeOutput(patched, ui={**encoded.ui.as_dict(), **ui.PreviewText(text).as_dict()})
 
 
 def _weights(sites: list[Site], weight_type: str, weight: float, use_for: str) -> tuple[LayerWeight, ...]:
@@ -129,14 +124,3 @@ def _load(base: nn.Module, pair: Pair) -> Loaded:
             kept.pop(next(iter(kept)))
         kept[key] = loaded
     return kept[key]
-
-
-def _encode(image: Tensor, ip_adapter: LoadedAdapter, encoder: comfy.clip_vision.ClipVisionModel) -> Encoded:
-    """The image prompt as Encode Image Prompt makes it, and its preview."""
-    if image not in _encoded:
-        _encoded[image] = WeakKeyDictionary()
-    made: WeakKeyDictionary[LoadedAdapter, Encoded] = _encoded[image]
-    if ip_adapter not in made:
-        output = EncodeImagePrompt.execute(ip_adapter, encoder, image)
-        made[ip_adapter] = output.args[0], output.ui.as_dict()
-    return made[ip_adapter]

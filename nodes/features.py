@@ -17,6 +17,7 @@ from ..ipadapter_core import AdapterError
 from ..ipadapter_core.encoders import download_hint, needed_features
 from ..ipadapter_core.image_prompt import BATCH, CLIP_MEAN, crop_image
 from ..ipadapter_core.tiles import tile_image
+from .calls import remember
 from .types import LoadedAdapter
 
 TRAINED, BLACK = "as in training", "black image"
@@ -37,12 +38,7 @@ class _Memo:
         memo = self
         for key in objects:
             memo = memo.below.setdefault(key, _Memo())
-        made = memo.made
-        if options not in made:
-            made[options] = make()
-            for old in list(made)[:-_REMEMBERED]:
-                del made[old]
-        return made[options]
+        return remember(memo.made, options, make, _REMEMBERED)
 
 
 _memo = _Memo()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import comfy.clip_vision
 import folder_paths
@@ -15,9 +16,13 @@ from ..ipadapter_core import AdapterError, AdapterSpec
 from ..ipadapter_core.encoders import EXPECTED_ENCODER, find_encoder
 from ..ipadapter_core.tensors import open_tensors
 from .checks import check_encoder
-from .files import ENCODERS, encoder_shape, existing, home, is_empty_choice
+from .files import ENCODERS, encoder_shape, existing, home, is_empty_choice, version
 
 AUTO = "auto"
+
+_loaded: WeakValueDictionary[tuple[Path, tuple[int, int], int], comfy.clip_vision.ClipVisionModel] = (
+    WeakValueDictionary()
+)
 
 
 def find_encoder_file(name: str, adapter_name: str, spec: AdapterSpec) -> Path:
@@ -36,14 +41,19 @@ def load_encoder(
     name: str | Path, adapter_name: str, spec: AdapterSpec, resolution: int = 0
 ) -> comfy.clip_vision.ClipVisionModel:
     """The encoder of this file, or of a name as `find_encoder_file` takes it, for images of `resolution` pixels (0:
-    what the adapter's file says, else the encoder's own).
+    what the adapter's file says, else the encoder's own). The one in memory while any node holds it.
 
     Raises AdapterError when none fits, or the file is damaged, no CLIP vision model, or takes no such size.
     """
     path = name if isinstance(name, Path) else find_encoder_file(name, adapter_name, spec)
-    encoder = read_encoder_file(path, f"{adapter_name} needs {spec.encoder}.")
-    set_resolution(encoder, resolution or spec.encoder_resolution or 0, str(path))
-    check_encoder(encoder, str(path))
+    pixels = resolution or spec.encoder_resolution or 0
+    key = (path, version(path), pixels)
+    encoder = _loaded.get(key)
+    if encoder is None:
+        encoder = read_encoder_file(path, f"{adapter_name} needs {spec.encoder}.")
+        set_resolution(encoder, pixels, str(path))
+        check_encoder(encoder, str(path))
+        _loaded[key] = encoder
     return encoder
 
 

@@ -12,7 +12,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ...ipadapter_core import cross_attention_sites
-from ..files import ADAPTERS, list_files, stamp, version
+from ..files import ADAPTERS, list_files, stamp
 from ..lora import add_lora
 from ..vision import AUTO, find_encoder_file, load_encoder
 from . import fields as f
@@ -156,11 +156,7 @@ def _image_encoder(preset: Preset, adapter: Any) -> dict[str, Any]:
     if spec.image_width is None:
         return {"file": None, "model": None}
     path = find_image_encoder(preset, spec) or find_encoder_file(AUTO, adapter.name, spec)
-    key = (str(path), f"{version(path)} {spec.encoder_resolution or 0}")
-    found = _loaded.get(key)
-    if found is None:
-        found = _loaded[key] = load_encoder(path, adapter.name, spec)
-    return {"file": str(path), "model": found}
+    return {"file": str(path), "model": load_encoder(path, adapter.name, spec)}
 
 
 def _faces(provider: str, name: str = "buffalo_l") -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -194,3 +195,19 @@ def test_kolors_is_not_sdxl(pack, world):
         for model in not_fits:
             with pytest.raises(pack.core.AdapterError, match="Kolors"):
                 pack.ApplyIPAdapter.execute(model, adapter, prompt)
+
+
+def test_an_encoder_is_in_memory_once(pack, world, folders, sound_state, narrow):
+    """For two adapters, and for two nodes; another size or another file is another encoder."""
+    for name in ("a", "b"):
+        adapter = world.new_adapter(world.model, kind="plus", seed=ord(name)).adapter
+        pack.core.save_adapter(folders["ipadapter"] / f"{name}.safetensors", adapter)
+    file = folders["clip_vision"] / "encoder.safetensors"
+    save_file({key: value * 0.1 if value.is_floating_point() else value for key, value in sound_state.items()}, file)
+    first, second = (pack.LoadIPAdapter.execute(f"{name}.safetensors").args[1] for name in ("a", "b"))
+    assert first is second
+    larger = pack.LoadIPAdapter.execute("a.safetensors", encoder_resolution=2 * first.image_size).args[1]
+    assert larger is not first and larger.image_size == 2 * first.image_size
+    stamp = file.stat().st_mtime_ns + 10**9
+    os.utime(file, ns=(stamp, stamp))
+    assert pack.LoadIPAdapter.execute("a.safetensors").args[1] is not first
