@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,19 +87,28 @@ class Denoiser:
         """The error [B] of the UNet's predictions; gradients reach the adapter only. `image_features` replaces the
         batch's own.
         """
-        device, features = self.base_model.device, batch.features
-        timesteps = batch.timesteps.to(device)
-        latents, noise = features.latents.to(device), batch.noise.to(device, non_blocking=True)
+        receive, features = self.base_model.receive, batch.features
+        timesteps = receive(batch.timesteps)
+        latents, noise = receive(features.latents), receive(batch.noise)
         noisy, target = noisy_latents_and_target(self.objective.scheduler, latents, noise, timesteps)
-        self.show(image_features or features.image_features, batch.drop_image_embeds.to(device))
-        text = features.text.to(device)
-        predicted = self.base_model.unet(
-            noisy.to(self.base_model.dtype),
-            timesteps,
-            text.states.to(self.base_model.dtype),
-            added_cond_kwargs=added_conditions(text, features.time_ids),
-        ).sample
+        self.show(image_features or features.image_features, receive(batch.drop_image_embeds))
+        text = features.text.to(self.base_model.device)
+        with self._unet_precision():
+            predicted = self.base_model.unet(
+                noisy.to(self.base_model.dtype),
+                timesteps,
+                text.states.to(self.base_model.dtype),
+                added_cond_kwargs=added_conditions(text, features.time_ids),
+            ).sample
         return self.objective.row_losses(predicted, target, timesteps)
+
+    def _unet_precision(self) -> AbstractContextManager[Any]:
+        """The frozen UNet computes in its own dtype: autocast would cast what its norms read and return to float32 on
+        a GPU, which doubles much of the memory and costs time. A LoRA in float32 inside the UNet needs autocast.
+        """
+        if self.application.lora is not None:
+            return nullcontext()
+        return torch.autocast(self.base_model.device.type, enabled=False)
 
     def show(self, image_features: Sequence[Tensor], drop_image_embeds: Tensor) -> None:
         """Let the UNet see these features [B, ...], but for the rows [B] that are dropped."""
@@ -203,6 +212,7 @@ def train_steps(
     accumulated = 1 if accelerator is None else accelerator.gradient_accumulation_steps
     scaler = None if accelerator is None else accelerator.scaler
     clip: Any = torch.nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_
+    scale = 0.0 if scaler is None else scaler.get_scale()
     losses: list[Tensor] = []
     images, used, overflows, step, norm, source = 0, 0, 0, start, None, iter(batches)
     while step < steps:
@@ -219,14 +229,14 @@ def train_steps(
             done = len(losses) == accumulated
             if done and max_grad_norm:
                 norm = clip(model.adapter.parameters(), max_grad_norm)
-            scale = 0.0 if scaler is None else scaler.get_scale()
             optimizer.step()
             optimizer.zero_grad()
         used += 1
         if not done:
             continue
         # Not `step_was_skipped` of Accelerate's optimizer: it does not see the skips of a fused optimizer.
-        if scaler is not None and scaler.get_scale() < scale:
+        before, scale = scale, scale if scaler is None else scaler.get_scale()
+        if scale < before:
             overflows += 1
             if overflows == MAX_OVERFLOWS:
                 raise DivergedError(

@@ -51,7 +51,7 @@ class _Float8Layer(nn.Module):
 
     def full_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight in the dtype of a computation."""
-        return self.weight.to(dtype) * self.scale.to(dtype)
+        return self.weight.to(dtype).mul_(self.scale)  # in place: no second tensor of the weight's size
 
     def compute(self, x: Tensor) -> Tensor:
         """The layer's output."""

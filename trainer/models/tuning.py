@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .base_model import BaseModel
 from .float8 import store_in_float8
 
@@ -13,6 +15,9 @@ def tune_unet(
     pass, or run it through torch.compile with a `backend` of it. Make the adapter first: its keys and values start as
     the UNet's own, unrounded.
     """
+    if base_model.device.type == "cuda" and base_model.dtype != torch.float32:
+        # As cuDNN's kernels for half precision read it: else every convolution turns its weights around.
+        base_model.unet.to(memory_format=torch.channels_last)
     if fp8:
         store_in_float8(base_model.unet)
     if gradient_checkpointing:

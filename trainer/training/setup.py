@@ -85,6 +85,8 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
     adapter = new_adapter(base_model, config.train_kind, config.tokens, config.init_from)
     optimizer = new_optimizer(adapter, config.learning_rate, config.weight_decay, config.optimizer)
     wrapped, optimizer = cast("Any", accelerator.prepare(adapter, optimizer))
+    # Accelerate makes the adapter's keys and values float32, and every layer would cast them back.
+    accelerator.unwrap_model(adapter, keep_fp32_wrapper=False)
     state = State(adapter, optimizer, AveragedWeights(adapter, optimizer, config.ema_decay))
     unlogged = torch.zeros(2, 0) if checked.checkpoint is None else resume(checked.checkpoint, state)
     if accelerator.is_main_process:
