@@ -1,7 +1,5 @@
-"""One contender's training, in a process of its own: what a step takes, and the peak of the memory.
-
-python benchmarks/training_child.py RESULT.json WARMUP STEPS original CHECKOUT [arguments of tutorial_train.py]
-python benchmarks/training_child.py RESULT.json WARMUP STEPS ours [key=value ...]
+"""What runs in a process of its own: one contender's training, with what a step takes and the peak of the memory, or the
+writing of a cache.
 """
 
 from __future__ import annotations
@@ -14,9 +12,14 @@ import resource
 import runpy
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from training_profile import Profile
+from training_tries import PROFILE, TRIES, TRY
 
 # What tutorial_train.py's package imports, and where diffusers has it now: module, name, module of today.
 MOVED_NAMES = (
@@ -39,33 +42,52 @@ class Measured:
     peak_used: int | None
     losses: list[float]
     supplied: list[str]  # names that the libraries of today have elsewhere
+    ready_seconds: float = 0.0  # until the end of the warm-up: reading the models, compiling, the first steps
+    profile: dict[str, Any] | None = None  # see training_profile.Profile
+
+
+class _MeasuredAllError(BaseException):
+    """Ends a training after the last measured step: checkpoint and export are in nobody's time."""
 
 
 class Clock:
     """Called after every step; measures from the end of step `warmup` to the end of step `warmup + steps`."""
 
     def __init__(self, warmup: int, steps: int) -> None:
-        self._warmup, self._last = warmup, warmup + steps
+        self.warmup, self.steps = warmup, steps
+        self._last = warmup + steps
         self._step = 0
         self._start = (0.0, 0.0)
+        self._begin, self._ready = time.perf_counter(), 0.0
         self.cpu = self.wall = 0.0
         self.peak: tuple[int, int | None] | None = None  # set at the end
 
     def tick(self) -> None:
         """A step is done, or on a GPU queued."""
         self._step += 1
-        if self._step == self._warmup:
+        if self._step == self.warmup:
             self._start = _now()
+            self._ready = self._start[1] - self._begin
         elif self._step == self._last:
             cpu, wall = _now()
             self.cpu, self.wall = cpu - self._start[0], wall - self._start[1]
             self.peak = peak_memory()
 
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self._step
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is measured."""
+        return self.peak is not None
+
     def measured(self, losses: list[float], supplied: list[str]) -> Measured:
         """Raises RuntimeError when the training was too short."""
         if self.peak is None:
             raise RuntimeError(f"the training ended after {self._step} of {self._last} steps")
-        return Measured(self.cpu, self.wall, *self.peak, losses, supplied)
+        return Measured(self.cpu, self.wall, *self.peak, losses, supplied, self._ready)
 
 
 class StepLines(io.TextIOBase):
@@ -101,20 +123,62 @@ def run_original(checkout: Path, arguments: list[str], clock: Clock) -> Measured
     return clock.measured(lines.losses, supplied)
 
 
-def run_ours(overrides: list[str], clock: Clock) -> Measured:
-    """`ipadapter train key=value ...`."""
+def run_ours(overrides: list[str], clock: Clock, tries: Sequence[str] = (), *, to_the_end: bool = True) -> Measured:
+    """`ipadapter train key=value ...`, with changes of training_tries. `profile` among them has the measured steps
+    profiled, which makes their time useless. `to_the_end` includes the last checkpoint and the export.
+    """
     from ipadapter_trainer.engine.denoiser import Progress  # noqa: PLC0415
     from ipadapter_trainer.settings.config_file import load_config  # noqa: PLC0415 - only this contender's process has it
     from ipadapter_trainer.training.train import train  # noqa: PLC0415
 
     losses = []
+    profile = Profile() if PROFILE in tries else None
+    warmup = clock.warmup
 
     def on_progress(progress: Progress) -> None:
         losses.append(progress.loss)  # a tensor: its value would wait for the device
         clock.tick()
+        if profile is not None and clock.step == warmup:
+            profile.start()
+        if clock.done:
+            if profile is not None:
+                profile.stop()
+            if not to_the_end:
+                raise _MeasuredAllError
 
-    train(load_config(overrides=overrides), say=print, on_progress=on_progress)
-    return clock.measured([float(loss) for loss in losses], [])
+    for name in tries:
+        if name != PROFILE:
+            TRIES[name]()
+    with suppress(_MeasuredAllError):
+        train(load_config(overrides=overrides), say=print, on_progress=on_progress)
+    measured = clock.measured([float(loss) for loss in losses], [])
+    return measured if profile is None else replace(measured, profile=profile.summary(clock.steps))
+
+
+def run_cache(result: str, overrides: list[str]) -> None:
+    """`ipadapter cache key=value ...`; the result is the CPU time of this process and its workers."""
+    from ipadapter_trainer.cache.write import write_cache  # noqa: PLC0415
+    from ipadapter_trainer.settings.config_file import load_config  # noqa: PLC0415
+
+    write_cache(load_config(overrides=overrides), say=print)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    Path(result).write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def run_contender(result: str, warmup: int, steps: int, arguments: Sequence[str]) -> None:
+    """Run one contender and write what was measured: `arguments` are "original", the checkout and the arguments of
+    tutorial_train.py, or "ours", overrides and names of training_tries with an @ before them.
+    """
+    contender, *rest = arguments
+    clock = Clock(warmup, steps)
+    if contender == "original":
+        measured = run_original(Path(rest[0]), rest[1:], clock)
+    else:
+        tries = [text[1:] for text in rest if text.startswith(TRY)]
+        overrides = [text for text in rest if not text.startswith(TRY)]
+        measured = run_ours(overrides, clock, tries, to_the_end=False)
+    Path(result).write_text(json.dumps(asdict(measured)), encoding="utf-8")
 
 
 def supply_moved_names() -> list[str]:
@@ -149,18 +213,3 @@ def _now() -> tuple[float, float]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.process_time(), time.perf_counter()
-
-
-def main() -> None:
-    """Run one contender and write what was measured."""
-    result, warmup, steps, contender, *arguments = sys.argv[1:]
-    clock = Clock(int(warmup), int(steps))
-    if contender == "original":
-        measured = run_original(Path(arguments[0]), arguments[1:], clock)
-    else:
-        measured = run_ours(arguments, clock)
-    Path(result).write_text(json.dumps(asdict(measured)), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Random base models in the SD1.5 layout, pictures with captions, and what each part of the model computes."""
+"""Random base models in the layouts of SD1.5 and SDXL, pictures with captions, and what each part of the model computes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from ipadapter_trainer.emoji.clip import train_tokenizer
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 TEXT_LENGTH = 77
 ENCODER_SIDE = 224  # the original resizes every reference picture to this
@@ -38,6 +46,12 @@ class Size:
     vision: tuple[int, int, int]
     image_width: int  # of the image embedding
     vocabulary: int
+    text_2: tuple[int, int, int] | None = None  # SDXL's second text encoder
+
+    @property
+    def context_width(self) -> int:
+        """Of the text states that the UNet reads."""
+        return self.text[0] + (0 if self.text_2 is None else self.text_2[0])
 
 
 # tiny: a fifth of the widths and a quarter of the side, with depths that keep each part's share of the arithmetic.
@@ -46,23 +60,44 @@ SIZES: Mapping[str, Size] = {
     "sd15": Size(
         512, (1024, 768), (320, 640, 1280, 1280), (128, 256, 512, 512), (768, 12, 12), (1280, 32, 16), 1024, 49408
     ),
-}
+    # With ViT-H/14, which most published SDXL adapters read.
+    "sdxl": Size(
+        1024, (1280, 1152), (320, 640, 1280), (128, 256, 512, 512), (768, 12, 12), (1280, 32, 16), 1024, 49408,
+        text_2=(1280, 32, 20),
+    ),
+    "tiny-sdxl": Size(
+        128, (192, 160), (64, 128, 256), (24, 48, 96, 96), (160, 1, 4), (160, 4, 4), 160, 512, text_2=(96, 1, 4)
+    ),
+}  # fmt: skip
+HEAD_WIDTH, TIME_ID_WIDTH, TIME_IDS = 64, 256, 6  # SDXL's
 
 
 def write_base_model(folder: Path, size: Size, device: str) -> Path:
-    """A diffusers folder with an image_encoder inside, float32; the weights are drawn on `device`."""
-    tokenizer = write_tokenizer(folder / "tokenizer")
-    if len(tokenizer) > size.vocabulary:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the text encoder {size.vocabulary}")
+    """A diffusers folder with an image_encoder inside; the weights are drawn on `device`. For a GPU they are in float16
+    on the disk, half as much to write and to read.
+    """
+    tokenizers = [write_tokenizer(folder / name) for name in tokenizer_names(size)]
+    if len(tokenizers[0]) > size.vocabulary:
+        raise ValueError(f"the tokenizer has {len(tokenizers[0])} tokens, the text encoder {size.vocabulary}")
     torch.manual_seed(0)
-    for name, make in part_makers(size, tokenizer).items():
+    for name, make in part_makers(size, tokenizers[0]).items():
         with torch.device(device):
             part = make()
+        if device == "cuda":
+            part.half()
         part.save_pretrained(folder / name)
+        del part
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the contenders have the GPU to themselves
     DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
         folder / "scheduler"
     )
     return folder
+
+
+def tokenizer_names(size: Size) -> tuple[str, ...]:
+    """The tokenizers' folders."""
+    return ("tokenizer",) if size.text_2 is None else ("tokenizer", "tokenizer_2")
 
 
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -77,14 +112,8 @@ def part_makers(size: Size, tokenizer: CLIPTokenizer | None = None) -> dict[str,
     """The parts of a diffusers folder that have weights, by the names of their folders."""
     blocks = len(size.vae)
     groups = 32 if size.unet[0] % 32 == 0 and size.vae[0] % 32 == 0 else 8
-    return {
-        "unet": lambda: UNet2DConditionModel(
-            sample_size=size.resolution // 8,
-            block_out_channels=size.unet,
-            cross_attention_dim=size.text[0],
-            attention_head_dim=8,
-            norm_num_groups=groups,
-        ),
+    makers: dict[str, Callable[[], Any]] = {
+        "unet": lambda: UNet2DConditionModel(**_unet_config(size, groups)),
         "vae": lambda: AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * blocks,
             up_block_types=("UpDecoderBlock2D",) * blocks,
@@ -92,8 +121,9 @@ def part_makers(size: Size, tokenizer: CLIPTokenizer | None = None) -> dict[str,
             layers_per_block=2,
             norm_num_groups=groups,
             sample_size=size.resolution,
+            **({} if size.text_2 is None else {"scaling_factor": 0.13025}),
         ),
-        "text_encoder": lambda: CLIPTextModel(_text_config(size, tokenizer)),
+        "text_encoder": lambda: CLIPTextModel(_text_config(size, size.text, tokenizer)),
         "image_encoder": lambda: CLIPVisionModelWithProjection(
             CLIPVisionConfig(
                 **_transformer(size.vision),
@@ -103,6 +133,35 @@ def part_makers(size: Size, tokenizer: CLIPTokenizer | None = None) -> dict[str,
                 projection_dim=size.image_width,
             )
         ),
+    }
+    second = size.text_2
+    if second is not None:
+        makers["text_encoder_2"] = lambda: CLIPTextModelWithProjection(
+            _text_config(size, second, tokenizer, hidden_act="gelu", projection_dim=second[0])
+        )
+    return makers
+
+
+def _unet_config(size: Size, groups: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "sample_size": size.resolution // 8,
+        "block_out_channels": size.unet,
+        "cross_attention_dim": size.context_width,
+        "attention_head_dim": 8,
+        "norm_num_groups": groups,
+    }
+    if size.text_2 is None:
+        return config
+    return {
+        **config,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": tuple(width // HEAD_WIDTH for width in size.unet),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": TIME_ID_WIDTH,
+        "projection_class_embeddings_input_dim": size.text_2[0] + TIME_IDS * TIME_ID_WIDTH,
     }
 
 
@@ -114,15 +173,21 @@ def part_flops(size: Size) -> dict[str, int]:
     latent = size.resolution // 8
     with torch.device("meta"):
         parts = {name: make().requires_grad_(False) for name, make in part_makers(size).items()}
-        context = torch.zeros(1, TEXT_LENGTH, size.text[0], requires_grad=True)
+        context = torch.zeros(1, TEXT_LENGTH, size.context_width, requires_grad=True)
+        added = size.text_2 and {"text_embeds": torch.zeros(1, size.text_2[0]), "time_ids": torch.zeros(1, TIME_IDS)}
+        text = torch.zeros(1, TEXT_LENGTH, dtype=torch.long)
         passes: dict[str, Callable[[], Any]] = {
             "unet": lambda: (
-                parts["unet"](torch.zeros(1, 4, latent, latent), torch.zeros(1), context).sample.sum().backward()
+                parts["unet"](torch.zeros(1, 4, latent, latent), torch.zeros(1), context, added_cond_kwargs=added)
+                .sample.sum()
+                .backward()
             ),
             "vae": lambda: parts["vae"].encode(torch.zeros(1, 3, size.resolution, size.resolution)),
             "image_encoder": lambda: parts["image_encoder"](torch.zeros(1, 3, ENCODER_SIDE, ENCODER_SIDE)),
-            "text_encoder": lambda: parts["text_encoder"](torch.zeros(1, TEXT_LENGTH, dtype=torch.long)),
+            "text_encoder": lambda: parts["text_encoder"](text),
         }
+        if size.text_2 is not None:
+            passes["text_encoder_2"] = lambda: parts["text_encoder_2"](text)
         return {name: _flops(run) for name, run in passes.items()}
 
 
@@ -130,12 +195,16 @@ def write_data(folder: Path, count: int, size: Size) -> Path:
     """JPEG pictures and the original's list of them; returns the list."""
     folder.mkdir(parents=True)
     texts, draw = captions(), random.Random(0)
-    rows = []
-    for number in range(count):
-        blocks = Image.frombytes("RGB", (8, 8), draw.randbytes(8 * 8 * 3))
-        name = f"{number:05d}.jpg"
+    pixels = [draw.randbytes(8 * 8 * 3) for _ in range(count)]
+    names = [f"{number:05d}.jpg" for number in range(count)]
+
+    def write(name: str, values: bytes) -> None:
+        blocks = Image.frombytes("RGB", (8, 8), values)
         blocks.resize(size.picture, Image.Resampling.BICUBIC).save(folder / name, quality=95)
-        rows.append({"image_file": name, "text": texts[number % len(texts)]})
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, names, pixels))
+    rows = [{"image_file": name, "text": texts[number % len(texts)]} for number, name in enumerate(names)]
     file = folder / "data.json"
     file.write_text(json.dumps(rows), encoding="utf-8")
     return file
@@ -156,10 +225,13 @@ def _transformer(sizes: tuple[int, int, int]) -> dict[str, int]:
     }
 
 
-def _text_config(size: Size, tokenizer: CLIPTokenizer | None) -> CLIPTextConfig:
+def _text_config(
+    size: Size, widths: tuple[int, int, int], tokenizer: CLIPTokenizer | None, **more: Any
+) -> CLIPTextConfig:
     start, end = (0, 1) if tokenizer is None else (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return CLIPTextConfig(
-        **_transformer(size.text),
+        **_transformer(widths),
+        **more,
         vocab_size=size.vocabulary,
         max_position_embeddings=TEXT_LENGTH,
         bos_token_id=start,

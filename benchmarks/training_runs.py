@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from training_child import Measured
+from training_child import Measured, run_cache, run_contender
+from training_processes import ChildError, run_process
+from training_tries import TRY
 
-CHILD = Path(__file__).with_name("training_child.py")
-COMMAND = "from ipadapter_trainer.cli import main; main()"
 ORIGINAL = "original"
 LOSS_TOLERANCE = 0.1  # random models start at a loss near 1, whatever the draws
 
@@ -45,16 +42,19 @@ class Setup:
 
 @dataclass(frozen=True)
 class Contender:
-    """`arguments` are those of training_child.py from the contender's word on; {output} stands for a folder."""
+    """`arguments` are those of training_child.run_contender; {output} stands for a folder. An `extra` one runs once,
+    after all rounds of the others, and no bar holds for it.
+    """
 
     name: str
     arguments: tuple[str, ...]
     cached: bool = False
+    extra: bool = False
 
 
 @dataclass(frozen=True)
 class CacheCost:
-    """What `ipadapter cache` took, start of the process included, and what it wrote."""
+    """What `ipadapter cache` took, the reading of the models included, and what it wrote."""
 
     pictures: int
     cpu_seconds: float
@@ -80,15 +80,18 @@ def original(setup: Setup, checkout: Path) -> Contender:
     return Contender(ORIGINAL, ("original", str(checkout), *flags))
 
 
-def ours(setup: Setup, settings: str = "", cache: Path | None = None) -> Contender:
+def ours(setup: Setup, settings: str = "", cache: Path | None = None, *, extra: bool = False) -> Contender:
     """`ipadapter train` at its defaults, in bf16 on a GPU, without the validation that the original has not.
 
-    `settings` are more overrides, separated by spaces.
+    `settings` are more overrides, and names of training_tries with an @ before them, separated by spaces.
     """
-    name = ", ".join(("cache" if cache else "no cache", *settings.split()))
+    words = settings.split()
+    name = ", ".join(("cache" if cache else "no cache", *words))
     more = [f"cache={cache}"] if cache else []
-    overrides = [*our_overrides(setup), *more, *settings.split(), "output={output}"]
-    return Contender(f"ours, {name}", ("ours", *overrides), cached=cache is not None)
+    given = [word.partition("=")[0] for word in words]
+    base = [text for text in our_overrides(setup) if text.partition("=")[0] not in given]
+    overrides = [*base, *more, *words, "output={output}"]
+    return Contender(f"ours, {name}", ("ours", *overrides), cached=cache is not None, extra=extra)
 
 
 def our_overrides(setup: Setup) -> list[str]:
@@ -108,54 +111,126 @@ def our_overrides(setup: Setup) -> list[str]:
 def write_cache(setup: Setup, folder: Path) -> CacheCost:
     """Run `ipadapter cache`. Raises RuntimeError when it fails."""
     overrides = [*our_overrides(setup), f"cache={folder}", f"output={folder.with_name('unused')}"]
-    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    _run([sys.executable, "-c", COMMAND, "cache", *overrides], setup)
-    wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    result = folder.with_name("cache.json")
+    wall = run_process(
+        run_cache,
+        (str(result), overrides),
+        name="ipadapter cache",
+        log=folder.with_name("cache.log"),
+        device=setup.device,
+        threads=setup.threads,
+    )
+    cpu = json.loads(result.read_text(encoding="utf-8"))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return CacheCost(len(json.loads(setup.data.read_text(encoding="utf-8"))), cpu, wall, size)
 
 
-def measure(setup: Setup, contender: Contender, scratch: Path) -> Measured:
-    """One training in a new process. Raises RuntimeError when it fails."""
+def measure(setup: Setup, contender: Contender, scratch: Path, limit: float | None = None) -> Measured:
+    """One training in a new process. Raises RuntimeError when it fails or takes longer than `limit` seconds."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     result = scratch / "result.json"
-    arguments = [text.replace("{output}", str(scratch / "output")) for text in contender.arguments]
-    _run([sys.executable, str(CHILD), str(result), str(setup.warmup), str(setup.steps), *arguments], setup)
+    arguments = [
+        text if text.startswith(TRY) else text.replace("{output}", str(scratch / "output"))
+        for text in contender.arguments
+    ]
+    run_process(
+        run_contender,
+        (str(result), setup.warmup, setup.steps, arguments),
+        name=contender.name,
+        log=scratch / "log",
+        device=setup.device,
+        threads=setup.threads,
+        limit=limit,
+    )
     measured = Measured(**json.loads(result.read_text(encoding="utf-8")))
     shutil.rmtree(scratch)
     return measured
 
 
-def alternate(setup: Setup, contenders: Sequence[Contender], rounds: int, scratch: Path) -> dict[str, list[Measured]]:
-    """All contenders in every round. The order rotates, so that a slow moment does not always meet the same one."""
-    found: dict[str, list[Measured]] = {contender.name: [] for contender in contenders}
+class Budget:
+    """Seconds for everything; None has no end."""
+
+    def __init__(self, seconds: float | None, begin: float | None = None) -> None:
+        self._seconds, self._begin = seconds, time.perf_counter() if begin is None else begin
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left."""
+        return None if self._seconds is None else self._seconds - (time.perf_counter() - self._begin)
+
+    def allows(self, seconds: float) -> bool:
+        """Whether something that takes so long will end in time."""
+        return self.left is None or self.left >= seconds
+
+
+@dataclass
+class Found:
+    """What was measured, by contender; and why some contenders were not, or less often."""
+
+    runs: dict[str, list[Measured]] = field(default_factory=dict[str, list[Measured]])
+    missing: list[str] = field(default_factory=list[str])
+
+
+def alternate(
+    setup: Setup,
+    contenders: Sequence[Contender],
+    rounds: int,
+    scratch: Path,
+    budget: Budget | None = None,
+    run: Callable[..., Measured] = measure,
+) -> Found:
+    """All contenders in every round, then the extra ones once. The order rotates, so that a slow moment does not always
+    meet the same one. What will not end within the budget is left out, the later rounds and extra ones first; the first
+    contender that fails is not the end of the others.
+    """
+    budget = budget or Budget(None)
+    found, took = Found(), dict[str, float]()
+
+    def one(contender: Contender, what: str) -> None:
+        begin = time.perf_counter()
+        try:
+            measured = run(setup, contender, scratch, budget.left)
+        except ChildError as error:
+            found.missing.append(str(error))
+            _say(f"{what}: {contender.name} failed")
+            return
+        took[contender.name] = time.perf_counter() - begin
+        found.runs.setdefault(contender.name, []).append(measured)
+        speed = setup.images / measured.wall_seconds
+        _say(
+            f"{what}: {contender.name}: {speed:.2f} images/s, {measured.peak / 1e6:,.0f} MB, ready after "
+            f"{measured.ready_seconds:.1f} s; {took[contender.name]:.1f} s in all"
+        )
+
+    regular = [contender for contender in contenders if not contender.extra]
     for number in range(rounds):
-        turn = number % len(contenders)
-        for contender in (*contenders[turn:], *contenders[:turn]):
-            print(f"round {number + 1} of {rounds}: {contender.name}", file=sys.stderr, flush=True)
-            found[contender.name].append(measure(setup, contender, scratch))
-    check_losses(found)
+        able = [c for c in regular if number == 0 or c.name in found.runs]
+        if not budget.allows(sum(took[c.name] for c in able) if number else 1.0):
+            found.missing.append(f"round {number + 1}: left out, for want of time")
+            break
+        turn = number % max(len(able), 1)
+        for contender in (*able[turn:], *able[:turn]):
+            one(contender, f"round {number + 1} of {rounds}")
+    for contender in contenders:
+        if not contender.extra:
+            continue
+        if budget.allows(min(took.values(), default=1.0)):
+            one(contender, "once")
+        else:
+            found.missing.append(f"{contender.name}: left out, for want of time")
+    check_losses(found.runs)
     return found
 
 
 def check_losses(found: Mapping[str, Sequence[Measured]]) -> None:
     """A contender that computes something else would be fast for the wrong reason: raises RuntimeError."""
     means = {name: statistics.mean(loss for run in runs for loss in run.losses) for name, runs in found.items()}
-    wanted = next(iter(means.values()))
+    wanted = next(iter(means.values()), 1.0)
     for name, mean in means.items():
         if not math.isfinite(mean) or abs(mean / wanted - 1) > LOSS_TOLERANCE:
             raise RuntimeError(f"{name}: its mean loss is {mean:.4f}, but another contender's is {wanted:.4f}.")
 
 
-def _run(command: Sequence[str], setup: Setup) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if setup.device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    if setup.threads:
-        environment |= {"OMP_NUM_THREADS": str(setup.threads), "MKL_NUM_THREADS": str(setup.threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
-        raise RuntimeError(f"{' '.join(command[:3])} ... ended with code {done.returncode}:\n{tail}")
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

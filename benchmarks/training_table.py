@@ -9,7 +9,11 @@ from dataclasses import asdict, dataclass
 from training_child import Measured
 from training_runs import ORIGINAL, Contender, Setup
 
-HEADINGS = ("", "images/s cpu", "wall", "cpu, x original", "wall, x original", "peak MB", "of original", "bar", "met")
+HEADINGS = (
+    *("", "images/s cpu", "wall", "cpu, x original", "wall, x original", "peak MB", "of original", "ready s"),
+    *("bar", "met"),
+)
+FIGURES = range(1, 8)  # columns
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Row:
     """One contender: medians over the rounds, and medians of the ratios within a round.
 
     `cpu` is by the process's CPU time, which other programs on the machine disturb less than `wall`; bars take it on
-    the CPU, and wall time on a GPU. MB are 10^6 bytes; `peak_used_mb` is what tensors took, on a GPU.
+    the CPU, and wall time on a GPU. MB are 10^6 bytes; `peak_used_mb` is what tensors took, on a GPU. `ready` are the
+    seconds until the end of the warm-up.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Row:
     peak_mb: float
     peak_used_mb: float | None
     mean_loss: float
+    ready: float = 0.0
     cpu_ratio: float | None = None
     wall_ratio: float | None = None
     memory_ratio: float | None = None
@@ -69,6 +75,7 @@ class Row:
             *("" if figure is None else f"{figure:.2f}" for figure in figures),
             f"{self.peak_mb:,.0f}",
             "" if self.memory_ratio is None else f"{self.memory_ratio:.2f}",
+            f"{self.ready:.1f}",
             "" if self.bar is None else str(self.bar),
             verdict,
         )
@@ -81,9 +88,10 @@ class Row:
 def rows_of(
     found: Mapping[str, Sequence[Measured]], contenders: Sequence[Contender], setup: Setup, *, judged: bool
 ) -> list[Row]:
-    """One row a contender; `judged` says whether the bars hold for this size."""
+    """One row for each contender that ran; `judged` says whether the bars hold for this size."""
     reference = found.get(ORIGINAL)
-    return [_row(contender, found[contender.name], reference, setup, judged) for contender in contenders]
+    ran = [contender for contender in contenders if contender.name in found]
+    return [_row(contender, found[contender.name], reference, setup, judged) for contender in ran]
 
 
 def render(rows: Sequence[Row]) -> str:
@@ -92,7 +100,7 @@ def render(rows: Sequence[Row]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
     shown = [
         "  ".join(
-            cell.rjust(width) if 1 <= column <= 6 else cell.ljust(width)
+            cell.rjust(width) if column in FIGURES else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -103,6 +111,7 @@ def render(rows: Sequence[Row]) -> str:
 def _row(
     contender: Contender, runs: Sequence[Measured], reference: Sequence[Measured] | None, setup: Setup, judged: bool
 ) -> Row:
+    barred = contender.name != ORIGINAL and not contender.extra
     used = [run.peak_used for run in runs if run.peak_used is not None]
     row = Row(
         contender.name,
@@ -111,12 +120,13 @@ def _row(
         peak_mb=statistics.median(run.peak for run in runs) / 1e6,
         peak_used_mb=statistics.median(used) / 1e6 if used else None,
         mean_loss=statistics.mean(loss for run in runs for loss in run.losses),
+        ready=statistics.median(run.ready_seconds for run in runs),
         judged_by="wall" if setup.device == "cuda" else "cpu",
-        bar=BARS.get((setup.device, contender.cached)) if judged and contender.name != ORIGINAL else None,
+        bar=BARS.get((setup.device, contender.cached)) if judged and barred else None,
     )
     if reference is None:
         return row
-    pairs = list(zip(runs, reference, strict=True))
+    pairs = list(zip(runs, reference, strict=False))  # one that failed later, or an extra one, has fewer
     ratios = {
         "cpu_ratio": statistics.median(base.cpu_seconds / run.cpu_seconds for run, base in pairs),
         "wall_ratio": statistics.median(base.wall_seconds / run.wall_seconds for run, base in pairs),

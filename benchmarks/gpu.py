@@ -1,0 +1,177 @@
+"""Every figure that needs a GPU, one part after another; a part that fails or takes too long is not the end of the others.
+
+    python benchmarks/gpu.py --original PATH/TO/IP-Adapter --comfyui PATH/TO/ComfyUI [--peer PATH] --out results
+    python benchmarks/gpu.py ... --check             # every part at a tiny size: does everything start?
+    python benchmarks/gpu.py ... --parts training-sd15,comfyui
+
+Parts: training-sd15 and training-sdxl (training.py), comfyui (comfyui_overhead.py). Each is a process of its own with a
+time limit. Its table is in OUT/<part>.txt, what it says beside in OUT/<part>.log, all figures in OUT/<part>.json; the
+tables are printed together at the end. Exit code 1 when a part fails or misses a bar. --check works on a CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CHECK_LIMIT = 120  # seconds; 20 are usual on a GPU, a busy CPU takes longer
+
+
+@dataclass(frozen=True)
+class Part:
+    """`command` and `check` make the arguments of the full and of the tiny run; None: it cannot run with these
+    options, which `needs` names. `limit` are seconds.
+    """
+
+    command: Callable[[argparse.Namespace], list[str] | None]
+    check: Callable[[argparse.Namespace], list[str] | None]
+    limit: int
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A part that was run; `code` is None when it was ended at its limit."""
+
+    name: str
+    code: int | None
+    seconds: float
+    text: str
+
+    @property
+    def heading(self) -> str:
+        """A line for people."""
+        how = "ended at its time limit" if self.code is None else "done" if self.code == 0 else f"exit code {self.code}"
+        return f"=== {self.name}: {how}, {self.seconds:.0f} s"
+
+
+def _training(size: str, budget: int, *more: str) -> Callable[[argparse.Namespace], list[str] | None]:
+    def command(args: argparse.Namespace) -> list[str]:
+        scratch = ["--scratch", str(args.scratch)] if args.scratch else []
+        against = ["--original", str(args.original)] if args.original and not size.endswith("sdxl") else []
+        return [_script("training.py"), "--size", size, "--budget", str(budget), *against, *scratch, *more]
+
+    return command
+
+
+def _training_check(size: str, *extra: str) -> Callable[[argparse.Namespace], list[str] | None]:
+    few = ("--warmup", "1", "--steps", "2", "--batch-size", "2", "--rounds", "1", "--workers", "2")
+    return _training(size, CHECK_LIMIT, *few, *(text for settings in extra for text in ("--extra", settings)))
+
+
+def _comfyui(args: argparse.Namespace) -> list[str] | None:
+    if not args.comfyui:
+        return None
+    peer = ["--peer", str(args.peer)] if args.peer else []
+    device = ["--device", "cuda"] if _gpu() else []
+    return [_script("comfyui_overhead.py"), "--comfyui", str(args.comfyui), *peer, *device]
+
+
+def _comfyui_check(args: argparse.Namespace) -> list[str] | None:
+    command = _comfyui(args)
+    return command and [*command, "--repeats", "1", "--apply-repeats", "1", "--steps", "2"]
+
+
+# In the order in which they run. A part more is an entry more.
+PARTS: Mapping[str, Part] = {
+    "training-sd15": Part(
+        _training("sd15", 210, "--rounds", "2", "--warmup", "10", "--steps", "30", "--workers", "8", "--profile"),
+        _training_check("tiny", "mixed_precision=fp8"),
+        limit=240,
+    ),
+    "training-sdxl": Part(
+        _training("sdxl", 70, "--rounds", "1", "--warmup", "5", "--steps", "15", "--batch-size", "4", "--workers", "8"),
+        _training_check("tiny-sdxl", "none"),
+        limit=90,
+    ),
+    "comfyui": Part(_comfyui, _comfyui_check, limit=180, needs="--comfyui"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts, print their tables, and return the exit code."""
+    args = _arguments(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for name in args.parts:
+        part = PARTS[name]
+        command = (part.check if args.check else part.command)(args)
+        if command is None:
+            outcomes.append(Outcome(name, 2, 0.0, f"Left out: it needs {part.needs}.\n"))
+            continue
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        command = [sys.executable, *command, "--json", str(args.out / f"{name}.json")]
+        outcomes.append(run(name, command, args.out, CHECK_LIMIT if args.check else part.limit))
+        print(outcomes[-1].heading, file=sys.stderr, flush=True)
+    for outcome in outcomes:
+        print(f"\n{outcome.heading}\n\n{outcome.text.rstrip()}")
+    return 1 if any(outcome.code != 0 for outcome in outcomes) else 0
+
+
+def run(name: str, command: Sequence[str], out: Path, limit: float) -> Outcome:
+    """Run a command until it ends or for `limit` seconds, and keep what it prints. One that fails shows its errors."""
+    begin = time.perf_counter()
+    text, log = out / f"{name}.txt", out / f"{name}.log"
+    with text.open("w", encoding="utf-8") as printed, log.open("w", encoding="utf-8") as said:
+        process = subprocess.Popen(
+            command, stdout=printed, stderr=said, start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
+        code: int | None
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            code = None
+    shown = text.read_text(encoding="utf-8", errors="replace")
+    if code != 0:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        shown += "\n".join(["", f"The end of {log.name}:", *lines[-25:], ""])
+    return Outcome(name, code, time.perf_counter() - begin, shown)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and those that it started."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _script(name: str) -> str:
+    return str(HERE / name)
+
+
+def _gpu() -> bool:
+    import torch  # noqa: PLC0415
+
+    return torch.cuda.is_available()
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Every figure that needs a GPU.")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}, in this order")
+    parser.add_argument("--check", action="store_true", help="every part at a tiny size")
+    parser.add_argument("--out", type=Path, default=Path("gpu-figures"), help="folder for tables, logs and JSON")
+    parser.add_argument("--original", type=Path, help="a checkout of tencent-ailab/IP-Adapter, for training-sd15")
+    parser.add_argument("--comfyui", type=Path, help="a ComfyUI checkout, for comfyui")
+    parser.add_argument("--peer", type=Path, help="a ComfyUI_IPAdapter_plus checkout, for comfyui")
+    parser.add_argument("--scratch", type=Path, help="folder for the training's models and pictures, such as /dev/shm")
+    args = parser.parse_args(arguments)
+    args.parts = args.parts.split(",")
+    if unknown := [name for name in args.parts if name not in PARTS]:
+        parser.error(f"there is no part {', '.join(unknown)}; parts are {', '.join(PARTS)}.")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
