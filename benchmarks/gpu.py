@@ -1,12 +1,13 @@
-"""Every figure that needs a GPU, one part after another; a part that fails or takes too long is not the end of the others.
+"""Every figure that needs a GPU, one part after another. A part that fails or takes too long does not stop the others.
 
     python benchmarks/gpu.py --original PATH/TO/IP-Adapter --comfyui PATH/TO/ComfyUI [--peer PATH] --out results
-    python benchmarks/gpu.py ... --check             # every part at a tiny size: does everything start?
-    python benchmarks/gpu.py ... --parts training-sd15,comfyui
+    python benchmarks/gpu.py ... --check                                  # every part at a tiny size: does it start?
+    python benchmarks/gpu.py ... --parts training-sd15,comfyui --limit training-sd15=300
 
 Parts: training-sd15 and training-sdxl (training.py), comfyui (comfyui_overhead.py). Each is a process of its own with a
-time limit. Its table is in OUT/<part>.txt, what it says beside in OUT/<part>.log, all figures in OUT/<part>.json; the
-tables are printed together at the end. Exit code 1 when a part fails or misses a bar. --check works on a CPU too.
+time limit, within which the training leaves out what does not fit. A part's table is in OUT/<part>.txt, its progress
+and errors in OUT/<part>.log, all figures in OUT/<part>.json; the tables are printed together at the end. Exit code 1
+when a part fails or misses a bar. --check works on a CPU too.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CHECK_LIMIT = 120  # seconds; 20 are usual on a GPU, a busy CPU takes longer
+CHECK_LIMIT = 120  # seconds; a GPU needs 20 to 40, a busy CPU more
+GRACE = 20  # seconds between the end of a training's budget and its limit
+FEW = ("--warmup", "1", "--steps", "2", "--batch-size", "2", "--rounds", "1", "--workers", "2")
 
 
 @dataclass(frozen=True)
 class Part:
-    """`command` and `check` make the arguments of the full and of the tiny run; None: it cannot run with these
-    options, which `needs` names. `limit` are seconds.
+    """`command` makes the arguments of a run, of a tiny one with --check, from the options and the limit in seconds;
+    None: it cannot run without the option that `needs` names.
     """
 
-    command: Callable[[argparse.Namespace], list[str] | None]
-    check: Callable[[argparse.Namespace], list[str] | None]
+    command: Callable[[argparse.Namespace, int], list[str] | None]
     limit: int
     needs: str = ""
 
@@ -53,46 +55,41 @@ class Outcome:
         return f"=== {self.name}: {how}, {self.seconds:.0f} s"
 
 
-def _training(size: str, budget: int, *more: str) -> Callable[[argparse.Namespace], list[str] | None]:
-    def command(args: argparse.Namespace) -> list[str]:
-        scratch = ["--scratch", str(args.scratch)] if args.scratch else []
-        against = ["--original", str(args.original)] if args.original and not size.endswith("sdxl") else []
-        return [_script("training.py"), "--size", size, "--budget", str(budget), *against, *scratch, *more]
-
-    return command
+def _training(args: argparse.Namespace, size: str, limit: int, *more: str) -> list[str]:
+    scratch = ["--scratch", str(args.scratch)] if args.scratch else []
+    against = ["--original", str(args.original)] if args.original and not size.endswith("sdxl") else []
+    budget = str(limit - GRACE)
+    return [str(HERE / "training.py"), "--size", size, "--budget", budget, *against, *scratch, *more]
 
 
-def _training_check(size: str, *extra: str) -> Callable[[argparse.Namespace], list[str] | None]:
-    few = ("--warmup", "1", "--steps", "2", "--batch-size", "2", "--rounds", "1", "--workers", "2")
-    return _training(size, CHECK_LIMIT, *few, *(text for settings in extra for text in ("--extra", settings)))
+def _sd15(args: argparse.Namespace, limit: int) -> list[str]:
+    if not args.check:
+        return _training(args, "sd15", limit, *"--rounds 2 --warmup 8 --steps 24 --workers 8 --profile".split())
+    extras = ["mixed_precision=fp8", *(["mixed_precision=fp16", "optimizer=adamw8bit"] if _gpu() else [])]
+    return _training(args, "tiny", limit, *FEW, "--profile", *(text for e in extras for text in ("--extra", e)))
 
 
-def _comfyui(args: argparse.Namespace) -> list[str] | None:
+def _sdxl(args: argparse.Namespace, limit: int) -> list[str]:
+    if not args.check:
+        return _training(args, "sdxl", limit, *"--rounds 1 --batch-size 4 --warmup 5 --steps 15 --workers 8".split())
+    return _training(args, "tiny-sdxl", limit, *FEW, "--extra", "gradient_checkpointing=true")
+
+
+def _comfyui(args: argparse.Namespace, limit: int) -> list[str] | None:
     if not args.comfyui:
         return None
-    peer = ["--peer", str(args.peer)] if args.peer else []
+    peer = ["--peer", str(args.peer)] if args.peer and not args.check else []
     device = ["--device", "cuda"] if _gpu() else []
-    return [_script("comfyui_overhead.py"), "--comfyui", str(args.comfyui), *peer, *device]
+    few = ["--repeats", "1", "--apply-repeats", "1", "--steps", "2"] if args.check else []
+    profile = ["--profile"] if device and not args.check else []
+    return [str(HERE / "comfyui_overhead.py"), "--comfyui", str(args.comfyui), *peer, *device, *few, *profile]
 
 
-def _comfyui_check(args: argparse.Namespace) -> list[str] | None:
-    command = _comfyui(args)
-    return command and [*command, "--repeats", "1", "--apply-repeats", "1", "--steps", "2"]
-
-
-# In the order in which they run. A part more is an entry more.
+# In the order in which they run. One part more is one entry more.
 PARTS: Mapping[str, Part] = {
-    "training-sd15": Part(
-        _training("sd15", 210, "--rounds", "2", "--warmup", "10", "--steps", "30", "--workers", "8", "--profile"),
-        _training_check("tiny", "mixed_precision=fp8"),
-        limit=240,
-    ),
-    "training-sdxl": Part(
-        _training("sdxl", 70, "--rounds", "1", "--warmup", "5", "--steps", "15", "--batch-size", "4", "--workers", "8"),
-        _training_check("tiny-sdxl", "none"),
-        limit=90,
-    ),
-    "comfyui": Part(_comfyui, _comfyui_check, limit=180, needs="--comfyui"),
+    "training-sd15": Part(_sd15, limit=240),
+    "training-sdxl": Part(_sdxl, limit=90),
+    "comfyui": Part(_comfyui, limit=200, needs="--comfyui"),
 }
 
 
@@ -103,13 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = []
     for name in args.parts:
         part = PARTS[name]
-        command = (part.check if args.check else part.command)(args)
+        limit = args.limits.get(name, CHECK_LIMIT if args.check else part.limit)
+        command = part.command(args, limit)
         if command is None:
             outcomes.append(Outcome(name, 2, 0.0, f"Left out: it needs {part.needs}.\n"))
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         command = [sys.executable, *command, "--json", str(args.out / f"{name}.json")]
-        outcomes.append(run(name, command, args.out, CHECK_LIMIT if args.check else part.limit))
+        outcomes.append(run(name, command, args.out, limit))
         print(outcomes[-1].heading, file=sys.stderr, flush=True)
     for outcome in outcomes:
         print(f"\n{outcome.heading}\n\n{outcome.text.rstrip()}")
@@ -147,10 +145,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _script(name: str) -> str:
-    return str(HERE / name)
-
-
 def _gpu() -> bool:
     import torch  # noqa: PLC0415
 
@@ -160,15 +154,23 @@ def _gpu() -> bool:
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Every figure that needs a GPU.")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}, in this order")
+    parser.add_argument("--limit", action="append", default=[], help="PART=SECONDS, for another limit; repeatable")
     parser.add_argument("--check", action="store_true", help="every part at a tiny size")
     parser.add_argument("--out", type=Path, default=Path("gpu-figures"), help="folder for tables, logs and JSON")
     parser.add_argument("--original", type=Path, help="a checkout of tencent-ailab/IP-Adapter, for training-sd15")
-    parser.add_argument("--comfyui", type=Path, help="a ComfyUI checkout, for comfyui")
+    where = os.environ.get("COMFYUI_PATH")
+    parser.add_argument(
+        "--comfyui", type=Path, default=where and Path(where), help="a ComfyUI checkout; default: $COMFYUI_PATH"
+    )
     parser.add_argument("--peer", type=Path, help="a ComfyUI_IPAdapter_plus checkout, for comfyui")
     parser.add_argument("--scratch", type=Path, help="folder for the training's models and pictures, such as /dev/shm")
     args = parser.parse_args(arguments)
     args.parts = args.parts.split(",")
-    if unknown := [name for name in args.parts if name not in PARTS]:
+    try:
+        args.limits = {name: int(seconds) for name, seconds in (text.split("=") for text in args.limit)}
+    except ValueError:
+        parser.error(f"--limit is PART=SECONDS, such as comfyui=120 (it is {' '.join(args.limit)}).")
+    if unknown := [name for name in (*args.parts, *args.limits) if name not in PARTS]:
         parser.error(f"there is no part {', '.join(unknown)}; parts are {', '.join(PARTS)}.")
     return args
 

@@ -1,5 +1,5 @@
-"""What runs in a process of its own: one contender's training, with what a step takes and the peak of the memory, or the
-writing of a cache.
+"""What runs in a process of its own: one contender's training, with the time of its steps and the peak of its memory,
+or the writing of a cache.
 """
 
 from __future__ import annotations

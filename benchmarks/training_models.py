@@ -1,4 +1,4 @@
-"""Random base models in the layouts of SD1.5 and SDXL, pictures with captions, and what each part of the model computes."""
+"""Random base models in the layouts of SD1.5 and SDXL, pictures with captions, and the work of each part."""
 
 from __future__ import annotations
 

@@ -101,6 +101,30 @@ def test_the_original_runs_as_a_script_with_the_names_it_misses(tmp_path, capsys
         run_original(tmp_path, ["--resolution", "64"], Clock(2, 5))
 
 
+def test_sdxl_is_cached_measured_and_profiled(tmp_path, small, monkeypatch, capsys):
+    """The command itself, at widths that are a matter of seconds."""
+    import training
+    import training_models
+
+    sdxl = dataclasses.replace(
+        training_models.SIZES["tiny-sdxl"], **{**SMALL, "unet": (64, 64, 64), "text_2": (24, 1, 2)}
+    )
+    monkeypatch.setattr(training_models, "SIZES", {"tiny-sdxl": sdxl})
+    few = ["--device", "cpu", "--rounds", "1", "--warmup", "1", "--steps", "1", "--batch-size", "1", "--profile"]
+    extra = ["--extra", "mixed_precision=bf16", "--extra", "no_such_key=1"]
+    file = tmp_path / "figures.json"
+    assert training.main(["--size", "tiny-sdxl", *few, *extra, "--json", str(file)]) == 1
+    out = capsys.readouterr().out
+    assert "ms a step while profiled" in out and "convolution" in out
+    assert "Not measured: ours, cache, no_such_key=1 ended with code 1:" in out
+    result = json.loads(file.read_text())
+    assert [row["name"] for row in result["rows"]] == ["ours, cache", "ours, cache, mixed_precision=bf16"]
+    assert all(row["wall"] > 0 and row["ready"] > 0 and row["met"] is None for row in result["rows"])
+    assert {"text_encoder", "text_encoder_2"} <= result["flops"].keys() and result["transformers"]
+    (profiled,) = result["runs"]["ours, cache, @profile"]
+    assert profiled["profile"]["busy"] is None and profiled["profile"]["calls"] > 100
+
+
 @pytest.mark.skipif(not os.environ.get("IP_ADAPTER_PATH"), reason="IP_ADAPTER_PATH names no checkout of IP-Adapter")
 def test_the_original_itself(tmp_path, small):
     from training_models import write_base_model, write_data
@@ -194,6 +218,171 @@ def test_a_contender_that_computes_something_else_is_refused(loss):
     check_losses({"original": [measured(1)], "ours": [measured(1, losses=[1.05])]})
     with pytest.raises(RuntimeError, match="ours: its mean loss is"):
         check_losses({"original": [measured(1)], "ours": [measured(1, losses=[loss])]})
+
+
+def budgeted(seconds, *, failing=(), rounds=2):
+    """The names of the runs, and what is missing, when every run takes ten seconds of a clock by hand."""
+    import training_runs
+
+    class ByHand(training_runs.Budget):
+        left = seconds
+
+    budget, order = ByHand(None), []
+
+    def run(setup, contender, scratch, limit):
+        assert limit == budget.left
+        order.append(contender.name)
+        if budget.left is not None:
+            ByHand.left = budget.left - 10
+        if contender.name in failing:
+            raise training_runs.ChildError(f"{contender.name} failed")
+        return measured(1)
+
+    setup = training_runs.Setup(Path(), Path(), 64, 4, 1, 5, 0, "cpu", 1)
+    contenders = [training_runs.Contender(name, (), extra=name.isupper()) for name in ("a", "b", "C", "D")]
+    return order, training_runs.alternate(setup, contenders, rounds, Path(), budget, run)
+
+
+def test_rounds_rotate_and_extras_come_once_at_the_end():
+    order, found = budgeted(None)
+    assert order == ["a", "b", "b", "a", "C", "D"]
+    assert not found.missing and [len(runs) for runs in found.runs.values()] == [2, 2, 1, 1]
+
+
+def test_a_failing_contender_is_not_the_end_of_the_others():
+    order, found = budgeted(None, failing=("a", "C"))
+    assert order == ["a", "b", "b", "C", "D"]
+    assert found.missing == ["a failed", "C failed"] and set(found.runs) == {"b", "D"}
+
+
+def test_a_budget_leaves_out_what_would_not_end(monkeypatch):
+    import training_runs
+
+    now = iter(range(0, 10_000, 5))
+    monkeypatch.setattr(training_runs.time, "perf_counter", lambda: next(now))  # a run takes 10 s of it
+    order, found = budgeted(15)
+    assert order == ["a", "b"]
+    assert found.missing == [
+        "round 2: left out, for want of time",
+        "C: left out, for want of time",
+        "D: left out, for want of time",
+    ]
+
+
+def test_the_budget_counts_from_its_begin():
+    import time
+
+    from training_runs import Budget
+
+    budget = Budget(100, time.perf_counter() - 90)
+    assert budget.allows(5) and not budget.allows(15) and 9 < budget.left < 10.1
+    assert Budget(None).allows(1e9) and Budget(None).left is None
+
+
+def test_an_extra_contender_has_no_bar_and_the_ratio_of_the_first_round():
+    from training_runs import ORIGINAL, Contender, Setup
+    from training_table import rows_of
+
+    setup = Setup(Path(), Path(), 64, 4, 1, 5, 0, "cuda", 0)
+    contenders = [Contender(ORIGINAL, ()), Contender("extra", (), True, True), Contender("failed", ())]
+    found = {ORIGINAL: [measured(10), measured(40)], "extra": [measured(5)]}
+    _, extra = rows_of(found, contenders, setup, judged=True)
+    assert (extra.name, extra.wall_ratio, extra.bar) == ("extra", 2.0, None)
+
+
+def test_a_setting_replaces_the_common_one():
+    from training_runs import Setup, ours
+
+    setup = Setup(Path("base"), Path("data"), 64, 4, 1, 5, 0, "cuda", 0)
+    arguments = ours(setup, "mixed_precision=fp8 @contiguous").arguments
+    assert [text for text in arguments if text.startswith("mixed_precision")] == ["mixed_precision=fp8"]
+    assert "@contiguous" in arguments
+
+
+def test_every_try_still_changes_the_trainer():
+    """They replace parts of the trainer by name; in a process of their own."""
+    code = (
+        "from training_tries import TRIES; import torch\n"
+        "from ipadapter_trainer.engine.denoiser import Denoiser as D; from ipadapter_trainer.training import setup as s\n"
+        "before = D._unet_precision, s.tune_unet, torch.backends.cudnn.benchmark\n"
+        "for change in TRIES.values(): change()\n"
+        "after = D._unet_precision, s.tune_unet, torch.backends.cudnn.benchmark\n"
+        "print(sum(a is not b for a, b in zip(before, after)))"
+    )
+    child = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    assert child.stdout == "3\n"
+
+
+def test_what_a_profile_says():
+    from training_profile import covered, kind_of, profile_text
+
+    assert covered([(0, 10), (5, 12), (20, 21)]) == 13
+    kinds = {
+        "void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16>": "memory format",
+        "sm90_xmma_fprop_implicit_gemm_bf16bf16": "convolution",
+        "nvjet_sm90_tst_128x256_64x4_1x2": "matrix product",
+        "void pytorch_flash::flash_bwd_dq_dk_dv_loop": "attention",
+        "void at::native::RowwiseMomentsCUDAKernel<float>": "norm",
+        "Memcpy HtoD (Pinned -> Device)": "copy to or from the host",
+        "void at::native::vectorized_elementwise_kernel<4>": "elementwise",
+    }
+    assert {name: kind_of(name) for name in kinds} == kinds
+    profile = {"ms": 50.0, "calls": 3000, "busy": 0.875, "kinds": [("norm", 30.0, 100)], "kernels": [("k", 10.0, 50)]}
+    text = profile_text("ours", profile)
+    assert "the GPU is busy 88% of it" in text and "100.0%" in text and "33.3%" in text
+
+
+def test_a_process_is_ended_at_its_limit(tmp_path):
+    import time
+
+    from training_processes import ChildError, run_process
+
+    with pytest.raises(ChildError, match="sleeper was ended after 1 s"):
+        run_process(time.sleep, (60,), name="sleeper", log=tmp_path / "log", device="cpu", limit=1)
+    assert run_process(time.sleep, (0,), name="short", log=tmp_path / "log", device="cpu", limit=60) < 60
+
+
+def test_gpu_py_keeps_going_and_prints_every_part(tmp_path, monkeypatch, capsys):
+    import gpu
+
+    def part(code, **more):
+        return gpu.Part(lambda args, limit: ["-c", code], **{"limit": 60, **more})
+
+    parts = {
+        "good": part("print('a table')"),
+        "bad": part("print('half a table'); raise SystemExit('the reason')"),
+        "slow": part("import time; print('begun', flush=True); time.sleep(60)", limit=1),
+        "without": gpu.Part(lambda args, limit: None, limit=1, needs="--comfyui"),
+    }
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    assert gpu.main(["--out", str(tmp_path), "--parts", "good,bad,slow,without"]) == 1
+    out = capsys.readouterr().out
+    assert "=== good: done" in out and "a table" in out
+    assert "=== bad: exit code 1" in out and "half a table" in out and "the reason" in out
+    assert "=== slow: ended at its time limit" in out and "begun" in out
+    assert "it needs --comfyui" in out
+    assert (tmp_path / "bad.log").read_text().strip() == "the reason"
+    assert gpu.main(["--out", str(tmp_path), "--parts", "good"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--parts", "all"], "there is no part all"), (["--limit", "comfyui"], "PART=SECONDS")]
+)
+def test_gpu_py_refuses(arguments, words, capsys):
+    import gpu
+
+    with pytest.raises(SystemExit):
+        gpu.main(arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_the_check_of_gpu_py_runs_a_training(tmp_path, capsys):
+    import gpu
+
+    assert gpu.main(["--check", "--parts", "training-sdxl", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "=== training-sdxl: done" in out and "ours, cache, gradient_checkpointing=true" in out
+    assert json.loads((tmp_path / "training-sdxl.json").read_text())["size"]["name"] == "tiny-sdxl"
 
 
 def test_wrong_input(tmp_path, capsys):

@@ -13,7 +13,7 @@ from ipadapter_trainer.engine.features import Features
 from ipadapter_trainer.engine.objective import Objective
 from ipadapter_trainer.engine.optimizers import new_optimizer
 from ipadapter_trainer.errors import DivergedError, TrainerError
-from ipadapter_trainer.models.base_model import BaseModel
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import TextStates, encode_prompts
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 
@@ -93,6 +93,31 @@ def test_weight_zero_is_the_plain_unet(base_model: BaseModel, adapter: IPAdapter
         assert torch.equal(unet(batch.features.latents, time, text).sample, plain)
     with inject(unet, AdapterApplication(key_values, rows=range(4))):
         assert not torch.equal(unet(batch.features.latents, time, text).sample, plain)
+
+
+@pytest.mark.parametrize(("kind", "autocast"), [("base", False), ("faceid", True)])
+def test_the_unet_computes_in_its_own_precision(model_folder: Path, kind: str, autocast: bool) -> None:
+    """Autocast would have its norms return float32 on a GPU. A LoRA in float32 needs it."""
+    model = load_base_model(model_folder, torch.bfloat16)
+    adapter = new_adapter(model, TRAIN_KINDS[kind])
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    seen = set()
+    hook = model.unet.conv_out.register_forward_hook(
+        lambda layer, args, out: seen.add((torch.is_autocast_enabled("cpu"), out.dtype))
+    )
+    with denoiser(model, adapter) as denoising, accelerator.autocast():
+        loss = denoising.loss(random_batch(model, adapter))
+        assert torch.is_autocast_enabled("cpu")
+    hook.remove()
+    loss.backward()
+    assert seen == {(autocast, torch.bfloat16)}
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+
+
+def test_what_the_model_receives_is_moved_and_cast(base_model: BaseModel) -> None:
+    given = torch.arange(3, dtype=torch.float16)
+    assert base_model.receive(given) is given
+    assert torch.equal(base_model.receive(given, torch.float32), torch.tensor([0.0, 1.0, 2.0]))
 
 
 @pytest.mark.parametrize("name", ["base_model", "v_model"])
