@@ -25,6 +25,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CHECK_LIMIT = 120  # seconds; a GPU needs 20 to 40, a busy CPU more
 GRACE = 20  # seconds between the end of a training's budget and its limit
+FULL = ("--workers", "8")
+SDXL = ("--rounds", "1", "--batch-size", "4", "--warmup", "5", "--steps", "15")
 FEW = ("--warmup", "1", "--steps", "2", "--batch-size", "2", "--rounds", "1", "--workers", "2")
 
 
@@ -64,14 +66,14 @@ def _training(args: argparse.Namespace, size: str, limit: int, *more: str) -> li
 
 def _sd15(args: argparse.Namespace, limit: int) -> list[str]:
     if not args.check:
-        return _training(args, "sd15", limit, *"--rounds 2 --warmup 8 --steps 24 --workers 8 --profile".split())
+        return _training(args, "sd15", limit, *FULL, "--rounds", "2", "--warmup", "8", "--steps", "24", "--profile")
     extras = ["mixed_precision=fp8", *(["mixed_precision=fp16", "optimizer=adamw8bit"] if _gpu() else [])]
     return _training(args, "tiny", limit, *FEW, "--profile", *(text for e in extras for text in ("--extra", e)))
 
 
 def _sdxl(args: argparse.Namespace, limit: int) -> list[str]:
     if not args.check:
-        return _training(args, "sdxl", limit, *"--rounds 1 --batch-size 4 --warmup 5 --steps 15 --workers 8".split())
+        return _training(args, "sdxl", limit, *FULL, *SDXL)
     return _training(args, "tiny-sdxl", limit, *FEW, "--extra", "gradient_checkpointing=true")
 
 

@@ -303,7 +303,8 @@ def test_every_try_still_changes_the_trainer():
     """They replace parts of the trainer by name; in a process of their own."""
     code = (
         "from training_tries import TRIES; import torch\n"
-        "from ipadapter_trainer.engine.denoiser import Denoiser as D; from ipadapter_trainer.training import setup as s\n"
+        "from ipadapter_trainer.engine.denoiser import Denoiser as D\n"
+        "from ipadapter_trainer.training import setup as s\n"
         "before = D._unet_precision, s.tune_unet, torch.backends.cudnn.benchmark\n"
         "for change in TRIES.values(): change()\n"
         "after = D._unet_precision, s.tune_unet, torch.backends.cudnn.benchmark\n"
@@ -379,7 +380,8 @@ def test_gpu_py_refuses(arguments, words, capsys):
 def test_the_check_of_gpu_py_runs_a_training(tmp_path, capsys):
     import gpu
 
-    assert gpu.main(["--check", "--parts", "training-sdxl", "--out", str(tmp_path)]) == 0
+    long = ["--limit", "training-sdxl=600"]  # other tests may keep the CPU busy
+    assert gpu.main(["--check", "--parts", "training-sdxl", "--out", str(tmp_path), *long]) == 0
     out = capsys.readouterr().out
     assert "=== training-sdxl: done" in out and "ours, cache, gradient_checkpointing=true" in out
     assert json.loads((tmp_path / "training-sdxl.json").read_text())["size"]["name"] == "tiny-sdxl"
