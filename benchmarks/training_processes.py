@@ -1,5 +1,5 @@
-"""A new process for every contender, in which the libraries are imported already: importing them takes longer than the
-steps that are measured.
+"""A new process for every contender, in which the libraries are imported already: that takes longer than the steps that
+are measured.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = (
+    "training_preload",
     "torch",
     "diffusers",
     "diffusers.pipelines.controlnet",
@@ -91,6 +92,8 @@ def run_process(
 def _work(
     target: Callable[..., None], arguments: tuple[Any, ...], log: str, device: str, threads: int, method: str
 ) -> None:
+    if sys.modules.get("bitsandbytes", ...) is None:
+        del sys.modules["bitsandbytes"]  # see training_preload: for those who use it
     multiprocessing.set_start_method(method, force=True)  # for loaders: the usual one, not this process's own
     os.setsid()  # so that the processes it starts end with it
     with Path(log).open("w", encoding="utf-8") as file:
