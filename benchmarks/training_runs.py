@@ -219,7 +219,10 @@ def alternate(
             one(contender, "once")
         else:
             found.missing.append(f"{contender.name}: left out, for want of time")
-    check_losses(found.runs)
+    try:
+        check_losses(found.runs)
+    except RuntimeError as error:  # the figures are shown, as they took long
+        found.missing.append(f"these figures do not count. {error}")
     return found
 
 

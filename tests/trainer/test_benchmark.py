@@ -255,6 +255,20 @@ def test_a_failing_contender_is_not_the_end_of_the_others():
     assert found.missing == ["a failed", "C failed"] and set(found.runs) == {"b", "D"}
 
 
+def test_other_losses_make_the_figures_not_count():
+    import training_runs
+
+    setup = training_runs.Setup(Path(), Path(), 64, 4, 1, 5, 0, "cpu", 1)
+    contenders = [training_runs.Contender(name, ()) for name in ("a", "b")]
+    losses = {"a": [1.0], "b": [2.0]}
+    found = training_runs.alternate(
+        setup, contenders, 1, Path(), run=lambda s, contender, *rest: measured(1, losses=losses[contender.name])
+    )
+    assert found.missing == [
+        "these figures do not count. b: its mean loss is 2.0000, but another contender's is 1.0000."
+    ]
+
+
 def test_a_budget_leaves_out_what_would_not_end(monkeypatch):
     import training_runs
 
