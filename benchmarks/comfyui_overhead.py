@@ -41,6 +41,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ def _measure(args: argparse.Namespace) -> list[Row]:
         settings = DeviceSettings(torch.device("cuda", 0), rounds=args.repeats, profile=args.profile)
         if args.profile:
             print(attention_alone(settings), flush=True)
-        return list(rows_on_device(packs, settings))
+        return list(_shown(rows_on_device(packs, settings)))
     from overhead_runs import Settings, rows_of_apply, rows_of_cases, rows_of_sampling  # noqa: PLC0415
 
     settings = Settings(args.width, args.size, args.steps, args.repeats, args.apply_repeats)
@@ -91,6 +92,13 @@ def _measure(args: argparse.Namespace) -> list[Row]:
     for family in ("sd15", "sdxl"):
         rows += rows_of_sampling(packs, family, settings)
     return [*rows, *rows_of_cases(packs, settings), *rows_of_apply(packs, settings)]
+
+
+def _shown(rows: Iterator[Row]) -> Iterator[Row]:
+    """The same rows, each also printed at once: a run may be stopped before the table."""
+    for row in rows:
+        print(" ".join(filter(None, row.cells())), file=sys.stderr, flush=True)
+        yield row
 
 
 def _arguments() -> argparse.Namespace:
@@ -110,7 +118,10 @@ def _arguments() -> argparse.Namespace:
         help="measure this pack's IPAdapterEmbeds, the peer's node under its own name, instead of Apply IP Adapter",
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: steps of real size on a GPU, in 2 to 3 minutes"
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: steps of real size on a GPU, in 2 to 3 minutes with --repeats 4",
     )
     parser.add_argument("--profile", action="store_true", help="with cuda, also print the kernels that an adapter adds")
     parser.add_argument("--json", type=Path, help="also write the table to this file")

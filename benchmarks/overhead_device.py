@@ -39,22 +39,26 @@ Kernels = dict[str, tuple[float, float]]  # by name, in one step: how many, and 
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """`sizes` are the latents' by family, 128 for 1024 px. Of `steps` in a run the first is not timed."""
+    """`parts`: a family, the size of its latents (128 for 1024 px), and its cases. Of `steps` in a run the first is not
+    timed.
+    """
 
     device: torch.device
     width: int = REAL_WIDTH
     dtype: torch.dtype = torch.float16
-    sizes: tuple[tuple[str, int], ...] = (("sdxl", 128), ("sd15", 32))
-    steps: int = 10
-    rounds: int = 5
+    parts: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+        ("sdxl", 128, (ONE, THREE, MASK, REGIONS, FACE)),
+        ("sd15", 32, (FRAMES,)),
+    )
+    steps: int = 8
+    rounds: int = 4
     profile: bool = False
 
 
 def rows_on_device(packs: Packs, settings: DeviceSettings) -> Iterator[Row]:
-    """SDXL with all cases but frames, then SD1.5 with an image for each frame."""
-    for family, size in settings.sizes:
+    """All cases of each part; the UNets have all layers of their family."""
+    for family, size, names in settings.parts:
         unet = new_unet(family, settings.width, settings.dtype, device=settings.device)
-        names = (FRAMES,) if family == "sd15" else (ONE, THREE, MASK, REGIONS, FACE)
         for case in cases(packs, unet, family, settings.dtype, names, settings.device):
             run = functools.partial(sample, family=family, size=size, images=case.images)
             yield from _rows_of_case(f"{LABELS[family]} {case.name}", case, unet, run, settings)
@@ -64,9 +68,10 @@ def rows_on_device(packs: Packs, settings: DeviceSettings) -> Iterator[Row]:
 def _rows_of_case(
     label: str, case: Case, unet: Any, run: Callable[..., Any], settings: DeviceSettings
 ) -> Iterator[Row]:
-    peaks = {"base": _peak(lambda: unet, unet, run, settings.device)}
-    peaks |= {name: _peak(lambda b=build: b(unet), unet, run, settings.device) for name, build in case.builders.items()}
-    models = case.models(unet)
+    models: dict[str, Any] = {}
+    peaks: dict[str, int] = {}
+    for name, build in {"base": lambda base: base, **case.builders}.items():
+        models[name], peaks[name] = _build_and_weigh(build, unet, run, settings.device)
     check_effect({name: run(each, steps=3) for name, each in models.items()})
     times = _alternate({n: functools.partial(run, m) for n, m in models.items()}, settings)
     yield _row(f"{label}: step", "ms", {name: statistics.median(ts) * 1e3 for name, ts in times.items()})
@@ -173,23 +178,23 @@ def _added_kernels(base: Kernels, own: Kernels, most: int = 20) -> str:
     return "\n".join([*shown, f"all kernels: {total:+.1f} us of {sum(t for _, t in base.values()):.1f} us"])
 
 
-def _peak(build: Callable[[], Any], unet: Any, run: Callable[..., Any], device: torch.device) -> int:
-    """Bytes of the device's memory at the highest point of a run, beside the UNet's weights and whatever else is there.
-    What ComfyUI may drop before the run, as the weights of an applied adapter, is dropped.
+def _build_and_weigh(
+    build: Callable[[Any], Any], unet: Any, run: Callable[..., Any], device: torch.device
+) -> tuple[Any, int]:
+    """The MODEL, and the bytes of the GPU's memory that it and a run take at the highest point, beside what is there
+    before: the UNet's weights, and models that were built before. What ComfyUI may drop before the run, as the weights
+    of an applied adapter, is dropped.
     """
     if device.type != "cuda":
-        return 0
+        return build(unet), 0
     run(unet, steps=1)  # the UNet is on the device
     _drop_all_but(unet, device)
     before = torch.cuda.memory_allocated()
-    model = build()
+    model = build(unet)
     _drop_all_but(unet, device)
     torch.cuda.reset_peak_memory_stats()
     run(model, steps=2)
-    peak = torch.cuda.max_memory_allocated() - before
-    del model
-    _drop_all_but(unet, device)
-    return peak
+    return model, torch.cuda.max_memory_allocated() - before
 
 
 def _drop_all_but(unet: Any, device: torch.device) -> None:
