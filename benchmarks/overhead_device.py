@@ -17,7 +17,7 @@ import comfy.model_management
 import torch
 from overhead_cases import FACE, FRAMES, MASK, ONE, REGIONS, THREE, Case, Packs, cases
 from overhead_measure import held_bytes
-from overhead_models import REAL_WIDTH, new_unet, sample
+from overhead_models import REAL_WIDTH, half_precision_unets, new_unet, sample
 from overhead_runs import LABELS, check_effect
 from overhead_table import Row
 from torch.autograd import DeviceType
@@ -71,7 +71,8 @@ def _rows_of_case(
     models: dict[str, Any] = {}
     peaks: dict[str, int] = {}
     for name, build in {"base": lambda base: base, **case.builders}.items():
-        models[name], peaks[name] = _build_and_weigh(build, unet, run, settings.device)
+        with half_precision_unets() if settings.dtype == torch.float16 else contextlib.nullcontext():
+            models[name], peaks[name] = _build_and_weigh(build, unet, run, settings.device)
     check_effect({name: run(each, steps=3) for name, each in models.items()})
     times = _alternate({n: functools.partial(run, m) for n, m in models.items()}, settings)
     yield _row(f"{label}: step", "ms", {name: statistics.median(ts) * 1e3 for name, ts in times.items()})
