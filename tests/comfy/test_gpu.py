@@ -9,6 +9,7 @@ runs all that makes sense without a GPU.
 from __future__ import annotations
 
 import gc
+import json
 import os
 
 import pytest
@@ -229,13 +230,15 @@ def test_nothing_of_a_run_stays_on_the_gpu(world, pack, device, case):
     assert torch.cuda.memory_allocated() <= held[2]
 
 
-def test_encoder_and_adapter_take_turns(world, pack, encoder, device):
+def test_encoder_and_adapter_take_turns(world, pack, encoder, device, vision, tmp_path):
     """Encoded on the GPU, as on the CPU; and again after everything was moved off it."""
     import comfy.clip_vision
     import comfy.model_management
 
     images = torch.rand(2, 40, 40, 3, generator=torch.Generator().manual_seed(12))
-    on_cpu = comfy.clip_vision.ClipVisionModel({**encoder.config})
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**vision, "model_type": "clip_vision_model"}))
+    on_cpu = comfy.clip_vision.ClipVisionModel(str(config))
     world.randomise(on_cpu.model, seed=31)
     on_cpu.model.float()
     on_cpu.load_device = on_cpu.patcher.load_device = torch.device("cpu")
