@@ -1,11 +1,17 @@
 """What an image prompt costs in a real ComfyUI: no adapter against Apply IP Adapter against ComfyUI_IPAdapter_plus.
 
     python benchmarks/comfyui_overhead.py --comfyui PATH [--peer PATH] [--old-names] [--json FILE]
+    python benchmarks/comfyui_overhead.py --comfyui PATH [--peer PATH] --device cuda [--profile]
 
-Runs on the CPU with the Python of that ComfyUI, in one process, and needs no model files: all weights are random.
-Exit code 1 when a bar is missed. MB are 10^6 bytes.
+Runs with the Python of that ComfyUI, in one process, and needs no model files: all weights are random. Exit code 1
+when a bar is missed. MB are 10^6 bytes.
 
-How to read the figures:
+On a GPU (--device cuda) all is real size: SDXL at 1024 px with both branches in one batch, fp16, PyTorch's attention,
+a plus adapter of 16 tokens; for the frames SD1.5 at 256 px. A step is timed on the GPU's clock in the middle of a run.
+"launches" are kernels, copies and fills. Memory is that of a run beside the UNet's weights, after ComfyUI has dropped
+the applied adapter's, which it may; the peer's attention needs its adapter's weights on the GPU.
+
+How to read the figures on the CPU:
 
 * Apply, clones and held bytes: SDXL at its real widths (a UNet of shapes without weights), a plus adapter of 16
   tokens in its real size. The peer's Apply runs the image projector each time, ours does not: Encode Image Prompt did
@@ -21,6 +27,8 @@ How to read the figures:
 * Calls: composite operators are counted as the calls that they consist of. The row below counts them whole, as torch
   shows them in inference mode; there the peer's linear layers look as cheap as a transpose.
 * The peer patches 70 layers of SDXL and 60 of them fire (16 and 15 of SD1.5); bars take its figures as they are.
+* Four regions: four image prompts with a mask each. 64 frames: an image for each. What a face prompt holds is mostly
+  the LoRA of the FaceID file.
 * --old-names: both packs run the node IPAdapterEmbeds, the projector included, so its time has no bar of its own.
 * Ratios of times are medians over rounds of the ratio within a round. CPU time is judged: other programs disturb it
   less than wall time.
@@ -33,6 +41,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -43,12 +52,14 @@ from overhead_table import Row, render
 def main() -> int:
     """Measure, print, and return the exit code."""
     args = _arguments()
-    torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        version = start_comfyui(args.comfyui.resolve(), Path(scratch))
+        version = start_comfyui(args.comfyui.resolve(), Path(scratch), args.device)
         with torch.inference_mode():  # as ComfyUI runs nodes
             rows = _measure(args)
-    print(f"ComfyUI {version}, torch {torch.__version__}, {args.threads} thread(s) of the CPU\n")
+    where = f"{args.threads} thread(s) of the CPU" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"ComfyUI {version}, torch {torch.__version__}, {where}\n")
     print(render(rows))
     missed = [row.name for row in rows if row.met is False]
     print("\nMissed: " + "; ".join(missed) if missed else "\nEvery bar that could be judged is met.")
@@ -56,7 +67,7 @@ def main() -> int:
         result = {
             "comfyui": version,
             "torch": torch.__version__,
-            "threads": args.threads,
+            "device": where,
             "rows": [row.as_json() for row in rows],
         }
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -64,14 +75,30 @@ def main() -> int:
 
 
 def _measure(args: argparse.Namespace) -> list[Row]:
-    from overhead_runs import Packs, Settings, rows_of_apply, rows_of_sampling  # noqa: PLC0415 - needs ComfyUI started
+    from overhead_cases import Packs  # noqa: PLC0415 - this and what follows needs ComfyUI started
 
     packs = Packs(load_ours(), load_peer(args.peer.resolve()) if args.peer else None, args.old_names)
+    if args.device == "cuda":
+        from overhead_device import DeviceSettings, attention_alone, rows_on_device  # noqa: PLC0415
+
+        settings = DeviceSettings(torch.device("cuda", 0), rounds=args.repeats, profile=args.profile)
+        if args.profile:
+            print(attention_alone(settings), flush=True)
+        return list(_shown(rows_on_device(packs, settings)))
+    from overhead_runs import Settings, rows_of_apply, rows_of_cases, rows_of_sampling  # noqa: PLC0415
+
     settings = Settings(args.width, args.size, args.steps, args.repeats, args.apply_repeats)
     rows: list[Row] = []
     for family in ("sd15", "sdxl"):
         rows += rows_of_sampling(packs, family, settings)
-    return [*rows, *rows_of_apply(packs, settings)]
+    return [*rows, *rows_of_cases(packs, settings), *rows_of_apply(packs, settings)]
+
+
+def _shown(rows: Iterator[Row]) -> Iterator[Row]:
+    """The same rows, each also printed at once: a run may be stopped before the table."""
+    for row in rows:
+        print(" ".join(filter(None, row.cells())), file=sys.stderr, flush=True)
+        yield row
 
 
 def _arguments() -> argparse.Namespace:
@@ -90,6 +117,13 @@ def _arguments() -> argparse.Namespace:
         action="store_true",
         help="measure this pack's IPAdapterEmbeds, the peer's node under its own name, instead of Apply IP Adapter",
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: steps of real size on a GPU, in 2 to 3 minutes with --repeats 4",
+    )
+    parser.add_argument("--profile", action="store_true", help="with cuda, also print the kernels that an adapter adds")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     parser.add_argument("--threads", type=int, default=1, help="of torch; 1 makes CPU times comparable (default)")
     parser.add_argument("--width", type=int, default=64, help="channels of the sampled UNets' first level; 320 is real")
@@ -98,6 +132,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each contender")
     parser.add_argument("--apply-repeats", type=int, default=3, help="timed executions of each Apply")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this PyTorch finds no CUDA device; leave out --device to measure on the CPU.")
     if not (args.comfyui / "comfyui_version.py").is_file():
         parser.error(f"{args.comfyui} is no ComfyUI checkout (it has no comfyui_version.py).")
     if args.peer and not (args.peer / "__init__.py").is_file():

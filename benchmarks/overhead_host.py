@@ -1,4 +1,4 @@
-"""A real ComfyUI in this process, on the CPU, and custom node packs loaded into it as packages."""
+"""A real ComfyUI in this process, and custom node packs loaded into it as packages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS, PEER = "overhead_ip_adapter_kit", "overhead_peer"  # the packs' names as packages
 
 
-def start_comfyui(folder: Path, scratch: Path) -> str:
+def start_comfyui(folder: Path, scratch: Path, device: str = "cpu") -> str:
     """Import the ComfyUI of this folder; it writes into `scratch` only. Returns its version."""
     sys.path.insert(0, str(folder))
     # PyTorch's attention: one call in a layer, the same for everybody, and the one most installations use.
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--use-pytorch-cross-attention"]
+    of_device = ["--cpu"] if device == "cpu" else []
+    arguments, sys.argv = sys.argv, ["main.py", *of_device, "--use-pytorch-cross-attention"]
     try:
         import comfy.options  # noqa: PLC0415
 

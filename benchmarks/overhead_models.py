@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,7 +22,9 @@ REAL_WIDTH = 320  # channels of the first level of SD1.5 and SDXL
 IMAGE_TOKENS, IMAGE_WIDTH = 257, 1280  # the penultimate hidden states of ViT-H/14
 TOKENS, RESAMPLER_WIDTH = 16, {"sd15": 768, "sdxl": 1280}  # of the published plus adapters
 CONTEXT = {"sd15": 768, "sdxl": 2048}  # the peer tells the families apart by these, so they stay real
+FACE_TOKENS, FACE_WIDTH = {"sd15": 4, "sdxl": 6}, 512  # of the published FaceID-Plus v2 adapters
 TEXT_TOKENS = 77
+CPU = torch.device("cpu")
 
 _COMMON = {
     "image_size": 32,
@@ -61,9 +63,15 @@ _HEADS = {
 
 
 def new_unet(
-    family: str, width: int, dtype: torch.dtype = torch.float32, *, meta: bool = False
+    family: str,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    meta: bool = False,
+    device: torch.device = CPU,
 ) -> comfy.model_patcher.ModelPatcher:
-    """A UNet with the layers of SD1.5 or SDXL, `width` channels in its first level, as a MODEL.
+    """A UNet with the layers of SD1.5 or SDXL, `width` channels in its first level, as a MODEL that calculates on this
+    device.
 
     A `meta` one has shapes but no weights: enough to apply an adapter to, not to sample from.
     """
@@ -72,106 +80,136 @@ def new_unet(
     supported.unet_config.update(_HEADS[family])
     supported.set_inference_dtype(dtype, None)
     base = {"sd15": comfy.model_base.BaseModel, "sdxl": comfy.model_base.SDXL}[family]
-    cpu = torch.device("cpu")
-    model = base(supported, model_type=comfy.model_base.ModelType.EPS, device=torch.device("meta") if meta else cpu)
+    place = torch.device("meta") if meta else device
+    model = base(supported, model_type=comfy.model_base.ModelType.EPS, device=place)
     if not meta:
         randomise(model.diffusion_model)
-    return comfy.model_patcher.ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu)
+    return comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=CPU)
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
     """Random weights that keep activations near 1: ComfyUI's modules start uninitialised."""
-    generator = torch.Generator().manual_seed(seed)
+    generators: dict[torch.device, torch.Generator] = {}
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(False)
         if parameter.ndim > 1:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
+            device = parameter.device
+            generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
         else:  # norms and biases
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A random plus adapter of 16 tokens, and the features of a picture and of the negative branch, [1, 257, 1280]."""
+    """A random adapter, and the features of images and of the negative branch: `image` [N, 257, 1280], `face` [N, 512]
+    or None.
+    """
 
     module: Any
-    positive: Tensor
-    negative: Tensor
+    image: Tensor
+    image_negative: Tensor
+    face: Tensor | None = None
 
 
-def new_adapter(pack: SimpleNamespace, model: Any, family: str, dtype: torch.dtype) -> Adapter:
-    """An adapter with weights of `dtype` that fits the model."""
+def new_adapter(
+    pack: SimpleNamespace,
+    model: Any,
+    family: str,
+    dtype: torch.dtype,
+    *,
+    face: bool = False,
+    images: int = 1,
+    device: torch.device = CPU,
+) -> Adapter:
+    """A plus adapter of 16 tokens that fits the model, or for a `face` a FaceID-Plus v2 adapter of the published size,
+    with weights of `dtype` and this many images. Its weights are made on `device` and lie on the CPU.
+    """
     sites = pack.core.cross_attention_sites(model.get_model_object("diffusion_model"))
-    spec = pack.core.new_spec(
-        "plus",
-        [site.width for site in sites],
-        sites[0].context_width,
-        image_width=IMAGE_WIDTH,
-        tokens=TOKENS,
-        resampler_width=RESAMPLER_WIDTH[family],
-    )
-    module = pack.core.init_adapter(spec, operations=comfy.ops.manual_cast, dtype=dtype).eval()
+    widths, context = [site.width for site in sites], sites[0].context_width
+    if face:
+        options = {"tokens": FACE_TOKENS[family], "shortcut": True}
+        spec = pack.core.new_spec("faceid-plus", widths, context, image_width=IMAGE_WIDTH, **options)
+    else:
+        options = {"tokens": TOKENS, "resampler_width": RESAMPLER_WIDTH[family]}
+        spec = pack.core.new_spec("plus", widths, context, image_width=IMAGE_WIDTH, **options)
+    module = pack.core.init_adapter(spec, operations=comfy.ops.manual_cast, device=device, dtype=dtype).eval()
     randomise(module)
-    features = torch.randn(2, 1, IMAGE_TOKENS, IMAGE_WIDTH, generator=torch.Generator().manual_seed(1))
-    return Adapter(module, features[0], features[1])
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(images + 1, IMAGE_TOKENS, IMAGE_WIDTH, generator=generator)
+    faces = nn.functional.normalize(torch.randn(images, FACE_WIDTH, generator=generator)) if face else None
+    return Adapter(module.to(CPU), features[:images], features[images:], faces)
 
 
 class Ours:
-    """Apply IP Adapter of this repository, with an image prompt that is already encoded."""
+    """Apply IP Adapter of this repository, with an image prompt that is already encoded; of several images, one for
+    each latent.
+    """
 
     def __init__(self, pack: SimpleNamespace, adapter: Adapter) -> None:
-        self.pack, self.adapter = pack, adapter
+        self.pack, images = pack, len(adapter.image)
         self.loaded = pack.types.manage("benchmark.safetensors", adapter.module)
-        encoded = [pack.types.EncodedImages(features) for features in (adapter.positive, adapter.negative)]
-        self.prompt = pack.types.ImagePrompt(*encoded, self.loaded.name)
+        face = adapter.face
+        positive = pack.types.EncodedImages(adapter.image, face, (1.0,) * images)
+        negative = pack.types.EncodedImages(adapter.image_negative, None if face is None else torch.zeros_like(face))
+        self.prompt = pack.types.ImagePrompt(positive, negative, self.loaded.name, one_each=images > 1)
         pack.types.project(self.loaded, self.prompt)
 
-    def apply(self, model: Any, end_at: float = 1.0) -> Any:
+    def apply(self, model: Any, end_at: float = 1.0, mask: Tensor | None = None) -> Any:
         """The patched MODEL."""
-        return self.pack.ApplyIPAdapter.execute(model, self.loaded, self.prompt, end_at=end_at).args[0]
+        options = {"end_at": end_at, "attn_mask": mask}
+        return self.pack.ApplyIPAdapter.execute(model, self.loaded, self.prompt, **options).args[0]
 
     def apply_with_projection(self, model: Any) -> Any:
         """The patched MODEL, with all the work that the peer's Apply does."""
         prompt = dataclasses.replace(self.prompt)
         return self.pack.ApplyIPAdapter.execute(model, self.loaded, prompt).args[0]
 
+    def apply_regions(self, model: Any, masks: Sequence[Tensor]) -> Any:
+        """The MODEL with the image prompt in each region, by the node for regions."""
+        inputs = {f"mask_{number}": mask for number, mask in enumerate(masks, 1)}
+        inputs |= {f"image_prompt_{number}": self.prompt for number in range(1, len(masks) + 1)}
+        return self.pack.ImagePromptRegions.execute(model, self.loaded, [], **inputs).args[0]
 
-class OldNames:
-    """This repository's IPAdapterEmbeds, the old pack's node under its own name: like the peer's, it runs the image
-    projector in every execution, and leaves out the middle block.
+
+class OldNode:
+    """A node IPAdapterEmbeds, or IPAdapterEmbedsBatch for several images, of either pack. `file` is what it takes as
+    an adapter. It runs the image projector itself, in every execution.
     """
 
-    def __init__(self, pack: SimpleNamespace, adapter: Adapter) -> None:
-        self.node = pack.IPAdapterEmbeds()
-        self.adapter = adapter
-        self.file = pack.wires.AdapterFile(pack.types.manage("benchmark.safetensors", adapter.module))
+    def __init__(self, nodes: Mapping[str, Any], file: Any, adapter: Adapter) -> None:
+        self.node = nodes["IPAdapterEmbeds" if len(adapter.image) == 1 else "IPAdapterEmbedsBatch"]()
+        self.file, self.adapter = file, adapter
 
-    def apply(self, model: Any, end_at: float = 1.0) -> Any:
+    def apply(self, model: Any, end_at: float = 1.0, mask: Tensor | None = None) -> Any:
         """The patched MODEL."""
-        options = {"weight": 1.0, "weight_type": "linear", "start_at": 0.0, "end_at": end_at}
-        adapter = self.adapter
-        return self.node.apply_ipadapter(model, self.file, adapter.positive, neg_embed=adapter.negative, **options)[0]
+        options = {"weight": 1.0, "weight_type": "linear", "start_at": 0.0, "end_at": end_at, "attn_mask": mask}
+        images, negative = self.adapter.image, self.adapter.image_negative
+        return self.node.apply_ipadapter(model, self.file, images, neg_embed=negative, **options)[0]
 
     apply_with_projection = apply
 
+    def apply_regions(self, model: Any, masks: Sequence[Tensor]) -> Any:
+        """The MODEL with one execution for each region."""
+        for mask in masks:
+            model = self.apply(model, mask=mask)
+        return model
 
-class Peer:
-    """The peer's node for features that are already encoded; it runs the projector itself, in every execution."""
 
-    def __init__(self, package: ModuleType, pack: SimpleNamespace, adapter: Adapter) -> None:
-        self.node = package.NODE_CLASS_MAPPINGS["IPAdapterEmbeds"]()
-        self.adapter = adapter
-        # What its loader makes of a file: the same tensors as ours, no copies.
-        self.file: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-        for key, tensor in pack.core.export_state(adapter.module).items():
-            part, _, name = key.partition(".")
-            self.file[part][name] = tensor
+def old_names(pack: SimpleNamespace, adapter: Adapter) -> OldNode:
+    """This repository's node under the old pack's name. It leaves out the middle block, as the peer's does."""
+    return OldNode(
+        vars(pack), pack.wires.AdapterFile(pack.types.manage("benchmark.safetensors", adapter.module)), adapter
+    )
 
-    def apply(self, model: Any, end_at: float = 1.0) -> Any:
-        """The patched MODEL."""
-        options = {"weight": 1.0, "weight_type": "linear", "start_at": 0.0, "end_at": end_at}
-        adapter = self.adapter
-        return self.node.apply_ipadapter(model, self.file, adapter.positive, neg_embed=adapter.negative, **options)[0]
+
+def peer_node(package: ModuleType, pack: SimpleNamespace, adapter: Adapter) -> OldNode:
+    """The peer's node, with what its loader makes of a file: the same tensors as ours, no copies."""
+    file: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in pack.core.export_state(adapter.module).items():
+        part, _, name = key.partition(".")
+        file[part][name] = tensor
+    return OldNode(package.NODE_CLASS_MAPPINGS, file, adapter)
 
 
 @contextlib.contextmanager
@@ -185,24 +223,15 @@ def half_precision_unets() -> Iterator[None]:
         comfy.cli_args.args.fp16_unet = before
 
 
-def sample(model: Any, family: str, steps: int, size: int, callback: Any = None) -> Tensor:
-    """Latents [1, 4, size, size] of ComfyUI's KSampler with classifier-free guidance, always from the same noise."""
+def sample(model: Any, family: str, steps: int, size: int, images: int = 1, callback: Any = None) -> Tensor:
+    """Latents [images, 4, size, size] of ComfyUI's KSampler with classifier-free guidance, always from the same
+    noise.
+    """
     generator = torch.Generator().manual_seed(2)
     text = torch.randn(2, 1, TEXT_TOKENS, CONTEXT[family], generator=generator)
     positive, negative = ([[states, {"pooled_output": torch.zeros(1, 1280)}]] for states in text)
-    latent = torch.zeros(1, 4, size, size)
+    latent = torch.zeros(images, 4, size, size)
     noise = torch.randn(latent.shape, generator=generator)
-    return comfy.sample.sample(
-        model,
-        noise,
-        steps,
-        4.0,
-        "euler",
-        "normal",
-        positive,
-        negative,
-        latent,
-        callback=callback,
-        disable_pbar=True,
-        seed=3,
-    )
+    texts = (positive, negative)
+    options = {"callback": callback, "disable_pbar": True, "seed": 3}
+    return comfy.sample.sample(model, noise, steps, 4.0, "euler", "normal", *texts, latent, **options)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from overhead_cases import FACE, FRAMES, REGIONS, Contender, Packs, cases
 from overhead_measure import (
     ATTENTION,
     MATMULS,
@@ -22,7 +23,7 @@ from overhead_measure import (
     paired_ratio,
     total,
 )
-from overhead_models import REAL_WIDTH, OldNames, Ours, Peer, half_precision_unets, new_adapter, new_unet, sample
+from overhead_models import REAL_WIDTH, half_precision_unets, new_adapter, new_unet, sample
 from overhead_table import Row
 
 LABELS = {"sd15": "SD1.5", "sdxl": "SDXL"}
@@ -47,32 +48,15 @@ class Settings:
     clone_repeats: int = 5
 
 
-@dataclass(frozen=True, eq=False)
-class Packs:
-    """This repository's pack, and the peer's package or None."""
-
-    ours: SimpleNamespace
-    peer: ModuleType | None
-    old_names: bool = False
-
-    def appliers(self, model: Any, family: str, dtype: torch.dtype) -> tuple[Ours | OldNames, Peer | None]:
-        """Both packs' Apply with the same adapter, whose weights have this dtype."""
-        adapter = new_adapter(self.ours, model, family, dtype)
-        ours = OldNames if self.old_names else Ours
-        return ours(self.ours, adapter), self.peer and Peer(self.peer, self.ours, adapter)
-
-
 def rows_of_apply(packs: Packs, settings: Settings) -> Iterator[Row]:
     """Time of Apply and of a clone, and bytes held after Apply: SDXL at its real width, plus adapter, 16 tokens."""
     model = new_unet("sdxl", REAL_WIDTH, meta=True)
     for dtype in FILE_DTYPES:
-        ours, peer = packs.appliers(model, "sdxl", dtype)
+        contenders = packs.contenders(new_adapter(packs.ours, model, "sdxl", dtype))
         actions: dict[str, Callable[[], Any]] = {
-            "ours": lambda ours=ours: ours.apply(model),
-            "with projection": lambda ours=ours: ours.apply_with_projection(model),
+            name: functools.partial(each.apply, model) for name, each in contenders.items()
         }
-        if peer:
-            actions["peer"] = lambda peer=peer: peer.apply(model)
+        actions["with projection"] = functools.partial(contenders["ours"].apply_with_projection, model)
         times = alternate(actions, settings.apply_repeats)
         file = f"{_short(dtype)} file"
         # The published adapters are fp16 files, so the bar is on those.
@@ -80,52 +64,74 @@ def rows_of_apply(packs: Packs, settings: Settings) -> Iterator[Row]:
         yield from _time_rows(f"SDXL Apply, {file}", "s", times, share, ours="ours")
         yield from _time_rows(f"SDXL Apply + projection, {file}", "s", times, ours="with projection")
         if dtype == torch.float16:
-            yield from _rows_of_clones(model, ours, peer, settings)
-            yield from _rows_of_held(ours, peer)
+            yield from _rows_of_clones(model, contenders, settings)
+            builders = {name: each.apply for name, each in contenders.items()}
+            for model_dtype, limit in HELD_LIMITS.items():
+                yield _row_of_held("SDXL held after Apply", "sdxl", builders, model_dtype, limit)
 
 
-def _rows_of_clones(model: Any, ours: Ours, peer: Peer | None, settings: Settings) -> Iterator[Row]:
+def _rows_of_clones(model: Any, contenders: Mapping[str, Contender], settings: Settings) -> Iterator[Row]:
     """ComfyUI clones a model in every node that patches it. Older versions deep-copy all that hangs on it."""
-    models = {"base": model, "ours": ours.apply(model)} | ({"peer": peer.apply(model)} if peer else {})
+    models = {"base": model, **{name: each.apply(model) for name, each in contenders.items()}}
     times = alternate({name: each.clone for name, each in models.items()}, settings.clone_repeats)
     yield from _time_rows("SDXL clone", "ms", times)
     added = {name: held_bytes(each.clone(), each) / 1e6 for name, each in models.items()}
     yield Row("SDXL new bytes in a clone", "MB", added["ours"], added.get("peer"), added["base"])
 
 
-def _rows_of_held(ours: Ours, peer: Peer | None) -> Iterator[Row]:
+def _row_of_held(
+    name: str,
+    family: str,
+    builders: Mapping[str, Callable[[Any], Any]],
+    dtype: torch.dtype,
+    limit: float | None = None,
+) -> Row:
     """What the patched MODEL keeps in memory beside the base model's, for an adapter file in fp16."""
-    for dtype, limit in HELD_LIMITS.items():
-        model = new_unet("sdxl", REAL_WIDTH, dtype, meta=True)
-        held = held_bytes(ours.apply(model), model) / 1e6
-        held_by_peer = None
-        if peer and dtype == torch.float16:
-            with half_precision_unets():
-                held_by_peer = held_bytes(peer.apply(model), model) / 1e6
-        elif peer:
-            held_by_peer = held_bytes(peer.apply(model), model) / 1e6
-        ratio = held / held_by_peer if held_by_peer else None
-        yield Row(f"SDXL held after Apply, {_short(dtype)} model", "MB", held, held_by_peer, 0, ratio, at_most=limit)
+    model, held = new_unet(family, REAL_WIDTH, dtype, meta=True), {}
+    for pack, build in builders.items():
+        with half_precision_unets() if dtype == torch.float16 else contextlib.nullcontext():
+            held[pack] = held_bytes(build(model), model) / 1e6
+    ours, peer = held["ours"], held.get("peer")
+    ratio = ours / peer if peer else None
+    return Row(f"{name}, {_short(dtype)} model", "MB", ours, peer, 0, ratio, at_most=limit)
+
+
+def rows_of_cases(packs: Packs, settings: Settings) -> Iterator[Row]:
+    """Calls, time of a step and bytes held of a face prompt, four regions and an image for each frame, on SD1.5."""
+    model, real = new_unet("sd15", settings.width), new_unet("sd15", REAL_WIDTH, torch.float16, meta=True)
+    names = (FACE, REGIONS, FRAMES)
+    sampled = cases(packs, model, "sd15", torch.float32, names)
+    for case, of_real_width in zip(sampled, cases(packs, real, "sd15", torch.float16, names), strict=True):
+        few = case.images > 1
+        how = replace(settings, size=settings.size // 2, steps=2, repeats=3) if few else settings
+        label, models = f"SD1.5 {case.name}", case.models(model)
+        run = functools.partial(sample, family="sd15", size=how.size, images=case.images)
+        check_effect({name: run(each, steps=how.steps) for name, each in models.items()})
+        inside = {name: calls_in_layers(each, run) for name, each in models.items()}
+        yield _count(f"{label}: added calls in the layers", "a forward", _added(inside))
+        yield from _rows_of_steps(f"{label}: step", models, run, how)
+        yield _row_of_held(f"{label}: held after Apply", "sd15", of_real_width.builders, torch.float16)
 
 
 def rows_of_sampling(packs: Packs, family: str, settings: Settings) -> Iterator[Row]:
     """Counts and times of sampling with a narrow UNet that has all layers of its family."""
     model = new_unet(family, settings.width)
-    ours, peer = packs.appliers(model, family, torch.float32)
-    models = {"base": model, "ours": ours.apply(model)} | ({"peer": peer.apply(model)} if peer else {})
-    windowed = {"base": model, "ours": ours.apply(model, WINDOW_END)} | (
-        {"peer": peer.apply(model, WINDOW_END)} if peer else {}
-    )
+    contenders = packs.contenders(new_adapter(packs.ours, model, family, torch.float32))
+    models = {"base": model, **{name: each.apply(model) for name, each in contenders.items()}}
+    windowed = {"base": model, **{name: each.apply(model, WINDOW_END) for name, each in contenders.items()}}
     run = functools.partial(sample, family=family, size=settings.size)
-    _check_effect({name: run(each, steps=settings.steps) for name, each in models.items()})
+    check_effect({name: run(each, steps=settings.steps) for name, each in models.items()})
     yield from _rows_of_counts(LABELS[family], models, windowed, run)
-    times = alternate(
-        {name: functools.partial(run, each, steps=settings.steps) for name, each in models.items()}, settings.repeats
-    )
+    yield from _rows_of_steps(f"{LABELS[family]} step", models, run, settings)
+
+
+def _rows_of_steps(name: str, models: Mapping[str, Any], run: Callable[..., Any], settings: Settings) -> Iterator[Row]:
+    actions = {pack: functools.partial(run, each, steps=settings.steps) for pack, each in models.items()}
+    times = alternate(actions, settings.repeats)
     steps = {
-        name: [Duration(d.cpu / settings.steps, d.wall / settings.steps) for d in ds] for name, ds in times.items()
+        pack: [Duration(d.cpu / settings.steps, d.wall / settings.steps) for d in ds] for pack, ds in times.items()
     }
-    yield from _time_rows(f"{LABELS[family]} step", "ms", steps, 1.0)
+    yield from _time_rows(name, "ms", steps, 1.0)
 
 
 def _rows_of_counts(
@@ -222,7 +228,7 @@ def _replacements(model: Any) -> Mapping[Any, Any]:
     return model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
 
 
-def _check_effect(latents: Mapping[str, torch.Tensor]) -> None:
+def check_effect(latents: Mapping[str, torch.Tensor]) -> None:
     """A contender that changes nothing, or breaks the picture, would be cheap for the wrong reason."""
     for name, latent in latents.items():
         if not latent.isfinite().all():

@@ -67,7 +67,6 @@ class Call:
     corners: tuple[Grid | None, ...]
     frames: tuple[int, ...]
     device: torch.device
-    dtype: torch.dtype
 
 
 def remember(made: dict[Hashable, _T], key: Hashable, make: Callable[[], _T], keep: int) -> _T:
@@ -99,7 +98,6 @@ def read_call(options: Options, x: Tensor, size: Grid | None = None) -> Call:
         corners=tuple(corners.get(uuid) for uuid in uuids) if corners else (None,) * len(chunks),
         frames=_frames(options, rows_each(len(chunks), x.shape[0])),
         device=x.device,
-        dtype=x.dtype,
     )
 
 

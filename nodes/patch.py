@@ -41,23 +41,23 @@ class SitePatch:
         step = step_of(self.application, options, query)
         if not step.active:
             return text
-        term = self.image_term(query, step, options)
+        term, gate = self.image_term(query, step, options)
         if self.record is not None:
-            self.record.add(self.place, self.application.key, term, options)
-        return text + term
+            shown = term if gate is None else term * gate
+            self.record.add(self.place, self.application.key, shown, options)
+        return text + term if gate is None else torch.addcmul(text, term, gate)
 
     def recorded(self, record: Record) -> SitePatch:
         """The same with all below it that is ours, for a model that nobody else holds."""
         below = self.previous.recorded(record) if isinstance(self.previous, SitePatch) else self.previous
         return replace(self, previous=below, record=record)
 
-    def image_term(self, query: Tensor, step: Step, options: Options) -> Tensor:
-        """The attention of query [B, N, C] to the image tokens of each row."""
+    def image_term(self, query: Tensor, step: Step, options: Options) -> tuple[Tensor, Tensor | None]:
+        """The attention of query [B, N, C] to the image tokens of each row, and what to multiply it with, or None."""
         upcast = options.get("attn_precision") == torch.float32
         key, value, gate = step.of(self.place, options, query)
         attend = _attend_in_fp32 if upcast else F.scaled_dot_product_attention
-        term = attend_to_heads(query, key, value, attend=attend)
-        return term if gate is None else term * gate
+        return attend_to_heads(query, key, value, attend=attend), gate
 
     def to(self, target: Any, *_: Any, **__: Any) -> SitePatch:
         """ComfyUI moves patches to the device of the model. Ours hold nothing; one of another pack may."""

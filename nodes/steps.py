@@ -38,10 +38,10 @@ class Step:
         """Keys and values [B, H, T, d] for query [B, N, C], and what to multiply its image attention with: [B, N, 1],
         or None for nothing.
         """
-        key, value = self.pairs[place]
+        (key, value), gate = self.pairs[place], self._gate(options)
         if key.dtype != query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
-        gate = self._gate(options)
+            gate = None if gate is None else gate.to(query.dtype)
         batch = query.shape[0]
         if batch == len(self.rows):
             return key, value, gate
@@ -211,7 +211,9 @@ class Application:
         return {place: KeyValue(*map(select, pair)) for place, pair in self.pairs.items()}
 
     def _gates(self, factors: tuple[float, ...], call: Call) -> dict[Grid, Tensor]:
-        scale = _on(torch.tensor(factors * len(call.chunks), dtype=call.dtype), call.device).reshape(-1, 1, 1)
+        # In the dtype of the layers: the latents of the call are still fp32, and the layers would get fp32 back.
+        dtype = next(iter(self.pairs.values())).key.dtype
+        scale = _on(torch.tensor(factors * len(call.chunks), dtype=dtype), call.device).reshape(-1, 1, 1)
         return {grid: self._gate(scale, grid, call) for grid in level_grids(call.size)}
 
     def _gate(self, scale: Tensor, grid: Grid, call: Call) -> Tensor:
@@ -224,7 +226,7 @@ class Application:
             part = mask if corner is None else crop_mask(mask, call.whole, corner, call.size)
             resized = resize_mask(part, grid)
             chunks.append(resized[[min(frame, len(resized) - 1) for frame in call.frames]])
-        return _on(torch.cat(chunks).to(call.dtype), call.device) * scale
+        return _on(torch.cat(chunks).to(scale.dtype), call.device) * scale
 
 
 def step_of(application: Application, options: Options, query: Tensor) -> Step:

@@ -1,4 +1,5 @@
-"""A real ComfyUI, named by COMFYUI_PATH, in this process on the CPU; without it these tests are skipped."""
+"""A real ComfyUI, named by COMFYUI_PATH, in this process; without it these tests are skipped. It runs on the CPU, or
+for test_gpu.py on the GPU with COMFYUI_DEVICE=cuda."""
 
 from __future__ import annotations
 
@@ -23,6 +24,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
+DEVICE = os.environ.get("COMFYUI_DEVICE", "")
+DYNAMIC = DEVICE == "cuda" and bool(os.environ.get("COMFYUI_DYNAMIC_VRAM"))  # weights streamed, as by default on NVIDIA
 PACK = "pack_of_any_name"
 WIDTH, CONTEXT, EMBEDS = 32, 64, 48  # channels of the tiny UNet's first level, of its text, of the image features
 VISION = {
@@ -40,13 +43,14 @@ VISION = {
 
 @pytest.fixture(scope="session")
 def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of ComfyUI, imported with --cpu and with temporary folders for what it writes."""
+    """The folder of ComfyUI, imported with temporary folders for what it writes."""
     if not COMFYUI:
         pytest.skip("COMFYUI_PATH is not set: these tests need a ComfyUI checkout and its requirements")
     folder = Path(COMFYUI).resolve()
     sys.path.insert(0, str(folder))
     # ComfyUI's default attention of the CPU asks for free memory in every call, which breaks compiled graphs.
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--use-pytorch-cross-attention"]
+    of_device = [] if DEVICE == "cuda" else ["--cpu"]
+    arguments, sys.argv = sys.argv, ["main.py", *of_device, "--use-pytorch-cross-attention"]
     try:
         import comfy.options
 
@@ -57,6 +61,8 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Path:
         import nodes  # noqa: F401
     finally:
         sys.argv = arguments
+    if DYNAMIC:
+        _stream_weights()
     out = tmp_path_factory.mktemp("comfyui")
     folder_paths.models_dir = str(out / "models")
     folder_paths.set_temp_directory(str(out / "temp"))
@@ -65,6 +71,20 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (out / "models" / name).mkdir(parents=True)
     folder_paths.folder_names_and_paths["clip_vision"] = ([str(out / "models" / "clip_vision")], {".safetensors"})
     return folder
+
+
+def _stream_weights() -> None:
+    """What ComfyUI's main.py does at start on an NVIDIA GPU."""
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy_aimdo.control
+
+    comfy_aimdo.control.init()
+    devices = comfy.model_management.get_all_torch_devices()
+    assert comfy_aimdo.control.init_devices((device.index, 0) for device in devices)
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
 
 
 def import_pack(name: str = PACK) -> ModuleType:
@@ -114,8 +134,19 @@ def randomise(module: torch.nn.Module, seed: int, scale: float = 0.08) -> None:
         parameter.copy_(noise + 1.0 if "norm" in name and name.endswith("weight") else noise)
 
 
-def new_model(family: str = "sd15", width: int = WIDTH, seed: int = 0, **shape: Any) -> Any:
-    """A tiny random UNet in the shape of SD1.5 or SDXL, but for what `shape` changes of its config, as a MODEL."""
+def new_model(
+    family: str = "sd15",
+    width: int = WIDTH,
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    cast: torch.dtype | None = None,
+    device: str = "cpu",
+    **shape: Any,
+) -> Any:
+    """A tiny random UNet in the shape of SD1.5 or SDXL, but for what `shape` changes of its config, as a MODEL. Its
+    weights have `dtype`, and it calculates in `cast` if that is given, on `device`.
+    """
     import comfy.model_base
     import comfy.model_management
     import comfy.model_patcher
@@ -157,13 +188,16 @@ def new_model(family: str = "sd15", width: int = WIDTH, seed: int = 0, **shape: 
     }
     supported = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family](config)
     supported.unet_config.update(num_heads=2, num_head_channels=-1)
-    supported.set_inference_dtype(torch.float32, None)
+    supported.set_inference_dtype(dtype, cast)
     base = {"sd15": comfy.model_base.BaseModel, "sdxl": comfy.model_base.SDXL}[family]
-    device = torch.device("cpu")
-    model = base(supported, model_type=comfy.model_base.ModelType.EPS, device=device)
+    home = torch.device("cpu")
+    model = base(supported, model_type=comfy.model_base.ModelType.EPS, device=home)
     randomise(model.diffusion_model, seed)
     model.eval()
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+    patcher = comfy.model_patcher.ModelPatcher
+    if device != "cpu":
+        patcher = getattr(comfy.model_patcher, "CoreModelPatcher", patcher)
+    return patcher(model, load_device=torch.device(device), offload_device=home)
 
 
 def new_adapter(pack: SimpleNamespace, model: Any, seed: int = 1, kind: str = "base", name: str = "a") -> Any:
@@ -173,6 +207,7 @@ def new_adapter(pack: SimpleNamespace, model: Any, seed: int = 1, kind: str = "b
     sites = pack.core.cross_attention_sites(model.get_model_object("diffusion_model"))
     widths = [site.width for site in sites]
     options = {"resampler_width": CONTEXT, "dim_head": 16, "depth": 1} if kind == "plus" else {}
+    options |= {"lora_rank": 3} if kind == "faceid" else {}
     spec = pack.core.new_spec(kind, widths, sites[0].context_width, image_width=EMBEDS, tokens=4, **options)
     adapter = pack.core.init_adapter(spec, operations=comfy.ops.manual_cast)
     randomise(adapter, seed, scale=0.3)

@@ -72,9 +72,9 @@ def test_a_half_mask_acts_on_its_half_of_every_grid(pack, world, monkeypatch, si
     original = pack.patch.SitePatch.image_term
 
     def image_term(self, query, step, options):
-        term = original(self, query, step, options)
-        terms.append(term.unflatten(1, tuple(options["activations_shape"][-2:])))
-        return term
+        term, gate = original(self, query, step, options)
+        terms.append((term * gate).unflatten(1, tuple(options["activations_shape"][-2:])))
+        return term, gate
 
     monkeypatch.setattr(pack.patch.SitePatch, "image_term", image_term)
     mask = torch.zeros(1, 144, 144)
@@ -85,6 +85,18 @@ def test_a_half_mask_acts_on_its_half_of_every_grid(pack, world, monkeypatch, si
         width = term.shape[2]
         assert not term[:, :, : (width - 1) // 2].any()
         assert term[:, :, width // 2 + 1 :].abs().sum(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mask_and_a_schedule_in_half_precision(pack, world, dtype):
+    """A sampler's latents are fp32 whatever the model calculates in."""
+    model, options = world.new_model(dtype=dtype), {"attn_mask": torch.zeros(1, 16, 16)}
+    options["attn_mask"][..., :8] = 1.0
+    for more in ({}, {"weight_schedule": pack.WeightSchedule.execute("steps", "1, 0.5").args[0]}):
+        want = world.sample(world.apply(world.model, world.adapter, world.prompt, **options, **more))
+        got = world.sample(world.apply(model, world.adapter, world.prompt, **options, **more)).float()
+        effect = (want - world.base).abs().mean()
+        assert (got - want).abs().mean() < effect * {torch.float16: 0.02, torch.bfloat16: 0.15}[dtype]
 
 
 def test_a_batch_of_masks_gives_each_picture_its_own(world):

@@ -48,8 +48,8 @@ def in_all(world, model):
 @pytest.mark.parametrize(("family", "layers"), [("sd15", 16), ("sdxl", 70)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_calls_in_the_layers(world, monkeypatch, family, layers, masked):
-    """Two calls split the query, one attends, two merge, one adds; one multiplies with a mask. No matrix product but
-    the attention's, and nothing that waits for the device.
+    """Two calls split the query, one attends, two merge, one adds, with a mask or without. No matrix product but the
+    attention's, and nothing that waits for the device.
     """
     model = world.new_model(family)
     adapter = world.new_adapter(model)
@@ -57,7 +57,7 @@ def test_calls_in_the_layers(world, monkeypatch, family, layers, masked):
     patched = world.apply(model, adapter, world.new_prompt(adapter), attn_mask=mask, end_at=0.999)
     added = in_the_layers(world, patched, monkeypatch)
     added.subtract(in_the_layers(world, model, monkeypatch))
-    assert sum(added.values()) <= (7 if masked else 6) * layers, added
+    assert sum(added.values()) <= 6 * layers, added
     assert not any(added[name] for name in (*MATMULS, *SYNCS)), added
     assert added["aten.scaled_dot_product_attention"] == layers
 
@@ -74,12 +74,12 @@ def test_at_most_one_sync_a_step(world):
 
 
 @pytest.mark.parametrize("over", ["steps", "frames"])
-def test_a_schedule_costs_one_call_a_layer_and_one_sync_a_step(pack, world, monkeypatch, over):
+def test_a_schedule_costs_no_call_in_a_layer_and_one_sync_a_step(pack, world, monkeypatch, over):
     made = pack.WeightSchedule.execute(over, "1, 0.5").args[0]
     patched = world.apply(world.model, world.adapter, world.prompt, weight_schedule=made)
     added = in_the_layers(world, patched, monkeypatch)
     added.subtract(in_the_layers(world, world.model, monkeypatch))
-    assert sum(added.values()) <= 7 * 16 and not any(added[name] for name in (*MATMULS, *SYNCS)), added
+    assert sum(added.values()) <= 6 * 16 and not any(added[name] for name in (*MATMULS, *SYNCS)), added
     whole, base = in_all(world, patched), in_all(world, world.model)
     assert sum(whole[name] - base[name] for name in SYNCS) <= (STEPS if over == "steps" else 0)
 

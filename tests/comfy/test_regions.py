@@ -19,10 +19,11 @@ def terms(pack, monkeypatch):
     original = pack.patch.SitePatch.image_term
 
     def image_term(self, query, step, options):
-        term = original(self, query, step, options)
+        term, gate = original(self, query, step, options)
         grid = tuple(options["activations_shape"][-2:])
-        found.append((self.application.key, options["block"], term.unflatten(1, grid).abs().sum(-1)))
-        return term
+        acting = term if gate is None else term * gate
+        found.append((self.application.key, options["block"], acting.unflatten(1, grid).abs().sum(-1)))
+        return term, gate
 
     monkeypatch.setattr(pack.patch.SitePatch, "image_term", image_term)
     return found
