@@ -24,6 +24,7 @@ from .wires import open_pipeline
 
 class IPAdapterEmbeds(OldNode):
     TITLE = "IPAdapter Embeds"
+    REPLACED_BY = "Apply IP Adapter"
     UNFOLD: ClassVar[bool] = False
 
     @classmethod
