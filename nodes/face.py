@@ -137,11 +137,7 @@ class EncodeFacePrompt(Node):
             index=face_index,
             no_face=no_face,
         )
-        if found.embeddings.shape[1] != spec.face_width:
-            raise AdapterError(
-                f"{face_analysis.name} makes face embeddings of {found.embeddings.shape[1]}, {ip_adapter.name} takes "
-                f"{spec.face_width}. Choose the face models that it was trained with, such as buffalo_l."
-            )
+        check_faces(ip_adapter, found.embeddings, face_analysis.name)
         positive = encode_faces(ip_adapter, found, clip_vision, combine)
         negative = negative_faces(ip_adapter, clip_vision, image_negative)
         if one_each and len(found.rows) < len(image):
@@ -161,6 +157,15 @@ class EncodeFacePrompt(Node):
 def crop_size(spec: AdapterSpec) -> int:
     """The side of the aligned crop, as in ComfyUI_IPAdapter_plus."""
     return 336 if spec.is_kolors else 256 if spec.context_width == 2048 else 224
+
+
+def check_faces(ip_adapter: LoadedAdapter, embeddings: Tensor, models: str) -> None:
+    """Raises AdapterError for embeddings of face models that the adapter was not trained with."""
+    if embeddings.shape[1] != ip_adapter.spec.face_width:
+        raise AdapterError(
+            f"{models} makes face embeddings of {embeddings.shape[1]}, {ip_adapter.name} takes "
+            f"{ip_adapter.spec.face_width}. Choose the face models that it was trained with, such as buffalo_l."
+        )
 
 
 def encode_faces(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ipadapter_core import AdapterError
+from ..ipadapter_core.file_types import START, FileType, type_of, unexpected_type
 from .node import Node
 from .types import SEARCH_ALIASES, node_schema
 
@@ -32,6 +34,7 @@ PROVIDERS = {
     "OpenVINO": "OpenVINOExecutionProvider",
     "CoreML": "CoreMLExecutionProvider",
 }
+_log = logging.getLogger("ip_adapter_kit")
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
@@ -106,40 +109,47 @@ def find_files(name: str) -> list[Path]:
     return []
 
 
-def load_face_analysis(name: str, provider: str = "CPU") -> FaceAnalysis:
-    """The detection and the recognition model of a folder.
+def load_face_analysis(name: str, provider: str = "CPU", *, fall_back: bool = False) -> FaceAnalysis:
+    """The detection and the recognition model of a folder. With `fall_back`, the CPU runs them, and a line is logged,
+    where the provider is missing.
 
     Raises AdapterError when insightface, the files or the provider are missing, or a file is damaged.
     """
     zoo, runtime = _import_insightface()
     files = find_files(name)
+    finds, tells = PACKS.get(name, PACKS["buffalo_l"])
+    source = f"{name if name in PACKS else 'buffalo_l'}.zip at {PAGE}"
     if not files:
-        finds, tells = PACKS.get(name, PACKS["buffalo_l"])
         raise AdapterError(
-            f"No face models in {_roots()[0] / name}. Put {finds} and {tells} there, from {name}.zip at {PAGE} "
-            "(for non-commercial research only)."
+            f"No face models in {_roots()[0] / name}. Put {finds} and {tells} there, from {source} (for non-commercial "
+            "research only)."
         )
-    available = runtime.get_available_providers()
-    offered = [short for short, long in PROVIDERS.items() if long in available]
+    offered = [short for short, long in PROVIDERS.items() if long in runtime.get_available_providers()]
     if provider not in offered:
-        raise AdapterError(
-            f"The installed onnxruntime offers {', '.join(offered)}, not {provider}. Choose {offered[0]}, or install "
-            f"the onnxruntime for {provider}."
-        )
+        message = f"The installed onnxruntime offers {', '.join(offered)}, not {provider}."
+        if not fall_back:
+            raise AdapterError(f"{message} Choose {offered[0]}, or install the onnxruntime for {provider}.")
+        _log.warning("%s The CPU runs the face models of %s.", message, name)
+        provider = "CPU"
     models: dict[str, Any] = {}
     for file in files:
         model = _load(zoo, file, list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["CPU"]])))
         models.setdefault(getattr(model, "taskname", ""), model)
     missing = [task for task in ("detection", "recognition") if task not in models]
     if missing or not models["detection"].use_kps:
-        found = f"no {missing[0]} model" if missing else "a detection model that gives no landmarks"
-        raise AdapterError(f"{files[0].parent} holds {found}. Use the files of buffalo_l or antelopev2, from {PAGE}.")
+        found = f"no {missing[0]} model" if missing else "a detection model without landmarks"
+        raise AdapterError(
+            f"{files[0].parent} holds {found}: {', '.join(file.name for file in files)}. Put {finds} and {tells} "
+            f"there, from {source}."
+        )
     detector, recognizer = models["detection"], models["recognition"]
     for model in (detector, recognizer):
         if model.session.get_providers()[0] != PROVIDERS[provider]:
-            raise AdapterError(
-                f"onnxruntime could not start {provider}; the reason is in the console. Choose the provider CPU."
-            )
+            message = f"onnxruntime could not start {provider}; the reason is in the console."
+            if not fall_back:
+                raise AdapterError(f"{message} Choose the provider CPU.")
+            _log.warning("%s The CPU runs the face models of %s.", message, name)
+            break
     detector.prepare(0, det_thresh=0.5, input_size=(640, 640))
     return FaceAnalysis(name, detector, recognizer)
 
@@ -162,10 +172,22 @@ def _load(zoo: Any, file: Path, providers: list[str]) -> Any:
         # One session serves every detection size; insightface 2 would make one for each.
         return zoo.get_model(str(file), providers=providers, static_shape_sessions=False)
     except Exception as error:  # onnxruntime has many kinds, none of them public
+        if _other_type(file) is not None:
+            raise unexpected_type(file, "an ONNX model", PAGE) from error
         reason = str(error).split("\n", 1)[0]
         raise AdapterError(
-            f"{file}: onnxruntime cannot load it ({reason}). It is damaged or no face model: download it again."
+            f"{file}: onnxruntime cannot load it ({reason}). It is damaged or no face model: download it again from "
+            f"{PAGE}."
         ) from error
+
+
+def _other_type(file: Path) -> FileType | None:
+    """What a file that is no model is, such as a web page; None where its first bytes do not show it."""
+    try:
+        with file.open("rb") as stream:
+            return type_of(stream.read(START))
+    except OSError:
+        return None
 
 
 def _roots() -> list[Path]:

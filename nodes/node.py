@@ -32,10 +32,12 @@ class Node(io.ComfyNode):
 
 def _checked(execute: Any) -> Any:
     signature = inspect.signature(execute)
+    more = next((name for name, each in signature.parameters.items() if each.kind is each.VAR_KEYWORD), "")
 
     @functools.wraps(execute)
     def checked(cls: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(cls, *args, **kwargs).arguments
+        given.update(given.pop(more, {}))  # numbered inputs, taken as **inputs
         own = inspect.signature(cls.validate_inputs).parameters
         for entry in cls.define_schema().inputs:
             if given.get(entry.id) is not None and entry.id not in own:

@@ -36,6 +36,7 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
 # Files of equal shapes that were trained for a use of their own: only their names tell, so a name decides among files
 # that fit by their shapes, and never against the shapes.
 _HINTS = {FACE: re.compile("face"), COMPOSITION: re.compile("composition"), LIGHT: re.compile("light(?!ning)")}
+_FACE_NODES = "Load IP Adapter, Load Face Analysis, Encode Face Prompt and Apply IP Adapter"
 _KOLORS_PAGE = "https://huggingface.co/Kwai-Kolors/Kolors-IP-Adapter-Plus"
 _DOWNLOADS = {
     ("sd15", LIGHT): "models/ip-adapter_sd15_light.safetensors",
@@ -96,12 +97,12 @@ def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: st
 
     Raises AdapterError that names the file that is missing, its folder and its page.
     """
-    candidates, others = _candidates(unet, sites)
+    candidates, faces, others = _candidates(unet, sites)
     bundled = _bundled(unet, sites)
     if not candidates and bundled is not None:
         return bundled
     if not candidates:
-        raise _missing(unet, sites, use_for, likeness, others)
+        raise _missing(unet, sites, use_for, likeness, faces, others)
     ranked = sorted(candidates, key=lambda candidate: candidate.rank(use_for, likeness))  # stable: safetensors first
     encoders, first_error = existing(ENCODERS), None
     for candidate in ranked:
@@ -111,7 +112,7 @@ def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: st
         except AdapterError as error:
             first_error = first_error or error
             continue
-        notes = _notes(candidate, ranked, use_for, likeness)
+        notes = _notes(candidate, ranked, faces, use_for, likeness)
         return Pair(name, candidate.path, encoder, spec, notes)
     if bundled is not None:  # a trained emoji adapter, whose encoder comes with the pack
         return bundled
@@ -119,9 +120,12 @@ def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: st
     raise first_error
 
 
-def _candidates(unet: nn.Module, sites: Sequence[Site]) -> tuple[list[_Candidate], list[str]]:
-    """The adapters that fit the model and need no face, and what the other files are."""
+def _candidates(unet: nn.Module, sites: Sequence[Site]) -> tuple[list[_Candidate], list[str], list[str]]:
+    """The adapters that fit the model and need no face models, the names of those that fit and need them, and what
+    the other files are.
+    """
     found: list[_Candidate] = []
+    faces: list[str] = []
     others: list[str] = []
     for path, name in existing(ADAPTERS).items():
         try:
@@ -129,11 +133,14 @@ def _candidates(unet: nn.Module, sites: Sequence[Site]) -> tuple[list[_Candidate
         except (AdapterError, OSError):
             others.append(f"{name} (no adapter that is read)")
             continue
-        if spec.face_width is None and _fits(spec, unet, sites):
+        fits = _fits(spec, unet, sites)
+        if fits and spec.face_width is None:
             found.append(_Candidate(name, path, spec))
-        else:
-            others.append(f"{name} ({spec.kind} for {spec.family_name})")
-    return found, others
+            continue
+        if fits:
+            faces.append(name)
+        others.append(f"{name} ({spec.kind} for {spec.family_name})")
+    return found, faces, others
 
 
 def _fits(spec: AdapterSpec, unet: nn.Module, sites: Sequence[Site]) -> bool:
@@ -156,7 +163,9 @@ def _bundled(unet: nn.Module, sites: Sequence[Site]) -> Pair | None:
     return Pair(BUNDLED, folder / ADAPTER, folder / MODEL / "image_encoder", spec)
 
 
-def _notes(chosen: _Candidate, ranked: Sequence[_Candidate], use_for: str, likeness: str) -> tuple[str, ...]:
+def _notes(
+    chosen: _Candidate, ranked: Sequence[_Candidate], faces: Sequence[str], use_for: str, likeness: str
+) -> tuple[str, ...]:
     """What the user should know of the choice."""
     notes: list[str] = []
     own, kind = chosen.mismatch(use_for), chosen.spec.kind
@@ -164,6 +173,8 @@ def _notes(chosen: _Candidate, ranked: Sequence[_Candidate], use_for: str, liken
         notes.append("Its name decided: files for faces and composition have the shapes of the others.")
     if use_for == FACE and own:
         notes.append("No file here has face in its name (plus-face, full-face), so a general one is used.")
+        if faces:
+            notes.append(f"{faces[0]} keeps a face better, but needs face models: {_FACE_NODES}.")
     if kind != _KINDS[likeness][0]:
         notes.append(f"Likeness {likeness} asks for a {_KINDS[likeness][0]} adapter, of which none is usable here.")
     if chosen is not ranked[0]:
@@ -172,7 +183,12 @@ def _notes(chosen: _Candidate, ranked: Sequence[_Candidate], use_for: str, liken
 
 
 def _missing(
-    unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: str, others: Sequence[str]
+    unet: nn.Module,
+    sites: Sequence[Site],
+    use_for: str,
+    likeness: str,
+    faces: Sequence[str],
+    others: Sequence[str],
 ) -> AdapterError:
     context, widths = sites[0].context_width, [site.width for site in sites]
     family = "kolors" if is_kolors_unet(unet) else family_of(context, widths)
@@ -182,6 +198,8 @@ def _missing(
         file, page = "ip_adapter_plus_general.bin", _KOLORS_PAGE
     model = "Kolors" if family == "kolors" else FAMILY_NAMES.get(family)
     looked = f" Looked at: {'; '.join(others)}." if others else ""
+    if use_for == FACE and faces:
+        looked = f" Or use {faces[0]}, which needs face models, with other nodes: {_FACE_NODES}."
     if file is None:
         what = f"{model} model" if model else f"model (context {context}, {len(sites)} layers)"
         return AdapterError(

@@ -157,6 +157,7 @@ class IPAdapterBatch(IPAdapterAdvanced):
 
 class IPAdapterStyleComposition(IPAdapterAdvanced):
     TITLE = "IPAdapter Style & Composition SDXL"
+    REPLACED_BY = "two of Apply IP Adapter, one for style and one for composition"
     _COMBINES: ClassVar[bool] = True
 
     @classmethod

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...ipadapter_core import AdapterError
 from ...ipadapter_core.image_prompt import combine_features
+from ..files import version
 from ..prompt_files import OLD_SUFFIX, read_old_features
 from . import fields as f
 from .execute import OldPrompt, apply_old
@@ -23,6 +24,7 @@ from .wires import open_pipeline
 
 class IPAdapterEmbeds(OldNode):
     TITLE = "IPAdapter Embeds"
+    REPLACED_BY = "Apply IP Adapter"
     UNFOLD: ClassVar[bool] = False
 
     @classmethod
@@ -168,8 +170,7 @@ class IPAdapterLoadEmbeds(OldNode):
 
     @classmethod
     def inputs(cls) -> Sequence[Any]:
-        folder = Path(folder_paths.get_input_directory())
-        return [f.choice("embeds", sorted(str(path.relative_to(folder)) for path in folder.rglob(f"*{OLD_SUFFIX}")))]
+        return [f.choice("embeds", list(_saved()))]
 
     @classmethod
     def outputs(cls) -> Sequence[Any]:
@@ -177,17 +178,25 @@ class IPAdapterLoadEmbeds(OldNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        """A file can be written anew under its name."""
-        name = inputs.get("embeds")
-        path = None if name is None else Path(folder_paths.get_annotated_filepath(name))
-        return str(path and path.is_file() and path.stat().st_mtime_ns)
+        """Another file of the same name is loaded again. ComfyUI gives None for a name that comes over a wire."""
+        path = _saved().get(str(inputs.get("embeds")))
+        return str(path and version(path))
 
     @classmethod
     def load(cls, embeds: str) -> tuple[Tensor]:
-        names = cls.define_schema().inputs[0].options
-        if embeds not in names:  # it may come over a wire
-            raise AdapterError(f"There are no embeds {embeds!r} in the input folder. Choose one of its .ipadpt files.")
-        return (read_old_features(Path(folder_paths.get_annotated_filepath(embeds))).image,)
+        path = _saved().get(str(embeds))
+        if path is None:  # it may come over a wire
+            raise AdapterError(
+                f"There are no embeds {str(embeds)[:80]!r} in the input folder. Choose one of its {OLD_SUFFIX} files."
+            )
+        return (read_old_features(path).image,)
+
+
+def _saved() -> dict[str, Path]:
+    """The files of the input folder, by the names in the list."""
+    folder = Path(folder_paths.get_input_directory())
+    files = {str(path.relative_to(folder)): path for path in folder.rglob(f"*{OLD_SUFFIX}") if path.is_file()}
+    return dict(sorted(files.items()))
 
 
 NODES = [

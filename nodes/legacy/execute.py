@@ -13,7 +13,7 @@ from torch import Tensor
 from ...ipadapter_core import AdapterError
 from ...ipadapter_core.image_prompt import combine_features
 from ..apply import apply_prompt
-from ..face import crop_size
+from ..face import check_faces, crop_size
 from ..types import EncodedImages, ImagePrompt
 from .old_faces import read_faces
 from .old_features import image_features, unconditional
@@ -128,6 +128,7 @@ def _encode(pipeline: Pipeline, prompt: OldPrompt) -> tuple[_Encoded, Tensor | N
         # The old pack asks for raw embeddings by the file's name, which no Kolors file has.
         raw = spec.unnormalised and (is_corrected() or not spec.is_kolors)
         face, faces = read_faces(pipeline.insightface, image, crop=crop_size(spec), normalised=not raw)
+        check_faces(pipeline.adapter, face, "The connected insightface")
         image = faces
     features = None if spec.image_width is None else image_features(pipeline, image, **enhanced)
     if features is None:

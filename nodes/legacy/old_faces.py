@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import Tensor
 
 from ...ipadapter_core import AdapterError
-from ..face_analysis import PAGE, PROVIDERS, FaceAnalysis, find_files
+from ..face_analysis import FaceAnalysis, load_face_analysis
 from ..faces import face_features
 
 
 def load_faces(provider: str, name: str = "buffalo_l") -> Any:
-    """The face models of models/insightface/models/NAME.
+    """The face models of models/insightface/models/NAME, run by the CPU where the provider is missing.
 
-    Raises AdapterError when insightface or the files are missing: insightface itself would download them.
+    Raises AdapterError when insightface or the files are missing, or a file is damaged.
     """
-    try:
-        from insightface.app import FaceAnalysis as Analysis  # noqa: PLC0415  # optional, and slow to import
-    except ImportError as error:
-        raise AdapterError(
-            f'FaceID needs insightface, which cannot be imported ({error}). Install it with: "{sys.executable}" '
-            '-m pip install "insightface>=2" and restart ComfyUI.'
-        ) from error
-    files = find_files(name)
-    if not files:
-        raise AdapterError(
-            f"No face models in models/insightface/models/{name}. Unpack {name}.zip from {PAGE} there (for "
-            "non-commercial research only)."
-        )
-    analysis = Analysis(
-        name=str(files[0].parent),
-        allowed_modules=["detection", "recognition"],
-        providers=[PROVIDERS.get(provider, f"{provider}ExecutionProvider")],
-    )
+    models = load_face_analysis(name, provider, fall_back=True)
+    from insightface.app import FaceAnalysis as Analysis  # noqa: PLC0415  # optional, and slow to import
+
+    # Not by its constructor, which loads all files of the folder, and downloads what is missing.
+    analysis = Analysis.__new__(Analysis)
+    analysis.models = {"detection": models.detector, "recognition": models.recognizer}
+    analysis.det_model = models.detector
+    analysis.addons = {}  # of insightface 2
     analysis.prepare(ctx_id=0, det_size=(640, 640))
     return analysis
 
@@ -42,8 +31,11 @@ def load_faces(provider: str, name: str = "buffalo_l") -> Any:
 def read_faces(analysis: Any, images: Tensor, *, crop: int, normalised: bool) -> tuple[Tensor, Tensor]:
     """Images [N, H, W, 3] -> embeddings [N, F] of the most certain face in each, and aligned crops [N, crop, crop, 3].
 
-    Raises AdapterError for an image without a face.
+    Raises AdapterError for an image without a face, and for models of another pack that tell no faces apart.
     """
-    models = FaceAnalysis("insightface", analysis.det_model, analysis.models["recognition"])
+    recognizer = getattr(analysis, "models", {}).get("recognition")
+    if recognizer is None:
+        raise AdapterError("The connected insightface has no recognition model. Connect IPAdapter InsightFace Loader.")
+    models = FaceAnalysis("insightface", analysis.det_model, recognizer)
     found = face_features(models, images, crop, unnormalised=not normalised, order="most certain")
     return found.embeddings, found.crops

@@ -27,7 +27,7 @@ class OldNode(io.ComfyNode):
 
     FUNCTION: ClassVar[str] = "apply_ipadapter"
     TITLE: ClassVar[str] = ""
-    REPLACED_BY: ClassVar[str] = "Apply IP Adapter"
+    REPLACED_BY: ClassVar[str] = "Encode Image Prompt and Apply IP Adapter"
     OUTPUT: ClassVar[bool] = False
 
     @classmethod

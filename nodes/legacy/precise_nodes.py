@@ -11,6 +11,7 @@ from .apply_nodes import IPAdapterAdvanced
 
 class IPAdapterPreciseStyleTransfer(IPAdapterAdvanced):
     TITLE = "IPAdapter Precise Style Transfer"
+    REPLACED_BY = "Apply IP Adapter with weight type style transfer precise"
     _BOOST: ClassVar[tuple[str, float]] = ("style_boost", 1.0)
 
     @classmethod
@@ -34,6 +35,7 @@ class IPAdapterPreciseStyleTransferBatch(IPAdapterPreciseStyleTransfer):
 
 class IPAdapterPreciseComposition(IPAdapterPreciseStyleTransfer):
     TITLE = "IPAdapter Precise Composition"
+    REPLACED_BY = "Apply IP Adapter with weight type composition precise"
     _BOOST = ("composition_boost", 0.0)
 
 

@@ -242,6 +242,43 @@ def test_a_missing_adapter_is_named(pack, world, folders, shelf, family, use_for
     )
 
 
+def write_face(pack, folder, name, sites):
+    """A FaceID adapter for these layers, with no memory for its weights but on disk."""
+    spec = pack.core.new_spec("faceid", [site.width for site in sites], sites[0].context_width, lora_rank=4)
+    pack.core.save_adapter(folder / name, pack.core.init_adapter(spec, dtype=torch.float16))
+    import folder_paths
+
+    folder_paths.filename_list_cache.clear()
+
+
+def test_a_faceid_adapter_alone_is_named_with_its_nodes(pack, world, folders, image):
+    """For a face, and where it fits; Image Prompt runs no face models."""
+    sites = pack.core.cross_attention_sites(world.model.model.diffusion_model)
+    write_face(pack, folders["ipadapter"], "faceid.safetensors", sites)
+    other = pack.core.cross_attention_sites(world.new_model(width=64).model.diffusion_model)
+    write_face(pack, folders["ipadapter"], "another.safetensors", other)
+    nodes = "with other nodes: Load IP Adapter, Load Face Analysis, Encode Face Prompt and Apply IP Adapter."
+    words = f"Or use faceid.safetensors, which needs face models, {nodes}"
+    refused(pack, lambda: pack.ImagePrompt.execute(world.model, image, use_for="face"), words)
+    with pytest.raises(pack.core.AdapterError) as error:
+        pack.ImagePrompt.execute(world.model, image)
+    assert "Or use" not in str(error.value) and "faceid.safetensors (faceid for" in str(error.value)
+
+
+def test_a_faceid_adapter_beside_a_general_one_is_noted(pack, world, folders, shelf, image):
+    shelf("general.safetensors", "plus")
+    note = "faceid.safetensors keeps a face better, but needs face models: Load IP Adapter, Load Face Analysis"
+    assert note not in text_of(pack.ImagePrompt.execute(world.model, image, use_for="face"))
+    sites = pack.core.cross_attention_sites(world.model.model.diffusion_model)
+    write_face(pack, folders["ipadapter"], "faceid.safetensors", sites)
+    said = text_of(pack.ImagePrompt.execute(world.model, image, use_for="face"))
+    assert said.startswith("general.safetensors") and note in said
+    assert note not in text_of(pack.ImagePrompt.execute(world.model, image))
+    shelf("plus-face.safetensors", "plus")
+    said = text_of(pack.ImagePrompt.execute(world.model, image, use_for="face"))
+    assert said.startswith("plus-face.safetensors") and note not in said
+
+
 def test_a_model_for_which_nothing_is_published(pack, world, folders, image):
     refused(
         pack,

@@ -100,18 +100,47 @@ def test_a_detector_without_landmarks_is_refused(face_models, pack, root):
     (root / "blind").mkdir(parents=True)
     face_models.write_detector(root / "blind" / "a.onnx", landmarks=False)
     face_models.write_recognizer(root / "blind" / "b.onnx")
-    with pytest.raises(pack.core.AdapterError, match="gives no landmarks"):
+    with pytest.raises(pack.core.AdapterError, match=r"a detection model without landmarks: a\.onnx, b\.onnx\."):
         pack.LoadFaceAnalysis.execute("blind")
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<!doctype html>"])
-def test_damaged_file(face_models, pack, root, content):
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", r"an empty file \(0 bytes\)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, not the file itself"),
+        (b"<!doctype html>", "a web page, not the file itself"),
+    ],
+)
+def test_another_file_in_the_place_of_a_model(face_models, pack, root, content, found):
     face_models.write_pack(root / "buffalo_l")
     (root / "buffalo_l" / "w600k_r50.onnx").write_bytes(content)
+    message = rf"w600k_r50\.onnx: {found}; expected an ONNX model\. Download it again from https://\S+/v0\.7\."
+    with pytest.raises(pack.core.AdapterError, match=message):
+        pack.LoadFaceAnalysis.execute("buffalo_l")
+
+
+@pytest.mark.parametrize("name", ["det_10g.onnx", "w600k_r50.onnx"])
+@pytest.mark.parametrize("kept", [16, 0.5, 0.99])
+def test_damaged_file(face_models, pack, root, name, kept):
+    file = face_models.write_pack(root / "buffalo_l") / name
+    content = file.read_bytes()
+    file.write_bytes(content[: kept if kept > 1 else int(len(content) * kept)])
     with pytest.raises(
-        pack.core.AdapterError, match=r"w600k_r50\.onnx: onnxruntime cannot load it .*download it again"
+        pack.core.AdapterError, match=rf"{name}: onnxruntime cannot load it .*download it again from https://"
     ):
         pack.LoadFaceAnalysis.execute("buffalo_l")
+
+
+def test_a_model_of_another_kind(face_models, pack, root):
+    folder = face_models.write_pack(root / "buffalo_l")
+    (folder / "w600k_r50.onnx").write_bytes((folder / "genderage.onnx").read_bytes())
+    with pytest.raises(pack.core.AdapterError) as error:
+        pack.LoadFaceAnalysis.execute("buffalo_l")
+    found = f"{folder} holds no recognition model: det_10g.onnx, w600k_r50.onnx."
+    assert str(error.value).startswith(
+        f"{found} Put det_10g.onnx and w600k_r50.onnx there, from buffalo_l.zip at https"
+    )
 
 
 def test_a_provider_that_onnxruntime_has_not(face_models, pack, root):

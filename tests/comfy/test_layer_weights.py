@@ -119,6 +119,16 @@ def test_without_an_image_prompt_the_model_is_passed_on(pack, world):
     assert execute(world.model, world.adapter, None, attn_mask=torch.zeros(1, 8, 8)).args[0] is world.model
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(None, "middle is connected to an output that has nothing"), (9.0, "middle is 9.0. Choose a number from -1 to 5")],
+)
+def test_what_comes_over_a_wire_into_a_slider(pack, value, message):
+    """The sliders are one **groups of the function; they are looked at as every other input."""
+    with pytest.raises(pack.core.AdapterError, match=message):
+        factors(pack, middle=value)
+
+
 def test_folded_inputs(pack):
     import inspect
 

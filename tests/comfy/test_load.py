@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,18 +116,36 @@ def test_a_suffix_of_another_format(pack, world, folders, narrow, sound_state):
         pack.load.load_encoder("auto", "x", world.adapter.spec)
 
 
-def test_weights_only_bin(pack, world, folders, narrow, sound_state):
-    adapter = world.adapter.adapter
-    state = {"image_proj": adapter.projector.state_dict(), "ip_adapter": adapter.layers.state_dict()}
-    torch.save(state, folders["ipadapter"] / "x.bin")
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+
+
+@pytest.mark.parametrize("suffix", [".sft", *PICKLES])
+def test_adapters_of_every_suffix(pack, world, folders, narrow, sound_state, suffix):
+    adapter, name = world.adapter.adapter, f"x{suffix}"
+    if suffix == ".sft":
+        pack.core.save_adapter(folders["ipadapter"] / "x.safetensors", adapter)
+        (folders["ipadapter"] / "x.safetensors").rename(folders["ipadapter"] / name)
+    else:
+        state = {"image_proj": adapter.projector.state_dict(), "ip_adapter": adapter.layers.state_dict()}
+        torch.save(state, folders["ipadapter"] / name)
     save_file(sound_state, folders["clip_vision"] / "e.safetensors")
-    assert pack.LoadIPAdapter.execute("x.bin").args[0].spec == adapter.spec
+    assert pack.files.list_files("ipadapter") == [name]
+    assert pack.LoadIPAdapter.execute(name).args[0].spec == adapter.spec
 
 
-def test_a_pickle_with_code_is_refused(pack, folders):
-    torch.save({"image_proj": Evil()}, folders["ipadapter"] / "evil.bin")
+@pytest.mark.parametrize("suffix", PICKLES)
+def test_a_pickle_with_code_is_refused(pack, folders, suffix):
+    torch.save({"image_proj": Evil()}, folders["ipadapter"] / f"evil{suffix}")
     with pytest.raises(pack.core.AdapterError, match="nothing was executed"):
-        pack.LoadIPAdapter.execute("evil.bin")
+        pack.LoadIPAdapter.execute(f"evil{suffix}")
+
+
+def test_the_help_page_lists_every_suffix(pack):
+    page = (Path(__file__).resolve().parents[2] / "web" / "docs" / "LoadIPAdapter.md").read_text(encoding="utf-8")
+    suffixes = pack.files._SUFFIXES
+    assert suffixes["ipadapter"] == suffixes["clip_vision"] and set(PICKLES) < set(suffixes["ipadapter"])
+    (row,) = (line for line in page.splitlines() if line.startswith("| `ipadapter_name`"))
+    assert set(re.findall(r"`(\.\w+)`", row)) == set(suffixes["ipadapter"])
 
 
 def test_no_encoder_says_which_one_to_download(pack, world, folders):

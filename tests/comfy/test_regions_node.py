@@ -107,3 +107,15 @@ def test_a_weight_of_zero_switches_one_region_off(world, regions):
 def test_former_names_of_weight_types(pack):
     assert pack.ImagePromptRegions.validate_inputs("style transfer (SDXL)") is True
     assert "Unknown weight type" in pack.ImagePromptRegions.validate_inputs("x")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "weight_2 is connected to an output that has nothing"),
+        (float("nan"), "weight_2 is nan. Choose a number from -1 to 5"),
+    ],
+)
+def test_what_comes_over_a_wire_into_a_weight(pack, world, regions, value, message):
+    with pytest.raises(pack.core.AdapterError, match=message):
+        regions(mask_2=LEFT, image_prompt_2=world.prompt, weight_2=value)

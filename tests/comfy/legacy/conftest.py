@@ -52,31 +52,40 @@ EMBEDS = 64  # of the tiny encoder: its image_embeds and its hidden states; a sq
 
 
 @pytest.fixture(scope="session")
-def vision(world: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A tiny CLIP vision model that sees 224 px, as the old pack expects: 4 x 4 patches and the class token."""
+def new_vision(world: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Makes tiny CLIP vision models: 4 x 4 patches and the class token."""
     import comfy.clip_vision
 
-    config = tmp_path_factory.mktemp("vision224") / "config.json"
-    settings = {
-        "model_type": "clip_vision_model",
-        "hidden_size": EMBEDS,
-        "intermediate_size": 64,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 3,
-        "image_size": 224,
-        "patch_size": 56,
-        "projection_dim": EMBEDS,
-        "num_channels": 3,
-        "hidden_act": "quick_gelu",
-    }
-    config.write_text(json.dumps(settings))
-    with torch.inference_mode():
-        encoder = comfy.clip_vision.ClipVisionModel(str(config))
-        world.randomise(encoder.model, seed=31, scale=0.2)
-        for part in encoder.model.vision_model.encoder.layers.modules():
-            if isinstance(part, torch.nn.Linear):
-                part.weight.mul_(0.5)
-    return encoder
+    def make(side: int, width: int) -> Any:
+        config = tmp_path_factory.mktemp(f"vision{side}") / "config.json"
+        settings = {
+            "model_type": "clip_vision_model",
+            "hidden_size": width,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 3,
+            "image_size": side,
+            "patch_size": side // 4,
+            "projection_dim": EMBEDS,
+            "num_channels": 3,
+            "hidden_act": "quick_gelu",
+        }
+        config.write_text(json.dumps(settings))
+        with torch.inference_mode():
+            encoder = comfy.clip_vision.ClipVisionModel(str(config))
+            world.randomise(encoder.model, seed=31, scale=0.2)
+            for part in encoder.model.vision_model.encoder.layers.modules():
+                if isinstance(part, torch.nn.Linear):
+                    part.weight.mul_(0.5)
+        return encoder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vision(new_vision: Callable[..., Any]) -> Any:
+    """An encoder that sees 224 px, as the old pack expects."""
+    return new_vision(224, EMBEDS)
 
 
 @pytest.fixture(scope="session")

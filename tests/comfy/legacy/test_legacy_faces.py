@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
+
+import numpy as np
 import pytest
 import torch
 
@@ -62,10 +66,108 @@ def test_portrait_of_raw_embeddings(compare, changes, adapter_file, insightface,
 
 
 def test_both_insightface_loaders_give_the_same_models(peer, old, face_pack, insightface, faces):
+    """For other packs too, which call insightface's own methods on it."""
     theirs = peer.nodes["IPAdapterInsightFaceLoader"]().load_insightface("CPU", "buffalo_l")[0]
     assert type(insightface) is type(theirs)
     assert set(insightface.models) == {"detection", "recognition"}
     assert old["IPAdapterInsightFaceLoader"]().load_insightface("CPU", "buffalo_l")[0] is insightface
+    pixels = (faces[1].flip(-1) * 255).byte().numpy()
+    ours, expected = insightface.get(pixels), theirs.get(pixels)
+    assert len(ours) == len(expected) == 2
+    for mine, other in zip(ours, expected, strict=True):
+        for name in ("bbox", "kps", "det_score", "embedding", "normed_embedding"):
+            np.testing.assert_array_equal(getattr(mine, name), getattr(other, name))
+
+
+@pytest.fixture
+def own_folder(pack, tmp_path, monkeypatch):
+    """models/insightface/models/buffalo_l of one test, without network."""
+    import folder_paths
+
+    def refuse(*_):
+        raise AssertionError("network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "insightface", ([str(tmp_path)], set()))
+    pack.loader_nodes._loaded.clear()  # of other tests' folders
+    yield tmp_path / "models" / "buffalo_l"
+    pack.loader_nodes._loaded.clear()
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+BROKEN = {
+    "no folder": (shutil.rmtree, "No face models in .*buffalo_l. Put det_10g.onnx and w600k"),
+    "no file": (lambda folder: [f.unlink() for f in folder.iterdir()], "No face models in .*buffalo_l. Put det_10g"),
+    "no detector": (
+        lambda folder: (folder / "det_10g.onnx").unlink(),
+        "buffalo_l holds no detection model: .* Put det",
+    ),
+    "no recogniser": (
+        lambda folder: (folder / "w600k_r50.onnx").unlink(),
+        "buffalo_l holds no recognition model: .* Put",
+    ),
+    "cut": (
+        lambda folder: _cut(folder / "w600k_r50.onnx"),
+        "w600k_r50.onnx: onnxruntime cannot load it .* download it",
+    ),
+    "cut detector": (
+        lambda folder: _cut(folder / "det_10g.onnx"),
+        "det_10g.onnx: onnxruntime cannot load it .* download",
+    ),
+    "pointer": (
+        lambda folder: (folder / "w600k_r50.onnx").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "w600k_r50.onnx: a Git LFS pointer, not the file itself; expected an ONNX model. Download it again",
+    ),
+    "another model": (
+        lambda folder: (folder / "2d106det.onnx").replace(folder / "w600k_r50.onnx"),
+        "buffalo_l holds no recognition model: det_10g.onnx, w600k_r50.onnx. Put",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_face_models_that_cannot_be_used(pack, old, face_models, models, put, own_folder, case):
+    """Of both old loaders: a sentence, and no download."""
+    spoil, message = BROKEN[case]
+    face_models.write_pack(own_folder)
+    spoil(own_folder)
+    with pytest.raises(pack.core.AdapterError, match=message):
+        old["IPAdapterInsightFaceLoader"]().load_insightface("CPU", "buffalo_l")
+    put("sd15", "faceid", "ip-adapter-faceid_sd15")
+    with pytest.raises(pack.core.AdapterError, match=message):
+        old["IPAdapterUnifiedLoaderFaceID"]().load_models(models["sd15"], "FACEID", 0.0, "CPU")
+
+
+def test_files_that_are_not_needed_are_not_read(old, face_models, own_folder):
+    folder = face_models.write_pack(own_folder)
+    (folder / "genderage.onnx").write_bytes(b"damaged")
+    (analysis,) = old["IPAdapterInsightFaceLoader"]().load_insightface("CPU", "buffalo_l")
+    assert set(analysis.models) == {"detection", "recognition"}
+
+
+def test_a_provider_that_is_missing(old, face_models, own_folder, faces, caplog):
+    """Old workflows name the CUDA of another computer; onnxruntime went on with the CPU, so it does here."""
+    face_models.write_pack(own_folder)
+    (analysis,) = old["IPAdapterInsightFaceLoader"]().load_insightface("CUDA", "buffalo_l")
+    assert analysis.det_model.session.get_providers() == ["CPUExecutionProvider"]
+    assert "offers CPU, not CUDA. The CPU runs the face models of buffalo_l." in caplog.text
+
+
+def test_face_models_of_another_width(pack, old, face_models, models, adapter_file, own_folder, faces):
+    face_models.write_pack(own_folder, width=256)
+    (analysis,) = old["IPAdapterInsightFaceLoader"]().load_insightface("CPU", "buffalo_l")
+    kind, file, options = KINDS["faceid"]
+    (adapter,) = old["IPAdapterModelLoader"]().load_ipadapter_model(adapter_file("sd15", kind, file, **options))
+    apply = old["IPAdapterFaceID"]().apply_ipadapter
+    with pytest.raises(pack.core.AdapterError, match=r"makes face embeddings of 256, .* takes 512\."):
+        apply(models["sd15"], adapter, image=faces[:1], insightface=analysis)
+    del analysis.models["recognition"]  # as other packs load them
+    with pytest.raises(pack.core.AdapterError, match="has no recognition model"):
+        apply(models["sd15"], adapter, image=faces[:1], insightface=analysis)
 
 
 def test_unified_loader_for_faces(peer, old, models, put, write_encoder, folders, face_pack):

@@ -155,6 +155,23 @@ def test_presence_is_told_by_files(pack, peer_folder, tmp_path):
     assert find([tmp_path]) == tmp_path / "any name"
 
 
+def test_what_the_command_line_leaves_out_is_absent(pack, peer_folder, tmp_path, monkeypatch):
+    """As with --disable-all-custom-nodes, and --whitelist-custom-nodes beside it."""
+    import comfy.cli_args
+
+    find = pack.presence.find_old_pack
+    (tmp_path / "any name").symlink_to(peer_folder)
+    monkeypatch.setattr(comfy.cli_args.args, "whitelist_custom_nodes", ["ip-adapter-kit"])
+    assert find([tmp_path]) == tmp_path / "any name", "a whitelist alone leaves nothing out"
+    monkeypatch.setattr(comfy.cli_args.args, "disable_all_custom_nodes", True)
+    assert find([tmp_path]) is None
+    monkeypatch.setattr(comfy.cli_args.args, "whitelist_custom_nodes", ["ip-adapter-kit", "any name"])
+    assert find([tmp_path]) == tmp_path / "any name"
+    (tmp_path / "any name").rename(tmp_path / "any name.disabled")
+    monkeypatch.setattr(comfy.cli_args.args, "whitelist_custom_nodes", ["any name.disabled"])
+    assert find([tmp_path]) is None, "ComfyUI skips it first"
+
+
 def test_where_the_old_pack_lies_its_ids_stay_its_own(pack, peer_folder, tmp_path, monkeypatch, caplog):
     import folder_paths
 

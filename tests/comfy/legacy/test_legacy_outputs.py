@@ -139,6 +139,36 @@ def test_embeds_are_saved_and_loaded_by_either_pack(peer, old, tmp_path, monkeyp
             assert torch.equal(reader["IPAdapterLoadEmbeds"]().load(file)[0], embeds)
 
 
+def test_the_fingerprint_of_embeds_is_that_of_a_listed_file(pack, old, tmp_path, monkeypatch):
+    """It reads no other file, whatever comes as the name, and it does not fail."""
+    import folder_paths
+
+    inside = tmp_path / "input"
+    (inside / "sub.ipadpt").mkdir(parents=True)
+    monkeypatch.setattr(folder_paths, "input_directory", str(inside))
+    for file in (inside / "a.ipadpt", tmp_path / "b.ipadpt"):
+        torch.save(torch.randn(1, 8), file)
+    node = old["IPAdapterLoadEmbeds"]
+    assert node.INPUT_TYPES()["required"]["embeds"][0] == ["a.ipadpt"]
+    unknown = node.fingerprint_inputs(embeds=None)
+    for name in (
+        "../b.ipadpt",
+        str(tmp_path / "b.ipadpt"),
+        "b.ipadpt [temp]",
+        "gone.ipadpt",
+        "sub.ipadpt",
+        5,
+        ["1", 0],
+    ):
+        assert node.fingerprint_inputs(embeds=name) == unknown, name
+        with pytest.raises(pack.core.AdapterError, match="There are no embeds"):
+            node().load(name)
+    assert node.fingerprint_inputs() == unknown
+    before = node.fingerprint_inputs(embeds="a.ipadpt")
+    torch.save(torch.randn(2, 8), inside / "a.ipadpt")
+    assert len({unknown, before, node.fingerprint_inputs(embeds="a.ipadpt")}) == 3
+
+
 def test_no_code_runs_from_a_file_of_embeds(pack, old, tmp_path, monkeypatch):
     import folder_paths
 

@@ -45,6 +45,23 @@ def test_inputs_and_outputs(peer, old):
         assert ours["category"] == "image prompt/old names"
 
 
+def test_every_description_names_the_node_to_use_instead(pack, old):
+    """Short, and by the name in the menu."""
+    titles = sorted((cls.define_schema().display_name for cls in pack.classes), key=len, reverse=True)
+    assert len(old) == 37
+    for name, node in old.items():
+        description = node.GET_NODE_INFO_V1()["description"]
+        before, _, instead = description.partition(" In new ones use ")
+        assert before == "Of ComfyUI_IPAdapter_plus, for old workflows." and len(description) < 140, description
+        named = []
+        for title in titles:  # longest first: Image Prompt is a part of others
+            if title in instead:
+                named.append(title)
+                instead = instead.replace(title, "")
+        assert named, f"{name}: {description}"
+        assert not re.search("[A-Z]", instead), f"{name} names a node that there is not: {description}"
+
+
 def test_other_packs_can_call_an_instance_of_the_class(peer, old):
     """They take the class out of NODE_CLASS_MAPPINGS and call its method, by name or by FUNCTION, in any style."""
     for name, theirs in peer.nodes.items():
