@@ -156,7 +156,7 @@ def test_memory_follows_the_settings(plans: dict[str, Plan]) -> None:
     assert part("half", activations) == pytest.approx(part("float", activations) / 2, rel=0.05)
     assert part("frugal", activations) < 0.3 * part("half", activations)
     assert part("frugal, samples", activations) > 2 * part("frugal", activations)  # the VAE comes back for them
-    assert plans["frugal"].cost.flops == pytest.approx(1.35 * plans["half"].cost.flops, rel=0.02)
+    assert plans["frugal"].cost.flops == pytest.approx(1.30 * plans["half"].cost.flops, rel=0.02)
     assert plans["half"].cost.encoder_flops == 0
     encoders = 83.7e6 + 123.1e6 + 632.1e6  # VAE, CLIP ViT-L/14's text, ViT-H/14
     assert plans["no cache"].frozen - plans["half"].frozen == pytest.approx(encoders, rel=0.01)

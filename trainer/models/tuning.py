@@ -6,6 +6,7 @@ import torch
 
 from .base_model import BaseModel
 from .float8 import store_in_float8
+from .frozen import release_conv_inputs
 
 
 def tune_unet(
@@ -20,6 +21,8 @@ def tune_unet(
         base_model.unet.to(memory_format=torch.channels_last)
     if fp8:
         store_in_float8(base_model.unet)
+    elif not compiled:  # a compiler decides by itself what to keep
+        release_conv_inputs(base_model.unet)
     if gradient_checkpointing:
         base_model.unet.enable_gradient_checkpointing()
     if compiled:

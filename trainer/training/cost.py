@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from ipadapter_core import AdapterApplication, AdapterSpec, init_adapter, inject
 
 from ..models.base_model import BaseModel
+from ..models.frozen import release_conv_inputs
 from ..models.generate import decode_rows
 from ..settings.config import TrainConfig
 
@@ -39,6 +40,8 @@ def step_cost(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> 
     dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
     unet = base_model.meta_unet().requires_grad_(False)
     nn.Module.to(unet, dtype)  # diffusers' own `to` warns of weights that stay in float32; there are none
+    if config.mixed_precision != "fp8" and not config.compile:
+        release_conv_inputs(unet)  # as in the training
     if config.gradient_checkpointing:
         unet.train()
         unet.enable_gradient_checkpointing()
