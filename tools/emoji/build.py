@@ -1,0 +1,176 @@
+"""Build the emoji pictures from the Iconify packages: render, caption, split, write one zip.
+
+    npm install --prefix icons @iconify-json/fluent-emoji @iconify-json/noto @iconify-json/twemoji \
+        @iconify-json/noto-v1 @iconify-json/emojione
+    python -m tools.emoji.build icons/node_modules/@iconify-json assets/emoji/pictures.zip
+
+The zip holds ``metadata.jsonl`` (imagefolder rows: file_name, text, concept, style, split) and one lossless WebP
+an image. There are three splits:
+
+* ``train``;
+* ``held_out``: a known concept in the one style that is kept from every training;
+* ``unseen``: concepts that no training sees in any style.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image, ImageOps
+
+from .concepts import CONCEPTS, TEXT_CONCEPTS
+
+SIZE = 128
+MARGIN = 8  # white pixels on each side, so that an image can be shifted by a latent
+PIXEL = 8  # the side of a pixel-art pixel: one latent of the autoencoder
+STROKE = 0.025  # of the icon's width: the outline of the comic style
+
+Drawing = Literal["plain", "comic", "pixel"]
+
+
+@dataclass(frozen=True)
+class Style:
+    """One icon package and how it is drawn: ``name`` is the word in captions, ``author`` and ``licence`` the
+    attribution.
+    """
+
+    name: str
+    package: str
+    author: str
+    licence: str
+    drawing: Drawing = "plain"
+
+
+STYLES = (
+    Style("fluent", "fluent-emoji", "Microsoft Corporation", "MIT"),
+    Style("noto", "noto", "Google Inc", "Apache-2.0"),
+    Style("twemoji", "twemoji", "Twitter, Inc and other contributors", "CC-BY-4.0"),
+    Style("comic", "noto-v1", "Google Inc", "Apache-2.0", "comic"),
+    Style("pixel", "emojione", "EmojiOne (EmojiTwo)", "CC-BY-4.0", "pixel"),
+)
+
+
+def _draw(concept: str, what: str, sides: int) -> int:
+    """A number below ``sides`` that depends on the concept's name only."""
+    return int(hashlib.sha256(f"{what} {concept}".encode()).hexdigest(), 16) % sides
+
+
+def split_of(concept: str, style: str) -> str:
+    """One of "train", "held_out" or "unseen": about one concept in thirteen is unseen; five in eight of the others are
+    kept from training in one of their five styles. The text concepts are trained in every style.
+    """
+    if concept in TEXT_CONCEPTS:
+        return "train"
+    if _draw(concept, "unseen", 13) == 0:
+        return "unseen"
+    kept_back = _draw(concept, "style", 8)
+    return "held_out" if kept_back < len(STYLES) and STYLES[kept_back].name == style else "train"
+
+
+def caption(concept: str) -> str:
+    """Turn an icon name into words: "victory-hand" -> "victory hand"."""
+    return concept.replace("-", " ")
+
+
+def svg(icons: dict[str, Any], name: str, drawing: Drawing = "plain") -> str:
+    """Wrap the body of an Iconify icon into a standalone SVG document; "comic" gives every shape a dark outline."""
+    icon = icons["icons"][name]
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    width = icon.get("width", icons.get("width", 16))
+    height = icon.get("height", icons.get("height", 16))
+    outline = ""
+    if drawing == "comic":
+        outline = (
+            "<style>path,circle,ellipse,rect,polygon{stroke:#1a1a1a;stroke-linejoin:round;"
+            f"stroke-width:{STROKE * width}px}}</style>"
+        )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{outline}{icon["body"]}</svg>'
+    )
+
+
+def rasterize(document: str, size: int) -> Image.Image:
+    """Render an SVG document on white, centred: a size x size RGB image."""
+    import resvg_py  # only the builder needs it
+
+    png = resvg_py.svg_to_bytes(
+        svg_string=document, width=size, height=size, background="#ffffff", skip_system_fonts=True
+    )
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    return ImageOps.pad(image, (size, size), color="white")  # a few icons are not square
+
+
+def render(document: str, drawing: Drawing = "plain") -> Image.Image:
+    """An SVG document as a SIZE x SIZE RGB image; "pixel" is pixel art of 16 x 16 colours."""
+    if drawing == "pixel":
+        small = rasterize(document, 4 * SIZE).resize((SIZE // PIXEL, SIZE // PIXEL), Image.Resampling.BOX)
+        return small.resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    return ImageOps.expand(rasterize(document, SIZE - 2 * MARGIN), MARGIN, "white")
+
+
+def _read_icons(packages: Path) -> dict[str, dict[str, Any]]:
+    icons: dict[str, dict[str, Any]] = {}
+    for style in STYLES:
+        file = packages / style.package / "icons.json"
+        if not file.is_file():
+            raise SystemExit(f"{file} is missing: npm install @iconify-json/{style.package} first")
+        icons[style.name] = json.loads(file.read_text(encoding="utf-8"))
+    return icons
+
+
+def _names(icons: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Style, str]]:
+    """Yield (concept, style, icon name in that style's package) in a fixed order; packages differ in their hyphens."""
+    squeezed = {style: {name.replace("-", ""): name for name in icons[style]["icons"]} for style in icons}
+    for concept in CONCEPTS:
+        for style in STYLES:
+            yield concept, style, squeezed[style.name][concept.replace("-", "")]
+
+
+def build(packages: Path, output: Path) -> dict[str, int]:
+    """Render every image into ``output``; returns how many each split got."""
+    icons = _read_icons(packages)
+    rows: list[dict[str, str]] = []
+    counts: dict[str, int] = {}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as archive:
+        for concept, style, name in _names(icons):
+            split = split_of(concept, style.name)
+            file_name = f"{split}/{style.name}/{concept}.webp"
+            image = io.BytesIO()
+            render(svg(icons[style.name], name, style.drawing), style.drawing).save(
+                image, "WEBP", lossless=True, method=6
+            )
+            archive.writestr(_entry(file_name), image.getvalue())
+            row = {"file_name": file_name, "text": caption(concept), "concept": concept}
+            rows.append({**row, "style": style.name, "split": split})
+            counts[split] = counts.get(split, 0) + 1
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        archive.writestr(_entry("metadata.jsonl"), lines, zipfile.ZIP_DEFLATED)
+    return counts
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    # A fixed date, so that the same packages give the same bytes.
+    return zipfile.ZipInfo(name, date_time=(2020, 1, 1, 0, 0, 0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packages", type=Path, help="the folder @iconify-json with the five packages in it")
+    parser.add_argument("output", type=Path, help="the zip to write")
+    arguments = parser.parse_args()
+    counts = build(arguments.packages, arguments.output)
+    print(f"{arguments.output}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The stack's CLIP: a text encoder, its tokenizer and a vision encoder, trained together contrastively."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from .build import SIZE
+from .loop import LossFunction, training_device
+from .pictures import STYLE_NAMES, EmojiPictures, to_pixels
+from .views import any_colours, mirror, patchwork, shift, zoom
+
+MAX_TOKENS = 16
+WIDTH = 128
+PATCH = 16  # pixels
+CELLS = 4  # a side: the colours that a patch's state is asked for
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def train_tokenizer(texts: list[str], folder: Path, size: int = 2048) -> CLIPTokenizer:
+    """Learn a byte-pair vocabulary from the captions and save it as CLIP's vocab.json and merges.txt."""
+    tokenizer = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Every printable ASCII character is in the alphabet: no prompt is ever unknown.
+    alphabet = [chr(c) for c in range(33, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    learned = json.loads(tokenizer.to_str())["model"]
+    vocabulary = dict(learned["vocab"])
+    for token in [*alphabet, *(c + "</w>" for c in alphabet), START, END]:
+        vocabulary.setdefault(token, len(vocabulary))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    tokenizer_ = CLIPTokenizer.from_pretrained(str(folder), model_max_length=MAX_TOKENS)
+    tokenizer_.save_pretrained(str(folder))
+    return tokenizer_
+
+
+class EmojiCLIP(CLIPModel):
+    """A small CLIP over 128 px images, and a head for the colours of its patches that is used in training only."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__(config)
+        self.patch_colours = nn.Linear(WIDTH, 3 * CELLS**2)
+
+
+def new_clip(tokenizer: CLIPTokenizer) -> EmojiCLIP:
+    """A small CLIP; random weights."""
+    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4}
+    text = {
+        **shared,
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 3,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "projection_dim": WIDTH,
+    }
+    vision = {**shared, "num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH, "projection_dim": WIDTH}
+    return EmojiCLIP(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] or float in [-1, 1] -> CLIP's normalised ``pixel_values``."""
+    unit = images.float() / 255 if images.dtype == torch.uint8 else (images + 1) / 2
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return (unit - mean) / std
+
+
+def styled_caption(caption: str, style: str) -> str:
+    """The caption and the style: "victory hand, noto style"."""
+    return f"{caption}, {style} style"
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """int64 [B, 16], padded with the end token as SD1.5 does."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int = 32, pairs: int = 64) -> LossFunction:
+    """Four losses, each for something that an image prompt has to carry.
+
+    ``text``: image against caption (CLIP, arXiv 2103.00020); a batch holds each drawn concept in all its styles,
+    so the concept alone does not win. ``style``: images, parts of images and patchworks of one style against the
+    captions that name only a style, so that the concept cannot stand for it. ``image``: some of the images
+    against a part of themselves (SLIP, arXiv 2112.12750), which keeps what captions do not say, shapes above all.
+    ``patches``: the colours of each patch, read from its penultimate state, which is what a plus adapter is given.
+    Only the last two see recoloured images.
+    """
+    device = training_device()
+    captions = [styled_caption(c, s) for c, s in zip(pictures.captions, pictures.styles, strict=True)]
+    styled = tokenize(tokenizer, captions).to(device)
+    style_only = tokenize(tokenizer, [f"{style} style" for style in STYLE_NAMES]).to(device)
+    styles, everything = pictures.style_ids.to(device), pictures.images.to(device)
+    rows_of: dict[str, list[int]] = {}
+    for row, concept in enumerate(pictures.concepts):
+        rows_of.setdefault(concept, []).append(row)
+    groups = list(rows_of.values())
+    most = max(map(len, groups))
+    # Every concept in every style; a style that is kept back is filled up with another of the concept's.
+    table = torch.tensor([(group * most)[:most] for group in groups], device=device)
+    same_style = styles == torch.arange(len(STYLE_NAMES), device=device)[:, None]
+
+    def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        assert isinstance(model, EmojiCLIP)
+        drawn = torch.randperm(len(table), generator=generator, device=device)[:concepts]
+        rows = table[drawn].flatten().unique()
+        again = torch.randperm(len(rows), generator=generator, device=device)[:pairs]
+        some = rows[again]
+        others = torch.multinomial(same_style[styles[some]].float(), 1, generator=generator).flatten()
+        pixels = to_pixels(everything[rows])
+        recoloured = any_colours(mirror(pixels[again], generator), generator)
+        views = [
+            shift(mirror(pixels, generator), generator),
+            zoom(mirror(pixels[again], generator), generator, smallest=0.5),
+            patchwork(
+                shift(pixels[again], generator),
+                shift(mirror(to_pixels(everything[others]), generator), generator),
+                generator,
+            ),
+            shift(recoloured, generator),
+            zoom(recoloured, generator, smallest=0.5),
+        ]
+        embeds, colour_error = embed_some_patches(model, torch.cat(views), generator)
+        whole, zoomed, mixed, natural, part = embeds.split([len(view) for view in views])
+        ids = torch.cat([styled[rows], style_only])
+        pooled = model.text_model(ids).pooler_output
+        texts, named = F.normalize(model.text_projection(pooled), dim=-1).split([len(rows), len(style_only)])
+        scale = model.logit_scale.exp().clamp(max=50)
+        text = contrast(whole, texts, scale)
+        truth = styles[torch.cat([rows, some, some])]
+        style = F.cross_entropy(scale * torch.cat([whole, zoomed, mixed]) @ named.T, truth)
+        image = contrast(natural, part, 10.0)
+        return {
+            "loss": text + style + 0.5 * image + 2 * colour_error,
+            "text": text.detach(),
+            "style": style.detach(),
+            "image": image.detach(),
+            "patches": colour_error.detach(),
+        }
+
+    return losses
+
+
+def embed_some_patches(
+    model: EmojiCLIP, pixels: Tensor, generator: torch.Generator, share: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Pixels [B, 3, H, W] in [-1, 1] -> unit image embeddings [B, D], and the absolute error of the patches' colours.
+
+    Seen are the class token and a random ``share`` of each image's patches: half the work, and a small data set
+    is learned by heart much later (FLIP, arXiv 2212.00794).
+    """
+    vision = model.vision_model
+    tokens = vision.embeddings(normalize(pixels))
+    patches = tokens.shape[1] - 1
+    drawn = torch.rand(len(tokens), patches, generator=generator, device=tokens.device).argsort(dim=1)
+    kept = drawn[:, : round(share * patches)]
+    chosen = tokens.gather(1, 1 + kept[..., None].expand(-1, -1, tokens.shape[-1]))
+    states = vision.pre_layrnorm(torch.cat([tokens[:, :1], chosen], dim=1))
+    *layers, last = vision.encoder.layers
+    for layer in layers:
+        states = _run(layer, states)
+    colours = model.patch_colours(states[:, 1:])
+    states = _run(last, states)
+    embeds = F.normalize(model.visual_projection(vision.post_layernorm(states[:, 0])).float(), dim=-1)
+    wanted = patch_colours(pixels).gather(1, kept[..., None].expand(-1, -1, colours.shape[-1]))
+    return embeds, (colours.float() - wanted).abs().mean()
+
+
+def _run(layer: nn.Module, states: Tensor) -> Tensor:
+    output = layer(states, attention_mask=None)
+    return output if isinstance(output, Tensor) else output[0]  # older transformers return a tuple
+
+
+def patch_colours(pixels: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, patches, 3 * CELLS**2]: the mean colours of each patch's cells."""
+    cells = F.avg_pool2d(pixels, PATCH // CELLS)
+    return F.unfold(cells, CELLS, stride=CELLS).transpose(1, 2)
+
+
+def contrast(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
+    """Symmetric InfoNCE of matching rows of a and b, both [B, D] and of unit length."""
+    logits = scale * a @ b.T
+    target = torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

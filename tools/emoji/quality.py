@@ -1,0 +1,263 @@
+"""Measure how well an adapter steers the emoji model, on held-out images with fixed seeds, and write a JSON.
+
+    python -m tools.emoji.quality --folder work/emoji/model --pictures pictures.zip --output quality.json
+
+Four situations: an image alone, an image with the text of another concept, an image with its own name, and an image of
+a concept that no training saw. Each is generated with the adapter and without (weight 0), from the same noise; the
+control asks the same questions about references that are shuffled, so that nothing but the image that was given can
+answer them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.models.generate import generate
+from ipadapter_trainer.models.image_features import encode_clip_images
+from ipadapter_trainer.monitor.grid import draw_grid
+from ipadapter_trainer.pictures import to_pictures
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ipadapter_core import IPAdapter, load_adapter
+from ipadapter_core.assets import MODEL
+
+from .build import SIZE, caption
+from .clip import normalize, styled_caption
+from .concepts import CONCEPTS, TEXT_CONCEPTS
+from .judges import (
+    ConceptClassifier,
+    StyleClassifier,
+    choose_among,
+    closer_to_own,
+    colour_histogram,
+    concept_ids,
+    histogram_similarity,
+    judge,
+)
+from .loop import training_device
+from .pictures import EmojiPictures, load_pictures, to_pixels
+from .stack import part_of, read_judges
+
+PROMPTS = 128
+CHOICES = 16  # concepts that the judge chooses among
+STEPS, GUIDANCE = 25, 3.0
+WEIGHT = 1.0
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Everything that looks at an image: two classifiers and the base model's own image encoder."""
+
+    base_model: BaseModel
+    styles: StyleClassifier
+    concepts: ConceptClassifier
+
+    @torch.no_grad()
+    def image_embeds(self, pixels: Tensor) -> Tensor:
+        """Pixels [N, 3, H, W] in [-1, 1] -> unit CLIP embeddings [N, D]."""
+        return F.normalize(encode_clip_images(self.base_model, normalize(pixels)), dim=-1)
+
+    def closeness(self, generated: Tensor, references: Tensor) -> dict[str, float]:
+        """Probability that a generated image is closer to its own reference than to a random other one."""
+        histograms = histogram_similarity(colour_histogram(generated), colour_histogram(references)).cpu()
+        embeds = self.image_embeds(generated) @ self.image_embeds(references).T
+        return {"closer_by_histogram": closer_to_own(histograms), "closer_by_clip": closer_to_own(embeds.cpu())}
+
+    def style(self, pixels: Tensor, wanted: Tensor) -> float:
+        """Share of the images in the wanted style [N]."""
+        return _share(judge(self.styles, pixels).argmax(-1) == wanted.to(pixels.device))
+
+    def concept(self, pixels: Tensor, candidates: Tensor, wanted: Tensor) -> float:
+        """Share of the images that show the wanted one [N] of their candidates [N, K]."""
+        found = choose_among(judge(self.concepts, pixels), candidates.to(pixels.device))
+        return _share(found == wanted.to(pixels.device))
+
+
+def load_judges(base_model: BaseModel, file: Path) -> Judges:
+    """Read judges.safetensors. Raises BaseModelError for another or a damaged file."""
+    state = read_judges(file)
+    styles, concepts = StyleClassifier(), ConceptClassifier()
+    styles.load_state_dict(part_of(state, "styles"))
+    concepts.load_state_dict(part_of(state, "concepts"))
+    device = base_model.device
+    return Judges(base_model, styles.eval().to(device), concepts.eval().to(device))
+
+
+def choose_references(pictures: EmojiPictures, count: int = PROMPTS, seed: int = 0) -> list[int]:
+    """Images of distinct concepts in a seeded order."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen: dict[str, int] = {}
+    for row in torch.randperm(len(pictures), generator=generator).tolist():
+        chosen.setdefault(pictures.concepts[row], row)
+    return list(chosen.values())[:count]
+
+
+def candidates_of(concepts: Tensor, known: Tensor, seed: int = 0) -> Tensor:
+    """[N, CHOICES] concept ids: each row's own first, then others drawn from ``known``."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for own in concepts.tolist():
+        others = known[known != own]
+        rows.append(
+            torch.cat([torch.tensor([own]), others[torch.randperm(len(others), generator=generator)]])[:CHOICES]
+        )
+    return torch.stack(rows)
+
+
+def evaluate(
+    base_model: BaseModel,
+    adapter: IPAdapter,
+    judges: Judges,
+    held_out: EmojiPictures,
+    unseen: EmojiPictures,
+    prompts: int = PROMPTS,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Generate every situation with and without the adapter and let the judges answer."""
+    known = concept_ids(held_out)
+    some = held_out.subset(choose_references(held_out, prompts, seed))
+    own_concepts = candidates_of(concept_ids(some), known, seed)
+    wanted = torch.arange(len(some)) % len(TEXT_CONCEPTS)
+    text_concepts = torch.tensor([CONCEPTS.index(concept) for concept in TEXT_CONCEPTS]).expand(len(some), -1)
+    first = torch.zeros(len(some), dtype=torch.long)
+    others = [caption(TEXT_CONCEPTS[i]) for i in wanted.tolist()]
+    in_words = [styled_caption(c, s) for c, s in zip(some.captions, some.styles, strict=True)]
+    new = unseen.subset(choose_references(unseen, prompts, seed))
+
+    def run(of: EmojiPictures, texts: list[str], weight: float) -> Tensor:
+        pixels = to_pixels(of.images).to(base_model.device)
+        features = encode_clip_images(base_model, normalize(pixels), adapter.spec.feature)
+        return generate(
+            base_model,
+            adapter,
+            prompts=texts,
+            image_features=[features],
+            weight=weight,
+            steps=STEPS,
+            guidance=GUIDANCE,
+            seed=seed,
+        )
+
+    def answers(pixels: Tensor, of: EmojiPictures, order: Tensor, asked: str) -> dict[str, float]:
+        references = to_pixels(of.images[order]).to(pixels.device)
+        found = {"style": judges.style(pixels, of.style_ids[order])}
+        if asked != "image_and_text":
+            found |= judges.closeness(pixels, references)
+        if asked == "image_and_text":
+            found["concept_of_the_text"] = judges.concept(pixels, text_concepts, wanted)
+        elif asked != "unseen_concept":
+            found["concept"] = judges.concept(pixels, own_concepts[order], first)
+        return found
+
+    names = {"style": judges.style(run(some, in_words, 0.0), some.style_ids)}
+    names["concept"] = judges.concept(run(some, list(some.captions), 0.0), own_concepts, first)
+    result: dict[str, object] = {"text_alone": names}  # what the base model draws without any adapter
+    for asked, of, texts in (
+        ("image_alone", some, [""] * len(some)),
+        ("image_and_text", some, others),
+        ("image_and_its_name", some, list(some.captions)),
+        ("unseen_concept", new, [""] * len(new)),
+    ):
+        steered = run(of, texts, WEIGHT)
+        own = torch.arange(len(of))
+        result[asked] = {
+            "prompts": len(of),
+            "adapter": answers(steered, of, own, asked),
+            "weight_0": answers(run(of, texts, 0.0), of, own, asked),
+            "shuffled_references": answers(steered, of, own.roll(1), asked),
+        }
+    return result
+
+
+def draw_sheet(base_model: BaseModel, adapter: IPAdapter, pictures: EmojiPictures, rows: int = 16) -> Image.Image:
+    """A row for each of the first references: the image prompt, and what it becomes alone and beside two texts."""
+    some = pictures.subset(choose_references(pictures, rows))
+    pixels = to_pixels(some.images)
+    features = encode_clip_images(base_model, normalize(pixels.to(base_model.device)), adapter.spec.feature)
+    others = [caption(TEXT_CONCEPTS[row % len(TEXT_CONCEPTS)]) for row in range(len(some))]
+    columns = [("image prompt", pixels)]
+    for title, texts, weight in (
+        ("image alone", [""] * len(some), WEIGHT),
+        ("its name alone", list(some.captions), 0.0),
+        ("its name and image", list(some.captions), WEIGHT),
+        ("another text", others, WEIGHT),
+        ("weight 0.6", others, 0.6),
+    ):
+        drawn = generate(
+            base_model,
+            adapter,
+            prompts=texts,
+            image_features=[features],
+            weight=weight,
+            steps=STEPS,
+            guidance=GUIDANCE,
+        )
+        columns.append((title, drawn.cpu()))
+    return draw_grid([(title, to_pictures(images)) for title, images in columns], side=SIZE)
+
+
+def judge_the_judges(judges: Judges, held_out: EmojiPictures, seed: int = 0) -> dict[str, float]:
+    """How often the judges are right on the real held-out images."""
+    pixels = to_pixels(held_out.images).to(judges.base_model.device)
+    concepts = concept_ids(held_out)
+    first = torch.zeros(len(held_out), dtype=torch.long)
+    return {
+        "style": judges.style(pixels, held_out.style_ids),
+        "concept": judges.concept(pixels, candidates_of(concepts, concepts, seed), first),
+    }
+
+
+def _share(hits: Tensor) -> float:
+    return hits.float().mean().item()
+
+
+def measure(
+    folder: Path, adapter_file: Path, pictures: Path, prompts: int = PROMPTS, seed: int = 0
+) -> dict[str, object]:
+    """The whole table for one adapter file over the model of this folder."""
+    base_model = load_base_model(folder / MODEL, device=training_device())
+    judges = load_judges(base_model, folder / "judges.safetensors")
+    held_out, unseen = load_pictures(pictures, "held_out"), load_pictures(pictures, "unseen")
+    adapter = load_adapter(adapter_file, dtype=torch.float32).to(base_model.device)
+    return {
+        "seed": seed,
+        "weight": WEIGHT,
+        "sampler": f"{DDIMScheduler.__name__}, {STEPS} steps, guidance {GUIDANCE}",
+        "judges_on_real_held_out_images": judge_the_judges(judges, held_out, seed),
+        **evaluate(base_model, adapter, judges, held_out, unseen, prompts, seed),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="the model, its judges and its adapters")
+    parser.add_argument("--pictures", type=Path, required=True, help="pictures.zip of tools.emoji.build")
+    parser.add_argument("--adapter", type=Path, help="adapter file (default: adapter.safetensors in the folder)")
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
+    parser.add_argument("--sheet", type=Path, help="also draw some of the images into this file")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    adapter = arguments.adapter or folder / "adapter.safetensors"
+    if arguments.sheet:
+        base_model = load_base_model(folder / MODEL, device=training_device())
+        held_out = load_pictures(arguments.pictures, "held_out")
+        shown = load_adapter(adapter, dtype=torch.float32).to(base_model.device)
+        draw_sheet(base_model, shown, held_out, min(16, arguments.prompts)).save(arguments.sheet)
+    result = measure(folder, adapter, arguments.pictures, arguments.prompts, arguments.seed)
+    text = json.dumps(result, indent=2) + "\n"
+    arguments.output.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Put the trained parts together: the checkpoints of a work folder become one diffusers folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from ipadapter_trainer.errors import BaseModelError
+from ipadapter_trainer.models.image_processor import CLIPImageProcessor
+from ipadapter_trainer.models.weight_files import open_weights
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from ipadapter_core import AdapterError, looks_like
+from ipadapter_core.assets import MODEL
+from ipadapter_core.tensors import check_weights
+
+from .build import SIZE
+from .clip import MAX_TOKENS, new_clip
+from .judges import ConceptClassifier, StyleClassifier
+from .loop import load_ema, start_from, training_device
+from .pictures import EmojiPictures
+from .unet import new_scheduler, new_unet
+from .vae import fold_scaling, new_vae, only_decoder
+
+CLASSIFIERS = {"styles": StyleClassifier, "concepts": ConceptClassifier}
+
+
+def load_vae(work: Path, pictures: EmojiPictures, with_decoder: bool = True) -> AutoencoderKL:
+    """The trained autoencoder with SD1.5's scaling factor folded in; with the decoder that was trained on alone, when
+    there is one. It is on the training device."""
+    vae = load_ema(new_vae(), work / "vae.pt").to(training_device())
+    assert isinstance(vae, AutoencoderKL)
+    fold_scaling(vae, pictures)
+    if with_decoder and (work / "decoder.pt").is_file():
+        load_ema(only_decoder(vae), work / "decoder.pt")
+    return vae.requires_grad_(False)
+
+
+def load_clip(work: Path, with_vision: bool = True) -> tuple[CLIPModel, CLIPTokenizer]:
+    """The trained CLIP and its tokenizer; with the vision tower that was trained on alone, when there is one."""
+    tokenizer = CLIPTokenizer.from_pretrained(str(work / "tokenizer"), model_max_length=MAX_TOKENS)
+    clip = load_ema(new_clip(tokenizer), work / "clip.pt")
+    assert isinstance(clip, CLIPModel)
+    if with_vision and (work / "vision.pt").is_file():
+        load_ema(only_vision(clip), work / "vision.pt")
+    return clip.requires_grad_(False), tokenizer
+
+
+def only_vision(clip: CLIPModel) -> CLIPModel:
+    """Let only the vision tower and its projection be trained."""
+    clip.requires_grad_(False)
+    clip.vision_model.requires_grad_(True)
+    clip.visual_projection.requires_grad_(True)
+    return clip
+
+
+def load_unet(work: Path) -> UNet2DConditionModel:
+    """The trained UNet."""
+    unet = load_ema(new_unet(), work / "unet.pt")
+    assert isinstance(unet, UNet2DConditionModel)
+    return unet.requires_grad_(False)
+
+
+def export(work: Path, pictures: EmojiPictures, folder: Path) -> None:
+    """Write ``folder``/emoji-model as diffusers loads it (fp16) and ``folder``/judges.safetensors beside it."""
+    clip, tokenizer = load_clip(work)
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_encoder.load_state_dict(clip.text_model.state_dict())
+    image_encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
+    image_encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
+    image_encoder.visual_projection.load_state_dict(clip.visual_projection.state_dict())
+    pipeline = StableDiffusionPipeline(
+        vae=load_vae(work, pictures).cpu(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=load_unet(work).to(memory_format=torch.contiguous_format),
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=new_image_processor(),
+        image_encoder=image_encoder,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(folder / MODEL)
+    _prefix_keys(folder / MODEL / "text_encoder" / "model.safetensors", "text_model.")
+    for name in ("vocab.json", "merges.txt"):  # for readers that know no tokenizer.json
+        shutil.copy(work / "tokenizer" / name, folder / MODEL / "tokenizer" / name)
+    # The tokenizer remembers the folder it was read from; nobody else has that folder.
+    file = folder / MODEL / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings.pop("name_or_path", None)
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_judges(work, clip, folder / "judges.safetensors")
+
+
+def _prefix_keys(file: Path, prefix: str) -> None:
+    """Give every tensor the name that SD1.5's files have; newer transformers write shorter ones, and read both."""
+    state = {key if key.startswith(prefix) else prefix + key: value for key, value in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def unpack(folder: Path, work: Path) -> None:
+    """The reverse of ``export``: checkpoints of step 0 from the shipped weights, for anyone to train them further."""
+    model = folder / MODEL
+    judges = read_judges(folder / "judges.safetensors")
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
+    clip = new_clip(tokenizer)
+    clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
+    image_encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder")
+    clip.vision_model.load_state_dict(image_encoder.vision_model.state_dict())
+    clip.visual_projection.load_state_dict(image_encoder.visual_projection.state_dict())
+    clip.text_projection.load_state_dict({"weight": judges["text_projection.weight"]})
+    start_from(clip, work / "clip.pt")
+    for name, new_classifier in CLASSIFIERS.items():
+        classifier = new_classifier()
+        classifier.load_state_dict(part_of(judges, name))
+        start_from(classifier, work / f"{name}.pt")
+    start_from(AutoencoderKL.from_pretrained(model / "vae"), work / "vae.pt")
+    start_from(UNet2DConditionModel.from_pretrained(model / "unet"), work / "unet.pt")
+
+
+def read_judges(file: Path) -> dict[str, Tensor]:
+    """The tensors of judges.safetensors: the classifiers', and CLIP's text projection.
+
+    Raises BaseModelError for another file and for a damaged one.
+    """
+    source = "the package: install ip-adapter-kit anew"
+    opened = open_weights(file, "the judges of the emoji model", source)
+    expected = {"text_projection.weight"}
+    for name, new_classifier in CLASSIFIERS.items():
+        expected |= {f"{name}.{key}" for key in new_classifier().state_dict()}
+    if lacking := sorted(expected - set(opened.infos)):
+        raise BaseModelError(
+            f"{file}: looks like {looks_like(opened.infos)}; expected the judges of the emoji model ({lacking[0]} is "
+            f"missing). Take it from {source}."
+        )
+    tensors = {name: opened.read(name) for name in opened.infos}
+    try:
+        check_weights(tensors, str(file))
+    except AdapterError as error:
+        raise BaseModelError(str(error)) from error
+    return tensors
+
+
+def part_of(judges: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The float32 state of one classifier, "styles" or "concepts", out of the tensors of judges.safetensors."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value.float() for key, value in judges.items() if key.startswith(prefix)}
+
+
+def save_judges(work: Path, clip: CLIPModel, file: Path) -> None:
+    """The classifiers and CLIP's text projection, which no generation needs, in one file."""
+    state = {"text_projection.weight": clip.text_projection.weight.detach().half()}
+    for name, new_classifier in CLASSIFIERS.items():
+        classifier = load_ema(new_classifier(), work / f"{name}.pt")
+        state |= {f"{name}.{key}": value.half().contiguous() for key, value in classifier.state_dict().items()}
+    save_file(state, file)
+
+
+def new_image_processor() -> CLIPImageProcessor:
+    """CLIP's preprocessing at the stack's own size."""
+    return CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})

@@ -1,0 +1,68 @@
+"""Views of an image: mirrored, shifted, zoomed, recoloured. A few thousand images alone are soon known by heart.
+
+Everything is drawn from a generator on the images' own device.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LATENT = 8  # pixels a latent: shifts by whole latents keep pixel art on its grid
+PERMUTATIONS = tuple(itertools.permutations(range(3)))  # of the colour channels; the first leaves them as they are
+
+
+def mirror(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror half of the images [B, 3, H, W]."""
+    mirrored = torch.rand(len(pixels), 1, 1, 1, generator=generator, device=pixels.device) < 0.5
+    return torch.where(mirrored, pixels.flip(-1), pixels)
+
+
+def shift(pixels: Tensor, generator: torch.Generator, step: int = 1) -> Tensor:
+    """Shift each image over its white background by up to a latent each way, in multiples of ``step`` pixels."""
+    height, width = pixels.shape[-2:]
+    sides = 2 * LATENT // step + 1
+    offsets = step * torch.randint(sides, (2, len(pixels)), generator=generator, device=pixels.device)
+    padded = F.pad(pixels, (LATENT,) * 4, value=1.0).permute(0, 2, 3, 1)
+    rows = torch.arange(height, device=pixels.device) + offsets[0, :, None]
+    columns = torch.arange(width, device=pixels.device) + offsets[1, :, None]
+    each = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+    return padded[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def recolour(pixels: Tensor, permutation: int | Tensor) -> Tensor:
+    """Exchange the colour channels: one of ``PERMUTATIONS`` for all images, or one each [B]. White stays white."""
+    if isinstance(permutation, int):
+        return pixels[:, list(PERMUTATIONS[permutation])]
+    channels = torch.tensor(PERMUTATIONS, device=pixels.device)[permutation]
+    return pixels.gather(1, channels[:, :, None, None].expand_as(pixels))
+
+
+def any_colours(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Recolour half of the images."""
+    device = pixels.device
+    changed = torch.rand(len(pixels), generator=generator, device=device) < 0.5
+    drawn = torch.randint(len(PERMUTATIONS), (len(pixels),), generator=generator, device=device)
+    return recolour(pixels, torch.where(changed, drawn, 0))
+
+
+def zoom(pixels: Tensor, generator: torch.Generator, smallest: float = 0.8) -> Tensor:
+    """Show a window of ``smallest`` to 1.25 times each image's sides, near its centre; white outside."""
+    count, device = len(pixels), pixels.device
+    side = smallest + (1.25 - smallest) * torch.rand(count, 1, generator=generator, device=device)
+    theta = torch.zeros(count, 2, 3, device=device)
+    theta[:, 0, 0] = theta[:, 1, 1] = side[:, 0]
+    room = (1 - side).clamp(min=0.1)
+    theta[:, :, 2] = room * (2 * torch.rand(count, 2, generator=generator, device=device) - 1)
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
+
+
+def patchwork(pixels: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """The left or right part of each image, and the rest from another (CutMix, arXiv 1905.04899)."""
+    width, device = pixels.shape[-1], pixels.device
+    edges = torch.randint(width // 4, 3 * width // 4, (len(pixels), 1, 1, 1), generator=generator, device=device)
+    return torch.where(torch.arange(width, device=device) < edges, pixels, others)
