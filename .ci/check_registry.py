@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = ROOT / "node.zip"
 FILES = {"__init__.py", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"}
-FOLDERS = {"assets", "example_workflows", "ipadapter_core", "locales", "nodes", "web"}
+FOLDERS = {"assets", "example_workflows", "ipadapter_core", "locales", "nodes", "subgraphs", "web"}
 TRAINING_ONLY = {f"assets/{name}" for name in ("emoji/judges.safetensors", "emoji/pictures.zip", "emoji/quality.json")}
 MOST_BYTES = 60_000_000
 LOAD = """

@@ -343,7 +343,7 @@ def copy_pack() -> Callable[[Path], Path]:
 
     def copy(folder: Path) -> Path:
         shutil.copy(ROOT / "__init__.py", (folder.mkdir(parents=True, exist_ok=True) or folder) / "__init__.py")
-        for part in ("nodes", "ipadapter_core", "web", "locales", "assets", "example_workflows"):
+        for part in ("nodes", "ipadapter_core", "web", "locales", "assets", "example_workflows", "subgraphs"):
             unneeded = shutil.ignore_patterns("__pycache__", "pictures.zip", "judges.safetensors")
             shutil.copytree(ROOT / part, folder / part, ignore=unneeded)
         return folder
@@ -387,7 +387,7 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         pytest.skip("assets/emoji holds no adapter")
     base = tmp_path_factory.mktemp("server")
     pack = base / "custom_nodes" / "a-folder"
-    for part in ("nodes", "ipadapter_core", "web", "locales", "example_workflows", "assets"):
+    for part in ("nodes", "ipadapter_core", "web", "locales", "example_workflows", "assets", "subgraphs"):
         if (ROOT / part).is_dir():
             shutil.copytree(ROOT / part, pack / part, ignore=shutil.ignore_patterns("__pycache__", "pictures.zip"))
     shutil.copy(ROOT / "__init__.py", pack / "__init__.py")

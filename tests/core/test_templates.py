@@ -1,4 +1,4 @@
-"""How the example workflows look when they are opened: from their JSON, as the frontend draws it."""
+"""How the example workflows and blueprints look when they are opened: from their JSON, as the frontend draws it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 TITLE, SLOT = 30, 20  # pixels: the title bar above a node's position, the distance of two slots
 MARGIN = 4  # pixels that a wire may touch
-each = pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+each_workflow = pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+each = pytest.mark.parametrize("file", [*WORKFLOWS, *BLUEPRINTS], ids=lambda file: file.stem)
 
 
 class Box(NamedTuple):
@@ -27,6 +30,29 @@ class Box(NamedTuple):
         )
 
 
+def drawn(file: Path) -> tuple[list[dict[str, Any]], list[list[Any]]]:
+    """The nodes and wires of a workflow, or of the subgraph of a blueprint with its two ends as nodes."""
+    workflow = json.loads(file.read_text(encoding="utf-8"))
+    if file not in BLUEPRINTS:
+        return workflow["nodes"], workflow["links"]
+    (graph,) = workflow["definitions"]["subgraphs"]
+    ends = []
+    for name, side in (("inputNode", "outputs"), ("outputNode", "inputs")):
+        left, top, width, height = graph[name]["bounding"]
+        slots = graph["inputs" if side == "outputs" else "outputs"]  # what comes in leaves the node of the inputs
+        ends.append(
+            {
+                "id": graph[name]["id"],
+                "type": name,
+                "pos": [left, top + TITLE],
+                "size": [width, height - TITLE],
+                side: [{"at": slot["pos"]} for slot in slots],
+            }
+        )
+    keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    return [*graph["nodes"], *ends], [[link[key] for key in keys] for link in graph["links"]]
+
+
 def box_of(node: dict[str, Any], margin: float = 0.0) -> Box:
     (x, y), (width, height) = node["pos"], node["size"]
     return Box(x + margin, y - TITLE + margin, x + width - margin, y + height - margin)
@@ -34,6 +60,8 @@ def box_of(node: dict[str, Any], margin: float = 0.0) -> Box:
 
 def slot(node: dict[str, Any], side: str, index: int) -> tuple[float, float]:
     """Where a wire begins ("outputs") or ends ("inputs"); inputs of widgets take no slot of their own."""
+    if "at" in node[side][index]:  # an end of a subgraph
+        return tuple(node[side][index]["at"])
     if side == "inputs":
         index = [i for i, entry in enumerate(node["inputs"]) if not entry.get("widget")].index(index)
     x = node["pos"][0] + (node["size"][0] if side == "outputs" else 0)
@@ -54,16 +82,16 @@ def wire(start: tuple[float, float], end: tuple[float, float]) -> list[tuple[flo
 
 @each
 def test_no_node_lies_on_another(file: Path) -> None:
-    nodes = json.loads(file.read_text(encoding="utf-8"))["nodes"]
+    nodes, _ = drawn(file)
     for one, other in itertools.combinations(nodes, 2):
         assert not box_of(one).overlaps(box_of(other)), (one["type"], other["type"])
 
 
 @each
 def test_no_wire_runs_behind_a_node(file: Path) -> None:
-    workflow = json.loads(file.read_text(encoding="utf-8"))
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    for _, source, output, target, index, _ in workflow["links"]:
+    listed, links = drawn(file)
+    nodes = {node["id"]: node for node in listed}
+    for _, source, output, target, index, _ in links:
         if nodes[target]["inputs"][index].get("widget"):
             continue
         curve = wire(slot(nodes[source], "outputs", output), slot(nodes[target], "inputs", index))
@@ -76,7 +104,7 @@ def test_no_wire_runs_behind_a_node(file: Path) -> None:
             assert not behind, f"{nodes[source]['type']} -> {nodes[target]['type']} behind {node['type']}"
 
 
-@each
+@each_workflow
 def test_texts_are_titled(file: Path) -> None:
     """Which of two text boxes is the negative one is seen before it is read."""
     nodes = json.loads(file.read_text(encoding="utf-8"))["nodes"]
@@ -86,7 +114,7 @@ def test_texts_are_titled(file: Path) -> None:
     assert any("ositive" in title for title in titles) and any("egative" in title for title in titles), titles
 
 
-@each
+@each_workflow
 def test_a_picture_and_a_note_go_with_it(file: Path) -> None:
     assert file.with_suffix(".jpg").is_file()
     workflow = json.loads(file.read_text(encoding="utf-8"))
