@@ -347,13 +347,6 @@ def test_a_suffix_that_no_host_reads(random_adapter: Make, tmp_path: Path) -> No
         write_adapter(tmp_path / "a.pt", random_adapter())
 
 
-def test_equal_adapters_are_equal_files(random_adapter: Make, tmp_path: Path) -> None:
-    for suffix in (".safetensors", ".bin"):
-        write_adapter(tmp_path / f"a{suffix}", random_adapter(), verify=False)
-        write_adapter(tmp_path / f"b{suffix}", random_adapter(), verify=False)
-        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
-
-
 def test_a_bin_says_what_it_cannot_say(random_adapter: Make, tmp_path: Path) -> None:
     checked = write_adapter(tmp_path / "a.bin", random_adapter("faceid-plusv2"), {"origin": "here"})
     assert checked is not None

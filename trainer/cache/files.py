@@ -142,16 +142,8 @@ class ShardHeader(NamedTuple):
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor], header: ShardHeader) -> None:
-    """Write a shard and its `digest_file`, whole or not at all. Raises DiskError."""
-    content = safetensors.torch.save(dict(tensors), {_HEADER: json.dumps(header._asdict())})
-    # First, so that a shard that is there has its own.
-    write_whole(digest_file(file), f"{hashlib.sha256(content).hexdigest()}  {file.name}\n".encode())
-    write_whole(file, content)
-
-
-def digest_file(shard: Path) -> Path:
-    """Holds a shard's SHA-256, in the format of `sha256sum --check`, until the manifest holds all."""
-    return shard.with_name(f"{shard.name}.sha256")
+    """Write a shard, whole or not at all. Raises DiskError."""
+    write_whole(file, safetensors.torch.save(dict(tensors), {_HEADER: json.dumps(header._asdict())}))
 
 
 def write_whole(file: Path, content: bytes) -> None:

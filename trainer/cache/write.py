@@ -6,7 +6,6 @@ was, with any number of processes that see the same folder.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -31,7 +30,6 @@ from .files import (
     UNFINISHED,
     Manifest,
     ShardEntry,
-    digest_file,
     read_header,
     read_manifest,
     sha256_of,
@@ -95,7 +93,7 @@ def _write_cache(
             caching.base_model.release("text_encoders")
     state.wait_for_everyone()
     if state.is_main_process:
-        manifest = _finish(caching)
+        manifest = _finish(caching, {shard.file for shard in missing})
         broken = [reason for reasons in manifest.broken.values() for reason in reasons.values()]
         if broken:
             say(f"Could not be read and are left out: {len(broken):,}, such as {broken[0]}")
@@ -203,9 +201,9 @@ def _start(caching: Caching) -> None:
     _manifest(caching).save(caching.folder / UNFINISHED)
 
 
-def _finish(caching: Caching) -> Manifest:
+def _finish(caching: Caching, written: set[str]) -> Manifest:
     manifest, folder = _manifest(caching), caching.folder
-    known = {}
+    known: dict[str, ShardEntry] = {}
     if (folder / MANIFEST).is_file():
         known = {e.file: e for entries in read_manifest(folder / MANIFEST).shards.values() for e in entries}
     for shard in caching.plan:
@@ -217,25 +215,15 @@ def _finish(caching: Caching) -> Manifest:
             )
         manifest.broken.setdefault(shard.table, {}).update(header.broken)
         size = (folder / shard.file).stat().st_size
-        digest = _known_digest(folder, shard, size, known)
+        entry = None if shard.file in written else known.get(shard.file)
+        digest = sha256_of(folder / shard.file) if entry is None else entry.sha256
         manifest.shards[shard.table].append(ShardEntry(shard.file, shard.start, shard.stop, size, digest, shard.key))
     reasons = manifest.broken.get("pictures", {})
     if len(reasons) == len(caching.examples):
         raise DataError(f"None of the {len(reasons)} pictures can be read. The first: {reasons['0']}")
     manifest.save(folder / MANIFEST)
     (folder / UNFINISHED).unlink(missing_ok=True)
-    for shard in caching.plan:
-        digest_file(folder / shard.file).unlink(missing_ok=True)
     return manifest
-
-
-def _known_digest(folder: Path, shard: Shard, size: int, known: dict[str, ShardEntry]) -> str:
-    """A shard's SHA-256 as it was when it was written."""
-    file = digest_file(folder / shard.file)
-    if file.is_file() and (match := re.match(r"([0-9a-f]{64})  ", file.read_text())):
-        return match[1]
-    entry = known.get(shard.file)
-    return entry.sha256 if entry is not None and entry.bytes == size else sha256_of(folder / shard.file)
 
 
 def _manifest(caching: Caching) -> Manifest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
@@ -126,7 +125,6 @@ def _size(adapter: IPAdapter) -> int:
 def _write(file: Path, adapter: IPAdapter, metadata: dict[str, str]) -> None:
     if file.suffix == ".safetensors":
         save_adapter(file, adapter, metadata)
-        _sort_metadata(file)
     else:
         _write_bin(file, adapter)
 
@@ -140,23 +138,6 @@ def _write_bin(file: Path, adapter: IPAdapter) -> None:
         # A clone: a view would take the whole storage behind it into the file.
         parts[part][name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     with file.open("wb") as stream:
-        torch.save(parts, stream)  # to a stream: the archive does not name the file, so equal adapters are equal files
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sort_metadata(file: Path) -> None:
-    """Put the header's metadata in order, in place: the safetensors library writes it in a random one, and equal
-    adapters shall be equal files.
-    """
-    with file.open("rb+") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > length:  # another way to escape; the order is not worth a move of all tensors
-            return
-        stream.seek(8)
-        stream.write(text.ljust(length))
+        torch.save(parts, stream)
         stream.flush()
         os.fsync(stream.fileno())

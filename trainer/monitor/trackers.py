@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -62,8 +61,7 @@ class RunLog:
 
     Lines and samples past the step `start` are from a run that was killed after its last checkpoint, and are dropped;
     so are their points in TensorBoard. wandb and trackio get a run of its own for every resume, in one group.
-    `config` are the settings by name. The accelerator was made with `tracker_arguments`. `unlogged` is what the method
-    of this name said at the checkpoint that is resumed.
+    `config` are the settings by name. The accelerator was made with `tracker_arguments`.
     """
 
     def __init__(
@@ -73,14 +71,11 @@ class RunLog:
         config: Mapping[str, Any],
         log_with: str,
         start: int,
-        unlogged: Tensor | None = None,
         warn: Callable[[str], None] = log.warning,
     ) -> None:
         self._accelerator, self._output, self._log_with = accelerator, output, log_with
         self._warn, self._failing = warn, set[str]()
         self._losses, self._norms, self._images = list[Tensor](), list[Tensor](), 0
-        if unlogged is not None:
-            self._losses, self._norms = (list(row[~row.isnan()].to(accelerator.device)) for row in unlogged)
         self._step = start
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)
@@ -98,19 +93,6 @@ class RunLog:
         self._images += progress.images
         self._step = progress.step
         self._idle_since = time.monotonic()
-
-    def unlogged(self) -> Tensor:
-        """[2, K]: losses and gradient norms of the K steps since the last line, the means of all processes, for the
-        checkpoint: a resumed run writes the line that this one would have. NaN where norms are not measured.
-
-        Every process calls it at the same steps.
-        """
-        if not self._losses:
-            return torch.zeros(2, 0)
-        losses = torch.stack(self._losses).float()
-        norms = torch.stack(self._norms).float() if self._norms else torch.full_like(losses, math.nan)
-        both = torch.stack([losses, norms.to(losses.device)]).to(self._accelerator.device)
-        return self._accelerator.gather(both[None]).mean(0)
 
     def write(self, learning_rate: float) -> dict[str, float]:
         """Write and return a line about the steps since the one before: their mean loss and gradient norm, the

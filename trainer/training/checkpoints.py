@@ -1,7 +1,7 @@
 """Checkpoints of a training: the adapter as any host loads it, and beside it what an exact resume needs.
 
     output/checkpoint-000200/adapter.safetensors   the published layout; the averaged weights where there are such
-                             training.pt           optimizer, average, random states, position, settings
+                             training.pt           optimizer, average, position, settings
 
 A checkpoint appears under its name by one rename, so whatever has that name is complete.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
 import re
 import secrets
 import shutil
@@ -20,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,12 +86,11 @@ def save_checkpoint(
     facts: Mapping[str, Any],
     state: State,
     *,
-    unlogged: Tensor,
     metadata: dict[str, str],
     keep: int,
 ) -> Path:
     """Write `checkpoint-<step>`, then delete all but the newest `keep`. A step that is already saved stays as
-    it is. `facts` are what `changes` compares. `unlogged` are the numbers of steps that wait for a line of the log.
+    it is. `facts` are what `changes` compares.
 
     Raises AdapterError for weights that are not finite, and what the disk raises (see `disk_errors`); older checkpoints
     stay.
@@ -111,13 +108,11 @@ def save_checkpoint(
             export_adapter(temporary / ADAPTER_FILE, state.adapter, metadata)
         content = {
             "position": asdict(position),
-            "unlogged": unlogged.cpu(),
             "facts": dict(facts),
             "weights": state.adapter.state_dict() if state.average.exist else {},  # else adapter.safetensors has them
             "optimizer": state.optimizer.state_dict(),
             "scaler": {} if state.scaler is None else state.scaler.state_dict(),
             "average": state.average.state_dict(),
-            "random": _random_states(),
         }
         _write(temporary / STATE_FILE, content)
         if target.exists():  # the name without the files: not ours, or damaged
@@ -143,10 +138,9 @@ def read_facts(folder: Path) -> tuple[Position, Mapping[str, Any]]:
     return Position(**content["position"]), content.get("facts", {})
 
 
-def resume(folder: Path, state: State) -> Tensor:
-    """Put a checkpoint's state into a training that was built the same way; random states are set too. The
-    optimizer keeps its learning rate and weight decay, which the settings may have changed. Returns the numbers of the
-    steps that wait for a line of the log.
+def resume(folder: Path, state: State) -> None:
+    """Put a checkpoint's state into a training that was built the same way. The optimizer keeps its learning rate and
+    weight decay, which the settings may have changed.
 
     Raises CheckpointError when it cannot be read.
     """
@@ -163,8 +157,6 @@ def resume(folder: Path, state: State) -> Tensor:
     if state.scaler is not None and content.get("scaler"):
         state.scaler.load_state_dict(content["scaler"])
     state.average.load_state_dict(content["average"])
-    _restore_random_states(content["random"])
-    return content["unlogged"]
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
@@ -195,25 +187,3 @@ def _damaged(file: Path, reason: str) -> CheckpointError:
     earlier = checkpoint_folders(file.parent.parent)[:-1]
     advice = f"resume from {earlier[-1].name}" if earlier else "start again"
     return CheckpointError(f"{file}: damaged ({reason}). Delete {file.parent} to {advice}.")
-
-
-def _random_states() -> dict[str, Any]:
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _restore_random_states(states: Mapping[str, Any]) -> None:
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
-    # A checkpoint may move between machines with another number of GPUs.
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])

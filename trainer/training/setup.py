@@ -6,10 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..engine.denoiser import adapter_spec, new_adapter
@@ -43,7 +41,6 @@ class Training:
     source: Source
     validation: Validation | None
     start: Position
-    unlogged: Tensor  # of a resumed run, see RunLog
 
     @property
     def steps(self) -> int:
@@ -88,7 +85,8 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
     # Accelerate makes the adapter's keys and values float32, and every layer would cast them back.
     accelerator.unwrap_model(adapter, keep_fp32_wrapper=False)
     state = State(adapter, optimizer, AveragedWeights(adapter, optimizer, config.ema_decay))
-    unlogged = torch.zeros(2, 0) if checked.checkpoint is None else resume(checked.checkpoint, state)
+    if checked.checkpoint is not None:
+        resume(checked.checkpoint, state)
     if accelerator.is_main_process:
         for line in notes(checked, "Resuming"):
             say(line)
@@ -116,7 +114,6 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
         source=checked.source,
         validation=validation,
         start=checked.start,
-        unlogged=unlogged,
     )
 
 

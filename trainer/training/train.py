@@ -8,7 +8,6 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..disk import disk_errors
@@ -100,7 +99,7 @@ def _train(training: Training, say: Say, on_progress: Callable[[Progress], None]
                 stopping = _agree_to_stop(training, stop, step)
                 if step % config.save_every == 0 or last or stopping:
                     check_loss(step, float(progress.loss))
-                    folder = save(training, position, log.unlogged())
+                    folder = save(training, position)
                     if stopping and not last:
                         raise Interrupted(f"Stopped; saved {folder}. Run the same command again to resume.")
     return position
@@ -114,7 +113,7 @@ def training_batches(training: Training) -> Iterator[TrainingBatch]:
         yield TrainingBatch(features, batch["drop_image_embeds"], batch["noise"], batch["timesteps"])
 
 
-def save(training: Training, position: Position, unlogged: Tensor) -> Path:
+def save(training: Training, position: Position) -> Path:
     """Write the checkpoint of a step that was just done. Raises DiskError that names the last good one."""
     output = training.config.output
     folder = output / f"checkpoint-{position.step:06d}"
@@ -128,7 +127,6 @@ def save(training: Training, position: Position, unlogged: Tensor) -> Path:
                 position,
                 training.checked.facts,
                 training.state,
-                unlogged=unlogged,
                 metadata=training.metadata(position),
                 keep=training.config.keep_checkpoints,
             )
@@ -155,7 +153,6 @@ def _open_log(training: Training, say: Say) -> RunLog:
         config.model_dump(mode="json"),
         config.log_with,
         training.start.step,
-        training.unlogged,
         warn=say,
     )
 
