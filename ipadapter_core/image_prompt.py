@@ -103,13 +103,18 @@ def last_for_all(count: int, places: Iterable[int]) -> list[int]:
 
 def rgb_pixels(image: Tensor, name: str) -> Tensor:
     """[B, H, W, 1, 3 or 4] -> [B, 3, H, W]. Raises AdapterError for another shape and values outside 0..1."""
+    check_shape(image, name)
+    check_range(image, name, "an image")
+    return image[..., :3].expand(*image.shape[:3], 3).movedim(-1, 1).float()
+
+
+def check_shape(image: Tensor, name: str) -> None:
+    """Raises AdapterError for an image that is not [B, H, W, 1, 3 or 4]."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
         raise AdapterError(
             f"{name} has the shape {tuple(image.shape)}. Pass [batch, height, width, 3 channels] with at least one "
             "image and one pixel; 1 channel (grey) and 4 channels (alpha is ignored) work too."
         )
-    check_range(image, name, "an image")
-    return image[..., :3].expand(*image.shape[:3], 3).movedim(-1, 1).float()
 
 
 def _fit_mask(mask: Tensor, pixels: Tensor, size: int, crop: str) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,11 +21,18 @@ EMPTY_MASK_ADVICE = (
 
 
 def check_mask(mask: Tensor, name: str = "mask") -> Tensor:
-    """A mask as [M, H, W], floating point in 0..1. A single channel, as in [M, 1, H, W], is dropped.
+    """`mask_planes` in 0..1. Raises AdapterError as it does, and for values outside 0..1."""
+    mask = mask_planes(mask, name)
+    check_range(mask, name, "a mask")
+    return mask.clamp(0.0, 1.0)
+
+
+def mask_planes(mask: Tensor, name: str = "mask") -> Tensor:
+    """A mask as [M, H, W], finite floating point. A single channel, as in [M, 1, H, W], is dropped.
 
     `name` is that of the input, for the message.
 
-    Raises AdapterError for another shape, NaN, or values outside 0..1.
+    Raises AdapterError for another shape, NaN and infinity.
     """
     if mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask.squeeze(1)
@@ -33,8 +43,8 @@ def check_mask(mask: Tensor, name: str = "mask") -> Tensor:
         )
     mask = mask.reshape(-1, *mask.shape[-2:])
     mask = mask if mask.is_floating_point() else mask.float()
-    check_range(mask, name, "a mask")
-    return mask.clamp(0.0, 1.0)
+    check_finite(mask, name)
+    return mask
 
 
 def check_range(values: Tensor, name: str, what: str) -> None:
@@ -42,16 +52,27 @@ def check_range(values: Tensor, name: str, what: str) -> None:
 
     Raises AdapterError that says which of them is not.
     """
+    for index, (low, high) in enumerate(_ends(values, name)):
+        if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+            raise AdapterError(
+                f"{one_of(name, index, values)} has values from {low:.4g} to {high:.4g}; {what} goes from 0 to 1. "
+                "Rescale or clamp it."
+            )
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """Raises AdapterError that says which of a batch, [B, ...], holds NaN or infinity."""
+    for _ in _ends(values, name):
+        pass
+
+
+def _ends(values: Tensor, name: str) -> Iterator[tuple[float, float]]:
+    """The lowest and the highest value of each of a batch. Raises AdapterError for NaN and infinity."""
     for index, one in enumerate(values):
         low, high = (float(end) for end in torch.aminmax(one))  # NaN propagates to both
-        if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
-            continue
-        which = one_of(name, index, values)
-        if not torch.isfinite(one).all():
-            raise AdapterError(f"{which} holds NaN or infinity. Look at the node that makes it.")
-        raise AdapterError(
-            f"{which} has values from {low:.4g} to {high:.4g}; {what} goes from 0 to 1. Rescale or clamp it."
-        )
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise AdapterError(f"{one_of(name, index, values)} holds NaN or infinity. Look at the node that makes it.")
+        yield low, high
 
 
 def one_of(name: str, index: int, batch: Tensor) -> str:

@@ -21,9 +21,9 @@ from ..ipadapter_core import (
     cross_attention_sites,
     parse_weight_type,
 )
-from ..ipadapter_core.masks import check_attention_mask, check_mask
+from ..ipadapter_core.masks import check_attention_mask, check_mask, mask_planes
 from .calls import RUN
-from .checks import check_acts, check_prompt, largest
+from .checks import check_acts, check_prompt, check_strength, largest
 from .keys_values import inference_dtype, layer_pairs
 from .layer_weights import model_weights
 from .lora import LORA_STRENGTH, add_lora
@@ -210,12 +210,13 @@ def apply_prompt(
     token_scale: float = 1.0,
     needs_negative: str = "",
     checked: bool = True,
+    node: str = "Apply IP Adapter",
 ) -> Any:
     """A clone of the model with one more image prompt in it. `weights` is one for each transformer of the UNet, see
     `Site.transformer_index`; `schedule` multiplies all of them; `lora_strength` is that of the LoRA inside a FaceID
     file, which acts in every step; `token_scale` multiplies keys and values alike; `needs_negative` names the input
-    that acts in the negative branch alone, `mask_name` that of the mask. Without `checked`, for the old names, an image
-    prompt may act nowhere, and a mask is taken as it is, outside 0..1 too.
+    that acts in the negative branch alone, `mask_name` that of the mask, `node` the node, for the log. Without
+    `checked`, for the old names, an image prompt may act nowhere, and a mask may leave 0..1.
 
     Raises AdapterError when the adapter is not made for the model, the prompt not for the adapter, or nothing would
     come of it although the weight is not 0.
@@ -225,11 +226,12 @@ def apply_prompt(
     check_compatible(ip_adapter.spec, sites, ip_adapter.name, unet=unet)
     check_prompt(ip_adapter, image_prompt)
     strength = largest(layer.weight * own for layer in weights for own in image_prompt.positive.weights)
-    mask = attn_mask
+    check_strength(strength)
+    check = mask_planes
     if checked:
         check_acts(strength, start_at, end_at, scaling, sites)
         check = check_attention_mask if strength else check_mask
-        mask = None if attn_mask is None else check(attn_mask, mask_name)
+    mask = None if attn_mask is None else check(attn_mask, mask_name)
     if schedule is not None and scaling != "V only":
         raise AdapterError(
             f"A weight schedule multiplies the result of the image attention, embeds_scaling {scaling!r} the keys, "
@@ -245,7 +247,9 @@ def apply_prompt(
     rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, dtype, unet, token_scale)
     negative = "image_negative" if image_prompt.has_negative else needs_negative
     key = _new_key(patched)
-    install(patched, Application(key, pairs, rows, start_at, end_at, mask, negative, schedule, mask_name, checked))
+    install(
+        patched, Application(key, pairs, rows, start_at, end_at, mask, negative, schedule, mask_name, checked, node)
+    )
     return patched
 
 

@@ -32,10 +32,13 @@ def largest(weights: Iterable[float]) -> float:
     return next((weight for weight in magnitudes if not math.isfinite(weight)), max(magnitudes, default=0.0))
 
 
-def check_acts(strength: float, start_at: float, end_at: float, scaling: Scaling, sites: Sequence[Site]) -> None:
-    """Refuse a window without a step and a scaling that leaves next to nothing. Strength 0 is how to switch it off."""
+def check_strength(strength: float) -> None:
     if not math.isfinite(strength):
         raise AdapterError(f"weight is {strength}. Choose a number from -1 to 5; 0 switches the image prompt off.")
+
+
+def check_acts(strength: float, start_at: float, end_at: float, scaling: Scaling, sites: Sequence[Site]) -> None:
+    """Refuse a window without a step and a scaling that leaves next to nothing. Strength 0 is how to switch it off."""
     if strength == 0.0:
         return
     if not start_at < end_at:

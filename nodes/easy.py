@@ -93,7 +93,7 @@ class ImagePrompt(Node):
         weights = _weights(sites, weight_type, weight, use_for)
         ip_adapter, encoder = _load(model.model, pair)
         encoded = EncodeImagePrompt.execute(ip_adapter, encoder, image)
-        patched = apply_prompt(model, ip_adapter, encoded.args[0], weights=weights)
+        patched = apply_prompt(model, ip_adapter, encoded.args[0], weights=weights, node="Image Prompt")
         text = " ".join([f"{pair.describe()}, weight type {weight_type!r}.", *pair.notes])
         show_on_node(cls, text)
         return io.NodeOutput(patched, ui={**encoded.ui.as_dict(), **ui.PreviewText(text).as_dict()})

@@ -83,7 +83,7 @@ def encode(ip_adapter: LoadedAdapter, clip_vision: Encoder, images: Tensor) -> T
     for part in images.split(BATCH):
         comfy.model_management.throw_exception_if_processing_interrupted()
         output = clip_vision.encode_image(part, crop=False)
-        made.append(_sound(ip_adapter, output[_output(ip_adapter)]))
+        made.append(sound_features(ip_adapter, output[_output(ip_adapter)]))
         progress.update(len(part))
     return torch.cat(made)
 
@@ -109,7 +109,7 @@ def _encode_zeros(ip_adapter: LoadedAdapter, clip_vision: Encoder) -> Tensor:
     size = clip_vision.image_size
     pixels = torch.zeros(1, 3, size, size, device=clip_vision.load_device)
     states = clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1]
-    return _sound(ip_adapter, states.to(comfy.model_management.intermediate_device()))
+    return sound_features(ip_adapter, states.to(comfy.model_management.intermediate_device()))
 
 
 def _output(ip_adapter: LoadedAdapter) -> str:
@@ -117,7 +117,7 @@ def _output(ip_adapter: LoadedAdapter) -> str:
     return "image_embeds" if ip_adapter.spec.kind == "base" else "penultimate_hidden_states"
 
 
-def _sound(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
+def sound_features(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
     """Features of an encoder that fits and is not damaged."""
     _fitting(ip_adapter, features)
     if not (torch.isfinite(features).all() and features.flatten(1).any(1).all()):

@@ -60,7 +60,7 @@ def _check_applications(guider: Any, options: Options, sigmas: Tensor, noise: Te
     for application in (item for items in wrappers.values() for item in items if isinstance(item, Application)):
         _warn_of_replaced(application, patches)
         for sentence in application.check_run(sigmas[:-1], sampling, len(noise), grid_of(noise.shape), cfg):
-            _log.warning("Apply IP Adapter: %s", sentence)
+            _log.warning("%s: %s", application.node, sentence)
 
 
 def _warn_of_replaced(application: Application, patches: Mapping[Any, Any]) -> None:
@@ -68,11 +68,13 @@ def _warn_of_replaced(application: Application, patches: Mapping[Any, Any]) -> N
     others = [patches.get(place) for place in application.pairs if not _holds(patches.get(place), application)]
     if others:
         _log.warning(
-            "Apply IP Adapter: %s of another pack took %d of its %d layers after it; unless it passes their calls on, "
-            "the image prompt does not act there. Connect its node before Apply IP Adapter.",
+            "%s: %s of another pack took %d of its %d layers after it; unless it passes their calls on, the image "
+            "prompt does not act there. Connect its node before %s.",
+            application.node,
             getattr(others[0], "__qualname__", type(others[0]).__qualname__),
             len(others),
             len(application.pairs),
+            application.node,
         )
 
 

@@ -66,7 +66,8 @@ class Step:
 class Application:
     """One image prompt in a model: its key, its keys and values, its window in parts of the noise schedule (0..1), its
     mask [M, H, W] or None, the input of it that acts in the negative branch alone ("" for none), the schedule of its
-    weight, and the name of the mask's input. `checked`: a mask that leaves nothing of it is an error.
+    weight, and the name of the mask's input. `checked`: a mask that leaves nothing of it is an error; without, it is of
+    an old name. `node` is the node that made it.
 
     `pairs` has by place [P + N, H, T, d] tensors on the offload device: the rows of the positive branch, then those of
     the negative one, all weights inside. `rows` is (P, N): 1 each, or one for each image of a batch.
@@ -84,6 +85,7 @@ class Application:
     schedule: WeightSchedule | None = None
     mask_name: str = "attn_mask"
     checked: bool = True
+    node: str = "Apply IP Adapter"
 
     def __call__(
         self,
@@ -132,10 +134,10 @@ class Application:
         images = self.rows[0]
         if images > batch:
             unused = f"image {images} acts" if images == batch + 1 else f"images {batch + 1} to {images} act"
+            remedy = "turn one_each off" if self.checked else "connect fewer images and weights"
             yield (
                 f"The image prompt has {images} images, one for each latent, and {batch} "
-                f"{'is' if batch == 1 else 'are'} sampled: {unused} in none. Sample {images} latents, or turn one_each "
-                "off."
+                f"{'is' if batch == 1 else 'are'} sampled: {unused} in none. Sample {images} latents, or {remedy}."
             )
         if self.schedule is not None:
             yield from self.schedule.notes(batch if self.schedule.over == "frames" else len(sigmas))

@@ -139,6 +139,12 @@ def project(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> Tensor:
         against = adapter.negative_tokens(device=device, dtype=torch.float32) if negative is None else tokens(negative)
         made = torch.cat([positive, against])
         if not torch.isfinite(made).all():
+            parts = [image_prompt.positive, *([] if negative is None else [negative])]
+            if not all(torch.isfinite(feature).all() for part in parts for feature in part.features):
+                raise AdapterError(
+                    "The image prompt holds NaN or infinity: the image, the mask or the image encoder behind it is "
+                    "damaged. Look at the node that makes it."
+                )
             raise AdapterError(
                 f"{ip_adapter.name} makes tokens with NaN or infinity from features without. Its weights are damaged: "
                 "download or export it again."

@@ -46,7 +46,7 @@ class IPAdapter(OldNode):
         prompt = OldPrompt(
             image=image, weight=weight, weight_type=weight_type, start_at=start_at, end_at=end_at, attn_mask=attn_mask
         )
-        return apply_old(model, pipeline, prompt)
+        return apply_old(model, pipeline, cls.TITLE, prompt)
 
 
 class IPAdapterAdvanced(OldNode):
@@ -134,7 +134,7 @@ class IPAdapterAdvanced(OldNode):
             for index, one in enumerate(images)
             if one is not None
         ]
-        return apply_old(model, pipeline, *prompts)
+        return apply_old(model, pipeline, cls.TITLE, *prompts)
 
 
 class IPAdapterBatch(IPAdapterAdvanced):

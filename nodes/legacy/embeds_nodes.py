@@ -67,7 +67,7 @@ class IPAdapterEmbeds(OldNode):
             embeds_scaling=embeds_scaling,
             unfold=cls.UNFOLD,
         )
-        return apply_old(model, open_pipeline(ipadapter, clip_vision=clip_vision), prompt)
+        return apply_old(model, open_pipeline(ipadapter, clip_vision=clip_vision), cls.TITLE, prompt)
 
 
 class IPAdapterEmbedsBatch(IPAdapterEmbeds):
@@ -156,10 +156,24 @@ class IPAdapterSaveEmbeds(OldNode):
 
     @classmethod
     def save(cls, embeds: Tensor, filename_prefix: str) -> tuple[None]:
-        folder, name, counter, *_ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
-        )
-        torch.save(embeds, Path(folder) / f"{name}_{counter:05}{OLD_SUFFIX}")
+        output = folder_paths.get_output_directory()
+        try:
+            if not Path(output, filename_prefix).resolve().is_relative_to(Path(output).resolve()):
+                raise AdapterError(
+                    f"filename_prefix {filename_prefix!r} leads out of the output folder. Use a name, such as anna."
+                )
+            folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, output)
+            # ComfyUI reads the number where an underscore follows it, and older versions nowhere else.
+            while (path := Path(folder) / f"{name}_{counter:05}{OLD_SUFFIX}").exists():
+                counter += 1
+            torch.save(embeds, path)
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, AdapterError):
+                raise
+            raise AdapterError(
+                f"filename_prefix {filename_prefix[:80]!r}: not saved ({getattr(error, 'strerror', None) or error}). "
+                "Change it, or free some space."
+            ) from error
         return (None,)
 
 

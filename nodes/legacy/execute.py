@@ -60,20 +60,25 @@ class OldPrompt:
         return [float(weight) for weight in (listed if self.unfold else listed[:1])]
 
 
-def apply_old(model: Any, pipeline: Pipeline, *prompts: OldPrompt) -> tuple[Any, Tensor | None]:
-    """A clone of the model with the prompts in it, one after the other, and the face crops of the last."""
+def apply_old(model: Any, pipeline: Pipeline, node: str, *prompts: OldPrompt) -> tuple[Any, Tensor | None]:
+    """A clone of the model with the prompts in it, one after the other, and the face crops of the last. `node` is the
+    title of the node, for the log.
+    """
     patched, faces = model.clone(), None
     for prompt in prompts:
-        patched, faces = _apply_one(patched, pipeline, prompt)
+        patched, faces = _apply_one(patched, pipeline, node, prompt)
     return patched, faces
 
 
-def _apply_one(model: Any, pipeline: Pipeline, prompt: OldPrompt) -> tuple[Any, Tensor | None]:
+def _apply_one(model: Any, pipeline: Pipeline, node: str, prompt: OldPrompt) -> tuple[Any, Tensor | None]:
     shares = layer_shares(model, prompt)
-    encoded, faces = _encode(pipeline, prompt)
+    encoded, faces = _encode(pipeline, node, prompt)
     if prompt.start_at >= prompt.end_at:
         _log.warning(
-            "start_at %g is not below end_at %g: the image prompt acts in no step.", prompt.start_at, prompt.end_at
+            "%s: start_at %g is not below end_at %g, so the image prompt acts in no step.",
+            node,
+            prompt.start_at,
+            prompt.end_at,
         )
         return model, faces
     for part in shares:
@@ -90,6 +95,7 @@ def _apply_one(model: Any, pipeline: Pipeline, prompt: OldPrompt) -> tuple[Any, 
             token_scale=prompt.weight_kolors if pipeline.adapter.spec.token_width is not None else 1.0,
             lora_strength=0.0,  # the unified loader adds the LoRA's own file
             checked=False,
+            node=node,
         )
     return model, faces
 
@@ -103,7 +109,7 @@ class _Encoded:
     composition: EncodedImages | None = None
 
 
-def _encode(pipeline: Pipeline, prompt: OldPrompt) -> tuple[_Encoded, Tensor | None]:
+def _encode(pipeline: Pipeline, node: str, prompt: OldPrompt) -> tuple[_Encoded, Tensor | None]:
     spec = pipeline.adapter.spec
     options = {"batch_size": prompt.encode_batch_size}
     enhanced = {**options, "tiles": prompt.enhance_tiles, "ratio": prompt.enhance_ratio}
@@ -140,12 +146,21 @@ def _encode(pipeline: Pipeline, prompt: OldPrompt) -> tuple[_Encoded, Tensor | N
     against = None if face is None else torch.zeros_like(face)
     if prompt.combine_embeds != "concat" and not prompt.unfold:
         several = any(part is not None and len(part) > 1 for part in (features, face))
-        features, face, composition = (
-            part if part is None or not several else combine_features(part, prompt.combine_embeds)
-            for part in (features, face, composition)
-        )
         if several:
+            features, face = (
+                None if part is None else combine_features(part, prompt.combine_embeds) for part in (features, face)
+            )
             negative, against = (None if part is None else part[:1] for part in (negative, against))
+        if composition is not None and (several or is_corrected()):
+            composition = combine_features(composition, prompt.combine_embeds)
+        elif composition is not None and len(composition) > 1:  # the old pack looks at the style images alone
+            _log.warning(
+                "%s: combine_embeds %r has no effect on the %d composition images beside one style image, as in "
+                "ComfyUI_IPAdapter_plus: their tokens are joined.",
+                node,
+                prompt.combine_embeds,
+                len(composition),
+            )
     comp = None if composition is None else _images(composition)
     return _Encoded(_images(features, face), _images(negative, against), comp), faces
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...ipadapter_core import AdapterError
 from . import fields as f
+from .inputs import read_number
 from .old_node import OldNode, WeightsStrategy
 
 _TIMINGS = ["custom", "linear", "ease_in_out", "ease_in", "ease_out", "random"]
@@ -115,7 +116,7 @@ def _curve(strategy: dict[str, Any]) -> list[float]:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        return read_number(text)
     except ValueError:
         raise AdapterError(
             f"weights: {text.strip()!r} is no number. Use numbers with commas, such as 1.0, 0.5, 0.0."
@@ -125,6 +126,11 @@ def _number(text: str) -> float:
 def _cross_fade(image: Tensor, curve: list[float], method: str) -> tuple[list[float], Tensor, Tensor | None]:
     """The weights of all images, and the image of each frame for two adapters that fade into each other."""
     count = len(curve)
+    if len(image) < 2 and method in _METHODS[1:]:
+        raise AdapterError(
+            f"method {method!r} goes from image to image and needs at least two; image has {len(image)}. Connect more, "
+            f"or use {_METHODS[0]!r}."
+        )
     if "shift" in method:
         return curve * (len(image) - 1), *(half.repeat_interleave(count, 0) for half in (image[:-1], image[1:]))
     if "alternate" in method:

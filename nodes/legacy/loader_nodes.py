@@ -12,16 +12,17 @@ import folder_paths
 from comfy_api.latest import io
 
 from ...ipadapter_core import cross_attention_sites
-from ..files import ADAPTERS, list_files, stamp
+from ..face_analysis import find_files
+from ..files import ADAPTERS, ENCODERS, list_files, stamp, version
 from ..lora import add_lora
 from ..vision import AUTO, find_encoder_file, load_encoder
 from . import fields as f
 from .old_faces import load_faces
 from .old_node import InsightFace, IPAdapterWire, OldNode
-from .presets import Preset, family_of_context, find_adapter, find_image_encoder, find_lora, find_preset
+from .presets import Preset, family_of_context, find_adapter, find_image_encoder, find_lora, find_preset, lora_files
 from .wires import open_file
 
-_loaded: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()  # kept while a graph holds them
+_loaded: WeakValueDictionary[tuple[str, str, str], Any] = WeakValueDictionary()  # kept while a graph holds them
 
 
 class IPAdapterUnifiedLoader(OldNode):
@@ -54,6 +55,15 @@ class IPAdapterUnifiedLoader(OldNode):
     @classmethod
     def outputs(cls) -> Sequence[Any]:
         return [io.Model.Output(display_name=cls._MODEL), IPAdapterWire.Output(display_name="ipadapter")]
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        """Changes when a file that the preset may mean is replaced, or added."""
+        loras = lora_files(str(inputs.get("preset")))
+        files = [(folder, name) for folder in (ADAPTERS, ENCODERS) for name in list_files(folder)]
+        files += [("loras", name) for name in loras]
+        faces = _face_files() if issubclass(cls, IPAdapterUnifiedLoaderFaceID) else ""
+        return str([stamp(folder, name) for folder, name in files]) + faces
 
     @classmethod
     def load_models(
@@ -146,6 +156,11 @@ class IPAdapterInsightFaceLoader(OldNode):
         return [InsightFace.Output()]
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        """Changes when a file is replaced."""
+        return _face_files(str(inputs.get("model_name")))
+
+    @classmethod
     def load_insightface(cls, provider: str, model_name: str) -> tuple[Any]:
         return (_faces(provider, model_name),)
 
@@ -159,8 +174,12 @@ def _image_encoder(preset: Preset, adapter: Any) -> dict[str, Any]:
     return {"file": str(path), "model": load_encoder(path, adapter.name, spec)}
 
 
+def _face_files(name: str = "buffalo_l") -> str:
+    return str([(str(file), *version(file)) for file in find_files(name)])
+
+
 def _faces(provider: str, name: str = "buffalo_l") -> Any:
-    key = (provider, name)
+    key = (provider, name, _face_files(name))
     found = _loaded.get(key)
     if found is None:
         found = _loaded[key] = load_faces(provider, name)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...ipadapter_core import AdapterError
 from ...ipadapter_core.encoders import download_hint
-from ..encode import TRAINED, negative_features
+from ..features import TRAINED, negative_features, sound_features
 from .old_images import center_crop, resize
 from .setting import is_corrected
 from .wires import Pipeline
@@ -40,9 +40,15 @@ def image_features(
     With `tiles` a side, the features of the tiles are stitched together, pooled to the size of one and added behind
     those of a single image (which count `ratio`), or mixed into those of several.
     """
-    whole = _encode(pipeline, images, mask, batch_size)
     tiles = min(tiles, _MOST_TILES)
-    if tiles == 1:
+    height, width = images.shape[1:3]
+    if min(height, width) < tiles:
+        raise AdapterError(
+            f"An image of {height} x {width} pixels cannot be cut into {tiles} x {tiles} tiles. Use a larger image, or "
+            "fewer enhance_tiles."
+        )
+    whole = _encode(pipeline, images, mask, batch_size)
+    if tiles <= 1:
         return whole
     parts = torch.cat([_encode(pipeline, _split(image, tiles), None, batch_size) for image in images])
     merge = _merge_tokens if whole.ndim == 3 else _merge_vectors
@@ -108,13 +114,7 @@ def _encode(pipeline: Pipeline, images: Tensor, mask: Tensor | None, batch_size:
             pixels = pixels * mask[:, None].to(pixels)
         _, hidden, embeds, *_ = encoder.model(pixel_values=pixels, intermediate_output=-2)
         made.append((embeds if is_base else hidden).to(home))
-    features, spec = torch.cat(made), pipeline.adapter.spec
-    if features.shape[-1] != spec.image_width:
-        raise AdapterError(
-            f"The image encoder makes features of {features.shape[-1]}, {pipeline.adapter.name} takes "
-            f"{spec.image_width}. Connect {download_hint(spec)}."
-        )
-    return features
+    return sound_features(pipeline.adapter, torch.cat(made))
 
 
 def _normalise(encoder: Any, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...ipadapter_core import AdapterError, LayerWeight, cross_attention_sites, layer_weights, weight_layout
 from ...ipadapter_core.weight_types import WeightLayout, parse_weight_type
+from .inputs import read_number
 from .setting import is_corrected
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _listed(text: str, weight_type: str, layout: WeightLayout) -> tuple[LayerWei
             continue
         try:
             index, weight = item.split(":")
-            found[int(index)] = float(weight)
+            found[int(index)] = read_number(weight)
         except ValueError:
             raise AdapterError(
                 f"layer_weights: {item.strip()!r} is no pair of layer and weight. Write pairs such as 3:1.0, 6:0.8."

@@ -242,8 +242,17 @@ def find_image_encoder(preset: Preset, spec: AdapterSpec) -> Path | None:
 
 def find_lora(preset: Preset, family: str) -> str | None:
     """The path of the FaceID LoRA's own file; None without one."""
-    pattern = preset.families[family].lora if family in preset.families else None
-    for file in folder_paths.get_filename_list("loras") if pattern else ():
-        if re.search(pattern or "", file, re.IGNORECASE):
-            return folder_paths.get_full_path_or_raise("loras", file)
-    return None
+    found = _loras(preset.families[family]) if family in preset.families else []
+    return folder_paths.get_full_path_or_raise("loras", found[0]) if found else None
+
+
+def lora_files(name: str) -> list[str]:
+    """The LoRA files that the preset of this name may mean, for any family; none for an unknown name."""
+    presets = [preset for start, preset in PRESETS.items() if name.lower().startswith(start)][:1]
+    return [file for preset in presets for family in preset.families.values() for file in _loras(family)]
+
+
+def _loras(family: Family) -> list[str]:
+    if family.lora is None:
+        return []
+    return [file for file in folder_paths.get_filename_list("loras") if re.search(family.lora, file, re.IGNORECASE)]

@@ -21,7 +21,8 @@ def mode() -> str:
     if not path.is_file():
         return SAME
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get(KEY, SAME)
+        # From bytes, json finds out UTF-8 and UTF-16, with the mark at the start that Windows' editors write.
+        value = json.loads(path.read_bytes()).get(KEY, SAME)
     except (OSError, ValueError, AttributeError) as error:
         _log.warning('%s: cannot be read (%s). Expected {"%s": "%s"}.', path, error, KEY, CORRECTED)
         return SAME

@@ -22,7 +22,7 @@ _MOST = 4
 
 class IPAdapterTiled(OldNode):
     TITLE = "IPAdapter Tiled"
-    REPLACED_BY = "Encode Image Prompt with tiles"
+    REPLACED_BY = "Image Prompt Regions, with a part of the image for each mask"
     FUNCTION = "apply_tiled"
     UNFOLD: ClassVar[bool] = False
 
@@ -85,7 +85,7 @@ class IPAdapterTiled(OldNode):
             )
             for tile, mask in zip(tiles, masks, strict=True)
         ]
-        return apply_old(model, pipeline, *prompts)[0], torch.cat(tiles), torch.cat(masks)
+        return apply_old(model, pipeline, cls.TITLE, *prompts)[0], torch.cat(tiles), torch.cat(masks)
 
 
 class IPAdapterTiledBatch(IPAdapterTiled):

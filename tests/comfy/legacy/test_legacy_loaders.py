@@ -181,3 +181,64 @@ def test_where_the_old_pack_lies_its_ids_stay_its_own(pack, peer_folder, tmp_pat
     with caplog.at_level("INFO"):
         assert pack.register.old_nodes() == []
     assert [record for record in caplog.records if "brings the old IPAdapter nodes" in record.message]
+
+
+def replaced(file):
+    """Another version of a file, which its time and size tell."""
+    file.write_bytes(file.read_bytes() + b" ")
+
+
+def test_a_replaced_file_is_loaded_again(old, put, folders, write_encoder):
+    """By every loader: ComfyUI keeps what a node gave as long as its fingerprint stays."""
+    import folder_paths
+
+    put("sd15", "plus", "plus")
+    write_encoder("encoder.safetensors")
+    for name in ("ip-adapter-faceid_sd15_lora", "another"):
+        (folders / "loras" / f"{name}.safetensors").write_bytes(b"")
+    folder_paths.filename_list_cache.clear()
+    adapter, encoder = folders / "ipadapter" / "plus.safetensors", folders / "clip_vision" / "encoder.safetensors"
+    lora, another = (
+        folders / "loras" / "ip-adapter-faceid_sd15_lora.safetensors",
+        folders / "loras" / "another.safetensors",
+    )
+    loaders = {
+        "IPAdapterUnifiedLoader": "PLUS (high strength)",
+        "IPAdapterUnifiedLoaderFaceID": "FACEID",
+        "IPAdapterUnifiedLoaderCommunity": "Composition",
+    }
+    for name, preset in loaders.items():
+        look = old[name].fingerprint_inputs
+        seen = [look(preset=preset)]
+        assert look(preset=preset) == seen[0]
+        for file in (adapter, encoder, *([lora] if preset == "FACEID" else [])):
+            replaced(file)
+            seen.append(look(preset=preset))
+        assert len(set(seen)) == len(seen), name
+        replaced(another)
+        assert look(preset=preset) == seen[-1], "a LoRA that no preset means"
+        put("sd15", "base", f"new for {preset.split()[0]}")
+        assert look(preset=preset) not in seen, name
+        assert look(preset=None) == look(preset="unknown"), "over a wire"
+    look = old["IPAdapterModelLoader"].fingerprint_inputs
+    before = look(ipadapter_file="plus.safetensors")
+    replaced(adapter)
+    assert look(ipadapter_file="plus.safetensors") != before
+
+
+def test_replaced_face_models_are_loaded_again(old, folders, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "insightface", ([str(folders / "insightface")], set()))
+    home = folders / "insightface" / "models" / "buffalo_l"
+    home.mkdir(parents=True)
+    (home / "det_10g.onnx").write_bytes(b"1")
+    (home / "w600k_r50.onnx").write_bytes(b"1")
+    for name, given in (
+        ("IPAdapterInsightFaceLoader", {"provider": "CPU", "model_name": "buffalo_l"}),
+        ("IPAdapterUnifiedLoaderFaceID", {"preset": "FACEID"}),
+    ):
+        look = old[name].fingerprint_inputs
+        before = look(**given)
+        replaced(home / "w600k_r50.onnx")
+        assert look(**given) != before, name

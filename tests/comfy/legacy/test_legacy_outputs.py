@@ -139,6 +139,32 @@ def test_embeds_are_saved_and_loaded_by_either_pack(peer, old, tmp_path, monkeyp
             assert torch.equal(reader["IPAdapterLoadEmbeds"]().load(file)[0], embeds)
 
 
+def test_saved_embeds_are_never_overwritten(old, tmp_path, monkeypatch):
+    """Older versions of ComfyUI do not count files of this name."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+    saved = [torch.full((1, 8), float(number)) for number in range(3)]
+    for embeds in saved:
+        old["IPAdapterSaveEmbeds"]().save(embeds, "emb")
+    names = [f"emb_{number:05}.ipadpt" for number in (1, 2, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name, embeds in zip(names, saved, strict=True):
+        assert torch.equal(old["IPAdapterLoadEmbeds"]().load(name)[0], embeds)
+
+
+@pytest.mark.parametrize("prefix", ["../x", "a/../../x", "/x", "a\x00b", "a\ud800b", "n" * 300])
+def test_names_that_embeds_cannot_have(pack, old, tmp_path, monkeypatch, prefix):
+    import folder_paths
+
+    (tmp_path / "output").mkdir()
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    with pytest.raises(pack.core.AdapterError, match="filename_prefix"):
+        old["IPAdapterSaveEmbeds"]().save(torch.zeros(1, 8), prefix)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_the_fingerprint_of_embeds_is_that_of_a_listed_file(pack, old, tmp_path, monkeypatch):
     """It reads no other file, whatever comes as the name, and it does not fail."""
     import folder_paths

@@ -88,6 +88,55 @@ def test_style_and_composition(compare, changes, draw, name):
         changes([compare(name, "sdxl", "base", seed, batch=3, image_style=style, image_composition=composition)])
 
 
+@pytest.fixture
+def compose(models, vision, adapter_file, run):
+    """The latents of Style & Composition SDXL of one of the packs."""
+
+    def sample(nodes, style, composition, combine):
+        (adapter,) = nodes["IPAdapterModelLoader"]().load_ipadapter_model(adapter_file("sdxl", "base"))
+        given = {"image_style": style, "image_composition": composition, "combine_embeds": combine}
+        node = nodes["IPAdapterStyleComposition"]()
+        patched = node.apply_ipadapter(models["sdxl"], adapter, clip_vision=vision, expand_style=True, **given)[0]
+        return run(patched, "sdxl")
+
+    return sample
+
+
+def test_style_and_composition_images_of_different_number(peer, old, compose, pack, monkeypatch, caplog):
+    """The old pack's tokens then run over into the other branch. They do not where the single image is given twice,
+    which changes nothing in an attention: ours has these latents.
+    """
+    one, *two = torch.rand(3, 1, 90, 100, 3, generator=torch.Generator().manual_seed(4))
+    two, twice = torch.cat(two), one.repeat(2, 1, 1, 1)
+    for single, doubled in (((one, two), (twice, two)), ((two, one), (two, twice))):
+        right, scrambled = (compose(peer.nodes, *images, "concat") for images in (doubled, single))
+        ours = compose(old, *single, "concat")
+        scale = float(right.abs().max())
+        assert float((ours - right).abs().max()) <= 1e-5 * scale
+        assert float((scrambled - right).abs().max()) > 1e-3 * scale
+    assert not caplog.records
+    joined, scrambled = (compose(nodes, one, two, "concat") for nodes in (old, peer.nodes))
+    for combine in ("average", "add", "subtract", "norm average"):  # none acts in either pack
+        assert torch.equal(compose(peer.nodes, one, two, combine), scrambled)
+        assert torch.equal(compose(old, one, two, combine), joined)
+        assert f"combine_embeds '{combine}' has no effect on the 2 composition images" in caplog.text
+    monkeypatch.setattr(pack.execute, "is_corrected", lambda: True)
+    assert not torch.equal(compose(old, one, two, "average"), joined)
+
+
+def test_one_composition_image_beside_several_of_style(peer, old, compose):
+    """The old pack calculates with a single image as well; here it stays as it is."""
+    one, *two = torch.rand(3, 1, 90, 100, 3, generator=torch.Generator().manual_seed(4))
+    two = torch.cat(two)
+    for combine in ("average", "add"):
+        theirs, ours = (compose(nodes, two, one, combine) for nodes in (peer.nodes, old))
+        assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max()), combine
+    assert not torch.isfinite(compose(peer.nodes, two, one, "subtract")).all()
+    assert torch.isfinite(compose(old, two, one, "subtract")).all()
+    theirs, ours = (compose(nodes, two, one, "norm average") for nodes in (peer.nodes, old))
+    assert float((ours - theirs).abs().max()) > 1e-3 * float(theirs.abs().max())
+
+
 @pytest.mark.parametrize("kind", ["base", "plus"])
 @pytest.mark.parametrize("name", ["IPAdapterEmbeds", "IPAdapterEmbedsBatch"])
 def test_embeds(compare, changes, draw, vision, name, kind):
