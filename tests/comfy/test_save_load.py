@@ -157,11 +157,69 @@ def test_another_file_of_the_same_name_is_loaded_again(pack, folders, encode, sa
     assert pack.LoadImagePrompt.fingerprint_inputs(name) == ""
 
 
-@pytest.mark.parametrize("prefix", ["../up", "a/../../up", "/tmp/up", ".."])
-def test_no_way_out_of_the_folder(pack, folders, encode, prefix):
-    with pytest.raises(pack.core.AdapterError, match=r"leads out of output/image_prompts"):
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        *((name, "leads out of output/image_prompts") for name in ("../up", "a/../../up", "/tmp/up", "..", "a/..")),
+        *(
+            (name, "leads out of output/image_prompts")
+            for name in ("C:up", "C:\\up", "\\\\host\\share\\up", "a\\..\\..\\up")
+        ),
+        *((name, "names no file") for name in (".", "./", "a/", "a/.")),
+        *((f"anna{sign}b", f"holds {sign!r}, which file names cannot") for sign in "\0\n\ud800:?*|"),
+        *((name, "which Windows cannot name") for name in ("con", "faces/NUL", "com1.old", "faces./anna", "a /b")),
+    ],
+)
+def test_names_that_are_none(pack, folders, encode, prefix, words):
+    with pytest.raises(pack.core.AdapterError) as error:
         pack.SaveImagePrompt.execute(encode(), prefix)
+    assert words in str(error.value) and "filename_prefix" in str(error.value), str(error.value)
+    str(error.value).encode()  # the server sends it as UTF-8
     assert not list(folders.rglob("*.safetensors"))
+
+
+def test_names_of_every_kind(pack, encode, save):
+    wanted = {
+        "": "prompt",
+        "./x": "x",
+        "a//b": "a/b",
+        "a\\c": "a/c",
+        ".hidden": ".hidden",
+        "Änne 2": "Änne 2",
+        "conrad": "conrad",
+    }
+    for prefix, name in wanted.items():
+        for number in (1, 2):  # counted, not overwritten
+            path = save(encode(), prefix)
+            assert path.as_posix().endswith(f"image_prompts/{name}_{number:05}_.safetensors")
+    assert len(names(pack)) == 2 * len(wanted)
+
+
+def test_too_long_a_name(pack, encode):
+    with pytest.raises(pack.core.AdapterError, match=r"not saved .*change filename_prefix"):
+        pack.SaveImagePrompt.execute(encode(), "a" * 300)
+
+
+def test_links_are_followed(pack, folders, encode, save, load):
+    """To files and to folders, in both places, as in the model folders; one to a folder above it ends nothing."""
+    saved = save(encode())
+    elsewhere = folders / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "far.safetensors").write_bytes(saved.read_bytes())
+    for place in (folders / "input", saved.parent):
+        (place / "file.safetensors").symlink_to(elsewhere / "far.safetensors")
+        (place / "folder").symlink_to(elsewhere)
+        (place / "above").symlink_to(place)
+        (place / "broken.safetensors").symlink_to(elsewhere / "gone.safetensors")
+    want = ["file.safetensors", "folder/far.safetensors"]
+    output = [f"image_prompts/{name} [output]" for name in (*want, saved.name)]
+    assert names(pack) == want + output
+    for name in names(pack):
+        assert torch.equal(load(name).positive.image, encode().positive.image)
+        assert pack.LoadImagePrompt.fingerprint_inputs(name)
+    with pytest.raises(pack.core.AdapterError, match="image_prompts/folder is a link to another place"):
+        save(encode(), "folder/new")
+    assert [file.name for file in elsewhere.iterdir()] == ["far.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "gone.safetensors", "none: make one with Save Image Prompt"])
