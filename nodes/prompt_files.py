@@ -23,6 +23,7 @@ _SUFFIX = ".safetensors"
 _OUTPUT = " [output]"  # how ComfyUI marks names of files in its output folder
 _FORMAT, _VERSION = "ip_adapter_kit image prompt", 1
 _EXPECTED = "a file of Save Image Prompt"
+_ADVICE = "Copy it again, or save it again."  # for a broken one; none of them is published
 _PARTS = ("positive", "negative")
 
 
@@ -84,7 +85,7 @@ def write_prompt(path: Path, prompt: ImagePrompt) -> None:
 
 def read_prompt(path: Path) -> ImagePrompt:
     """The image prompt in a file of Save Image Prompt. Raises AdapterError for any other file, and a damaged one."""
-    file = open_tensors(path, _EXPECTED)
+    file = open_tensors(path, _EXPECTED, _ADVICE)
     metadata = file.metadata
     if metadata.get("format") != _FORMAT:
         raise AdapterError(f"{path}: {looks_like(file.infos)}; expected {_EXPECTED}. Choose another file.")
@@ -110,7 +111,7 @@ def read_prompt(path: Path) -> ImagePrompt:
 
 def read_old_features(path: Path) -> EncodedImages:
     """The features in an .ipadpt file: one tensor and nothing else. Raises AdapterError for any other file."""
-    features = read_tensor(path, f"the features in an {OLD_SUFFIX} file")
+    features = read_tensor(path, f"the features in an {OLD_SUFFIX} file", _ADVICE)
     if features.ndim not in (2, 3) or 0 in features.shape or not features.is_floating_point():
         raise AdapterError(
             f"{path}: holds a tensor of shape {tuple(features.shape)} ({str(features.dtype).removeprefix('torch.')}); "

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from ..ipadapter_core import AdapterError
 from ..ipadapter_core.branches import branch_rows
 from .file_names import relative_name
-from .node import Node
+from .node import NONE, Node
 from .prompt_files import FOLDER, OLD_SUFFIX, list_prompts, prompt_path, read_old_features, read_prompt, write_prompt
 from .prompt_math import shapes_of
 from .types import ImagePrompt, ImagePromptType, node_schema
 
-_NONE = "none: make one with Save Image Prompt"  # what an empty list shows
+_NONE = f"{NONE}make one with Save Image Prompt"  # what an empty list shows
 
 
 class SaveImagePrompt(Node):
