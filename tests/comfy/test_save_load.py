@@ -127,6 +127,30 @@ def test_another_adapter_is_refused_by_name(pack, world, encode, save, load):
         world.apply(world.model, other, load("image_prompts/prompt_00001_.safetensors [output]"))
 
 
+def test_another_kind_of_adapter_under_the_same_name_is_refused_by_name(pack, world, folders, encode, save, load, plus):
+    for adapter in (world.adapter, plus):
+        save(encode(adapter=adapter))
+    base = world.new_adapter(world.model, name="plus")
+    same = world.new_adapter(world.model, kind="plus", name="a")
+    for number, adapter, words in (
+        (1, same, "The features have shape (1, 48), this plus adapter takes [B, L, 48]"),
+        (2, base, "The features have shape (1, 5, 48), this base adapter takes [B, 48]"),
+    ):
+        prompt = load(f"image_prompts/prompt_{number:05}_.safetensors [output]")
+        with pytest.raises(pack.core.AdapterError) as error:
+            world.apply(world.model, adapter, prompt)
+        said = f"does not fit {adapter.name}, though it was encoded for a file of that name. {words}"
+        assert said in str(error.value) and "encode the images again" in str(error.value), str(error.value)
+        old = dataclasses.replace(prompt, adapter=None)
+        with pytest.raises(pack.core.AdapterError) as error:
+            world.apply(world.model, adapter, old)
+        assert f"does not fit {adapter.name}. {words}" in str(error.value), str(error.value)
+    encoded = pack.types.EncodedImages(torch.rand(1, 48))
+    wrong = dataclasses.replace(encode(adapter=plus), negative=encoded)
+    with pytest.raises(pack.core.AdapterError, match=r"does not fit plus\.safetensors"):
+        world.apply(world.model, plus, wrong)
+
+
 def test_adapters_in_subfolders_are_named_as_this_system_does(encode, save, load):
     for saved in ("sd15/a.safetensors", "sd15\\a.safetensors"):
         save(dataclasses.replace(encode(), adapter=saved))
