@@ -160,8 +160,8 @@ class Record:
         if self.prompt == _prompt() or image not in self.drawn:
             if self.runs > 1 and self.prompt != _prompt():
                 _log.warning(
-                    "Attention Map: ComfyUI took the image from its cache, and %d runs of the sampler were recorded. The "
-                    "map is that of the latest one; if another one made the image, change the seed and sample it again.",
+                    "Attention Map: ComfyUI took the image from its cache, and %d runs of the sampler were recorded. "
+                    "The map is that of the latest one; if another one made the image, sample with a new seed.",
                     self.runs,
                 )
             self.drawn[image] = replace(self, drawn=WeakIdKeyDictionary())
