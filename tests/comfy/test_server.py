@@ -108,7 +108,7 @@ def test_another_image_loads_no_model_again(server):
     assert {"1", "2", "3", "7"} <= set(cached)
 
 
-def test_an_attention_map_belongs_to_the_run_of_its_image(server):
+def test_an_attention_map_belongs_to_the_run_of_its_image(caching_server):
     """Also when ComfyUI took the image from its cache, after another seed without a map."""
     graph = json.loads(GRAPH.read_text())
     graph["70"] = {"class_type": "RecordAttentionMap", "inputs": {"model": graph["7"]["inputs"]["model"]}}
@@ -120,13 +120,13 @@ def test_an_attention_map_belongs_to_the_run_of_its_image(server):
         """The map of the first image, or None without the node."""
         graph["7"]["inputs"]["seed"] = seed
         made = graph if opacity is None else {**graph, "71": {**node, "inputs": {**inputs, "opacity": opacity}}}
-        entry = server.run(made)
+        entry = caching_server.run(made)
         assert entry["status"]["status_str"] == "success", entry["status"]
         if opacity is None:
             return None
         image = entry["outputs"]["71"]["images"][0]
         place = f"/view?filename={image['filename']}&type={image['type']}&subfolder={image['subfolder']}"
-        pixels = np.asarray(Image.open(io.BytesIO(server.read(place))).convert("RGB"))
+        pixels = np.asarray(Image.open(io.BytesIO(caching_server.read(place))).convert("RGB"))
         return pixels.astype(int)
 
     first = run(101, 1.0)
