@@ -56,6 +56,13 @@ class IPAdapter(nn.Module):
 
         Raises AdapterError when the features are not what this adapter was trained on.
         """
+        self.check_features(*features)
+        if shortcut_scale is not None and isinstance(self.projector, FaceIDPlusProjection):
+            return self.projector(*features, shortcut_scale)
+        return cast("Tensor", self.projector(*features))
+
+    def check_features(self, *features: Tensor) -> None:
+        """Raises AdapterError when image features, as `encode` takes them, are not what this adapter was trained on."""
         widths = [width for width in (self.spec.face_width, self.spec.image_width) if width is not None]
         if len(features) != len(widths):
             raise AdapterError(
@@ -78,9 +85,6 @@ class IPAdapter(nn.Module):
                 f"The features have shape {tuple(features[0].shape)}, this {self.spec.kind} adapter takes [B, L, "
                 f"{widths[0]}]: the encoder's penultimate hidden states, not its image_embeds."
             )
-        if shortcut_scale is not None and isinstance(self.projector, FaceIDPlusProjection):
-            return self.projector(*features, shortcut_scale)
-        return cast("Tensor", self.projector(*features))
 
     def negative_tokens(
         self,

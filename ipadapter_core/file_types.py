@@ -36,6 +36,7 @@ LFS_POINTER = FileType(
     advice="Download it again; in a git repository with `git lfs pull`.",
 )
 
+DOWNLOAD_AGAIN = "Download it again."  # the advice for a broken file
 _CONVERT = "Convert it to JPEG or PNG."
 _STARTS: tuple[tuple[bytes, FileType], ...] = (
     (rb"version https://git-lfs", LFS_POINTER),
@@ -85,18 +86,19 @@ def file_type(path: Path) -> FileType:
     return type_of(start) or FileType(f"neither safetensors nor a PyTorch file (it starts with {start[:8]!r})")
 
 
-def unexpected_type(path: Path, expected: str, source: str = "") -> AdapterError:
-    """The error for a file that is something else than `expected`; `source` is where to download it from."""
+def unexpected_type(path: Path, expected: str, advice: str = DOWNLOAD_AGAIN) -> AdapterError:
+    """The error for a file that is something else than `expected`; `advice` is what to do with a broken one."""
     found = file_type(path)
-    advice = download_again(source) if found.is_failed_download else "Choose another file."
-    if found.advice and not source:
+    if found.advice and advice == DOWNLOAD_AGAIN:
         advice = found.advice
+    elif not found.is_failed_download:
+        advice = "Choose another file."
     return AdapterError(f"{path}: {found.name}; expected {expected}. {advice}")
 
 
-def download_again(source: str = "") -> str:
-    """The advice for a broken file."""
-    return f"Download it again from {source}." if source else "Download it again."
+def download_again(source: str) -> str:
+    """The advice for a broken file that is published on the page `source`."""
+    return f"Download it again from {source}."
 
 
 def _is_text(start: bytes) -> bool:

@@ -80,15 +80,18 @@ def one_of(name: str, index: int, batch: Tensor) -> str:
     return f"{name} {index + 1} of {len(batch)}" if len(batch) > 1 else name
 
 
-def check_attention_mask(mask: Tensor, name: str = "attn_mask", advice: str = EMPTY_MASK_ADVICE) -> Tensor:
-    """`check_mask`, and some mask of the batch must let the image prompt act: frames may do without, not all of them.
+def check_attention_mask(
+    mask: Tensor, name: str = "attn_mask", advice: str = EMPTY_MASK_ADVICE, what: str = "image prompt"
+) -> Tensor:
+    """`check_mask`, and some mask of the batch must let the image prompt act, or what else it is for: frames may do
+    without, not all of them.
 
     Raises AdapterError as `check_mask` does, and when all masks are 0 everywhere.
     """
     mask = check_mask(mask, name)
     if not mask.any():
         masks = f"All {len(mask)} masks of {name} are" if len(mask) > 1 else f"{name} is"
-        raise AdapterError(f"{masks} 0 everywhere, so the image prompt would act nowhere. {advice}")
+        raise AdapterError(f"{masks} 0 everywhere, so the {what} would act nowhere. {advice}")
     return mask
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from .errors import AdapterError
-from .file_types import PICKLE, SAFETENSORS, ZIP, download_again, file_type, unexpected_type
+from .file_types import DOWNLOAD_AGAIN, PICKLE, SAFETENSORS, ZIP, file_type, unexpected_type
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
@@ -128,46 +128,46 @@ def file_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return TensorFile(infos, tensors.__getitem__, metadata or {})
 
 
-def open_tensors(path: Path, expected: str, source: str = "") -> TensorFile:
+def open_tensors(path: Path, expected: str, advice: str = DOWNLOAD_AGAIN) -> TensorFile:
     """Open a .safetensors or PyTorch file, recognised by its content, without reading its tensors.
 
-    `expected` ("the weights of a UNet") and `source`, where to download it from, are for messages.
+    `expected` ("the weights of a UNet") and `advice`, what to do with a broken file, are for messages.
 
     Raises AdapterError that says what the file is when it is something else, or damaged; OSError when it cannot be
     read at all.
     """
     found = file_type(path)
     if found == SAFETENSORS:
-        return read_safetensors(path, source)
+        return read_safetensors(path, advice)
     if found in (ZIP, PICKLE):
-        return read_pickle(path, is_zip=found == ZIP, source=source)
-    raise unexpected_type(path, expected, source)
+        return read_pickle(path, is_zip=found == ZIP, advice=advice)
+    raise unexpected_type(path, expected, advice)
 
 
-def read_safetensors(path: Path, source: str = "") -> TensorFile:
+def read_safetensors(path: Path, advice: str = DOWNLOAD_AGAIN) -> TensorFile:
     """Open a safetensors file: its header is read, its tensors are memory-mapped.
 
     Raises AdapterError when the header is not valid or the file is shorter than the header says.
     """
-    infos, metadata = _read_header(path, source)
+    infos, metadata = _read_header(path, advice)
     try:
         handle: Any = safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: damaged safetensors file ({error}). {download_again(source)}") from error
+        raise AdapterError(f"{path}: damaged safetensors file ({error}). {advice}") from error
     return TensorFile(infos, cast("Callable[[str], Tensor]", handle.get_tensor), metadata)
 
 
-def _read_header(path: Path, source: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _read_header(path: Path, advice: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise AdapterError(
                 f"{path}: not a safetensors file (its header would be {length} bytes, the limit is "
-                f"{MAX_HEADER_BYTES}). {download_again(source)}"
+                f"{MAX_HEADER_BYTES}). {advice}"
             )
         if size < 8 + length:
-            raise _truncated(path, size, 8 + length, source)
+            raise _truncated(path, size, 8 + length, advice)
         raw = stream.read(length)
     try:
         header: dict[str, Any] = json.loads(raw)
@@ -178,41 +178,39 @@ def _read_header(path: Path, source: str) -> tuple[dict[str, TensorInfo], dict[s
         }
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise AdapterError(
-            f"{path}: the safetensors header is damaged ({error!r}). {download_again(source)}"
-        ) from error
+        raise AdapterError(f"{path}: the safetensors header is damaged ({error!r}). {advice}") from error
     if size < 8 + length + end:
-        raise _truncated(path, size, 8 + length + end, source)
+        raise _truncated(path, size, 8 + length + end, advice)
     return infos, metadata
 
 
-def _truncated(path: Path, size: int, expected: int, source: str) -> AdapterError:
-    return AdapterError(f"{path}: truncated: it has {size} bytes, its header says {expected}. {download_again(source)}")
+def _truncated(path: Path, size: int, expected: int, advice: str) -> AdapterError:
+    return AdapterError(f"{path}: truncated: it has {size} bytes, its header says {expected}. {advice}")
 
 
-def read_pickle(path: Path, *, is_zip: bool, source: str = "") -> TensorFile:
+def read_pickle(path: Path, *, is_zip: bool, advice: str = DOWNLOAD_AGAIN) -> TensorFile:
     """Open a PyTorch .bin without running code from it; nested dicts become dotted keys.
 
     Raises AdapterError when the file holds anything but tensors in dicts, or is damaged.
     """
-    return file_from_tensors(_flatten(_unpickle(path, is_zip=is_zip, source=source), path))
+    return file_from_tensors(_flatten(_unpickle(path, is_zip=is_zip, advice=advice), path))
 
 
-def read_tensor(path: Path, expected: str) -> Tensor:
-    """The tensor in a PyTorch file that holds nothing else. `expected` is for the message.
+def read_tensor(path: Path, expected: str, advice: str = DOWNLOAD_AGAIN) -> Tensor:
+    """The tensor in a PyTorch file that holds nothing else. `expected` and `advice` are as in `open_tensors`.
 
     Raises AdapterError when the file is something else, or damaged; OSError when it cannot be read at all.
     """
     found = file_type(path)
     if found not in (ZIP, PICKLE):
-        raise unexpected_type(path, expected)
-    content = _unpickle(path, is_zip=found == ZIP)
+        raise unexpected_type(path, expected, advice)
+    content = _unpickle(path, is_zip=found == ZIP, advice=advice)
     if not isinstance(content, Tensor):
         raise AdapterError(f"{path}: holds one {type(content).__name__}; expected {expected}. Choose another file.")
     return content.detach().clone()  # off the file
 
 
-def _unpickle(path: Path, *, is_zip: bool, source: str = "") -> object:
+def _unpickle(path: Path, *, is_zip: bool, advice: str = DOWNLOAD_AGAIN) -> object:
     """Only `torch.load(weights_only=True)` touches a pickle."""
     try:
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
@@ -226,7 +224,7 @@ def _unpickle(path: Path, *, is_zip: bool, source: str = "") -> object:
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).split("\n", 1)[0].split(". ", 1)[0]
         raise AdapterError(
-            f"{path}: truncated or not a PyTorch file ({path.stat().st_size} bytes; {reason}). {download_again(source)}"
+            f"{path}: truncated or not a PyTorch file ({path.stat().st_size} bytes; {reason}). {advice}"
         ) from error
 
 

@@ -152,7 +152,7 @@ class ImagePromptAttentionMap(Node):
         opacity: float = 0.6,
     ) -> io.NodeOutput:
         if record.keys:
-            heat = record.heat(layers, start_at_step, end_at_step, prompt)
+            heat = record.of(image).heat(layers, start_at_step, end_at_step, prompt)
         else:
             _log.warning("Attention Map: no image prompt acted in the recorded model, so the map is empty.")
             heat = image.new_zeros(len(image), 1, 1)

@@ -19,11 +19,22 @@ _sound_encoders: WeakSet[nn.Module] = WeakSet()
 
 
 def check_prompt(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> None:
+    """Raises AdapterError for a prompt of another adapter, by the name of its file and by its features."""
     if image_prompt.adapter not in (ip_adapter.name, None):
         raise AdapterError(
             f"The image prompt was encoded with {image_prompt.adapter}, the connected adapter is {ip_adapter.name}. "
             "Connect the same Load IP Adapter to both nodes."
         )
+    for images in (image_prompt.positive, image_prompt.negative):
+        try:
+            if images is not None:
+                ip_adapter.adapter.check_features(*images.features)
+        except AdapterError as error:
+            known = ", though it was encoded for a file of that name" if image_prompt.adapter else ""
+            raise AdapterError(
+                f"The image prompt does not fit {ip_adapter.name}{known}. {error} Load the adapter that it was made "
+                "with, or encode the images again with this one."
+            ) from error
 
 
 def largest(weights: Iterable[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.clip_vision
@@ -12,9 +13,9 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..ipadapter_core import AdapterError, load_adapter
+from ..ipadapter_core import AdapterError, AdapterSpec, load_adapter
 from ..ipadapter_core.assets import MODEL, PROMPTS, emoji_folder
-from ..ipadapter_core.encoders import encoder_fits, read_encoder
+from ..ipadapter_core.encoders import ImageEncoder, encoder_fits, read_encoder
 from . import demo_model
 from .checks import check_encoder
 from .files import ADAPTERS, adapter_path, adapter_spec, existing, stamp
@@ -110,13 +111,36 @@ def list_images() -> list[str]:
         return []
 
 
-def list_adapters() -> list[str]:
-    """The adapters in models/ipadapter that fit the emoji model and its image encoder, by their tensors."""
+@dataclass(frozen=True)
+class DemoFiles:
+    """The bundled adapter, and the image encoder for it and for any other that is trained on the emoji model."""
+
+    adapter: Path
+    spec: AdapterSpec
+    encoder_folder: Path
+    encoder: ImageEncoder
+
+    def fits(self, spec: AdapterSpec) -> bool:
+        """Whether an adapter takes what this encoder makes."""
+        return spec.face_width is None and encoder_fits(spec, self.encoder)
+
+
+def demo_files() -> DemoFiles | None:
+    """None when they are missing."""
     try:
         root = emoji_folder()
-        own = adapter_spec(root / ADAPTER)
-        encoder = read_encoder(next((root / MODEL / "image_encoder").glob("*.safetensors")))
+        folder = root / MODEL / "image_encoder"
+        spec = adapter_spec(root / ADAPTER)
+        encoder = read_encoder(next(folder.glob("*.safetensors")))
     except (AdapterError, OSError, StopIteration):
+        return None
+    return None if encoder is None else DemoFiles(root / ADAPTER, spec, folder, encoder)
+
+
+def list_adapters() -> list[str]:
+    """The adapters in models/ipadapter that fit the emoji model and its image encoder, by their tensors."""
+    demo = demo_files()
+    if demo is None:
         return []
     names: list[str] = []
     for path, name in existing(ADAPTERS).items():
@@ -124,9 +148,9 @@ def list_adapters() -> list[str]:
             spec = adapter_spec(path) if path.stat().st_size < _LARGEST else None
         except (AdapterError, OSError):
             continue
-        if spec is None or encoder is None or spec.face_width is not None or not encoder_fits(spec, encoder):
+        if spec is None or not demo.fits(spec):
             continue
-        if (spec.context_width, spec.layer_widths) == (own.context_width, own.layer_widths):
+        if (spec.context_width, spec.layer_widths) == (demo.spec.context_width, demo.spec.layer_widths):
             names.append(name)
     return names
 

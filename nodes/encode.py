@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io, ui
 from torch import Tensor
 
@@ -90,6 +92,16 @@ class EncodeImagePrompt(Node):
         )
 
     @classmethod
+    def check_inputs(cls, given: dict[str, Any]) -> None:
+        """Load IP Adapter has no image encoder for adapters that see faces alone; another one would be of no use."""
+        ip_adapter = given.get("ip_adapter")
+        if isinstance(ip_adapter, LoadedAdapter) and ip_adapter.spec.face_width is not None:
+            raise AdapterError(
+                f"{ip_adapter.name} is a {ip_adapter.spec.kind} adapter, which takes face embeddings. Connect it to "
+                "Encode Face Prompt."
+            )
+
+    @classmethod
     def execute(
         cls,
         ip_adapter: LoadedAdapter,
@@ -104,11 +116,6 @@ class EncodeImagePrompt(Node):
         tiles: int = 0,
         one_each: bool = False,
     ) -> io.NodeOutput:
-        if ip_adapter.spec.face_width is not None:
-            raise AdapterError(
-                f"{ip_adapter.name} is a {ip_adapter.spec.kind} adapter, which takes face embeddings. Connect it to "
-                "Encode Face Prompt."
-            )
         check_encoder(clip_vision, "The connected image encoder")
         if one_each:
             _check_one_each(combine, tiles)

@@ -12,7 +12,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ipadapter_core import AdapterError
-from ..ipadapter_core.file_types import START, FileType, type_of, unexpected_type
+from ..ipadapter_core.file_types import START, FileType, download_again, type_of, unexpected_type
 from .node import Node
 from .types import SEARCH_ALIASES, node_schema
 
@@ -173,7 +173,7 @@ def _load(zoo: Any, file: Path, providers: list[str]) -> Any:
         return zoo.get_model(str(file), providers=providers, static_shape_sessions=False)
     except Exception as error:  # onnxruntime has many kinds, none of them public
         if _other_type(file) is not None:
-            raise unexpected_type(file, "an ONNX model", PAGE) from error
+            raise unexpected_type(file, "an ONNX model", download_again(PAGE)) from error
         reason = str(error).split("\n", 1)[0]
         raise AdapterError(
             f"{file}: onnxruntime cannot load it ({reason}). It is damaged or no face model: download it again from "

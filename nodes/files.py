@@ -9,6 +9,7 @@ import folder_paths
 
 from ..ipadapter_core import AdapterError, AdapterSpec, infer_spec, read_checkpoint
 from ..ipadapter_core.encoders import ImageEncoder, open_encoder
+from .node import NONE
 
 ADAPTERS, ENCODERS = "ipadapter", "clip_vision"
 H94 = "https://huggingface.co/h94/IP-Adapter"
@@ -18,8 +19,8 @@ _SUFFIXES = {
 }
 # What an empty list shows.
 _EMPTY = {
-    ADAPTERS: "none: put an adapter into models/ipadapter",
-    ENCODERS: "none: put an image encoder into models/clip_vision",
+    ADAPTERS: f"{NONE}put an adapter into models/ipadapter",
+    ENCODERS: f"{NONE}put an image encoder into models/clip_vision",
 }
 
 # The folder that other packs and ComfyUI-Manager use too; extra_model_paths.yaml may have added more places.
@@ -47,13 +48,24 @@ def is_empty_choice(name: str) -> bool:
 
 
 def adapter_path(name: str) -> Path:
-    """Raises AdapterError for the line of an empty list, FileNotFoundError for a file that is not there."""
-    if is_empty_choice(name):
+    """Raises AdapterError when the folder is empty, or this file is not in it."""
+    if not list_files(ADAPTERS):
         raise AdapterError(
             f"There is no adapter in {home(ADAPTERS)}. Download ip-adapter-plus_sd15.safetensors (SD1.5) or "
             f"ip-adapter-plus_sdxl_vit-h.safetensors (SDXL) from {H94} into it, then press R to reload the lists."
         )
-    return Path(folder_paths.get_full_path_or_raise(ADAPTERS, name))
+    return model_path(ADAPTERS, name)
+
+
+def model_path(folder: str, name: str) -> Path:
+    """Raises AdapterError for a file that is not there, as when it is a link to nothing."""
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise AdapterError(
+            f"{name} is not in {home(folder)}, or it is a link to a file that is gone. Put it there, or press R to "
+            "reload the lists and choose another file."
+        )
+    return Path(path)
 
 
 def existing(folder: str) -> dict[Path, str]:

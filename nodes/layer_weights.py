@@ -114,6 +114,11 @@ def model_weights(
         )
     if factors is not None:
         scaled = factors.scale(weights, layout)
+        if weight and not any(factors.factors):
+            raise AdapterError(
+                "layer_weights are 0 in all layers, so the image prompt would act nowhere. Raise one of them, or set "
+                "weight to 0 to switch the image prompt off."
+            )
         if any(layer.weight for layer in weights) and not any(layer.weight for layer in scaled):
             raise AdapterError(
                 f"layer_weights are 0 in all layers in which weight_type {weight_type!r} acts, so the image prompt "

@@ -14,6 +14,7 @@ from ..ipadapter_core import AdapterError
 _NUMBERS = {"INT", "FLOAT"}
 _WIDGETS = {*_NUMBERS, "COMBO", "BOOLEAN", "STRING"}
 _LISTED = 8  # choices that a message names
+NONE = "none: "  # how the one line of a list without a file begins, which goes on with what to do
 
 
 class Node(io.ComfyNode):
@@ -22,6 +23,10 @@ class Node(io.ComfyNode):
     ComfyUI checks what is set in a widget, but not what comes over a wire. As there, a choice that `validate_inputs`
     takes is left to it.
     """
+
+    @classmethod
+    def check_inputs(cls, given: dict[str, Any]) -> None:
+        """Raises AdapterError for inputs of which a node knows better what is wrong than that a value is missing."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -39,6 +44,7 @@ def _checked(execute: Any) -> Any:
         given = signature.bind(cls, *args, **kwargs).arguments
         given.update(given.pop(more, {}))  # numbered inputs, taken as **inputs
         own = inspect.signature(cls.validate_inputs).parameters
+        cls.check_inputs(given)
         for entry in cls.define_schema().inputs:
             if given.get(entry.id) is not None and entry.id not in own:
                 check_value(entry, given[entry.id])
@@ -52,7 +58,7 @@ def _checked(execute: Any) -> Any:
 def check_value(entry: Any, value: Any) -> None:
     """Raises AdapterError when a value is none of the choices of an input, or no number in its range."""
     if entry.io_type == "COMBO":
-        options = list(entry.options or ())
+        options = [option for option in entry.options or () if not str(option).startswith(NONE)]
         if options and value not in options:  # the node itself says why there are none
             listed = ", ".join(map(str, options[:_LISTED])) + (", ..." if len(options) > _LISTED else "")
             raise AdapterError(f"{entry.id} is {str(value)[:80]!r}. Choose one of: {listed}.")

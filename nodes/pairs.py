@@ -20,9 +20,8 @@ from ..ipadapter_core import (
     family_of,
     is_kolors_unet,
 )
-from ..ipadapter_core.assets import MODEL, emoji_folder
 from ..ipadapter_core.encoders import find_encoder
-from .demo import ADAPTER, BUNDLED
+from .demo import BUNDLED, demo_files
 from .files import ADAPTERS, ENCODERS, H94, adapter_spec, encoder_shape, existing, home
 
 SUBJECT, STYLE, COMPOSITION, FACE = USES = ("subject", "style", "composition", "face")
@@ -66,9 +65,10 @@ class Pair:
         return bool(_HINTS[COMPOSITION].search(_file_name(self.name)))
 
     def describe(self) -> str:
-        if self.encoder.is_dir():
+        if self.name == BUNDLED:
             return f"{self.name} with its own image encoder"
-        return f"{self.name} ({self.spec.kind} adapter for {self.spec.family_name}) with {self.encoder.name}"
+        encoder = "the image encoder of the demo" if self.encoder.is_dir() else self.encoder.name
+        return f"{self.name} ({self.spec.kind} adapter for {self.spec.family_name}) with {encoder}"
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,16 @@ def _file_name(name: str) -> str:
 
 
 def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: str) -> Pair:
-    """The best pair of models/ipadapter and models/clip_vision, else the bundled one where it fits.
+    """The best pair of models/ipadapter and models/clip_vision; for the model of Load IP Adapter Demo its encoder is
+    there too, and its adapter where no other one fits.
 
     Raises AdapterError that names the file that is missing, its folder and its page.
     """
     candidates, faces, others = _candidates(unet, sites)
-    bundled = _bundled(unet, sites)
-    if not candidates and bundled is not None:
-        return bundled
-    if not candidates:
+    demo = demo_files()
+    if demo is not None and not _fits(demo.spec, unet, sites):
+        demo = None
+    if not candidates and demo is None:
         raise _missing(unet, sites, use_for, likeness, faces, others)
     ranked = sorted(candidates, key=lambda candidate: candidate.rank(use_for, likeness))  # stable: safetensors first
     encoders, first_error = existing(ENCODERS), None
@@ -111,11 +112,14 @@ def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: st
             encoder = find_encoder(spec, encoders, name=name, folder=home(ENCODERS), open_file=encoder_shape)
         except AdapterError as error:
             first_error = first_error or error
-            continue
+            if demo is None or not demo.fits(spec):
+                continue
+            encoder = demo.encoder_folder  # that of the emoji model, on which the adapter was trained
         notes = _notes(candidate, ranked, faces, use_for, likeness)
         return Pair(name, candidate.path, encoder, spec, notes)
-    if bundled is not None:  # a trained emoji adapter, whose encoder comes with the pack
-        return bundled
+    if demo is not None:
+        notes = tuple(f"The image encoder of {each.name} is not in {home(ENCODERS)}." for each in ranked[:1])
+        return Pair(BUNDLED, demo.adapter, demo.encoder_folder, demo.spec, notes)
     assert first_error is not None
     raise first_error
 
@@ -149,18 +153,6 @@ def _fits(spec: AdapterSpec, unet: nn.Module, sites: Sequence[Site]) -> bool:
     except AdapterError:
         return False
     return True
-
-
-def _bundled(unet: nn.Module, sites: Sequence[Site]) -> Pair | None:
-    """The emoji adapter, for the model of Load IP Adapter Demo."""
-    try:
-        folder = emoji_folder()
-        spec = adapter_spec(folder / ADAPTER)
-    except (AdapterError, OSError):
-        return None
-    if not _fits(spec, unet, sites):
-        return None
-    return Pair(BUNDLED, folder / ADAPTER, folder / MODEL / "image_encoder", spec)
 
 
 def _notes(

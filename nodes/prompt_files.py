@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import comfy.model_management
@@ -23,28 +23,43 @@ _SUFFIX = ".safetensors"
 _OUTPUT = " [output]"  # how ComfyUI marks names of files in its output folder
 _FORMAT, _VERSION = "ip_adapter_kit image prompt", 1
 _EXPECTED = "a file of Save Image Prompt"
+_ADVICE = "Copy it again, or save it again."  # for a broken one; none of them is published
 _PARTS = ("positive", "negative")
 
 
 def list_prompts() -> list[str]:
-    """Names of the files in input/ and in output/image_prompts/, as ComfyUI's `get_annotated_filepath` takes them."""
-    given, saved = Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory())
-    names = [path.relative_to(given).as_posix() for path in _files(given)]
-    return sorted(names) + sorted(path.relative_to(saved).as_posix() + _OUTPUT for path in _files(saved / FOLDER))
+    """Names of the files in input/ and in output/image_prompts/, marked as ComfyUI marks those of its folders."""
+    return list(_prompts())
 
 
 def prompt_path(name: str) -> Path:
     """Raises AdapterError for a name that is not in the list."""
-    if name not in list_prompts():
+    path = _prompts().get(name)
+    if path is None:
         raise AdapterError(
             f"There is no image prompt {name!r}. Make one with Save Image Prompt, or put a file of it or of the old "
             f"Save Embeds ({OLD_SUFFIX}) into {folder_paths.get_input_directory()}; then press R to reload the lists."
         )
-    return Path(folder_paths.get_annotated_filepath(name))
+    return path
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.suffix.lower() in (_SUFFIX, OLD_SUFFIX) and path.is_file()]
+def _prompts() -> dict[str, Path]:
+    """The files by their names in the list."""
+    given, saved = Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory())
+    own = {path.relative_to(given).as_posix(): path for path in _files(given)}
+    made = {path.relative_to(saved).as_posix() + _OUTPUT: path for path in _files(saved / FOLDER)}
+    return {**dict(sorted(own.items())), **dict(sorted(made.items()))}
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """The prompt files below a folder, those behind links too, as in the model folders; a folder is entered once."""
+    entered: set[str] = set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        entered.add(os.path.realpath(folder))
+        below[:] = [name for name in below if os.path.realpath(Path(folder) / name) not in entered]
+        for path in (Path(folder) / name for name in names):
+            if path.suffix.lower() in (_SUFFIX, OLD_SUFFIX) and path.is_file():
+                yield path
 
 
 def write_prompt(path: Path, prompt: ImagePrompt) -> None:
@@ -70,7 +85,7 @@ def write_prompt(path: Path, prompt: ImagePrompt) -> None:
 
 def read_prompt(path: Path) -> ImagePrompt:
     """The image prompt in a file of Save Image Prompt. Raises AdapterError for any other file, and a damaged one."""
-    file = open_tensors(path, _EXPECTED)
+    file = open_tensors(path, _EXPECTED, _ADVICE)
     metadata = file.metadata
     if metadata.get("format") != _FORMAT:
         raise AdapterError(f"{path}: {looks_like(file.infos)}; expected {_EXPECTED}. Choose another file.")
@@ -96,7 +111,7 @@ def read_prompt(path: Path) -> ImagePrompt:
 
 def read_old_features(path: Path) -> EncodedImages:
     """The features in an .ipadpt file: one tensor and nothing else. Raises AdapterError for any other file."""
-    features = read_tensor(path, f"the features in an {OLD_SUFFIX} file")
+    features = read_tensor(path, f"the features in an {OLD_SUFFIX} file", _ADVICE)
     if features.ndim not in (2, 3) or 0 in features.shape or not features.is_floating_point():
         raise AdapterError(
             f"{path}: holds a tensor of shape {tuple(features.shape)} ({str(features.dtype).removeprefix('torch.')}); "

@@ -12,6 +12,8 @@ from ..ipadapter_core import AdapterError
 from ..ipadapter_core.image_prompt import combine_features
 from .types import EncodedImages, ImagePrompt
 
+_NOTHING = 1e-5  # of the features, is what rounding leaves
+
 
 def combine_prompts(prompts: Mapping[str, ImagePrompt], combine: str) -> ImagePrompt:
     """Several image prompts, by their names for messages -> one.
@@ -101,7 +103,14 @@ def _calculate(parts: Sequence[EncodedImages], combine: str) -> EncodedImages:
     def calculate(features: Sequence[Tensor]) -> Tensor:
         joined = torch.cat(list(features))
         shares = torch.tensor(weights, dtype=joined.dtype, device=joined.device)
-        return combine_features(joined * shares.reshape(-1, *[1] * (joined.ndim - 1)), combine)
+        made = combine_features(joined * shares.reshape(-1, *[1] * (joined.ndim - 1)), combine)
+        if made.abs().amax() <= _NOTHING * joined.abs().amax():
+            why = "the images cancel each other out" if any(weights) else "all weights are 0"
+            raise AdapterError(
+                f"combine {combine!r} leaves nothing: {why}. Change the weights, or choose another combine; weight 0 "
+                "of Apply IP Adapter switches the image prompt off."
+            )
+        return made
 
     made = _mapped(parts, calculate, (1.0,))
     return dataclasses.replace(made, weights=(1.0,) * len(made.features[0]))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ipadapter_core import AdapterError, WeightLayout, group_indices, image_share
 from ..ipadapter_core.branches import POSITIVE, grown_rows
@@ -64,6 +66,8 @@ class Record:
     the `latest` step lie on the device, those before in main memory; the next run of the same model replaces them.
 
     `keys`: of the applications, in the order of their nodes. `transformers`: the index of each by ComfyUI's place.
+    `runs`: how many there were; `prompt`: ComfyUI's id of the prompt of the latest one. `drawn`: the record of the run
+    that made an image, for the images that were asked for, as long as they live.
     """
 
     keys: tuple[str, ...]
@@ -74,6 +78,9 @@ class Record:
     size: Grid = (0, 0)
     latest: int = -1
     sums: dict[Entry, Tensor] = field(default_factory=dict[Entry, Tensor], repr=False)
+    runs: int = 0
+    prompt: str | None = None
+    drawn: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary, repr=False)
 
     @property
     def name(self) -> str:
@@ -96,6 +103,7 @@ class Record:
                 "Record Attention Map: an Apply IP Adapter comes after it and is not recorded. Connect it before."
             )
         self.steps, self.latest, self.sums = len(sigmas) - 1, -1, {}
+        self.runs, self.prompt = self.runs + 1, _prompt()
         try:
             return executor(guider, sigmas, extra_args, *args, **kwargs)
         finally:
@@ -145,6 +153,20 @@ class Record:
             before = self.sums.get(entry)
             self.sums[entry] = total if before is None else before.add_(total.to(before.device))
 
+    def of(self, image: Tensor) -> Record:
+        """The record of the run that made an image. ComfyUI may take image and latents from its cache, after other runs
+        of the same model: then it is the one that the image had before, and a line is logged where it had none.
+        """
+        if self.prompt == _prompt() or image not in self.drawn:
+            if self.runs > 1 and self.prompt != _prompt():
+                _log.warning(
+                    "Attention Map: ComfyUI took the image from its cache, and %d runs of the sampler were recorded. "
+                    "The map is that of the latest one; if another one made the image, sample with a new seed.",
+                    self.runs,
+                )
+            self.drawn[image] = replace(self, drawn=WeakIdKeyDictionary())
+        return self.drawn[image]
+
     def heat(self, layers: str, first: int, last: int, number: int = 0) -> Tensor:
         """The mean share of an image prompt in the attention of these layers (see `group_indices`), in the steps from
         `first` up to, not including, `last`: [images, height, width] of the latents, in 0..1. `number` counts the
@@ -191,6 +213,12 @@ class Record:
         canvas = torch.zeros(self.images, *self.size)
         canvas[list(images), top : top + height, left : left + width] = part
         return canvas
+
+
+def _prompt() -> str | None:
+    """ComfyUI's id of the prompt that is executed now."""
+    context = get_executing_context()
+    return None if context is None else context.prompt_id
 
 
 def _rest(totals: dict[str, Tensor], keys: tuple[str, ...]) -> Tensor:

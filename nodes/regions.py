@@ -99,7 +99,8 @@ def _masks(inputs: dict[str, Any]) -> dict[int, Tensor]:
         mask = inputs.get(f"mask_{number}")
         filled = [name for name in ("image_prompt", "positive") if inputs.get(f"{name}_{number}") is not None]
         if mask is not None and filled:
-            masks[number] = check_attention_mask(mask, f"mask_{number}")
+            what = "image prompt" if "image_prompt" in filled else "text"
+            masks[number] = check_attention_mask(mask, f"mask_{number}", what=what)
         elif mask is not None or filled:
             missing = f"mask_{number}" if filled else f"image_prompt_{number} and positive_{number}"
             _log.warning("Image Prompt Regions: region %d is left out, because it has no %s.", number, missing)

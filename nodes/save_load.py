@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io, ui
@@ -12,12 +11,13 @@ from safetensors import SafetensorError
 
 from ..ipadapter_core import AdapterError
 from ..ipadapter_core.branches import branch_rows
-from .node import Node
+from .file_names import relative_name
+from .node import NONE, Node
 from .prompt_files import FOLDER, OLD_SUFFIX, list_prompts, prompt_path, read_old_features, read_prompt, write_prompt
 from .prompt_math import shapes_of
 from .types import ImagePrompt, ImagePromptType, node_schema
 
-_NONE = "none: make one with Save Image Prompt"  # what an empty list shows
+_NONE = f"{NONE}make one with Save Image Prompt"  # what an empty list shows
 
 
 class SaveImagePrompt(Node):
@@ -45,15 +45,16 @@ class SaveImagePrompt(Node):
 
     @classmethod
     def execute(cls, image_prompt: ImagePrompt, filename_prefix: str = "prompt") -> io.NodeOutput:
-        prefix = PurePath(os.path.normpath(filename_prefix.strip() or "prompt"))
-        if prefix.anchor or ".." in prefix.parts:
+        prefix = relative_name(filename_prefix.strip() or "prompt", "filename_prefix", f"output/{FOLDER}")
+        output = Path(folder_paths.get_output_directory())
+        home = (output / FOLDER).resolve()
+        if not (home / prefix.parent).resolve().is_relative_to(home):
             raise AdapterError(
-                f"filename_prefix {filename_prefix!r} leads out of output/{FOLDER}. Use a name such as portraits/anna."
+                f"output/{FOLDER}/{prefix.parent} is a link to another place, where files are not saved. Change "
+                "filename_prefix."
             )
         try:
-            folder, name, number, *_ = folder_paths.get_save_image_path(
-                f"{FOLDER}/{prefix.as_posix()}", folder_paths.get_output_directory()
-            )
+            folder, name, number, *_ = folder_paths.get_save_image_path(str(prefix), str(output / FOLDER))
             path = Path(folder) / f"{name}_{number:05}_.safetensors"
             write_prompt(path, image_prompt)
         except (OSError, SafetensorError) as error:
@@ -61,7 +62,7 @@ class SaveImagePrompt(Node):
             raise AdapterError(
                 f"output/{FOLDER}/{str(prefix)[:80]}: not saved ({reason}). Free some space, or change filename_prefix."
             ) from error
-        saved = path.relative_to(folder_paths.get_output_directory()).as_posix()
+        saved = path.relative_to(output).as_posix()
         return io.NodeOutput(ui=ui.PreviewText(f"output/{saved}"))
 
 

@@ -124,6 +124,14 @@ class Application:
                 f"{self.mask_name} has {len(self.attn_mask)} masks, and the first {len(used)}, for the images that are "
                 "sampled, are 0 everywhere. Put the masks into the order of the images."
             )
+        masks = 0 if self.attn_mask is None else len(self.attn_mask)
+        if masks > batch:
+            unused = f"mask {masks} is" if masks == batch + 1 else f"masks {batch + 1} to {masks} are"
+            yield (
+                f"{self.mask_name} has {masks} masks, one for each latent, and {batch} "
+                f"{'is' if batch == 1 else 'are'} sampled: {unused} not used. Sample {masks} latents, or leave masks "
+                "out."
+            )
         if not self._is_always_active:
             first, last = (float(model_sampling.percent_to_sigma(end)) for end in (self.start_at, self.end_at))
             if not any(last <= sigma <= first for sigma in sigmas.tolist()):

@@ -8,7 +8,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import comfy.clip_vision
-import folder_paths
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from ..ipadapter_core import AdapterError, AdapterSpec
 from ..ipadapter_core.encoders import EXPECTED_ENCODER, find_encoder
 from ..ipadapter_core.tensors import open_tensors
 from .checks import check_encoder
-from .files import ENCODERS, encoder_shape, existing, home, is_empty_choice, version
+from .files import ENCODERS, encoder_shape, existing, home, is_empty_choice, model_path, version
 
 AUTO = "auto"
 
@@ -32,7 +31,7 @@ def find_encoder_file(name: str, adapter_name: str, spec: AdapterSpec) -> Path:
     """
     if name == AUTO or is_empty_choice(name):
         return find_encoder(spec, existing(ENCODERS), name=adapter_name, folder=home(ENCODERS), open_file=encoder_shape)
-    path = Path(folder_paths.get_full_path_or_raise(ENCODERS, name))
+    path = model_path(ENCODERS, name)
     open_tensors(path, EXPECTED_ENCODER)  # a damaged file, or one that holds code, is refused here
     return path
 

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -383,9 +384,21 @@ class Server:
 @pytest.fixture(scope="session")
 def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of its own process, with the pack under a name of no meaning."""
+    with started_server(comfyui, tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+@pytest.fixture
+def caching_server(comfyui: Path, tmp_path: Path) -> Iterator[Server]:
+    """One that keeps the results of several prompts."""
+    with started_server(comfyui, tmp_path, "--cache-lru", "30") as started:
+        yield started
+
+
+@contextmanager
+def started_server(comfyui: Path, base: Path, *options: str) -> Iterator[Server]:
     if not (ROOT / "assets" / "emoji" / "adapter.safetensors").is_file():
         pytest.skip("assets/emoji holds no adapter")
-    base = tmp_path_factory.mktemp("server")
     pack = base / "custom_nodes" / "a-folder"
     for part in ("nodes", "ipadapter_core", "web", "locales", "example_workflows", "assets", "subgraphs"):
         if (ROOT / part).is_dir():
@@ -398,7 +411,7 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "main.py", "--cpu", "--port", str(port), "--base-directory", str(base)]
-    command += ["--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+    command += ["--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:", *options]
     started = Server(f"http://127.0.0.1:{port}", base / "log.txt")
     with started.log.open("w") as stream:
         process = subprocess.Popen(command, cwd=comfyui, stdout=stream, stderr=subprocess.STDOUT)

@@ -136,6 +136,57 @@ def test_a_record_is_of_one_run(world, recorded):
     assert len(record.sums) == 2 * 16 and record.steps == 1
 
 
+@pytest.fixture
+def prompt(comfyui):
+    """What ComfyUI sets while it executes a prompt."""
+    from comfy_execution.utils import CurrentNodeContext
+
+    return lambda name: CurrentNodeContext(name, "1")
+
+
+def test_an_image_from_the_cache_keeps_the_map_of_its_run(world, recorded, heat, prompt, caplog):
+    """ComfyUI keeps images of several prompts, and one record for all of them."""
+    model, record = recorded()
+    first, second = IMAGE.clone(), IMAGE.clone()
+    with prompt("a"):
+        world.sample(model, steps=1)
+        one = heat(record, first)
+    with prompt("a, another opacity"):
+        assert torch.equal(heat(record, first), one)
+    with prompt("b"):
+        world.sample(model, steps=3)
+    with prompt("a, once more"):
+        assert torch.equal(heat(record, first), one)
+    with prompt("c"):
+        world.sample(model, steps=3)
+        other = heat(record, second)
+    with prompt("both"):
+        assert torch.equal(heat(record, first), one) and torch.equal(heat(record, second), other)
+    assert not torch.equal(one, other) and not caplog.text
+    with prompt("d"):  # sampled again, with the image of another place
+        world.sample(model, steps=3)
+        assert torch.equal(heat(record, first), other)
+    del first, second
+    assert not record.drawn, "kept only as long as the images"
+
+
+def test_an_image_from_the_cache_without_a_map_yet(world, recorded, heat, prompt, caplog):
+    model, record = recorded()
+    with prompt("a"):
+        world.sample(model, steps=1)
+    with prompt("the map is added"):
+        heat(record, IMAGE.clone())
+    assert not caplog.text
+    with prompt("b"):
+        world.sample(model, steps=2)
+    with prompt("the image of a"):
+        heat(record, image := IMAGE.clone())
+        assert "took the image from its cache, and 2 runs of the sampler were recorded" in caplog.text
+        caplog.clear()
+        heat(record, image)
+    assert not caplog.text
+
+
 def test_sdxl_counts_the_layers_of_a_transformer_together(world, recorded):
     model = world.new_model("sdxl")
     adapter = world.new_adapter(model)

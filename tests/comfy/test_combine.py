@@ -200,6 +200,24 @@ def test_refusals(pack, encode, combine, plus):
     refuse("image_prompt_2 has features of 48, its negative images of 40", prompts=(one, wrong))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_what_leaves_nothing_is_refused(pack, encode, combine, plus, method, kind):
+    """The features of nothing are an image of their own, which nobody chose."""
+    options = {"adapter": plus} if kind == "plus" else {}
+    one, two = encode(1, **options), encode(2, **options)
+    each = encode(3, 2, one_each=True, **options)
+    weights = {"weight_1": 0.0, "weight_2": 0.0}
+    for prompts in ((one, two), (each, each)):
+        with pytest.raises(pack.core.AdapterError, match=f"combine '{method}' leaves nothing"):
+            combine(*prompts, combine=method, **weights)
+    made = combine(one, two, combine=method, weight_1=0.0)
+    assert made.positive.image.any()
+    if method in ("add", "average", "norm average"):
+        with pytest.raises(pack.core.AdapterError, match="the images cancel each other out"):
+            combine(one, one, combine=method, weight_2=-1.0)
+
+
 def test_weights_of_zero_switch_the_prompt_off(world, encode, combine, draw):
     off = combine(encode(1), encode(2), weight_1=0.0, weight_2=0.0)
     assert torch.equal(draw(off), world.base)

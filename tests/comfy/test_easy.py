@@ -326,6 +326,42 @@ def test_the_demo_model_needs_no_file(pack, folders):
     assert text_of(output).startswith("the emoji adapter with its own image encoder, weight type 'linear'.")
 
 
+def test_an_adapter_of_ones_own_for_the_demo_model(pack, world, folders):
+    """It is paired with the encoder of the demo when models/clip_vision holds none for it; the node names both."""
+    import folder_paths
+
+    if not (pack.assets.emoji_folder() / pack.demo.ADAPTER).is_file():
+        pytest.skip("assets/emoji holds no adapter")
+    model, clip, _, clip_vision, bundled = pack.LoadIPAdapterDemo.execute().args
+    text = [clip.encode_from_tokens_scheduled(clip.tokenize(words)) for words in ("rocket", "")]
+    image = pack.DemoImage.execute("crab_fluent").args[0]
+
+    def draw(patched):
+        return world.sample(patched, size=(8, 8), positive=text[0], negative=text[1])
+
+    def write(name, spec):
+        own = pack.core.init_adapter(spec)
+        world.randomise(own, seed=8)
+        pack.core.save_adapter(folders["ipadapter"] / name, own)
+        folder_paths.filename_list_cache.clear()
+
+    widths, context = bundled.spec.layer_widths, bundled.spec.context_width
+    write("other encoder.safetensors", pack.core.new_spec("base", widths, context, image_width=1024))
+    output = pack.ImagePrompt.execute(model, image)
+    assert text_of(output).startswith("the emoji adapter with its own image encoder, weight type 'linear'. The image")
+    assert f"encoder of other encoder.safetensors is not in {folders['clip_vision']}." in text_of(output)
+    write("own.safetensors", bundled.spec)
+    output = pack.ImagePrompt.execute(model, image)
+    kind = f"own.safetensors ({bundled.spec.kind} adapter for "
+    assert text_of(output).startswith(kind) and "with the image encoder of the demo, weight" in text_of(output)
+    own = pack.LoadIPAdapterDemo.execute("own.safetensors").args[4]
+    prompt = pack.EncodeImagePrompt.execute(own, clip_vision, image).args[0]
+    expected = draw(world.apply(model, own, prompt, weight=0.7))
+    torch.testing.assert_close(draw(output.args[0]), expected, atol=0, rtol=0)
+    prompt = pack.EncodeImagePrompt.execute(bundled, clip_vision, image).args[0]
+    assert not torch.allclose(expected, draw(world.apply(model, bundled, prompt, weight=0.7)), atol=1e-2)
+
+
 def test_it_is_essential_where_comfyui_knows_it(pack):
     schema = pack.ImagePrompt.define_schema()
     assert getattr(schema, "essentials_category", "Image Generation") == "Image Generation"

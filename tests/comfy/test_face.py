@@ -320,9 +320,13 @@ def test_likeness_is_refused_for_version_1(pack, world, faces, encoder):
 
 def test_a_face_adapter_belongs_to_encode_face_prompt(pack, world, faces, encoder):
     ip_adapter = new_face_adapter(pack, world, world.model)
-    with pytest.raises(pack.core.AdapterError) as error:
-        pack.EncodeImagePrompt.execute(ip_adapter, encoder, faces.image)
-    assert re.search(r"face\.safetensors is a faceid adapter, .*Encode Face Prompt", str(error.value))
+    for clip_vision in (encoder, None):  # Load IP Adapter has none for it
+        with pytest.raises(pack.core.AdapterError) as error:
+            pack.EncodeImagePrompt.execute(ip_adapter, clip_vision, faces.image)
+        assert re.search(r"face\.safetensors is a faceid adapter, .*Encode Face Prompt", str(error.value))
+    for adapter, missing in ((world.adapter, "clip_vision"), (None, "ip_adapter")):
+        with pytest.raises(pack.core.AdapterError, match=f"{missing} is connected to an output that has nothing"):
+            pack.EncodeImagePrompt.execute(adapter, None, faces.image)
 
 
 def test_the_wrong_image_encoder_is_named(pack, world, faces, encoder):

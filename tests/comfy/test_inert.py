@@ -57,6 +57,22 @@ def test_frames_may_be_empty(world):
     assert [torch.equal(*pair) for pair in zip(sampled, base, strict=True)] == [True, False, True]
 
 
+def test_masks_beyond_the_images_are_logged(world, caplog):
+    masks = torch.cat([ONES, ONES, ZEROS])
+    patched = world.apply(world.model, world.adapter, world.prompt, attn_mask=masks)
+    for batch, words in (
+        (1, "attn_mask has 3 masks, one for each latent, and 1 is sampled: masks 2 to 3 are not used. Sample 3"),
+        (2, "attn_mask has 3 masks, one for each latent, and 2 are sampled: mask 3 is not used. Sample 3 latents"),
+    ):
+        caplog.clear()
+        world.sample(patched, batch=batch, steps=1)
+        assert words in caplog.text
+    caplog.clear()
+    for batch in (3, 4):
+        world.sample(patched, batch=batch, steps=1)
+    assert not caplog.text
+
+
 def test_overshoot_of_resampling_is_cut_off(world):
     mask = torch.cat([1.2 * ONES[..., :8], -0.2 * ONES[..., :8]], dim=-1)
     patched = world.apply(world.model, world.adapter, world.prompt, attn_mask=mask)

@@ -74,6 +74,14 @@ def test_what_leaves_nothing_is_refused(pack, world):
     with pytest.raises(pack.core.AdapterError, match="layer_weights are 0 in all layers in which weight_type 'comp"):
         options = {"weight_type": "composition", "layer_weights": factors(pack, composition=0.0)}
         world.apply(world.model, world.adapter, world.prompt, **options)
+    nothing = factors(pack, **dict.fromkeys(pack.core.LAYER_GROUPS, 0.0)), factors(pack, layers="3:0")
+    for given in nothing:
+        for weight_type in ("linear", "composition"):
+            options = {"weight_type": weight_type, "layer_weights": given}
+            with pytest.raises(pack.core.AdapterError, match=r"layer_weights are 0 in all layers, so the .*Raise one"):
+                world.apply(world.model, world.adapter, world.prompt, **options)
+        off = world.apply(world.model, world.adapter, world.prompt, weight=0.0, layer_weights=given)
+        assert torch.equal(world.sample(off), world.base)
     off = world.apply(world.model, world.adapter, world.prompt, weight=0.0, layer_weights=factors(pack, layers="1:1"))
     assert torch.equal(world.sample(off), world.base)
 

@@ -160,8 +160,43 @@ def test_no_encoder_says_which_one_to_download(pack, world, folders):
 
 def test_a_path_outside_the_folder_is_refused(pack, folders, tmp_path):
     (tmp_path / "outside.safetensors").touch()
-    with pytest.raises((FileNotFoundError, ValueError)):
-        pack.LoadIPAdapter.execute("../outside.safetensors")
+    for listed in (False, True):
+        with pytest.raises(pack.core.AdapterError, match="Choose one of: in.safe" if listed else "There is no adapter"):
+            pack.LoadIPAdapter.execute("../outside.safetensors")
+        (folders["ipadapter"] / "in.safetensors").touch()
+        import folder_paths
+
+        folder_paths.filename_list_cache.clear()
+
+
+def test_a_link_to_a_file_that_is_gone(pack, world, folders, narrow, sound_state):
+    """ComfyUI lists it."""
+    pack.core.save_adapter(folders["ipadapter"] / "x.safetensors", world.adapter.adapter)
+    for folder in folders.values():
+        (folder / "link.safetensors").symlink_to(folder / "gone.safetensors")
+        assert "link.safetensors" in pack.files.list_files(folder.name)
+    for name, encoder, folder in (
+        ("link.safetensors", "auto", "ipadapter"),
+        ("x.safetensors", "link.safetensors", "clip_vision"),
+    ):
+        with pytest.raises(pack.core.AdapterError) as error:
+            pack.LoadIPAdapter.execute(name, encoder)
+        assert f"link.safetensors is not in {folders[folder]}, or it is a link to a file that is gone" in str(
+            error.value
+        )
+
+
+def test_a_choice_of_an_empty_list_says_where_files_belong(pack, world, folders):
+    """As when the chosen file was deleted, and ComfyUI does not look into the list."""
+    for name in ("deleted.safetensors", pack.files.choices("ipadapter")[0]):
+        with pytest.raises(pack.core.AdapterError, match=r"There is no adapter in .*Download ip-adapter-plus_sd15"):
+            pack.LoadIPAdapter.execute(name)
+    pack.core.save_adapter(folders["ipadapter"] / "x.safetensors", world.adapter.adapter)
+    import folder_paths
+
+    folder_paths.filename_list_cache.clear()
+    with pytest.raises(pack.core.AdapterError, match=r"clip_vision_name is 'deleted.sft'. Choose one of: auto\."):
+        pack.LoadIPAdapter.execute("x.safetensors", "deleted.sft")
 
 
 def test_a_replaced_file_runs_again(pack, world, folders):

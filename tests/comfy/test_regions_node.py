@@ -89,8 +89,11 @@ def test_masks_that_do_not_fit(pack, world, regions):
     both = {"image_prompt_1": world.prompt, "image_prompt_2": world.prompt}
     with pytest.raises(pack.core.AdapterError, match="differ in size: mask_1 64 x 64, mask_2 64 x 32"):
         regions(mask_1=LEFT, mask_2=small, **both)
-    with pytest.raises(pack.core.AdapterError, match="mask_2 is 0 everywhere"):
-        regions(mask_1=LEFT, mask_2=torch.zeros(1, 64, 64), **both)
+    empty = torch.zeros(1, 64, 64)
+    with pytest.raises(pack.core.AdapterError, match="mask_2 is 0 everywhere, so the image prompt would act nowhere"):
+        regions(mask_1=LEFT, mask_2=empty, positive_2=world.conds()[0], **both)
+    with pytest.raises(pack.core.AdapterError, match="mask_3 is 0 everywhere, so the text would act nowhere"):
+        regions(mask_1=LEFT, mask_2=LEFT, mask_3=empty, positive_3=world.conds()[0], **both)
     dot = torch.zeros(1, 512, 512)
     dot[:, 3, 3] = 1.0
     model, _ = regions(mask_1=dot, image_prompt_1=world.prompt)

@@ -127,6 +127,30 @@ def test_another_adapter_is_refused_by_name(pack, world, encode, save, load):
         world.apply(world.model, other, load("image_prompts/prompt_00001_.safetensors [output]"))
 
 
+def test_another_kind_of_adapter_under_the_same_name_is_refused_by_name(pack, world, folders, encode, save, load, plus):
+    for adapter in (world.adapter, plus):
+        save(encode(adapter=adapter))
+    base = world.new_adapter(world.model, name="plus")
+    same = world.new_adapter(world.model, kind="plus", name="a")
+    for number, adapter, words in (
+        (1, same, "The features have shape (1, 48), this plus adapter takes [B, L, 48]"),
+        (2, base, "The features have shape (1, 5, 48), this base adapter takes [B, 48]"),
+    ):
+        prompt = load(f"image_prompts/prompt_{number:05}_.safetensors [output]")
+        with pytest.raises(pack.core.AdapterError) as error:
+            world.apply(world.model, adapter, prompt)
+        said = f"does not fit {adapter.name}, though it was encoded for a file of that name. {words}"
+        assert said in str(error.value) and "encode the images again" in str(error.value), str(error.value)
+        old = dataclasses.replace(prompt, adapter=None)
+        with pytest.raises(pack.core.AdapterError) as error:
+            world.apply(world.model, adapter, old)
+        assert f"does not fit {adapter.name}. {words}" in str(error.value), str(error.value)
+    encoded = pack.types.EncodedImages(torch.rand(1, 48))
+    wrong = dataclasses.replace(encode(adapter=plus), negative=encoded)
+    with pytest.raises(pack.core.AdapterError, match=r"does not fit plus\.safetensors"):
+        world.apply(world.model, plus, wrong)
+
+
 def test_adapters_in_subfolders_are_named_as_this_system_does(encode, save, load):
     for saved in ("sd15/a.safetensors", "sd15\\a.safetensors"):
         save(dataclasses.replace(encode(), adapter=saved))
@@ -157,11 +181,69 @@ def test_another_file_of_the_same_name_is_loaded_again(pack, folders, encode, sa
     assert pack.LoadImagePrompt.fingerprint_inputs(name) == ""
 
 
-@pytest.mark.parametrize("prefix", ["../up", "a/../../up", "/tmp/up", ".."])
-def test_no_way_out_of_the_folder(pack, folders, encode, prefix):
-    with pytest.raises(pack.core.AdapterError, match=r"leads out of output/image_prompts"):
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        *((name, "leads out of output/image_prompts") for name in ("../up", "a/../../up", "/tmp/up", "..", "a/..")),
+        *(
+            (name, "leads out of output/image_prompts")
+            for name in ("C:up", "C:\\up", "\\\\host\\share\\up", "a\\..\\..\\up")
+        ),
+        *((name, "names no file") for name in (".", "./", "a/", "a/.")),
+        *((f"anna{sign}b", f"holds {sign!r}, which file names cannot") for sign in "\0\n\ud800:?*|"),
+        *((name, "which Windows cannot name") for name in ("con", "faces/NUL", "com1.old", "faces./anna", "a /b")),
+    ],
+)
+def test_names_that_are_none(pack, folders, encode, prefix, words):
+    with pytest.raises(pack.core.AdapterError) as error:
         pack.SaveImagePrompt.execute(encode(), prefix)
+    assert words in str(error.value) and "filename_prefix" in str(error.value), str(error.value)
+    str(error.value).encode()  # the server sends it as UTF-8
     assert not list(folders.rglob("*.safetensors"))
+
+
+def test_names_of_every_kind(pack, encode, save):
+    wanted = {
+        "": "prompt",
+        "./x": "x",
+        "a//b": "a/b",
+        "a\\c": "a/c",
+        ".hidden": ".hidden",
+        "Änne 2": "Änne 2",
+        "conrad": "conrad",
+    }
+    for prefix, name in wanted.items():
+        for number in (1, 2):  # counted, not overwritten
+            path = save(encode(), prefix)
+            assert path.as_posix().endswith(f"image_prompts/{name}_{number:05}_.safetensors")
+    assert len(names(pack)) == 2 * len(wanted)
+
+
+def test_too_long_a_name(pack, encode):
+    with pytest.raises(pack.core.AdapterError, match=r"not saved .*change filename_prefix"):
+        pack.SaveImagePrompt.execute(encode(), "a" * 300)
+
+
+def test_links_are_followed(pack, folders, encode, save, load):
+    """To files and to folders, in both places, as in the model folders; one to a folder above it ends nothing."""
+    saved = save(encode())
+    elsewhere = folders / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "far.safetensors").write_bytes(saved.read_bytes())
+    for place in (folders / "input", saved.parent):
+        (place / "file.safetensors").symlink_to(elsewhere / "far.safetensors")
+        (place / "folder").symlink_to(elsewhere)
+        (place / "above").symlink_to(place)
+        (place / "broken.safetensors").symlink_to(elsewhere / "gone.safetensors")
+    want = ["file.safetensors", "folder/far.safetensors"]
+    output = [f"image_prompts/{name} [output]" for name in (*want, saved.name)]
+    assert names(pack) == want + output
+    for name in names(pack):
+        assert torch.equal(load(name).positive.image, encode().positive.image)
+        assert pack.LoadImagePrompt.fingerprint_inputs(name)
+    with pytest.raises(pack.core.AdapterError, match="image_prompts/folder is a link to another place"):
+        save(encode(), "folder/new")
+    assert [file.name for file in elsewhere.iterdir()] == ["far.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "gone.safetensors", "none: make one with Save Image Prompt"])
@@ -172,8 +254,9 @@ def test_only_names_of_the_list_are_read(pack, folders, encode, save, load, name
 
 
 def test_an_empty_list(pack, folders, load):
-    with pytest.raises(pack.core.AdapterError, match="There is no image prompt"):
-        load("none: make one with Save Image Prompt")
+    for name in ("none: make one with Save Image Prompt", "deleted.safetensors"):
+        with pytest.raises(pack.core.AdapterError, match="There is no image prompt"):
+            load(name)
 
 
 def altered(path, **changes):
@@ -205,6 +288,7 @@ def test_damaged_and_foreign_files(pack, folders, encode, save, load):
         with pytest.raises(pack.core.AdapterError) as error:
             load("x.safetensors")
         assert words in str(error.value) and "x.safetensors" in str(error.value), (words, str(error.value))
+        assert "ownload" not in str(error.value), str(error.value)  # nobody publishes it
 
 
 def old_file(folders, name, value, **options):
@@ -252,7 +336,7 @@ def test_old_files_that_are_none(pack, folders, load, world, plus):
             load(old_file(folders, "x.ipadpt", value))
         assert words in str(error.value) and "x.ipadpt" in str(error.value), (words, str(error.value))
     (folders / "input" / "x.ipadpt").write_bytes(b"PK\x03\x04" + b"\0" * 99)
-    with pytest.raises(pack.core.AdapterError, match="truncated or not a PyTorch file"):
+    with pytest.raises(pack.core.AdapterError, match=r"truncated or not a PyTorch file.*Copy it again"):
         load("x.ipadpt")
     (folders / "input" / "x.ipadpt").write_bytes(safetensors.torch.save({"x": torch.rand(2)}))
     with pytest.raises(pack.core.AdapterError, match=r"expected the features in an .ipadpt file"):

@@ -8,6 +8,7 @@ import json
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -105,6 +106,34 @@ def test_another_image_loads_no_model_again(server):
     third = server.run(graph)
     cached = next(data["nodes"] for kind, data in third["status"]["messages"] if kind == "execution_cached")
     assert {"1", "2", "3", "7"} <= set(cached)
+
+
+def test_an_attention_map_belongs_to_the_run_of_its_image(caching_server):
+    """Also when ComfyUI took the image from its cache, after another seed without a map."""
+    graph = json.loads(GRAPH.read_text())
+    graph["70"] = {"class_type": "RecordAttentionMap", "inputs": {"model": graph["7"]["inputs"]["model"]}}
+    graph["7"]["inputs"]["model"] = ["70", 0]
+    inputs = {"record": ["70", 1], "image": ["8", 0], "opacity": 1.0}
+    node = {"class_type": "ImagePromptAttentionMap", "inputs": inputs}
+
+    def run(seed, opacity=None):
+        """The map of the first image, or None without the node."""
+        graph["7"]["inputs"]["seed"] = seed
+        made = graph if opacity is None else {**graph, "71": {**node, "inputs": {**inputs, "opacity": opacity}}}
+        entry = caching_server.run(made)
+        assert entry["status"]["status_str"] == "success", entry["status"]
+        if opacity is None:
+            return None
+        image = entry["outputs"]["71"]["images"][0]
+        place = f"/view?filename={image['filename']}&type={image['type']}&subfolder={image['subfolder']}"
+        pixels = np.asarray(Image.open(io.BytesIO(caching_server.read(place))).convert("RGB"))
+        return pixels.astype(int)
+
+    first = run(101, 1.0)
+    run(102)
+    again = run(101, 0.999)
+    assert abs(first - again).max() <= 2
+    assert abs(first - run(102, 1.0)).max() > 20
 
 
 def test_save_combine_and_load(server):

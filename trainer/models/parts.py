@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ipadapter_core import AdapterError, looks_like
-from ipadapter_core.file_types import EMPTY, LFS_POINTER, WEB_PAGE, file_type, unexpected_type
+from ipadapter_core.file_types import EMPTY, LFS_POINTER, WEB_PAGE, download_again, file_type, unexpected_type
 from ipadapter_core.tensors import check_weights
 
 from ..errors import BaseModelError
@@ -162,7 +162,7 @@ def _check_merges(folder: Path, source: str) -> None:
             raise BaseModelError(f"{folder / name}: is missing. Download it from {source}.")
     merges = folder / "merges.txt"
     if file_type(merges) in (EMPTY, LFS_POINTER, WEB_PAGE):
-        raise BaseModelError(str(unexpected_type(merges, "the merges of a tokenizer", source)))
+        raise BaseModelError(str(unexpected_type(merges, "the merges of a tokenizer", download_again(source))))
     tokens = read_json(folder / "vocab.json", source)
     # Every other token is a single byte, which may end a word, or one of the special ones.
     expected = sum(len(token.removesuffix("</w>")) > 1 and not token.startswith("<") for token in tokens)
@@ -182,7 +182,7 @@ def read_json(file: Path, source: str = PAGE) -> dict[str, Any]:
         raise BaseModelError(f"{file}: is missing. Download it from {source}.") from None
     except ValueError as error:
         if file_type(file).is_failed_download:
-            raise BaseModelError(str(unexpected_type(file, "a JSON file", source))) from error
+            raise BaseModelError(str(unexpected_type(file, "a JSON file", download_again(source)))) from error
         raise BaseModelError(f"{file}: damaged JSON ({error}). Download it again from {source}.") from error
     if not isinstance(content, dict):
         raise BaseModelError(f"{file}: holds no JSON object. Download it again from {source}.")

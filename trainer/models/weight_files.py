@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ipadapter_core import AdapterError
-from ipadapter_core.file_types import PICKLE, file_type
+from ipadapter_core.file_types import PICKLE, download_again, file_type
 from ipadapter_core.tensors import TensorFile, TensorInfo, open_tensors
 
 from ..errors import BaseModelError
@@ -29,7 +29,7 @@ def open_weights(file: Path, expected: str = "model weights", source: str = PAGE
     Raises BaseModelError that says what the file is when it is something else, or damaged.
     """
     try:
-        return open_tensors(file, expected, source)
+        return open_tensors(file, expected, download_again(source))
     except AdapterError as error:
         raise BaseModelError(str(error)) from error
 
