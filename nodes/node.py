@@ -59,7 +59,8 @@ def check_value(entry: Any, value: Any) -> None:
     """Raises AdapterError when a value is none of the choices of an input, or no number in its range."""
     if entry.io_type == "COMBO":
         options = [option for option in entry.options or () if not str(option).startswith(NONE)]
-        if options and value not in options:  # the node itself says why there are none
+        # Without a file to choose, the node itself says where files belong.
+        if options and value not in options and not str(value).startswith(NONE):
             listed = ", ".join(map(str, options[:_LISTED])) + (", ..." if len(options) > _LISTED else "")
             raise AdapterError(f"{entry.id} is {str(value)[:80]!r}. Choose one of: {listed}.")
     if entry.io_type in _NUMBERS:
