@@ -1,4 +1,4 @@
-"""Train the emoji model and its adapters from the images alone, on one GPU, in about eight minutes.
+"""Train the emoji model and its adapters from the images alone, on one GPU.
 
     python benchmarks/emoji.py --pictures pictures.zip --output FOLDER [--check] [--scale 1.0]
 

@@ -58,10 +58,10 @@ def _checked(execute: Any) -> Any:
 def check_value(entry: Any, value: Any) -> None:
     """Raises AdapterError when a value is none of the choices of an input, or no number in its range."""
     if entry.io_type == "COMBO":
-        options = [option for option in entry.options or () if not str(option).startswith(NONE)]
-        # Without a file to choose, the node itself says where files belong.
-        if options and value not in options and not str(value).startswith(NONE):
-            listed = ", ".join(map(str, options[:_LISTED])) + (", ..." if len(options) > _LISTED else "")
+        options = list(entry.options or ())
+        choices = [option for option in options if not str(option).startswith(NONE)]
+        if choices and value not in options:  # without a file to choose, the node itself names the folder
+            listed = ", ".join(map(str, choices[:_LISTED])) + (", ..." if len(choices) > _LISTED else "")
             raise AdapterError(f"{entry.id} is {str(value)[:80]!r}. Choose one of: {listed}.")
     if entry.io_type in _NUMBERS:
         sort, types = ("a whole number", int) if entry.io_type == "INT" else ("a number", int | float)

@@ -19,7 +19,7 @@ from .types import EncodedImages, ImagePrompt
 FOLDER = "image_prompts"  # in ComfyUI's output folder
 OLD_SUFFIX = ".ipadpt"
 
-_SUFFIX = ".safetensors"
+_SUFFIXES = (".safetensors", OLD_SUFFIX)
 _OUTPUT = " [output]"  # how ComfyUI marks names of files in its output folder
 _FORMAT, _VERSION = "ip_adapter_kit image prompt", 1
 _EXPECTED = "a file of Save Image Prompt"
@@ -46,19 +46,21 @@ def prompt_path(name: str) -> Path:
 def _prompts() -> dict[str, Path]:
     """The files by their names in the list."""
     given, saved = Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory())
-    own = {path.relative_to(given).as_posix(): path for path in _files(given)}
-    made = {path.relative_to(saved).as_posix() + _OUTPUT: path for path in _files(saved / FOLDER)}
+    own = {path.relative_to(given).as_posix(): path for path in files_below(given, *_SUFFIXES)}
+    made = {path.relative_to(saved).as_posix() + _OUTPUT: path for path in files_below(saved / FOLDER, *_SUFFIXES)}
     return {**dict(sorted(own.items())), **dict(sorted(made.items()))}
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """The prompt files below a folder, those behind links too, as in the model folders; a folder is entered once."""
+def files_below(root: Path, *suffixes: str) -> Iterator[Path]:
+    """The files with these suffixes below a folder, those behind links too, as in the model folders; a folder is
+    entered once.
+    """
     entered: set[str] = set()
     for folder, below, names in os.walk(root, followlinks=True):
         entered.add(os.path.realpath(folder))
         below[:] = [name for name in below if os.path.realpath(Path(folder) / name) not in entered]
         for path in (Path(folder) / name for name in names):
-            if path.suffix.lower() in (_SUFFIX, OLD_SUFFIX) and path.is_file():
+            if path.suffix.lower() in suffixes and path.is_file():
                 yield path
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...ipadapter_core import AdapterError
 from ...ipadapter_core.image_prompt import combine_features
 from ..files import version
-from ..prompt_files import OLD_SUFFIX, read_old_features
+from ..prompt_files import OLD_SUFFIX, files_below, read_old_features
 from . import fields as f
 from .execute import OldPrompt, apply_old
 from .old_features import encode_with_mask, unconditional
@@ -167,9 +167,9 @@ class IPAdapterSaveEmbeds(OldNode):
             while (path := Path(folder) / f"{name}_{counter:05}{OLD_SUFFIX}").exists():
                 counter += 1
             torch.save(embeds, path)
+        except AdapterError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, AdapterError):
-                raise
             raise AdapterError(
                 f"filename_prefix {filename_prefix[:80]!r}: not saved ({getattr(error, 'strerror', None) or error}). "
                 "Change it, or free some space."
@@ -209,8 +209,7 @@ class IPAdapterLoadEmbeds(OldNode):
 def _saved() -> dict[str, Path]:
     """The files of the input folder, by the names in the list."""
     folder = Path(folder_paths.get_input_directory())
-    files = {str(path.relative_to(folder)): path for path in folder.rglob(f"*{OLD_SUFFIX}") if path.is_file()}
-    return dict(sorted(files.items()))
+    return dict(sorted((str(path.relative_to(folder)), path) for path in files_below(folder, OLD_SUFFIX)))
 
 
 NODES = [

@@ -8,12 +8,11 @@ from weakref import WeakValueDictionary
 
 import comfy.sd
 import comfy.utils
-import folder_paths
 from comfy_api.latest import io
 
 from ...ipadapter_core import cross_attention_sites
 from ..face_analysis import find_files
-from ..files import ADAPTERS, ENCODERS, list_files, stamp, version
+from ..files import ADAPTERS, ENCODERS, list_files, model_path, stamp, version
 from ..lora import add_lora
 from ..vision import AUTO, find_encoder_file, load_encoder
 from . import fields as f
@@ -139,7 +138,7 @@ class IPAdapterModelLoader(OldNode):
 
     @classmethod
     def load_ipadapter_model(cls, ipadapter_file: str) -> tuple[Any]:
-        return (open_file(folder_paths.get_full_path_or_raise(ADAPTERS, ipadapter_file)),)
+        return (open_file(str(model_path(ADAPTERS, ipadapter_file))),)
 
 
 class IPAdapterInsightFaceLoader(OldNode):

@@ -11,7 +11,7 @@ import folder_paths
 
 from ...ipadapter_core import AdapterError, AdapterSpec
 from ...ipadapter_core.encoders import encoder_fits
-from ..files import ADAPTERS, ENCODERS, H94, adapter_spec, encoder_shape, existing, home, list_files
+from ..files import ADAPTERS, ENCODERS, H94, adapter_spec, encoder_shape, existing, home, list_files, model_path
 
 _log = logging.getLogger("ip_adapter_kit")
 _FACEID = "https://huggingface.co/h94/IP-Adapter-FaceID"
@@ -198,9 +198,9 @@ def find_adapter(name: str, preset: Preset, family: str) -> str:
     for pattern in wanted.names if wanted else ():
         for file in files:
             if re.search(pattern, file, re.IGNORECASE):
-                return folder_paths.get_full_path_or_raise(ADAPTERS, file)
+                return str(model_path(ADAPTERS, file))
     for file in files:
-        path = folder_paths.get_full_path_or_raise(ADAPTERS, file)
+        path = str(model_path(ADAPTERS, file))
         if _fits(preset, family, Path(file).name.lower(), path):
             _log.info("Preset %r: no file of its usual name; %s has the right shapes.", name, file)
             return path
@@ -243,7 +243,7 @@ def find_image_encoder(preset: Preset, spec: AdapterSpec) -> Path | None:
 def find_lora(preset: Preset, family: str) -> str | None:
     """The path of the FaceID LoRA's own file; None without one."""
     found = _loras(preset.families[family]) if family in preset.families else []
-    return folder_paths.get_full_path_or_raise("loras", found[0]) if found else None
+    return str(model_path("loras", found[0])) if found else None
 
 
 def lora_files(name: str) -> list[str]:

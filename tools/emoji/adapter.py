@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from ipadapter_trainer.emoji.clip import normalize
+from ipadapter_trainer.emoji.pictures import to_pixels
 from ipadapter_trainer.engine.denoiser import TrainingBatch, denoiser, new_adapter
 from ipadapter_trainer.engine.features import Features, encode_pixels
 from ipadapter_trainer.models.base_model import BaseModel
@@ -23,9 +25,8 @@ from torch import Tensor, nn
 
 from ipadapter_core import Feature, IPAdapter
 
-from .clip import normalize
 from .loop import fit
-from .pictures import STYLE_NAMES, EmojiPictures, to_pixels
+from .pictures import STYLE_NAMES, EmojiPictures
 from .views import LATENT, PERMUTATIONS, mirror, recolour, shift
 
 BATCH, LEARNING_RATE = 64, 5e-4

@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from ipadapter_trainer.emoji.clip import MAX_TOKENS, WIDTH, contrast, normalize, styled_caption, tokenize
+from ipadapter_trainer.emoji.loop import training_device
+from ipadapter_trainer.emoji.pictures import to_pixels
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from .build import SIZE
-from .loop import LossFunction, training_device
-from .pictures import STYLE_NAMES, EmojiPictures, to_pixels
+from .loop import LossFunction
+from .pictures import STYLE_NAMES, EmojiPictures
 from .views import any_colours, mirror, patchwork, shift, zoom
 
-MAX_TOKENS = 16
-WIDTH = 128
 PATCH = 16  # pixels
 CELLS = 4  # a side: the colours that a patch's state is asked for
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-def train_tokenizer(texts: list[str], folder: Path, size: int = 2048) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary from the captions and save it as CLIP's vocab.json and merges.txt."""
-    tokenizer = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    # Every printable ASCII character is in the alphabet: no prompt is ever unknown.
-    alphabet = [chr(c) for c in range(33, 127)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    learned = json.loads(tokenizer.to_str())["model"]
-    vocabulary = dict(learned["vocab"])
-    for token in [*alphabet, *(c + "</w>" for c in alphabet), START, END]:
-        vocabulary.setdefault(token, len(vocabulary))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-    tokenizer_ = CLIPTokenizer.from_pretrained(str(folder), model_max_length=MAX_TOKENS)
-    tokenizer_.save_pretrained(str(folder))
-    return tokenizer_
 
 
 class EmojiCLIP(CLIPModel):
@@ -72,23 +42,6 @@ def new_clip(tokenizer: CLIPTokenizer) -> EmojiCLIP:
     }
     vision = {**shared, "num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH, "projection_dim": WIDTH}
     return EmojiCLIP(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
-
-
-def normalize(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] or float in [-1, 1] -> CLIP's normalised ``pixel_values``."""
-    unit = images.float() / 255 if images.dtype == torch.uint8 else (images + 1) / 2
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return (unit - mean) / std
-
-
-def styled_caption(caption: str, style: str) -> str:
-    """The caption and the style: "victory hand, noto style"."""
-    return f"{caption}, {style} style"
-
-
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """int64 [B, 16], padded with the end token as SD1.5 does."""
-    return tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
 
 def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int = 32, pairs: int = 64) -> LossFunction:
@@ -190,10 +143,3 @@ def patch_colours(pixels: Tensor) -> Tensor:
     """[B, 3, H, W] -> [B, patches, 3 * CELLS**2]: the mean colours of each patch's cells."""
     cells = F.avg_pool2d(pixels, PATCH // CELLS)
     return F.unfold(cells, CELLS, stride=CELLS).transpose(1, 2)
-
-
-def contrast(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
-    """Symmetric InfoNCE of matching rows of a and b, both [B, D] and of unit length."""
-    logits = scale * a @ b.T
-    target = torch.arange(len(a), device=a.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from ipadapter_trainer.emoji.concepts import TEXT_CONCEPTS
+
+__all__ = ["CONCEPTS", "PROMPT_PICTURES", "TEXT_CONCEPTS"]
+
 # Chosen by hand among the icons that all five packages have: distinct in shape or colour, each drawn in every style.
 # People, flags, clocks and signs are left out, and of look-alikes (a cat and a cat's face) one is kept.
 _NAMES = """
@@ -52,26 +56,6 @@ _NAMES = """
     womans-hat world-map wrapped-gift yin-yang
 """
 CONCEPTS = tuple(_NAMES.split())
-
-# Asked for by text in the quality table: distinct in shape, every style of them in the training pictures.
-TEXT_CONCEPTS = (
-    "airplane",
-    "banana",
-    "bicycle",
-    "birthday-cake",
-    "bus",
-    "cat-face",
-    "christmas-tree",
-    "fish",
-    "guitar",
-    "house",
-    "key",
-    "mushroom",
-    "red-heart",
-    "rocket",
-    "star",
-    "umbrella",
-)
 
 # (concept, style) of the held-out pictures that the nodes and the demo offer: no model has seen them.
 PROMPT_PICTURES = (

@@ -82,8 +82,3 @@ def save_prompts(file: Path, folder: Path) -> None:
     for concept, style in PROMPT_PICTURES:
         pixels = held_out.images[held_out.find(concept, style)].permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folder / f"{concept}_{style}.png", optimize=True)
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32 in [-1, 1], the range of the VAE."""
-    return images.float() / 127.5 - 1.0

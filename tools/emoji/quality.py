@@ -17,6 +17,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
+from ipadapter_trainer.emoji.clip import normalize, styled_caption
+from ipadapter_trainer.emoji.judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity
+from ipadapter_trainer.emoji.loop import training_device
+from ipadapter_trainer.emoji.pictures import to_pixels
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.generate import generate
 from ipadapter_trainer.models.image_features import encode_clip_images
@@ -30,20 +34,9 @@ from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL
 
 from .build import SIZE, caption
-from .clip import normalize, styled_caption
 from .concepts import CONCEPTS, TEXT_CONCEPTS
-from .judges import (
-    ConceptClassifier,
-    StyleClassifier,
-    choose_among,
-    closer_to_own,
-    colour_histogram,
-    concept_ids,
-    histogram_similarity,
-    judge,
-)
-from .loop import training_device
-from .pictures import EmojiPictures, load_pictures, to_pixels
+from .judges import ConceptClassifier, choose_among, concept_ids, judge, new_style_classifier
+from .pictures import EmojiPictures, load_pictures
 from .stack import part_of, read_judges
 
 PROMPTS = 128
@@ -84,7 +77,7 @@ class Judges:
 def load_judges(base_model: BaseModel, file: Path) -> Judges:
     """Read judges.safetensors. Raises BaseModelError for another or a damaged file."""
     state = read_judges(file)
-    styles, concepts = StyleClassifier(), ConceptClassifier()
+    styles, concepts = new_style_classifier(), ConceptClassifier()
     styles.load_state_dict(part_of(state, "styles"))
     concepts.load_state_dict(part_of(state, "concepts"))
     device = base_model.device

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from ipadapter_trainer.emoji.clip import MAX_TOKENS
+from ipadapter_trainer.emoji.loop import load_ema, training_device
+from ipadapter_trainer.emoji.stack import only_vision
+from ipadapter_trainer.emoji.unet import new_scheduler
+from ipadapter_trainer.emoji.vae import fold_scaling, only_decoder
 from ipadapter_trainer.errors import BaseModelError
 from ipadapter_trainer.models.image_processor import CLIPImageProcessor
 from ipadapter_trainer.models.weight_files import open_weights
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPModel,
     CLIPTextModel,
@@ -25,14 +31,14 @@ from ipadapter_core.assets import MODEL
 from ipadapter_core.tensors import check_weights
 
 from .build import SIZE
-from .clip import MAX_TOKENS, new_clip
-from .judges import ConceptClassifier, StyleClassifier
-from .loop import load_ema, start_from, training_device
+from .clip import new_clip
+from .judges import ConceptClassifier, new_style_classifier
+from .loop import start_from
 from .pictures import EmojiPictures
-from .unet import new_scheduler, new_unet
-from .vae import fold_scaling, new_vae, only_decoder
+from .unet import new_unet
+from .vae import new_vae
 
-CLASSIFIERS = {"styles": StyleClassifier, "concepts": ConceptClassifier}
+CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"styles": new_style_classifier, "concepts": ConceptClassifier}
 
 
 def load_vae(work: Path, pictures: EmojiPictures, with_decoder: bool = True) -> AutoencoderKL:
@@ -54,14 +60,6 @@ def load_clip(work: Path, with_vision: bool = True) -> tuple[CLIPModel, CLIPToke
     if with_vision and (work / "vision.pt").is_file():
         load_ema(only_vision(clip), work / "vision.pt")
     return clip.requires_grad_(False), tokenizer
-
-
-def only_vision(clip: CLIPModel) -> CLIPModel:
-    """Let only the vision tower and its projection be trained."""
-    clip.requires_grad_(False)
-    clip.vision_model.requires_grad_(True)
-    clip.visual_projection.requires_grad_(True)
-    return clip
 
 
 def load_unet(work: Path) -> UNet2DConditionModel:

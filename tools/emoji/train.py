@@ -61,7 +61,9 @@ class Run:
 
 
 def train_vae(run: Run) -> None:
-    from .loop import fit, training_device
+    from ipadapter_trainer.emoji.loop import training_device
+
+    from .loop import fit
     from .vae import BATCH, new_vae, vae_losses
 
     sized = run.sized(BATCH, 1e-3)
@@ -71,9 +73,12 @@ def train_vae(run: Run) -> None:
 
 def train_decoder(run: Run) -> None:
     """Go on with the autoencoder's decoder alone; the latents, which the UNet knows, stay."""
-    from .loop import fit, training_device
+    from ipadapter_trainer.emoji.loop import training_device
+    from ipadapter_trainer.emoji.vae import only_decoder
+
+    from .loop import fit
     from .stack import load_vae
-    from .vae import BATCH, decoder_losses, only_decoder
+    from .vae import BATCH, decoder_losses
 
     sized = run.sized(BATCH, 5e-4)
     vae = load_vae(run.work, run.train, with_decoder=False)
@@ -82,7 +87,9 @@ def train_decoder(run: Run) -> None:
 
 
 def train_clip(run: Run) -> None:
-    from .clip import clip_losses, new_clip, styled_caption, train_tokenizer
+    from ipadapter_trainer.emoji.clip import styled_caption, train_tokenizer
+
+    from .clip import clip_losses, new_clip
     from .loop import fit
 
     texts = [styled_caption(c, s) for c, s in zip(run.train.captions, run.train.styles, strict=True)]
@@ -95,9 +102,11 @@ def train_clip(run: Run) -> None:
 
 def train_vision(run: Run) -> None:
     """Go on with CLIP's vision tower alone; the text tower, which the UNet knows, stays (LiT, arXiv 2111.07991)."""
+    from ipadapter_trainer.emoji.stack import only_vision
+
     from .clip import clip_losses
     from .loop import fit
-    from .stack import load_clip, only_vision
+    from .stack import load_clip
 
     clip, tokenizer = load_clip(run.work, with_vision=False)
     losses = clip_losses(run.train, tokenizer)
@@ -105,12 +114,12 @@ def train_vision(run: Run) -> None:
 
 
 def train_styles(run: Run) -> None:
-    from .judges import StyleClassifier, style_losses
+    from .judges import new_style_classifier, style_losses
     from .loop import fit
     from .stack import load_vae
 
     losses = style_losses(run.train, load_vae(run.work, run.train))
-    fit(StyleClassifier(), losses, **run.limits("styles"), learning_rate=1e-3, weight_decay=0.05)
+    fit(new_style_classifier(), losses, **run.limits("styles"), learning_rate=1e-3, weight_decay=0.05)
 
 
 def train_concepts(run: Run) -> None:
@@ -122,7 +131,9 @@ def train_concepts(run: Run) -> None:
 
 
 def train_unet(run: Run) -> None:
-    from .loop import fit, training_device
+    from ipadapter_trainer.emoji.loop import training_device
+
+    from .loop import fit
     from .stack import load_clip, load_vae
     from .unet import BATCH, VIEWS, new_unet, unet_losses
 
@@ -135,11 +146,12 @@ def train_unet(run: Run) -> None:
 
 def train_adapter(run: Run, kind: str) -> None:
     """A bundled adapter, over the exported model, by the same loss as ``ipadapter train``."""
+    from ipadapter_trainer.emoji.loop import training_device
     from ipadapter_trainer.files.provenance import export_adapter, provenance
     from ipadapter_trainer.models.base_model import load_base_model
 
     from .adapter import BATCH, LEARNING_RATE, VIEWS, fit_adapter
-    from .loop import progress, training_device
+    from .loop import progress
 
     device = training_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

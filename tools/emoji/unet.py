@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from ipadapter_trainer.emoji.clip import WIDTH, styled_caption, tokenize
+from ipadapter_trainer.emoji.loop import device_of, training_device
+from ipadapter_trainer.emoji.pictures import to_pixels
+from ipadapter_trainer.emoji.unet import new_scheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .build import SIZE
-from .clip import WIDTH, styled_caption, tokenize
-from .loop import LossFunction, device_of, training_device
-from .pictures import EmojiPictures, to_pixels
+from .loop import LossFunction
+from .pictures import EmojiPictures
 from .vae import encode
 from .views import LATENT, PERMUTATIONS, mirror, recolour, shift
 
@@ -29,18 +32,6 @@ def new_unet() -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         attention_head_dim=4,  # heads a layer: the name is diffusers' well-known slip
         norm_num_groups=32,
-    )
-
-
-def new_scheduler() -> DDPMScheduler:
-    """SD1.5's noise schedule with the v target, which a small model learns faster at high noise (arXiv 2202.00512)."""
-    return DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        prediction_type="v_prediction",
-        steps_offset=1,
     )
 
 

@@ -15,7 +15,14 @@ from .loop import LossFunction, device_of
 from .pictures import STYLE_NAMES, EmojiPictures, to_pixels
 
 WHITE = 0.94  # a pixel whose darkest channel is above is background
-PALETTES = ((6, "ink"), (12, "ink"), (20, "ink"), (8, "outlines"), (8, "surfaces"))  # bins a channel, of which pixels
+Palettes = tuple[tuple[int, str], ...]
+PALETTES: Palettes = (
+    (6, "ink"),
+    (12, "ink"),
+    (20, "ink"),
+    (8, "outlines"),
+    (8, "surfaces"),
+)  # bins a channel, of which pixels
 STEPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.5)  # between pixels in [-1, 1]
 
 
@@ -26,21 +33,22 @@ class StyleClassifier(nn.Module):
     few thousand pictures by heart before it tells the styles of others as well.
     """
 
-    def __init__(self, hidden: int = 96) -> None:
+    def __init__(self, hidden: int = 96, palettes: Palettes = PALETTES) -> None:
         super().__init__()
-        inputs = sum(bins**3 for bins, _ in PALETTES) + len(STEPS) + 1
+        self.palettes = palettes
+        inputs = sum(bins**3 for bins, _ in palettes) + len(STEPS) + 1
         self.head = nn.Sequential(
             nn.Dropout(0.2), nn.Linear(inputs, hidden), nn.SiLU(), nn.Dropout(0.3), nn.Linear(hidden, len(STYLE_NAMES))
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.head(style_features(pixels))
+        return self.head(style_features(pixels, self.palettes))
 
 
-def style_features(pixels: Tensor) -> Tensor:
+def style_features(pixels: Tensor, palettes: Palettes = PALETTES) -> Tensor:
     """Pixels [B, 3, H, W] in [-1, 1] -> [B, F], the square roots of shares of the ink.
 
-    Palettes (joint RGB histograms of all ink, of outlines and of surfaces, see ``PALETTES``), and how steep the steps
+    Palettes (joint RGB histograms of all ink, of outlines and of surfaces, see ``palettes``), and how steep the steps
     between neighbouring pixels are (``STEPS``): what flat, shaded and outlined drawing leave behind.
     """
     unit = (pixels.clamp(-1, 1) + 1) / 2
@@ -49,7 +57,7 @@ def style_features(pixels: Tensor) -> Tensor:
     below = F.pad(pixels.diff(dim=-2).abs().amax(dim=1), (0, 0, 0, 1))
     step = torch.maximum(right, below)
     where = {"ink": ink, "outlines": ink & (step > 0.25), "surfaces": ink & (step < 0.05)}
-    shares = [_palette(unit, where[part], bins) for bins, part in PALETTES]
+    shares = [_palette(unit, where[part], bins) for bins, part in palettes]
     kind = torch.bucketize(step, torch.tensor(STEPS, device=pixels.device))
     shares.append(_shares(kind, ink, len(STEPS) + 1))
     return torch.cat(shares, dim=-1).sqrt()

@@ -12,21 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .frozen import FrozenFunction
+
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FLOAT8).max
-
-
-class _Frozen8Bit(torch.autograd.Function):
-    """A linear map or a 2-d convolution whose 8-bit weight alone is kept for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: _Float8Layer) -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        return layer.compute(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.input_gradient(ctx.shape, grads[0]), None
 
 
 class _Float8Layer(nn.Module):
@@ -47,7 +36,7 @@ class _Float8Layer(nn.Module):
     def forward(self, x: Tensor, *unused: Any) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _Frozen8Bit.apply(x, self)
+        return FrozenFunction.apply(x, self)
 
     def full_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight in the dtype of a computation."""

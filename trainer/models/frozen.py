@@ -6,26 +6,36 @@ asks for that gradient, and the inputs are a sixth of what a training step keeps
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class _FrozenConvolution(torch.autograd.Function):
-    """A 2-d convolution with a gradient for its input alone."""
+class FrozenLayer(Protocol):
+    """A linear map or a convolution whose weights are not trained."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        ...
+
+    def input_gradient(self, shape: torch.Size, grad: Tensor) -> Tensor:
+        """The gradient of the input of this shape, from that of the output."""
+        ...
+
+
+class FrozenFunction(torch.autograd.Function):
+    """A `FrozenLayer` that keeps nothing but itself for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FrozenConv2d) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: FrozenLayer) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
         return layer.compute(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        layer, grad = ctx.layer, grads[0]
-        weight = layer.weight.to(grad.dtype)  # they differ after autocast
-        return nn.grad.conv2d_input(ctx.shape, weight, grad, *layer.options), None
+        return ctx.layer.input_gradient(ctx.shape, grads[0]), None
 
 
 class FrozenConv2d(nn.Conv2d):
@@ -37,11 +47,16 @@ class FrozenConv2d(nn.Conv2d):
         self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return _FrozenConvolution.apply(x, self) if x.requires_grad else self.compute(x)
+        return FrozenFunction.apply(x, self) if x.requires_grad else self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
         """The layer's output."""
         return F.conv2d(x, self.weight, self.bias, *self.options)
+
+    def input_gradient(self, shape: torch.Size, grad: Tensor) -> Tensor:
+        """The gradient of the input, from that of the output."""
+        weight = self.weight.to(grad.dtype)  # they differ after autocast
+        return nn.grad.conv2d_input(shape, weight, grad, *self.options)
 
 
 def release_conv_inputs(network: nn.Module) -> None:
