@@ -127,8 +127,8 @@ def run_ours(overrides: list[str], clock: Clock, tries: Sequence[str] = (), *, t
     """`ipadapter train key=value ...`, with changes of training_tries. `profile` among them has the measured steps
     profiled, which makes their time useless. `to_the_end` includes the last checkpoint and the export.
     """
-    from ipadapter_trainer.engine.denoiser import Progress  # noqa: PLC0415
     from ipadapter_trainer.settings.config_file import load_config  # noqa: PLC0415 - only this contender's process has it
+    from ipadapter_trainer.training.steps import Progress  # noqa: PLC0415
     from ipadapter_trainer.training.train import train  # noqa: PLC0415
 
     losses = []

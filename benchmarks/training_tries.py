@@ -26,7 +26,7 @@ def _contiguous() -> None:
 
 def _autocast() -> None:
     """The UNet under autocast, as the adapter is."""
-    from ipadapter_trainer.engine.denoiser import Denoiser  # noqa: PLC0415
+    from ipadapter_trainer.training.adapted_unet import Denoiser  # noqa: PLC0415
 
     Denoiser._unet_precision = lambda self: nullcontext()  # type: ignore[method-assign]
 

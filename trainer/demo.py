@@ -14,19 +14,21 @@ from tqdm.auto import tqdm
 from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL, emoji_folder
 
-from .disk import whole_file
+from .data.images import to_pictures
 from .emoji.adapter import emoji_batches, encode_emoji
 from .emoji.clip import normalize
 from .emoji.pictures import EmojiPictures, load_pictures, to_pixels
 from .emoji.quality import GUIDANCE, Judges, choose_references, load_judges
-from .engine.denoiser import check_loss, denoiser, new_adapter, train_steps
-from .engine.optimizers import new_optimizer
 from .files.provenance import export_adapter, provenance
 from .models.base_model import BaseModel, load_base_model
 from .models.generate import generate
 from .models.image_features import encode_clip_images
-from .monitor.grid import draw_grid
-from .pictures import to_pictures
+from .report.image_grid import draw_grid
+from .runtime.disk import whole_file
+from .training.adapted_unet import denoiser
+from .training.new_adapter import new_adapter
+from .training.optimizers import new_optimizer
+from .training.steps import check_loss, train_steps
 
 TRAINING_PICTURES = 1500  # of 6,000: encoding them all would take the time that training needs
 BATCH, LEARNING_RATE = (

@@ -9,18 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ipadapter_trainer.emoji.build import (
-    STYLES,
-    build,
-    caption,
-    is_held_out,
-    render,
-    svg,
-    twin_group,
-)
+from ipadapter_trainer.data.images import to_pictures
+from ipadapter_trainer.emoji.build import STYLES, build, caption, is_held_out, render, svg, twin_group
 from ipadapter_trainer.emoji.concepts import TEXT_CONCEPTS
 from ipadapter_trainer.emoji.pictures import STYLE_NAMES, load_pictures, save_prompts, to_pixels
-from ipadapter_trainer.pictures import to_pictures
 from PIL import Image
 
 from ipadapter_core.assets import PROMPTS, emoji_folder

@@ -15,8 +15,8 @@ from ipadapter_trainer.emoji.pictures import STYLE_NAMES, load_pictures, to_pixe
 from ipadapter_trainer.emoji.quality import Judges, choose_references, judge_the_judges, load_judges
 from ipadapter_trainer.emoji.stack import load_clip, load_unet, load_vae, unpack
 from ipadapter_trainer.emoji.unet import new_unet, unet_losses
-from ipadapter_trainer.engine.features import encode_pixels
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.models.features import encode_pixels
 from PIL import Image
 
 from ipadapter_core import diffusers_sites, load_adapter

@@ -18,7 +18,7 @@ import typer.main
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.examples import find_examples
 from ipadapter_trainer.data.face_embeds import with_faces
-from ipadapter_trainer.models.model_table import models_of
+from ipadapter_trainer.models.published_models import models_of
 from ipadapter_trainer.settings.config_file import config_of_arguments
 from PIL import Image
 

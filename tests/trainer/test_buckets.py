@@ -5,8 +5,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
+from ipadapter_trainer.data.augmentation import Draw
 from ipadapter_trainer.data.buckets import GlobalBatches, assign, find_buckets, make_buckets, read_sizes
-from ipadapter_trainer.data.draws import Draw
 from ipadapter_trainer.data.examples import Example
 from ipadapter_trainer.errors import ConfigError, DataError
 from PIL import Image

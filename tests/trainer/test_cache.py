@@ -18,20 +18,14 @@ import numpy as np
 import pytest
 import torch
 from ipadapter_trainer.cache import plan as cache_plan
-from ipadapter_trainer.cache.files import (
-    MANIFEST,
-    check_hashes,
-    dequantise,
-    quantise,
-    read_manifest,
-    write_whole,
-)
+from ipadapter_trainer.cache.files import MANIFEST, check_hashes, dequantise, quantise, read_manifest, write_whole
 from ipadapter_trainer.cache.read import open_cache
 from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.disk import show_bytes
-from ipadapter_trainer.engine.inputs import examples_of, hash_of, open_base_model
+from ipadapter_trainer.data.from_config import examples_of, hash_of
 from ipadapter_trainer.errors import CacheError, ConfigError, DiskError
+from ipadapter_trainer.models.from_config import open_base_model
+from ipadapter_trainer.runtime.disk import show_bytes
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
 from PIL import Image

@@ -16,18 +16,20 @@ from ipadapter_trainer.cache.files import MANIFEST, read_manifest
 from ipadapter_trainer.cache.read import CachedDataset, open_cache
 from ipadapter_trainer.cache.settings import cache_size
 from ipadapter_trainer.cache.write import write_cache
-from ipadapter_trainer.data.batches import Batch, PictureDataset, loader
+from ipadapter_trainer.data.augmentation import Draw
 from ipadapter_trainer.data.buckets import GlobalBatches
-from ipadapter_trainer.data.draws import Draw
-from ipadapter_trainer.engine.denoiser import TrainingBatch, adapter_spec, denoiser, new_adapter
-from ipadapter_trainer.engine.features import Features, encode_batch
-from ipadapter_trainer.engine.inputs import buckets_of, encoding_of, examples_of, hash_of, open_base_model, recipe_of
+from ipadapter_trainer.data.dataset import Batch, PictureDataset, loader
+from ipadapter_trainer.data.from_config import buckets_of, examples_of, hash_of, recipe_of
 from ipadapter_trainer.errors import CacheError, DataError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.models.features import Features, encode_batch
+from ipadapter_trainer.models.from_config import encoding_of, open_base_model
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
+from ipadapter_trainer.training.adapted_unet import TrainingBatch, denoiser
 from ipadapter_trainer.training.dry_run import plan_training
-from ipadapter_trainer.training.sources import open_source
+from ipadapter_trainer.training.new_adapter import adapter_spec, new_adapter
+from ipadapter_trainer.training.training_data import open_source
 from PIL import Image
 
 from .tiny_models import COLOURS

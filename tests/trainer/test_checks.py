@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from ipadapter_trainer.errors import CacheError, CheckpointError, ConfigError, DataError
+from ipadapter_trainer.files.run_folder import ADAPTER_FILE, STATE_FILE
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
-from ipadapter_trainer.training.checkpoints import ADAPTER_FILE, STATE_FILE
 from ipadapter_trainer.training.checks import check_training
 from ipadapter_trainer.training.dry_run import dry_run
 from ipadapter_trainer.training.outlook import FEW_IMAGES, MANY_EPOCHS, outlook

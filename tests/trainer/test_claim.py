@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.engine import claim as claim_module
-from ipadapter_trainer.engine.claim import LOCK, NOTE, claim
 from ipadapter_trainer.errors import ConfigError, DiskError, InUseError
 from ipadapter_trainer.evaluation.evaluate import evaluate
 from ipadapter_trainer.evaluation.settings import EvalSettings
+from ipadapter_trainer.runtime import folder_lock as claim_module
+from ipadapter_trainer.runtime.folder_lock import LOCK, NOTE, claim
 from typer.testing import CliRunner
 
 LIFETIME, HEARTBEAT = 2.0, 0.2

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from ipadapter_trainer.engine.denoiser import new_adapter
 from ipadapter_trainer.files.published import published_differences
 from ipadapter_trainer.models.base_model import BaseModel
-from ipadapter_trainer.models.model_table import model_at
+from ipadapter_trainer.models.published_models import model_at
 from ipadapter_trainer.settings.config_file import config_of_arguments, load_config
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from ipadapter_trainer.training.dry_run import plan_training
+from ipadapter_trainer.training.new_adapter import new_adapter
 from ipadapter_trainer.training.train import train
 from safetensors.torch import save_file
 

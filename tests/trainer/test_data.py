@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ipadapter_trainer.data.batches import PictureDataset, collate, loader
+from ipadapter_trainer.data.augmentation import Draw, Recipe, geometry, randomness
 from ipadapter_trainer.data.buckets import Buckets, GlobalBatches
-from ipadapter_trainer.data.draws import Draw, Recipe, geometry, randomness
+from ipadapter_trainer.data.dataset import PictureDataset, collate, loader
 from ipadapter_trainer.data.examples import Example, find_examples
 from ipadapter_trainer.data.face_embeds import with_faces
-from ipadapter_trainer.data.items import Encoding
-from ipadapter_trainer.data.pixels import cover_and_crop, open_rgb, share_of, to_rgb, upright_size
+from ipadapter_trainer.data.images import cover_and_crop, open_rgb, share_of, to_rgb, upright_size
+from ipadapter_trainer.data.preprocess import Encoding
 from ipadapter_trainer.errors import ConfigError, DataError
 from ipadapter_trainer.models.base_model import BaseModel
 from PIL import Image

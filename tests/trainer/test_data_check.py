@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.check import SAMPLES, _sample, check_data
+from ipadapter_trainer.data.check_report import TOKENS, Facts, approximate_tokens
 from ipadapter_trainer.data.duplicates import Look, alike, look_of, same
-from ipadapter_trainer.data.report import TOKENS, Facts, approximate_tokens
 from ipadapter_trainer.errors import DataError
 from PIL import Image
 from typer.testing import CliRunner

@@ -13,13 +13,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from ipadapter_trainer.cache.files import ShardHeader, write_shard
-from ipadapter_trainer.disk import disk_errors, whole_file
-from ipadapter_trainer.engine.denoiser import Progress
 from ipadapter_trainer.errors import DiskError, ExportError
+from ipadapter_trainer.files.run_folder import checkpoint_folders
 from ipadapter_trainer.files.writing import write_adapter
-from ipadapter_trainer.monitor.trackers import RunLog, tracker_arguments
+from ipadapter_trainer.runtime.disk import disk_errors, whole_file
 from ipadapter_trainer.settings.config_file import make_config
-from ipadapter_trainer.training.checkpoints import checkpoint_folders
+from ipadapter_trainer.training.run_log import RunLog, tracker_arguments
+from ipadapter_trainer.training.steps import Progress
 from ipadapter_trainer.training.train import train
 from PIL import Image
 

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.engine.denoiser import TrainingBatch, adapter_spec, denoiser, new_adapter
-from ipadapter_trainer.engine.features import Features
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import TextStates
+from ipadapter_trainer.models.features import Features
 from ipadapter_trainer.models.tuning import tune_unet
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
+from ipadapter_trainer.training.adapted_unet import TrainingBatch, denoiser
 from ipadapter_trainer.training.cost import Meter, metered, step_cost
 from ipadapter_trainer.training.dry_run import Plan, plan_training
+from ipadapter_trainer.training.new_adapter import adapter_spec, new_adapter
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from ipadapter_trainer.engine.denoiser import Denoiser, TrainingBatch, check_loss, denoiser, new_adapter, train_steps
-from ipadapter_trainer.engine.features import Features
-from ipadapter_trainer.engine.objective import Objective
-from ipadapter_trainer.engine.optimizers import new_optimizer
 from ipadapter_trainer.errors import DivergedError, TrainerError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import TextStates, encode_prompts
+from ipadapter_trainer.models.features import Features
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
+from ipadapter_trainer.training.adapted_unet import Denoiser, TrainingBatch, denoiser
+from ipadapter_trainer.training.new_adapter import new_adapter
+from ipadapter_trainer.training.objective import Objective
+from ipadapter_trainer.training.optimizers import new_optimizer
+from ipadapter_trainer.training.steps import check_loss, train_steps
 
 from ipadapter_core import AdapterApplication, AdapterError, IPAdapter, diffusers_sites, inject, save_adapter
 

@@ -86,7 +86,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(error: Exception) -> None:
 
 def test_a_training_that_runs_out_of_memory(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it happens in the command."""
-    from ipadapter_trainer.engine import denoiser
+    from ipadapter_trainer.training import steps as denoiser
 
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError(CUDA)

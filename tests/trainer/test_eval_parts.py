@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ipadapter_trainer.data.examples import Example
-from ipadapter_trainer.data.pixels import open_rgb
+from ipadapter_trainer.data.images import open_rgb
 from ipadapter_trainer.errors import BaseModelError, DataError, EvaluationError
 from ipadapter_trainer.evaluation.clip import MeasuringClip, clip_i, clip_t, is_vit_l, load_clip
 from ipadapter_trainer.evaluation.data import is_coco, open_prompts, read_examples

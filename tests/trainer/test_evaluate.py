@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 from ipadapter_trainer.cli import app
+from ipadapter_trainer.data.images import to_pictures
 from ipadapter_trainer.errors import DataError, EvaluationError
 from ipadapter_trainer.evaluation.evaluate import evaluate, seed_of
 from ipadapter_trainer.evaluation.report import PAPER_TABLE, Evaluation
 from ipadapter_trainer.evaluation.settings import EvalSettings
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.generate import generate
-from ipadapter_trainer.pictures import to_pictures
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
 from typer.testing import CliRunner

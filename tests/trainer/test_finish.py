@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from ipadapter_trainer.errors import ExportError
-from ipadapter_trainer.monitor.verdict import read_verdict
+from ipadapter_trainer.files.run_folder import checkpoint_folders
+from ipadapter_trainer.report.verdict import read_verdict
 from ipadapter_trainer.settings.config_file import make_config
-from ipadapter_trainer.training.checkpoints import checkpoint_folders
 from ipadapter_trainer.training.train import train
 
 from ipadapter_core import load_adapter
@@ -169,8 +169,8 @@ def test_no_validation_says_why(case: str, settings: dict[str, Any], tmp_path: P
         changes["validation_pictures"] = 0
     elif case == "broken":
         changes["validation_pictures"] = 1
-        from ipadapter_trainer.engine.inputs import examples_of, root_of
-        from ipadapter_trainer.training.sources import held_out_rows
+        from ipadapter_trainer.data.from_config import examples_of, root_of
+        from ipadapter_trainer.training.training_data import held_out_rows
 
         config = make_config(settings)
         examples = examples_of(config)

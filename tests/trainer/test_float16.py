@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from ipadapter_trainer.engine import denoiser
-from ipadapter_trainer.engine.denoiser import Denoiser, TrainingBatch
-from ipadapter_trainer.engine.processes import check_precision, inference_dtype
 from ipadapter_trainer.errors import ConfigError, DivergedError
+from ipadapter_trainer.files.run_folder import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.runtime.processes import check_precision, inference_dtype
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training import checks
-from ipadapter_trainer.training.checkpoints import ADAPTER_FILE, STATE_FILE, checkpoint_folders
+from ipadapter_trainer.training import steps as denoiser
+from ipadapter_trainer.training.adapted_unet import Denoiser, TrainingBatch
 from ipadapter_trainer.training.train import Interrupted, train
 from safetensors.torch import load_file
 from torch import Tensor

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.examples import Example, find_examples, scan
-from ipadapter_trainer.data.pixels import PICTURE_SUFFIXES, READS_AVIF
+from ipadapter_trainer.data.images import PICTURE_SUFFIXES, READS_AVIF
 from ipadapter_trainer.errors import DataError
 from PIL import Image
 from typer.testing import CliRunner

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ipadapter_trainer.monitor.grid import GAP, draw_grid, wrap
+from ipadapter_trainer.report.image_grid import GAP, draw_grid, wrap
 from PIL import Image, ImageFont
 
 FONT = ImageFont.load_default(size=14)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ipadapter_trainer.training.checkpoints import checkpoint_folders
+from ipadapter_trainer.files.run_folder import checkpoint_folders
 
 from .test_cli import keys
 from .test_finish import more_pictures
@@ -90,7 +90,7 @@ def half_files(folder: Path) -> list[str]:
 
 def test_a_second_ctrl_c_stops_a_training_without_saving(settings: dict[str, Any]) -> None:
     output = Path(settings["output"])
-    moment = AT.format(module="ipadapter_trainer.engine.denoiser", name="Progress", seconds=1)
+    moment = AT.format(module="ipadapter_trainer.training.steps", name="Progress", seconds=1)
     command = Command(["train", *long(settings, save_every=2)], moment)
     command.wait_for(lambda: bool(checkpoint_folders(output)))
     command.wait_for_moment()
@@ -110,7 +110,7 @@ def test_a_second_ctrl_c_stops_a_training_without_saving(settings: dict[str, Any
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_while_models_load(settings: dict[str, Any], times: int) -> None:
     moment = AT.format(module="ipadapter_trainer.models.base_model", name="load_base_model", seconds=5)
-    moment += "\nimport ipadapter_trainer.engine.inputs\nipadapter_trainer.engine.inputs.load_base_model = slow"
+    moment += "\nimport ipadapter_trainer.data.from_config\nipadapter_trainer.engine.inputs.load_base_model = slow"
     command = Command(["train", *long(settings)], moment)
     command.wait_for_moment()
     for _ in range(times):
@@ -188,7 +188,7 @@ def test_ctrl_c_while_a_cache_is_written(settings: dict[str, Any], tmp_path: Pat
 
 
 def test_ctrl_c_while_a_picture_is_generated(model_folder: Path, tmp_path: Path) -> None:
-    moment = AT.format(module="ipadapter_trainer.pictures", name="load_base_model", seconds=1)
+    moment = AT.format(module="ipadapter_trainer.evaluation.generate_images", name="load_base_model", seconds=1)
     arguments = ["generate", "--base-model", model_folder, "--output", tmp_path / "o.png", "--steps", 1000]
     command = Command(arguments, moment)
     command.wait_for_moment()
@@ -213,7 +213,7 @@ def test_ctrl_c_in_the_demo(tmp_path: Path) -> None:
 def test_a_command_that_cannot_stop_ends_at_the_second_ctrl_c(model_folder: Path, tmp_path: Path) -> None:
     """Such as one that hangs in a library's cleaning up."""
     moment = """
-import time, ipadapter_trainer.pictures as module
+import time, ipadapter_trainer.evaluation.generate_images as module
 def stuck(*arguments, **options):
     print("MOMENT", file=sys.stderr, flush=True)
     try:
@@ -237,7 +237,7 @@ module.load_base_model = stuck
 
 def test_a_command_in_the_background_ignores_ctrl_c(model_folder: Path, tmp_path: Path) -> None:
     moment = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-    moment += AT.format(module="ipadapter_trainer.pictures", name="load_base_model", seconds=0.5)
+    moment += AT.format(module="ipadapter_trainer.evaluation.generate_images", name="load_base_model", seconds=0.5)
     command = Command(["generate", "--base-model", model_folder, "--output", tmp_path / "o.png", "--steps", 1], moment)
     command.wait_for_moment()
     command.interrupt()

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ipadapter_trainer.files.run_folder import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.settings.config_file import make_config
-from ipadapter_trainer.training.checkpoints import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.training.train import train
 from safetensors.torch import load_file
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from ipadapter_trainer.data.draws import dropout
-from ipadapter_trainer.engine.objective import dropped, new_objective, noisy_latents_and_target
+from ipadapter_trainer.data.augmentation import dropout
 from ipadapter_trainer.errors import BaseModelError, ConfigError
 from ipadapter_trainer.models.base_model import BaseModel
+from ipadapter_trainer.training.objective import dropped, new_objective, noisy_latents_and_target
 
 LATENTS = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 NOISE = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(2))

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from ipadapter_trainer.engine.optimizers import AveragedWeights, new_optimizer, new_schedule
 from ipadapter_trainer.errors import ConfigError
+from ipadapter_trainer.training.optimizers import AveragedWeights, new_optimizer, new_schedule
 from torch import nn
 
 

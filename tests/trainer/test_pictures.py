@@ -14,8 +14,9 @@ import pytest
 import torch
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.errors import DataError, TrainerError
+from ipadapter_trainer.evaluation.generate_images import open_face, parse_size
+from ipadapter_trainer.files.opening import adapter_to_use
 from ipadapter_trainer.models.base_model import BaseModel
-from ipadapter_trainer.pictures import adapter_to_use, open_face, parse_size
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner

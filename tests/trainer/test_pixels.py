@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ipadapter_trainer.data.pixels import READS_AVIF, cover_and_crop, open_rgb, to_rgb, why_broken
+from ipadapter_trainer.data.images import READS_AVIF, cover_and_crop, open_rgb, to_rgb, why_broken
 from PIL import Image
 
 from .tiny_data import encoded_picture

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from ipadapter_trainer.errors import DataError
-from ipadapter_trainer.monitor.curves import CHARTS, POINTS, draw, smoothed
-from ipadapter_trainer.monitor.report import write_report
-from ipadapter_trainer.monitor.run_files import LOG_FILE
-from ipadapter_trainer.monitor.verdict import read_verdict
+from ipadapter_trainer.report.curves import CHARTS, POINTS, draw, smoothed
+from ipadapter_trainer.report.page import write_report
+from ipadapter_trainer.report.run_files import LOG_FILE
+from ipadapter_trainer.report.verdict import read_verdict
 from PIL import Image
 
 SVG = "{http://www.w3.org/2000/svg}"

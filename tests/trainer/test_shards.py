@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from ipadapter_trainer.data import shards, url_stream
-from ipadapter_trainer.data.draws import Recipe
+from ipadapter_trainer.data.augmentation import Recipe
 from ipadapter_trainer.data.face_embeds import face_id_embed
-from ipadapter_trainer.data.items import Encoding
-from ipadapter_trainer.data.pixels import open_rgb
+from ipadapter_trainer.data.images import open_rgb
+from ipadapter_trainer.data.preprocess import Encoding
 from ipadapter_trainer.data.shard_files import (
     count_samples,
     expand_shards,

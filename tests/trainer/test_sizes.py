@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from ipadapter_trainer.data.check import check_data
 from ipadapter_trainer.data.examples import Example, find_examples
+from ipadapter_trainer.data.from_config import size_notes_of
 from ipadapter_trainer.data.sizes import SAMPLE, sample_sizes, size_notes
-from ipadapter_trainer.engine.inputs import size_notes_of
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
 from PIL import Image

@@ -8,8 +8,8 @@ from typing import Any
 
 from ipadapter_trainer.data.examples import Example, find_examples
 from ipadapter_trainer.settings.config_file import make_config
-from ipadapter_trainer.training.sources import held_out_rows
 from ipadapter_trainer.training.train import train
+from ipadapter_trainer.training.training_data import held_out_rows
 
 from .conftest import draw_picture
 

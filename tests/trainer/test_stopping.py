@@ -6,8 +6,8 @@ import signal
 import time
 
 import pytest
-from ipadapter_trainer.training import stopping
-from ipadapter_trainer.training.stopping import stop_requests
+from ipadapter_trainer.runtime import stopping
+from ipadapter_trainer.runtime.stopping import stop_requests
 
 
 def test_the_echo_of_a_request_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from ipadapter_trainer.engine.denoiser import Progress
 from ipadapter_trainer.errors import ConfigError, DivergedError
-from ipadapter_trainer.monitor import trackers
-from ipadapter_trainer.monitor.run_files import read_log, sample_files
-from ipadapter_trainer.monitor.trackers import RunLog, progress_postfix, tracker_arguments
+from ipadapter_trainer.report.run_files import read_log, sample_files
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import load_config, make_config
+from ipadapter_trainer.training import run_log as trackers
+from ipadapter_trainer.training.run_log import RunLog, progress_postfix, tracker_arguments
+from ipadapter_trainer.training.steps import Progress
 from PIL import Image
 
 CONFIG = {"base_model": "models/sd15", "steps": 100, "init_from": None, "learning_rate": 1e-05, "resume": True}

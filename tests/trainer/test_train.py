@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from ipadapter_trainer.cache.write import write_cache
-from ipadapter_trainer.engine.denoiser import Progress
 from ipadapter_trainer.errors import CheckpointError, ConfigError, DivergedError
 from ipadapter_trainer.files.provenance import BASE_MODEL, DATA_SIZE, PREDICTION_TYPE, STEPS
+from ipadapter_trainer.files.run_folder import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import encode_prompts
 from ipadapter_trainer.models.generate import generate, initial_latents
 from ipadapter_trainer.settings.config_file import make_config
-from ipadapter_trainer.training.checkpoints import ADAPTER_FILE, STATE_FILE, checkpoint_folders
+from ipadapter_trainer.training.steps import Progress
 from ipadapter_trainer.training.train import Interrupted, train
 from safetensors.torch import load_file, save_file
 

@@ -11,22 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ipadapter_trainer.engine.denoiser import TrainingBatch, denoiser, new_adapter, train_steps
-from ipadapter_trainer.engine.features import Features
-from ipadapter_trainer.engine.objective import new_objective
-from ipadapter_trainer.engine.optimizers import new_optimizer
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import encode_prompts
+from ipadapter_trainer.models.features import Features
 from ipadapter_trainer.models.image_features import dropped_features
-from ipadapter_trainer.monitor.validation import (
-    QUARTERS,
-    SEED,
-    Samples,
-    Validation,
-    other_rows,
-    stratified_timesteps,
-)
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
+from ipadapter_trainer.training.adapted_unet import TrainingBatch, denoiser
+from ipadapter_trainer.training.new_adapter import new_adapter
+from ipadapter_trainer.training.objective import new_objective
+from ipadapter_trainer.training.optimizers import new_optimizer
+from ipadapter_trainer.training.steps import train_steps
+from ipadapter_trainer.training.validation import QUARTERS, SEED, Samples, Validation, other_rows, stratified_timesteps
 
 from ipadapter_core import IPAdapter
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ipadapter_trainer.data.items import Encoding
+from ipadapter_trainer.data.preprocess import Encoding
 from ipadapter_trainer.models.base_model import BaseModel
 from PIL import Image
 

@@ -108,8 +108,8 @@ def _layers(hidden_act: str) -> dict[str, Any]:
 
 def adapter_of(model: BaseModel, kind: str) -> IPAdapter:
     """A random adapter whose LoRA does something."""
-    from ipadapter_trainer.engine.denoiser import new_adapter
     from ipadapter_trainer.settings.kinds import TRAIN_KINDS
+    from ipadapter_trainer.training.new_adapter import new_adapter
 
     torch.manual_seed(0)
     adapter = new_adapter(model, TRAIN_KINDS[kind]).eval()

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from ipadapter_trainer.emoji.clip import normalize
 from ipadapter_trainer.emoji.pictures import to_pixels
-from ipadapter_trainer.engine.denoiser import TrainingBatch, denoiser, new_adapter
-from ipadapter_trainer.engine.features import Features, encode_pixels
 from ipadapter_trainer.models.base_model import BaseModel
 from ipadapter_trainer.models.conditioning import TextStates, encode_prompts
+from ipadapter_trainer.models.features import Features, encode_pixels
 from ipadapter_trainer.models.image_features import encode_clip_images
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
+from ipadapter_trainer.training.adapted_unet import TrainingBatch, denoiser
+from ipadapter_trainer.training.new_adapter import new_adapter
 from torch import Tensor, nn
 
 from ipadapter_core import Feature, IPAdapter

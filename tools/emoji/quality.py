@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
+from ipadapter_trainer.data.images import to_pictures
 from ipadapter_trainer.emoji.clip import normalize, styled_caption
 from ipadapter_trainer.emoji.judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity
 from ipadapter_trainer.emoji.loop import training_device
@@ -24,8 +25,7 @@ from ipadapter_trainer.emoji.pictures import to_pixels
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.generate import generate
 from ipadapter_trainer.models.image_features import encode_clip_images
-from ipadapter_trainer.monitor.grid import draw_grid
-from ipadapter_trainer.pictures import to_pictures
+from ipadapter_trainer.report.image_grid import draw_grid
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F

@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data.batches import worker_options
+from ..data.augmentation import Recipe
 from ..data.buckets import Buckets
-from ..data.draws import Recipe
+from ..data.dataset import worker_options
 from ..data.examples import Example
-from ..data.items import Encoding
-from ..engine.features import encode_moments
+from ..data.preprocess import Encoding
 from ..errors import CacheError
 from ..models.base_model import BaseModel
 from ..models.conditioning import encode_tokens, tokenize
+from ..models.features import encode_moments
 from ..models.image_features import encode_clip_images
 from ..settings.config import TrainConfig
 from .files import SCALES, ShardHeader, quantise, write_shard

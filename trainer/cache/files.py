@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ipadapter_core.file_types import JSON, file_type
 
-from ..disk import whole_file
 from ..errors import CacheError
+from ..runtime.disk import whole_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"

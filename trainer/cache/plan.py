@@ -14,8 +14,8 @@ from PIL import Image
 
 from ..data.buckets import Buckets
 from ..data.examples import Example
-from ..data.packed import PackedFile
-from ..data.pixels import Size, Stored
+from ..data.images import Size, Stored
+from ..data.tar_member import PackedFile
 from ..models.base_model import BaseModel
 from .settings import RowBytes, Settings, row_bytes
 

@@ -12,12 +12,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..data.batches import PictureDataset
+from ..data.augmentation import Draw, Geometry, Recipe, geometry, randomness
 from ..data.buckets import Buckets
-from ..data.draws import Draw, Geometry, Recipe, geometry, randomness
+from ..data.dataset import PictureDataset
 from ..data.examples import Example
-from ..data.items import Encoding, drawn_values, open_picture, picture_tensors, reference_tensor
-from ..data.pixels import Size
+from ..data.images import Size
+from ..data.preprocess import Encoding, drawn_values, open_picture, picture_tensors, reference_tensor
 from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig

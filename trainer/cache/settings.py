@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-from ..data.pixels import Size
+from ..data.images import Size
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
 from .files import channels_per_scale

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data.draws import Geometry, Recipe, geometry
+from ..data.augmentation import Geometry, Recipe, geometry
 from ..data.examples import Example
-from ..data.items import Encoding, open_picture, picture_tensors, reference_tensor
-from ..data.pixels import Size, Stored, why_broken
+from ..data.images import Size, Stored, why_broken
+from ..data.preprocess import Encoding, open_picture, picture_tensors, reference_tensor
 
 Item = tuple[int, Size | None, bool]  # number, bucket, whether the picture is its own reference
 

@@ -16,24 +16,16 @@ import torch
 from accelerate import PartialState
 
 from ..data.buckets import assign, read_sizes
-from ..disk import show_bytes
-from ..engine.claim import LOCK, NOTE, claim
-from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, open_base_model, recipe_of
-from ..engine.processes import check_precision, launched_on_cpu
+from ..data.from_config import buckets_of, examples_of, hash_of, recipe_of
 from ..errors import CacheError, ConfigError, DataError
 from ..files.provenance import trainer_version
+from ..models.from_config import encoding_of, open_base_model
+from ..runtime.disk import show_bytes
+from ..runtime.folder_lock import LOCK, NOTE, claim
+from ..runtime.processes import check_precision, launched_on_cpu
 from ..settings.config import TrainConfig
 from .encoding import Caching, write_table
-from .files import (
-    MANIFEST,
-    TABLES,
-    UNFINISHED,
-    Manifest,
-    ShardEntry,
-    read_header,
-    read_manifest,
-    sha256_of,
-)
+from .files import MANIFEST, TABLES, UNFINISHED, Manifest, ShardEntry, read_header, read_manifest, sha256_of
 from .plan import Rows, Shard, make_plan
 from .settings import Settings, settings_of
 

@@ -137,7 +137,7 @@ def generate_command(
 ) -> None:
     """Generate pictures with an image prompt, a text prompt or both."""
     with user_errors(memory="Lower --count or --size."):
-        from ..pictures import generate_files
+        from ..evaluation.generate_images import generate_files
 
         quiet()
 

@@ -43,7 +43,7 @@ def cache_command(
 
         if check is not None:
             from ..cache.files import check_hashes
-            from ..disk import show_bytes
+            from ..runtime.disk import show_bytes
 
             if arguments or force:
                 raise ConfigError("Write `ipadapter cache --check FOLDER` alone.")

@@ -118,8 +118,8 @@ def eval_command(
         )
         from json import dumps
 
-        from ..disk import whole_file
         from ..evaluation.evaluate import evaluate, processes
+        from ..runtime.disk import whole_file
 
         quiet()
         is_main = processes().is_main_process

@@ -10,7 +10,7 @@ import typer
 from .errors import user_errors
 
 if TYPE_CHECKING:
-    from ..models.model_table import PublishedModel
+    from ..models.published_models import PublishedModel
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +33,7 @@ def models_command(
         from ..errors import ConfigError
         from ..models.hub import download as download_model
         from ..models.hub import hub_command
-        from ..models.model_table import PUBLISHED_MODELS, models_of
+        from ..models.published_models import PUBLISHED_MODELS, models_of
 
         if not names and not download:
             typer.echo("\n".join(_row(model) for model in PUBLISHED_MODELS))

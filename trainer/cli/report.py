@@ -30,7 +30,7 @@ def report_command(
 
         from ..errors import ConfigError, ExportError
         from ..files.describe import describe
-        from ..monitor.report import write_report
+        from ..report.page import write_report
 
         if not runs or len(runs) > 1:
             given = f"{len(runs)} are given" if runs else "none is given"

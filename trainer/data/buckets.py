@@ -20,9 +20,9 @@ from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError
-from .draws import Draw
+from .augmentation import Draw
 from .examples import Example
-from .pixels import Size, open_lazily, upright_size
+from .images import Size, open_lazily, upright_size
 
 _THREADS = 16  # more than cores: opening a file is waiting
 

@@ -17,11 +17,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import DataError
-from .contact_sheet import Cell, contact_sheet
+from ..report.contact_sheet import Cell, contact_sheet
+from .check_report import DataReport, Facts, make_report
 from .duplicates import can_look, look_of
 from .examples import Example, Found, scan
-from .pixels import open_rgb, why_broken
-from .report import DataReport, Facts, make_report
+from .images import open_rgb, why_broken
 from .shard_files import expand_shards, is_shards, parse_sample, raw_samples, shard_name
 
 SAMPLES = 24  # on the contact sheet

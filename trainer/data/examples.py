@@ -14,10 +14,10 @@ from PIL import Image
 from ..errors import DataError
 from .file_kinds import read_text
 from .folders import Listing, list_folder
+from .images import Stored
 from .lists import LIST_SUFFIXES, METADATA_NAMES, Row, read_list
 from .lists import field as text_field
-from .packed import PackedFile
-from .pixels import Stored
+from .tar_member import PackedFile
 
 _NAMED = 5  # of what is wrong, in a line
 

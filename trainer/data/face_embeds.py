@@ -22,7 +22,7 @@ from ipadapter_core.file_types import START
 from ..errors import DataError
 from .examples import Example, TableEntry
 from .file_kinds import ARRAYS, first_bytes, wrong_file
-from .packed import PackedFile
+from .tar_member import PackedFile
 
 EMBED_SUFFIXES = (".npy", ".safetensors", ".pt", ".pth", ".bin")
 TABLE_SUFFIXES = (".safetensors", ".npz")

@@ -8,8 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .images import PICTURE_SUFFIXES
 from .lists import METADATA_NAMES
-from .pixels import PICTURE_SUFFIXES
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first one wins
 ARCHIVE_SUFFIXES = (".tar", ".tgz")

@@ -30,7 +30,7 @@ from ipadapter_core.file_types import TAR, ZEROS, type_of
 
 from ..errors import DataError
 from .file_kinds import ARCHIVES, fault, first_bytes
-from .pixels import PICTURE_SUFFIXES
+from .images import PICTURE_SUFFIXES
 from .url_stream import UrlStream
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")

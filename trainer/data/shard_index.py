@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ..errors import DataError
 from .examples import Example
-from .packed import PackedFile
 from .shard_files import FACE_KEY, caption_of, is_plain, is_url, picture_of, references_of, shard_name, tar_headers
+from .tar_member import PackedFile
 
 log = logging.getLogger(__name__)
 

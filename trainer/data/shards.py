@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..errors import DataError
-from .batches import Batch, collate, worker_options
-from .draws import Address, Recipe
+from .augmentation import Address, Recipe
+from .dataset import Batch, collate, worker_options
 from .face_embeds import check_face_embed
-from .items import Encoding, check_size, make_item
-from .pixels import Size, why_broken
+from .images import Size, why_broken
+from .preprocess import Encoding, check_size, make_item
 from .shard_files import RawSample, Sample, count_samples, parse_sample, raw_samples, shard_name
 
 _LOOK_AHEAD = 1000  # samples that are tried where a whole batch is broken

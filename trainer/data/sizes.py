@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .buckets import assign, make_buckets, read_sizes
 from .examples import Example
-from .pixels import Size
+from .images import Size
 
 SAMPLE = 500  # headers that are read before a training
 

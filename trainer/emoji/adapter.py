@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ipadapter_core import IPAdapter
 
-from ..engine.denoiser import TrainingBatch, denoiser, new_adapter
-from ..engine.features import Features, encode_pixels
 from ..models.base_model import BaseModel
 from ..models.conditioning import TextStates, encode_prompts
+from ..models.features import Features, encode_pixels
 from ..models.image_features import encode_clip_images
+from ..training.adapted_unet import TrainingBatch, denoiser
+from ..training.new_adapter import new_adapter
 from .clip import normalize, zoom
 from .loop import fit
 from .pictures import STYLE_NAMES, EmojiPictures, pick, to_pixels

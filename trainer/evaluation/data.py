@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..data.examples import Example, find_examples
 from ..data.face_embeds import face_id_embed
-from ..data.pixels import Picture, open_rgb, why_broken
+from ..data.images import Picture, open_rgb, why_broken
 from ..data.shard_files import is_shards
 from ..errors import DataError, EvaluationError
 from .clip import MeasuringClip, clip_i

@@ -26,18 +26,19 @@ from ipadapter_core import IPAdapter, check_compatible, export_state
 
 from ..data.examples import Example, fingerprint
 from ..data.face_embeds import face_id_embed, with_faces
-from ..data.pixels import open_rgb
-from ..engine.claim import claim
-from ..engine.processes import inference_dtype
+from ..data.images import open_rgb, to_pictures
 from ..errors import EvaluationError
+from ..files.opening import adapter_to_use
 from ..models.base_model import BaseModel, load_base_model
 from ..models.generate import check_numbers, generate, initial_latents
 from ..models.image_features import encode_pictures
-from ..pictures import adapter_to_use, parse_size, to_pictures
+from ..runtime.folder_lock import claim
+from ..runtime.processes import inference_dtype
 from .clip import MeasuringClip, clip_i, clip_t, load_clip
 from .data import COCO_PICTURES, Prompt, Prompts, is_coco, open_prompts, read_examples
-from .pictures import KeptPictures
+from .generate_images import parse_size
 from .report import Evaluation, differences, gains_of, rows_of
+from .saved_images import KeptPictures
 from .scores import Job, Score, ScoreFile
 from .settings import EvalSettings
 

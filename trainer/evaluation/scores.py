@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from ..disk import disk_errors
+from ..runtime.disk import disk_errors
 
 SCORES = "scores.jsonl"
 

@@ -6,12 +6,21 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from ipadapter_core import AdapterCheckpoint, IPAdapter, adapter_from_checkpoint, checkpoint_from_state, read_checkpoint
+from ipadapter_core import (
+    AdapterCheckpoint,
+    IPAdapter,
+    adapter_from_checkpoint,
+    checkpoint_from_state,
+    infer_spec,
+    read_checkpoint,
+    shortcut_hint,
+)
 from ipadapter_core.tensors import open_tensors
 
-from ..errors import ExportError
+from ..errors import ExportError, TrainerError
 
 ADAPTER_FILE = "adapter.safetensors"
 EXPORTED = "ip-adapter"  # how published names begin
@@ -29,7 +38,7 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
     """
     if not path.is_dir():
         return (path,)  # read_checkpoint says what is wrong with it
-    from ..training.checkpoints import checkpoint_folders
+    from .run_folder import checkpoint_folders
 
     checkpoints = checkpoint_folders(path)
     if checkpoints:
@@ -87,3 +96,21 @@ def _shards(index: Path) -> tuple[Path, ...]:
         what = f"{len(missing)} of its {len(files)} shards are missing, the first is {missing[0]}" if files else "empty"
         raise ExportError(f"{index}: {what}. Copy the folder again, with all of them.")
     return files
+
+
+def adapter_to_use(path: Path, shortcut: bool | None = None) -> IPAdapter:
+    """An adapter in float32, from a file or the folder of a training. FaceID-plus files without metadata take their
+    version from `shortcut`, else from their name.
+
+    Raises AdapterError for what is no adapter, TrainerError when the version stays unknown.
+    """
+    checkpoint = open_checkpoint(path)
+    spec = infer_spec(checkpoint)
+    if spec.kind == "faceid-plus" and spec.shortcut is None and shortcut is None:
+        shortcut = shortcut_hint(checkpoint.path)
+        if shortcut is None:
+            raise TrainerError(
+                f"{path}: FaceID-plus v1 or v2? Neither the file nor its name says. Pass --shortcut for v2, "
+                "--no-shortcut for v1."
+            )
+    return adapter_from_checkpoint(checkpoint, dtype=torch.float32, shortcut=shortcut)

@@ -29,8 +29,8 @@ from ipadapter_core import (
     spec_metadata,
 )
 
-from ..disk import disk_errors
 from ..errors import ExportError, VerificationError
+from ..runtime.disk import disk_errors
 from .file_names import SUFFIXES
 
 if TYPE_CHECKING:

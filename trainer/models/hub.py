@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from ipadapter_core.assets import MODEL, emoji_folder
 
 from ..errors import BaseModelError
-from .model_table import PUBLISHED_MODELS, PublishedModel, download_command, model_at
+from .published_models import PUBLISHED_MODELS, PublishedModel, download_command, model_at
 from .weight_names import WEIGHT_SUFFIXES, are_complete, choose_weights
 
 # OWNER/REPOSITORY, and a folder inside it.

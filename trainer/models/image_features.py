@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ipadapter_core import AdapterSpec, Feature
 
-from ..data.pixels import to_rgb
+from ..data.images import to_rgb
 from ..errors import DataError
 from .base_model import BaseModel
 

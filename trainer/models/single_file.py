@@ -22,8 +22,8 @@ from ipadapter_core.tensors import TensorFile, check_weights
 from ..errors import BaseModelError
 from .hub import cached_snapshot, hub_reason
 from .model_folder import FAMILIES, ModelFolder, new_scheduler
-from .model_table import repository_of
 from .parts import quiet_libraries
+from .published_models import repository_of
 from .weight_files import PAGE, open_weights, weights_fingerprint
 
 Family = Literal["sd15", "sd2", "sdxl"]

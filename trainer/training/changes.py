@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
-from .sources import Source
+from .training_data import Source
 
 # The weights and the optimizer's state would not fit, or would mean something else.
 _FIXED = ("kind", "tokens", "base_model", "image_encoder", "prediction_type", "optimizer")

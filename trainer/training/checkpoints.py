@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,13 +23,11 @@ from torch import Tensor
 
 from ipadapter_core import AdapterError, IPAdapter, load_adapter, read_checkpoint
 
-from ..engine.optimizers import AveragedWeights
 from ..errors import CheckpointError
 from ..files.provenance import export_adapter
+from ..files.run_folder import ADAPTER_FILE, STATE_FILE, checkpoint_folders
+from .optimizers import AveragedWeights
 
-ADAPTER_FILE = "adapter.safetensors"
-STATE_FILE = "training.pt"
-_NAME = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = ".unfinished-"
 
 
@@ -63,21 +60,6 @@ class State:
     def scaler(self) -> torch.amp.GradScaler | None:
         """The loss scaler of a training in float16."""
         return getattr(self.optimizer, "scaler", None)
-
-
-def checkpoint_folders(output: Path) -> list[Path]:
-    """The complete checkpoints of an output folder, oldest first."""
-    if not output.is_dir():
-        return []
-    found = [p for p in output.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file()]
-    return sorted((p for p in found if (p / ADAPTER_FILE).is_file()), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint, by its name."""
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
 
 
 def save_checkpoint(

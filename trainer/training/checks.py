@@ -11,19 +11,20 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 
 from ..data.check import is_inside
-from ..engine.denoiser import adapter_spec, read_initial_adapter
-from ..engine.inputs import open_base_model
-from ..engine.objective import Objective, new_objective
-from ..engine.optimizers import check_optimizer
-from ..engine.processes import check_precision, launched_on_cpu
 from ..errors import CheckpointError, ConfigError
+from ..files.run_folder import checkpoint_folders, step_of
 from ..models.base_model import BaseModel
-from ..monitor.trackers import tracker_arguments
+from ..models.from_config import open_base_model
+from ..runtime.processes import check_precision, launched_on_cpu
 from ..settings.config import TrainConfig
 from .changes import changed_settings, facts_of
-from .checkpoints import Position, checkpoint_folders, read_facts, step_of
+from .checkpoints import Position, read_facts
+from .new_adapter import adapter_spec, read_initial_adapter
+from .objective import Objective, new_objective
+from .optimizers import check_optimizer
 from .outlook import outlook
-from .sources import Source, open_source
+from .run_log import tracker_arguments
+from .training_data import Source, open_source
 
 
 @dataclass(frozen=True, eq=False)

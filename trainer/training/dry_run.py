@@ -15,15 +15,16 @@ from ipadapter_core import AdapterSpec, init_adapter
 from ..cache.plan import Rows
 from ..cache.settings import cache_size
 from ..data.examples import Example
-from ..disk import show_bytes
-from ..engine.claim import Say, claim
-from ..engine.denoiser import adapter_spec
-from ..engine.inputs import open_base_model, root_of
+from ..data.from_config import root_of
 from ..models.base_model import BaseModel
+from ..models.from_config import open_base_model
+from ..runtime.disk import show_bytes
+from ..runtime.folder_lock import Say, claim
 from ..settings.config import TrainConfig
 from .checks import Checked, check_training, notes, total_steps
 from .cost import Cost, step_cost
-from .sources import held_out_rows, known_examples
+from .new_adapter import adapter_spec
+from .training_data import held_out_rows, known_examples
 
 # Bytes beside each float32 weight in training: its gradient and what the optimizer remembers of it.
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "schedulefree": 8}

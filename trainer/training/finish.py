@@ -14,11 +14,12 @@ from ipadapter_core import AdapterError, load_adapter
 from ..errors import DiskError, ExportError, TrainerError
 from ..files.file_names import published_name
 from ..files.provenance import export_adapter
+from ..files.run_folder import checkpoint_folders
 from ..files.verify import verify_with_diffusers
-from ..monitor.report import write_report
-from ..monitor.run_files import read_log
-from ..monitor.verdict import read_verdict
-from .checkpoints import Position, checkpoint_folders
+from ..report.page import write_report
+from ..report.run_files import read_log
+from ..report.verdict import read_verdict
+from .checkpoints import Position
 from .setup import Say, Training, summary
 
 

@@ -10,18 +10,18 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..engine.denoiser import adapter_spec, new_adapter
-from ..engine.features import Features, encode_batch
-from ..engine.objective import Objective
-from ..engine.optimizers import AveragedWeights, new_optimizer, new_schedule
 from ..files.provenance import provenance
 from ..models.base_model import BaseModel
+from ..models.features import Features, encode_batch
 from ..models.tuning import tune_unet
-from ..monitor.validation import Samples, Validation
 from ..settings.config import TrainConfig
 from .checkpoints import Position, State, resume
 from .checks import Checked, check_training, notes
-from .sources import Source, prompt_picture, validation_batches
+from .new_adapter import adapter_spec, new_adapter
+from .objective import Objective
+from .optimizers import AveragedWeights, new_optimizer, new_schedule
+from .training_data import Source, prompt_picture, validation_batches
+from .validation import Samples, Validation
 
 Say = Callable[[str], None]
 

@@ -10,17 +10,19 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..disk import disk_errors
-from ..engine.claim import claim
-from ..engine.denoiser import Denoiser, Progress, TrainingBatch, check_loss, denoiser, train_steps
-from ..engine.features import encode_batch
-from ..monitor.trackers import RunLog, progress_postfix
-from ..monitor.verdict import validation_line
+from ..files.run_folder import checkpoint_folders
+from ..models.features import encode_batch
+from ..report.verdict import validation_line
+from ..runtime.disk import disk_errors
+from ..runtime.folder_lock import claim
+from ..runtime.stopping import Interrupted, StopRequest, interruptions, stop_requests
 from ..settings.config import TrainConfig
-from .checkpoints import Position, checkpoint_folders, save_checkpoint
+from .adapted_unet import Denoiser, TrainingBatch, denoiser
+from .checkpoints import Position, save_checkpoint
 from .finish import finish
+from .run_log import RunLog, progress_postfix
 from .setup import Say, Training, prepare, summary
-from .stopping import Interrupted, StopRequest, interruptions, stop_requests
+from .steps import Progress, check_loss, train_steps
 
 
 def train(

@@ -16,7 +16,7 @@ from ipadapter_core.file_types import START, type_of
 
 from ..errors import DataError
 from .file_kinds import IMAGES, fault
-from .packed import PackedFile
+from .tar_member import PackedFile
 
 Size = tuple[int, int]  # width, height
 Stored = Image.Image | Path | PackedFile  # in memory, a file, or a file in a shard
@@ -191,3 +191,9 @@ def share_of(picture: Image.Image, area: float, left: float, top: float) -> Imag
     width, height = (max(1, round(side * area**0.5)) for side in picture.size)
     x, y = round((picture.width - width) * left), round((picture.height - height) * top)
     return picture.crop((x, y, x + width, y + height))
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """Pixels [B, 3, H, W] in [-1, 1] -> RGB pictures."""
+    values = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(row.permute(1, 2, 0).numpy()) for row in values]

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ipadapter_core import AdapterApplication, IPAdapter
 
-from ..engine.denoiser import Denoiser, TrainingBatch
-from ..engine.features import Features
+from ..data.images import to_pictures
 from ..models.base_model import BaseModel
 from ..models.conditioning import TextStates, encode_prompts
+from ..models.features import Features
 from ..models.generate import generate
-from ..pictures import to_pictures
-from .grid import draw_grid
+from ..report.image_grid import draw_grid
+from .adapted_unet import Denoiser, TrainingBatch
 
 QUARTERS = 4  # of the noise schedule; every example is looked at once in each
 SEED = 0

@@ -24,10 +24,10 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from ..disk import disk_errors, whole_file
-from ..engine.denoiser import Progress, check_loss
 from ..errors import ConfigError, DiskError
-from .run_files import CONFIG_FILE, LOG_FILE, append_line, drop_past, picture_file, replace_text, to_toml
+from ..report.run_files import CONFIG_FILE, LOG_FILE, append_line, drop_past, picture_file, replace_text, to_toml
+from ..runtime.disk import disk_errors, whole_file
+from .steps import Progress, check_loss
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import ConfigError
-from .draws import Address, Geometry, Randomness, Recipe, geometry, randomness
-from .pixels import Picture, Size, cover_and_crop, open_rgb, share_of, to_tensor
+from .augmentation import Address, Geometry, Randomness, Recipe, geometry, randomness
+from .images import Picture, Size, cover_and_crop, open_rgb, share_of, to_tensor
 
 
 @dataclass(frozen=True, eq=False)

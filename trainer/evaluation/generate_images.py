@@ -11,21 +11,17 @@ from torch import Tensor
 
 from ipadapter_core import (
     AdapterSpec,
-    IPAdapter,
-    adapter_from_checkpoint,
-    infer_spec,
-    shortcut_hint,
 )
 
-from .data.face_embeds import check_face_embed, read_face_embed
-from .data.pixels import open_rgb, why_broken
-from .disk import whole_file
-from .engine.processes import inference_dtype
-from .errors import DataError, TrainerError
-from .files.opening import open_checkpoint
-from .models.base_model import load_base_model
-from .models.generate import check_numbers, generate
-from .models.image_features import encode_pictures
+from ..data.face_embeds import check_face_embed, read_face_embed
+from ..data.images import open_rgb, to_pictures, why_broken
+from ..errors import DataError, TrainerError
+from ..files.opening import adapter_to_use
+from ..models.base_model import load_base_model
+from ..models.generate import check_numbers, generate
+from ..models.image_features import encode_pictures
+from ..runtime.disk import whole_file
+from ..runtime.processes import inference_dtype
 
 MAX_COUNT = 1000  # pictures of one call, which are one batch
 
@@ -127,24 +123,6 @@ def check_prompt(spec: AdapterSpec, image: Path | None, face_embed: Path | None)
             raise TrainerError(f"This {spec.kind} adapter takes no {what.split(' ', 1)[1]}; leave {option} out.")
 
 
-def adapter_to_use(path: Path, shortcut: bool | None = None) -> IPAdapter:
-    """An adapter in float32, from a file or the folder of a training. FaceID-plus files without metadata take their
-    version from `shortcut`, else from their name.
-
-    Raises AdapterError for what is no adapter, TrainerError when the version stays unknown.
-    """
-    checkpoint = open_checkpoint(path)
-    spec = infer_spec(checkpoint)
-    if spec.kind == "faceid-plus" and spec.shortcut is None and shortcut is None:
-        shortcut = shortcut_hint(checkpoint.path)
-        if shortcut is None:
-            raise TrainerError(
-                f"{path}: FaceID-plus v1 or v2? Neither the file nor its name says. Pass --shortcut for v2, "
-                "--no-shortcut for v1."
-            )
-    return adapter_from_checkpoint(checkpoint, dtype=torch.float32, shortcut=shortcut)
-
-
 def open_face(path: Path, spec: AdapterSpec) -> Tensor:
     """A face embedding, float32 [1, F], from a .npy file, a torch file, or a .safetensors file with one tensor.
 
@@ -172,9 +150,3 @@ def open_picture(path: Path) -> Image.Image:
         return open_rgb(path)[0]
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise DataError(f"{path}: cannot be read as a picture: {why_broken(error)}") from error
-
-
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """Pixels [B, 3, H, W] in [-1, 1] -> RGB pictures."""
-    values = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return [Image.fromarray(row.permute(1, 2, 0).numpy()) for row in values]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ipadapter_core import AdapterSpec
 
-from ..data.batches import Batch
-from ..models.base_model import BaseModel
-from ..models.conditioning import TextStates, encode_tokens, time_ids
-from ..models.image_features import encode_clip_images
+from ..data.dataset import Batch
+from .base_model import BaseModel
+from .conditioning import TextStates, encode_tokens, time_ids
+from .image_features import encode_clip_images
 
 
 @dataclass(frozen=True, eq=False)

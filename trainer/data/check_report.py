@@ -14,7 +14,7 @@ from PIL import Image
 
 from .duplicates import Look, alike, can_look, same
 from .examples import Found
-from .pixels import Size
+from .images import Size
 from .sizes import size_notes
 
 TOKENS = 77  # that CLIP's text encoders take, the two ends included

@@ -19,8 +19,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
-from ..disk import disk_errors
 from ..errors import ConfigError, InUseError, TrainerError
+from .disk import disk_errors
 from .processes import launched_on_cpu
 
 LOCK, NOTE = ".in-use.lock", ".in-use.txt"  # the note is the owner in words

@@ -6,20 +6,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from ..data.buckets import Buckets, find_buckets
-from ..data.draws import Recipe
-from ..data.examples import Example, find_examples, fingerprint
-from ..data.face_embeds import with_faces
-from ..data.items import Encoding
-from ..data.shard_files import expand_shards
-from ..data.shard_index import index_shards
-from ..data.sizes import sample_sizes, size_notes
-from ..errors import ConfigError
-from ..models.base_model import BaseModel, load_base_model
 from ..settings.config import TrainConfig
-from ..settings.kinds import FACE_WIDTH
+from .augmentation import Recipe
+from .buckets import Buckets, find_buckets
+from .examples import Example, find_examples, fingerprint
+from .face_embeds import with_faces
+from .shard_files import expand_shards
+from .shard_index import index_shards
+from .sizes import sample_sizes, size_notes
 
 log = logging.getLogger(__name__)
 
@@ -63,21 +57,6 @@ def warn_about_sizes(config: TrainConfig, examples: Sequence[Example]) -> None:
         log.warning("%s", note)
 
 
-def encoding_of(config: TrainConfig, base_model: BaseModel) -> Encoding:
-    """What the workers need of the base model."""
-    kind = config.train_kind
-    return Encoding(
-        tokenizers=base_model.tokenizers,
-        text_length=base_model.text_length,
-        image_processor=base_model.image_processor if kind.takes_image else None,
-        latent_scale=base_model.latent_scale,
-        latent_channels=base_model.latent_channels,
-        num_train_timesteps=base_model.num_train_timesteps,
-        takes_face=kind.takes_face,
-        face_width=FACE_WIDTH,
-    )
-
-
 def recipe_of(config: TrainConfig) -> Recipe:
     """How an example becomes an item."""
     return Recipe(
@@ -92,22 +71,3 @@ def recipe_of(config: TrainConfig) -> Recipe:
         reference_crop=config.reference_crop,
         self_reference=config.self_reference,
     )
-
-
-def open_base_model(config: TrainConfig, device: torch.device | str = "cpu") -> BaseModel:
-    """The base model of a training, in its precision; refuses a resolution that is no whole number of latents."""
-    base_model = load_base_model(
-        config.base_model,
-        {"no": torch.float32, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16),
-        device,
-        config.image_encoder,
-        base_config=config.base_config,
-        prediction_type=config.prediction_type,
-        needs_image_encoder=config.train_kind.takes_image,
-    )
-    if config.resolution % base_model.latent_scale:
-        raise ConfigError(
-            f"resolution = {config.resolution}: expected a multiple of {base_model.latent_scale}, the pixels per "
-            f"latent of {base_model.name}."
-        )
-    return base_model

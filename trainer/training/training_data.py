@@ -12,16 +12,17 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ..data.batches import Batch, PictureDataset, collate, loader
+from ..data.augmentation import Recipe
 from ..data.buckets import GlobalBatches
-from ..data.draws import Recipe
+from ..data.dataset import Batch, PictureDataset, collate, loader
 from ..data.examples import Example, relative_name
-from ..data.pixels import open_rgb, why_broken
+from ..data.from_config import buckets_of, examples_of, hash_of, recipe_of, root_of, warn_about_sizes
+from ..data.images import open_rgb, why_broken
 from ..data.shard_files import expand_shards, fingerprint_shards
 from ..data.shards import shard_loader
-from ..engine.inputs import buckets_of, encoding_of, examples_of, hash_of, recipe_of, root_of, warn_about_sizes
 from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
+from ..models.from_config import encoding_of
 from ..settings.config import TrainConfig
 
 _TRIED = 4  # images that are decoded before the first step

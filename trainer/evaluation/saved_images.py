@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..data.pixels import open_rgb
-from ..disk import whole_file
-from ..monitor.grid import draw_grid
+from ..data.images import open_rgb
+from ..report.image_grid import draw_grid
+from ..runtime.disk import whole_file
 from .data import Prompt
 from .scores import Job
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..disk import whole_file
+from ..runtime.disk import whole_file
 
 SIDE = 192  # pixels of a picture's cell
 _INSET = 76  # of the reference in it

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..disk import whole_file
 from ..errors import DataError
+from ..runtime.disk import whole_file
 
 LOG_FILE, CONFIG_FILE, SAMPLES = "log.jsonl", "config.toml", "samples"
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import CacheError, DataError
+from .augmentation import Draw, Recipe
 from .buckets import Buckets, GlobalBatches, ProcessBatches
-from .draws import Draw, Recipe
 from .examples import Example
 from .face_embeds import face_id_embed as read_face_id_embed
-from .items import Encoding, check_size, make_item
-from .pixels import Size, why_broken
+from .images import Size, why_broken
+from .preprocess import Encoding, check_size, make_item
 
 
 class Batch(TypedDict, total=False):

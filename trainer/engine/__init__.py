@@ -1,1 +1,0 @@
-"""A training step: features, objective, the adapter in the frozen UNet, optimizers."""

@@ -1,0 +1,45 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import torch
+
+from ..data.preprocess import Encoding
+from ..errors import ConfigError
+from ..settings.config import TrainConfig
+from ..settings.kinds import FACE_WIDTH
+from .base_model import BaseModel, load_base_model
+
+
+def encoding_of(config: TrainConfig, base_model: BaseModel) -> Encoding:
+    """What the workers need of the base model."""
+    kind = config.train_kind
+    return Encoding(
+        tokenizers=base_model.tokenizers,
+        text_length=base_model.text_length,
+        image_processor=base_model.image_processor if kind.takes_image else None,
+        latent_scale=base_model.latent_scale,
+        latent_channels=base_model.latent_channels,
+        num_train_timesteps=base_model.num_train_timesteps,
+        takes_face=kind.takes_face,
+        face_width=FACE_WIDTH,
+    )
+
+
+def open_base_model(config: TrainConfig, device: torch.device | str = "cpu") -> BaseModel:
+    """The base model of a training, in its precision; refuses a resolution that is no whole number of latents."""
+    base_model = load_base_model(
+        config.base_model,
+        {"no": torch.float32, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16),
+        device,
+        config.image_encoder,
+        base_config=config.base_config,
+        prediction_type=config.prediction_type,
+        needs_image_encoder=config.train_kind.takes_image,
+    )
+    if config.resolution % base_model.latent_scale:
+        raise ConfigError(
+            f"resolution = {config.resolution}: expected a multiple of {base_model.latent_scale}, the pixels per "
+            f"latent of {base_model.name}."
+        )
+    return base_model

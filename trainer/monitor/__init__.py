@@ -1,1 +1,0 @@
-"""What the numbers say: validation, logs, sample grids and the report."""
