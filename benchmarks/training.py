@@ -109,7 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _result(
-    args: argparse.Namespace, setup: Setup, cost: CacheCost, rows: Sequence[Row], found: Found, supplied: Sequence[str]
+    args: argparse.Namespace,
+    setup: Setup,
+    cost: CacheCost,
+    rows: Sequence[Row],
+    found: Found,
+    supplied: Sequence[str],
 ) -> dict[str, object]:
     from training_models import SIZES as SHAPES  # noqa: PLC0415
     from training_models import part_flops  # noqa: PLC0415

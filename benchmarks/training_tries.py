@@ -26,9 +26,9 @@ def _contiguous() -> None:
 
 def _autocast() -> None:
     """The UNet under autocast, as the adapter is."""
-    from ipadapter_trainer.training.adapted_unet import Denoiser  # noqa: PLC0415
+    from ipadapter_trainer.training.adapted_unet import AdaptedUNet  # noqa: PLC0415
 
-    Denoiser._unet_precision = lambda self: nullcontext()  # type: ignore[method-assign]
+    AdaptedUNet._unet_precision = lambda self: nullcontext()  # type: ignore[method-assign]
 
 
 def _cudnn_benchmark() -> None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL, emoji_folder
 
-from .data.images import to_pictures
+from .data.images import to_pil_images
 from .emoji.adapter import emoji_batches, encode_emoji
 from .emoji.clip import normalize
 from .emoji.pictures import EmojiPictures, load_pictures, to_pixels
@@ -25,7 +25,7 @@ from .models.generate import generate
 from .models.image_features import encode_clip_images
 from .report.image_grid import draw_grid
 from .runtime.disk import whole_file
-from .training.adapted_unet import denoiser
+from .training.adapted_unet import adapt_unet
 from .training.new_adapter import new_adapter
 from .training.optimizers import new_optimizer
 from .training.steps import check_loss, train_steps
@@ -88,7 +88,7 @@ def demo(output: Path, adapter: str | None = None, minutes: float = 2.0, seed: i
         for c in COLUMNS
     ]
     titles = ("image prompt", *(column.title for column in COLUMNS))
-    shown = [to_pictures(pixels) for pixels in (pictures[:ROWS], *columns)]
+    shown = [to_pil_images(pixels) for pixels in (pictures[:ROWS], *columns)]
     drawn = draw_grid(list(zip(titles, shown, strict=True)), side=SIDE)
     with whole_file(output) as temporary:
         drawn.save(temporary)
@@ -120,7 +120,7 @@ def train_demo_adapter(base_model: BaseModel, pictures: EmojiPictures, minutes: 
     began, images, smooth, step = time.monotonic(), 0, None, 0
     batches = emoji_batches(features, BATCH, generator)
     with (
-        denoiser(base_model, adapter) as model,
+        adapt_unet(base_model, adapter) as model,
         closing(train_steps(model, batches, optimizer=optimizer, steps=1_000_000)) as training,
         tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar,
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ipadapter_trainer.data.images import to_pictures
+from ipadapter_trainer.data.images import to_pil_images
 from ipadapter_trainer.emoji.build import STYLES, build, caption, is_held_out, render, svg, twin_group
 from ipadapter_trainer.emoji.concepts import TEXT_CONCEPTS
 from ipadapter_trainer.emoji.pictures import STYLE_NAMES, load_pictures, save_prompts, to_pixels
@@ -116,7 +116,7 @@ def test_find_names_what_is_missing() -> None:
 
 def test_pixels_and_bytes_round_trip() -> None:
     images = torch.arange(256, dtype=torch.uint8).repeat(48).view(1, 3, 64, 64)
-    (picture,) = to_pictures(to_pixels(images))
+    (picture,) = to_pil_images(to_pixels(images))
     assert torch.equal(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1), images[0])
 
 

@@ -25,7 +25,7 @@ from .tiny_models import COLOURS, write_model
 
 def draw_picture(colour: str, size: tuple[int, int] = (80, 64)) -> Image.Image:
     picture = Image.new("RGB", size, "white")
-    ImageDraw.Draw(picture).rectangle((20, 14, 56, 50), fill=colour)
+    ImageDraw.SampleIndex(picture).rectangle((20, 14, 56, 50), fill=colour)
     return picture
 
 

@@ -5,8 +5,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
-from ipadapter_trainer.data.augmentation import Draw
-from ipadapter_trainer.data.buckets import GlobalBatches, assign, find_buckets, make_buckets, read_sizes
+from ipadapter_trainer.data.augmentation import SampleIndex
+from ipadapter_trainer.data.buckets import BucketBatchSampler, assign, find_buckets, make_buckets, read_sizes
 from ipadapter_trainer.data.examples import Example
 from ipadapter_trainer.errors import ConfigError, DataError
 from PIL import Image
@@ -88,8 +88,8 @@ def test_sizes_are_read_from_lists_headers_and_memory(tmp_path: Path) -> None:
     assert find_buckets(examples[:2], 64, 16).rows == ((1,), (0,))
 
 
-def drawn(*arguments: object, number: int) -> list[list[Draw]]:
-    return list(islice(GlobalBatches(*arguments), number))  # type: ignore[arg-type]
+def drawn(*arguments: object, number: int) -> list[list[SampleIndex]]:
+    return list(islice(BucketBatchSampler(*arguments), number))  # type: ignore[arg-type]
 
 
 def test_an_epoch_has_every_row_and_another_order_each() -> None:
@@ -104,7 +104,7 @@ def test_an_epoch_has_every_row_and_another_order_each() -> None:
 
 def test_a_batch_is_of_one_bucket_and_full() -> None:
     rows = [(0, 1, 2, 3, 4), (5, 6), (7,)]
-    sampler = GlobalBatches(rows, 4, seed=2)
+    sampler = BucketBatchSampler(rows, 4, seed=2)
     assert sampler.per_epoch == 4
     epoch = list(islice(sampler, 4))
     for batch in epoch:
@@ -128,6 +128,6 @@ def test_a_start_skips_and_a_seed_changes() -> None:
     rows = [range(7), range(7, 10)]
     batches = drawn(rows, 3, 1, number=20)
     for start in (0, 1, 4, 5, 11):
-        assert list(islice(GlobalBatches(rows, 3, 1, start), 20 - start)) == batches[start:]
-        assert list(islice(GlobalBatches(rows, 3, 1).starting_at(start), 20 - start)) == batches[start:]
+        assert list(islice(BucketBatchSampler(rows, 3, 1, start), 20 - start)) == batches[start:]
+        assert list(islice(BucketBatchSampler(rows, 3, 1).starting_at(start), 20 - start)) == batches[start:]
     assert drawn(rows, 3, 2, number=20) != batches

@@ -22,9 +22,9 @@ from ipadapter_trainer.cache.files import MANIFEST, check_hashes, dequantise, qu
 from ipadapter_trainer.cache.read import open_cache
 from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.data.from_config import examples_of, hash_of
+from ipadapter_trainer.data.from_config import data_fingerprint, examples_from_config
 from ipadapter_trainer.errors import CacheError, ConfigError, DiskError
-from ipadapter_trainer.models.from_config import open_base_model
+from ipadapter_trainer.models.from_config import base_model_from_config
 from ipadapter_trainer.runtime.disk import show_bytes
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
@@ -294,9 +294,9 @@ def test_kills_at_any_moment(settings: dict[str, Any], tmp_path: Path, small_sha
         assert os.WIFSIGNALED(status)
         made = len(list(folder.glob("*/[!.]*.safetensors")))
         assert not (folder / MANIFEST).exists()
-    examples = examples_of(config)
+    examples = examples_from_config(config)
     with pytest.raises(CacheError, match=r"was not finished\. Run `ipadapter cache`"):
-        open_cache(folder, config, open_base_model(config), examples, hash_of(config, examples))
+        open_cache(folder, config, base_model_from_config(config), examples, data_fingerprint(config, examples))
     lines: list[str] = []
     write_cache(config, say=lines.append)
     assert f"Going on: {made} of {total} shards are written already." in "\n".join(lines)

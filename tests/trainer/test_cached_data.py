@@ -16,20 +16,25 @@ from ipadapter_trainer.cache.files import MANIFEST, read_manifest
 from ipadapter_trainer.cache.read import CachedDataset, open_cache
 from ipadapter_trainer.cache.settings import cache_size
 from ipadapter_trainer.cache.write import write_cache
-from ipadapter_trainer.data.augmentation import Draw
-from ipadapter_trainer.data.buckets import GlobalBatches
-from ipadapter_trainer.data.dataset import Batch, PictureDataset, loader
-from ipadapter_trainer.data.from_config import buckets_of, examples_of, hash_of, recipe_of
+from ipadapter_trainer.data.augmentation import SampleIndex
+from ipadapter_trainer.data.buckets import BucketBatchSampler
+from ipadapter_trainer.data.dataset import Batch, ImageDataset, loader
+from ipadapter_trainer.data.from_config import (
+    augmentation_from_config,
+    buckets_from_config,
+    data_fingerprint,
+    examples_from_config,
+)
 from ipadapter_trainer.errors import CacheError, DataError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.features import Features, encode_batch
-from ipadapter_trainer.models.from_config import encoding_of, open_base_model
+from ipadapter_trainer.models.from_config import base_model_from_config, preprocessor_from_config
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
-from ipadapter_trainer.training.adapted_unet import TrainingBatch, denoiser
+from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
 from ipadapter_trainer.training.dry_run import plan_training
 from ipadapter_trainer.training.new_adapter import adapter_spec, new_adapter
-from ipadapter_trainer.training.training_data import open_source
+from ipadapter_trainer.training.training_data import open_training_data
 from PIL import Image
 
 from .tiny_models import COLOURS
@@ -59,18 +64,25 @@ def many(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 def cached(config: TrainConfig, base_model: BaseModel) -> CachedDataset:
     assert config.cache is not None
-    examples = examples_of(config)
-    cache = open_cache(config.cache, config, base_model, examples, hash_of(config, examples))
-    return CachedDataset(examples, encoding_of(config, base_model), recipe_of(config), cache)
+    examples = examples_from_config(config)
+    cache = open_cache(config.cache, config, base_model, examples, data_fingerprint(config, examples))
+    return CachedDataset(
+        examples, preprocessor_from_config(config, base_model), augmentation_from_config(config), cache
+    )
 
 
-def uncached(config: TrainConfig, base_model: BaseModel) -> PictureDataset:
-    examples = examples_of(config)
-    return PictureDataset(examples, encoding_of(config, base_model), recipe_of(config), buckets_of(config, examples))
+def uncached(config: TrainConfig, base_model: BaseModel) -> ImageDataset:
+    examples = examples_from_config(config)
+    return ImageDataset(
+        examples,
+        preprocessor_from_config(config, base_model),
+        augmentation_from_config(config),
+        buckets_from_config(config, examples),
+    )
 
 
-def batches(dataset: PictureDataset, config: TrainConfig, count: int = 4) -> list[Batch]:
-    order = GlobalBatches(dataset.buckets.rows, config.batch_size, config.seed)
+def batches(dataset: ImageDataset, config: TrainConfig, count: int = 4) -> list[Batch]:
+    order = BucketBatchSampler(dataset.buckets.rows, config.batch_size, config.seed)
     loaded = loader(dataset, order, batch_size=config.batch_size, workers=config.workers)
     return list(islice(iter(loaded), count))
 
@@ -81,15 +93,15 @@ def losses(config: TrainConfig, base_model: BaseModel, drawn: list[Batch]) -> to
     adapter = new_adapter(base_model, config.train_kind)
     optimizer = torch.optim.AdamW(adapter.parameters(), 1e-3)
     found = []
-    with denoiser(base_model, adapter) as model:
+    with adapt_unet(base_model, adapter) as model:
         for batch in drawn:
             features = encode_batch(base_model, batch, adapter.spec)
-            step = TrainingBatch(features, batch["drop_image_embeds"], batch["noise"], batch["timesteps"])
-            loss = model.row_losses(step)
+            step = TrainBatch(features, batch["drop_image_embeds"], batch["noise"], batch["timesteps"])
+            loss = model.sample_losses(step)
             loss.mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            model.rest()
+            model.disable_adapter()
             found.append(loss.detach())
     return torch.cat(found)
 
@@ -163,7 +175,7 @@ def test_sdxl_keeps_pooled_text_and_sizes(many: dict[str, Any], sdxl_folder: Pat
 
 def test_a_base_in_bfloat16_takes_the_kept_features(many: dict[str, Any]) -> None:
     config = make_config({**many, "kind": "plus", "mixed_precision": "bf16"})
-    base_model = open_base_model(config)
+    base_model = base_model_from_config(config)
     plain = features(config, base_model, batches(uncached(config, base_model), config, 2))
     write_cache(config)
     kept = features(config, base_model, batches(cached(config, base_model), config, 2))
@@ -201,7 +213,7 @@ def test_with_variants_the_epochs_take_turns(many: dict[str, Any], base_model: B
     dataset = cached(config, base_model)
     tables = dataset.cache.pictures.shard(0)
     assert tables["latents_mean"].shape[1] == 6
-    crops = [dataset[Draw(epoch, 0)]["latents_mean"] for epoch in range(6)]
+    crops = [dataset[SampleIndex(epoch, 0)]["latents_mean"] for epoch in range(6)]
     assert len({tuple(crop.flatten().tolist()) for crop in crops}) > 3  # crops and mirror images
 
 
@@ -217,7 +229,7 @@ def test_the_forecast_is_what_is_written(many: dict[str, Any], base_model: BaseM
         ({}, {"kind": "plus", "cache_image_features": "int8", "flip": True}, {"base_model": sdxl_folder})
     ):
         config = make_config({**many, **case, "cache": f"{many['cache']}{number}"})
-        forecast = cache_size(config, open_base_model(config), pictures=8, captions=4, references=3, own=5)
+        forecast = cache_size(config, base_model_from_config(config), pictures=8, captions=4, references=3, own=5)
         assert config.cache is not None
         folder = write_cache(config)
         found = 0
@@ -245,7 +257,7 @@ def test_broken_pictures_are_replaced_and_named_as_without_cache(many: dict[str,
     plain, kept = uncached(config, base_model), cached(config, base_model)
     for epoch in range(3):
         for row in range(8):
-            one, other = plain[Draw(epoch, row)], kept[Draw(epoch, row)]
+            one, other = plain[SampleIndex(epoch, row)], kept[SampleIndex(epoch, row)]
             assert [line.split(":")[0] for line in one["broken"]] == [line.split(":")[0] for line in other["broken"]]
             assert torch.equal(one["original_size"], other["original_size"])
             assert torch.equal(one["noise"], other["noise"])
@@ -260,8 +272,8 @@ def test_no_picture_can_be_read(many: dict[str, Any]) -> None:
 
 def test_a_bucket_of_broken_pictures_is_left_out(many: dict[str, Any], base_model: BaseModel) -> None:
     config = make_config({**many, "buckets": True, "bucket_step": 8})
-    examples = examples_of(config)
-    sizes = buckets_of(config, examples)
+    examples = examples_from_config(config)
+    sizes = buckets_from_config(config, examples)
     for row in sizes.rows[0]:
         Path(examples[row].name).write_bytes(Path(examples[row].name).read_bytes()[:60])  # the header is readable
     write_cache(config)
@@ -371,7 +383,7 @@ def test_a_shard_that_breaks_while_training_is_no_broken_picture(many: dict[str,
     write_cache(config)
     from accelerate import Accelerator
 
-    source = open_source(config, base_model, Accelerator(cpu=True))
+    source = open_training_data(config, base_model, Accelerator(cpu=True))
     texts = Path(many["cache"]) / "texts" / "shard-00000.safetensors"
     texts.write_bytes(b"\xff" * texts.stat().st_size)
     with pytest.raises(CacheError, match=r"^\S*shard-00000.safetensors: cannot be read .* Delete it"):
@@ -400,4 +412,4 @@ def test_a_row_of_another_bucket_stands_in_for_none(many: dict[str, Any], base_m
     dataset.cache = replace(dataset.cache, broken={"pictures": dict.fromkeys(dataset.buckets.rows[0], "gone")})
     with pytest.raises(DataError, match="None of the 8 pictures can be read"):
         dataset[first]
-    assert dataset[second]["latents_mean"].shape == dataset.encoding.latent_shape(dataset.buckets.sizes[1])
+    assert dataset[second]["latents_mean"].shape == dataset.preprocessor.latent_shape(dataset.buckets.sizes[1])

@@ -21,7 +21,7 @@ from ipadapter_trainer.errors import ConfigError, DiskError, InUseError
 from ipadapter_trainer.evaluation.evaluate import evaluate
 from ipadapter_trainer.evaluation.settings import EvalSettings
 from ipadapter_trainer.runtime import folder_lock as claim_module
-from ipadapter_trainer.runtime.folder_lock import LOCK, NOTE, claim
+from ipadapter_trainer.runtime.folder_lock import LOCK, NOTE, lock_folder
 from typer.testing import CliRunner
 
 LIFETIME, HEARTBEAT = 2.0, 0.2
@@ -75,7 +75,7 @@ def holder() -> Iterator[Holder]:
 
 def left_by(folder: Path, **changes: str) -> None:
     """The lock of an owner that did not release it, with lines of it changed."""
-    with claim(folder):
+    with lock_folder(folder):
         text, note = (folder / LOCK).read_text(), (folder / NOTE).read_text()
     lines = dict(line.partition("=")[::2] for line in text.splitlines())
     lines |= changes
@@ -86,7 +86,7 @@ def left_by(folder: Path, **changes: str) -> None:
 def test_the_second_of_two_is_refused_until_the_first_ends(tmp_path: Path, holder: Holder) -> None:
     folder = tmp_path / "runs" / "mine"
     first = holder(folder)
-    with pytest.raises(InUseError) as refused, claim(folder):
+    with pytest.raises(InUseError) as refused, lock_folder(folder):
         pass
     owner = f"process {first.pid} on {socket.gethostname()} since 20"
     assert str(refused.value).startswith(f"{folder} is in use by {owner}")
@@ -96,7 +96,7 @@ def test_the_second_of_two_is_refused_until_the_first_ends(tmp_path: Path, holde
     assert first.returncode == 0
     assert not folder.exists()  # it was made for the claim, and nothing was written
     said: list[str] = []
-    with claim(folder, said.append):
+    with lock_folder(folder, said.append):
         pass
     assert said == []
 
@@ -107,7 +107,7 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path: Path, holder: Holder) -> N
     first.wait()
     said: list[str] = []
     start = time.monotonic()
-    with claim(tmp_path, said.append):
+    with lock_folder(tmp_path, said.append):
         assert time.monotonic() - start < LIFETIME
         assert f"process {os.getpid()} on" in (tmp_path / NOTE).read_text()
     assert len(said) == 1
@@ -119,7 +119,7 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path: Path, holder: Holder) -> N
 def test_a_process_id_that_belongs_to_another_process_by_now_is_no_owner(tmp_path: Path) -> None:
     left_by(tmp_path, pid=str(os.getpid()), start="12345")
     start = time.monotonic()
-    with claim(tmp_path):
+    with lock_folder(tmp_path):
         assert time.monotonic() - start < LIFETIME
 
 
@@ -127,7 +127,7 @@ def test_an_owner_on_another_host_that_stopped_is_replaced_after_its_lifetime(tm
     left_by(tmp_path, host="a-node-that-died", pid="1")
     said: list[str] = []
     start = time.monotonic()
-    with claim(tmp_path, said.append):
+    with lock_folder(tmp_path, said.append):
         assert time.monotonic() - start >= LIFETIME
     assert "Checking whether it still runs (at most 2 seconds)" in said[0]
     assert said[1].endswith("taking over.")
@@ -145,7 +145,10 @@ def test_an_owner_on_another_host_that_lives_is_left_alone(tmp_path: Path) -> No
     thread = Thread(target=live)
     thread.start()
     try:
-        with pytest.raises(InUseError, match="by process 1 on a-node-at-work since 2026-01-01 12:03"), claim(tmp_path):
+        with (
+            pytest.raises(InUseError, match="by process 1 on a-node-at-work since 2026-01-01 12:03"),
+            lock_folder(tmp_path),
+        ):
             pass
     finally:
         done.set()
@@ -156,7 +159,7 @@ def test_an_owner_on_another_host_that_lives_is_left_alone(tmp_path: Path) -> No
 def test_a_suspended_owner_learns_that_it_was_replaced(tmp_path: Path, holder: Holder) -> None:
     first = holder(tmp_path)
     first.send_signal(signal.SIGSTOP)
-    with claim(tmp_path) as check:
+    with lock_folder(tmp_path) as check:
         first.send_signal(signal.SIGCONT)
         time.sleep(5 * HEARTBEAT)  # it notices with its next touches
         _, err = first.communicate("a step\n", timeout=60)
@@ -168,7 +171,7 @@ def test_a_suspended_owner_learns_that_it_was_replaced(tmp_path: Path, holder: H
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
 def test_it_is_released_however_the_work_ends(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), claim(tmp_path / "output"):
+    with pytest.raises(error), lock_folder(tmp_path / "output"):
         (tmp_path / "output" / "a file").touch()
         raise error
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["a file"]
@@ -176,10 +179,10 @@ def test_it_is_released_however_the_work_ends(tmp_path: Path, error: type[BaseEx
 
 def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file is a file"), claim(tmp_path / "file"):
+    with pytest.raises(ConfigError, match="file is a file"), lock_folder(tmp_path / "file"):
         pass
     with pytest.raises(DiskError, match=r"inside: Not a directory\. Check the disk and the path\."):  # noqa: SIM117
-        with claim(tmp_path / "file" / "inside"):
+        with lock_folder(tmp_path / "file" / "inside"):
             pass
 
 
@@ -190,7 +193,7 @@ def test_every_command_that_writes_is_refused(
     held = tmp_path / "held"
     name = "cache" if command == ("cache",) else "output"
     arguments = [f"{key}={value}" for key, value in {**settings, name: held}.items()]
-    with claim(held):
+    with lock_folder(held):
         result = CliRunner().invoke(app, [command[0], *arguments, *command[1:]])
     assert result.exit_code == 2
     assert f"ipadapter: {held} is in use by process {os.getpid()} on" in result.stderr
@@ -199,7 +202,7 @@ def test_every_command_that_writes_is_refused(
 
 def test_an_evaluation_is_refused(tmp_path: Path) -> None:
     held, nothing = tmp_path / "held", tmp_path / "nothing"
-    with claim(held), pytest.raises(InUseError, match=f"{held} is in use by process {os.getpid()} on"):
+    with lock_folder(held), pytest.raises(InUseError, match=f"{held} is in use by process {os.getpid()} on"):
         evaluate(EvalSettings(base_model=nothing, adapter=nothing, data=nothing, clip=None, output=held))
 
 

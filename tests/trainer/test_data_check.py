@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.check import SAMPLES, _sample, check_data
-from ipadapter_trainer.data.check_report import TOKENS, Facts, approximate_tokens
-from ipadapter_trainer.data.duplicates import Look, alike, look_of, same
+from ipadapter_trainer.data.check_report import TOKENS, ImageFacts, approximate_tokens
+from ipadapter_trainer.data.duplicates import ImageHash, image_hash, near_duplicates, same
 from ipadapter_trainer.errors import DataError
 from PIL import Image
 from typer.testing import CliRunner
@@ -121,19 +121,19 @@ def test_what_is_too_large_for_a_tar_in_memory_is_not_held(tmp_path: Path) -> No
 
 
 def test_looks_know_shape_and_colour() -> None:
-    one = look_of(painting(1))
-    assert one.like(look_of(painting(1, (480, 320))))
-    assert not one.like(look_of(painting(2)))
+    one = image_hash(painting(1))
+    assert one.like(image_hash(painting(1, (480, 320))))
+    assert not one.like(image_hash(painting(2)))
     red, blue = (Image.new("RGB", (64, 64), "white") for _ in range(2))
     red.paste((200, 0, 0), (10, 20, 40, 50))
     blue.paste((0, 0, 200), (10, 20, 40, 50))
-    assert look_of(red).hash == look_of(blue).hash
-    assert not look_of(red).like(look_of(blue))
+    assert image_hash(red).hash == image_hash(blue).hash
+    assert not image_hash(red).like(image_hash(blue))
 
 
 def test_groups_are_chains_of_likeness() -> None:
-    def look(bits: int, colour: int = 0) -> Look:
-        return Look(bits, (colour,) * 3)
+    def look(bits: int, colour: int = 0) -> ImageHash:
+        return ImageHash(bits, (colour,) * 3)
 
     # Three bits at a time lead from a to c; d has another colour, e another hash.
     looks = [
@@ -144,10 +144,10 @@ def test_groups_are_chains_of_likeness() -> None:
         ("d", look(0, 5)),
         ("f", look(0xFFFF)),
     ]
-    assert alike(looks) == [["a", "b", "c"], ["e", "f"]]
+    assert near_duplicates(looks) == [["a", "b", "c"], ["e", "f"]]
     spread = [(str(bit), look(1 << bit | 1 << (bit + 21) % 64 | 1 << (bit + 42) % 64)) for bit in (0, 7, 40)]
     for name, three in spread:  # three bits in three bands: the fourth agrees
-        assert alike([("zero", look(0)), (name, three)]) == [["zero", name]]
+        assert near_duplicates([("zero", look(0)), (name, three)]) == [["zero", name]]
     assert same([("a", 1), ("b", 2), ("c", 1)]) == [["a", "c"]]
 
 
@@ -204,9 +204,9 @@ def test_a_sheet_has_a_bounded_number_of_samples(tmp_path: Path) -> None:
 
 
 def test_every_picture_may_be_a_sample() -> None:
-    chosen: dict[int, Facts] = {}
+    chosen: dict[int, ImageFacts] = {}
     for seen in range(1000):
-        _sample(chosen, Facts(str(seen), "a", thumbnail=painting(0, (8, 8))), seen)
+        _sample(chosen, ImageFacts(str(seen), "a", thumbnail=painting(0, (8, 8))), seen)
     numbers = sorted(int(fact.name) for fact in chosen.values())
     assert len(set(numbers)) == SAMPLES
     assert 350 < sum(numbers) / SAMPLES < 650

@@ -13,7 +13,7 @@ from ipadapter_trainer.models.features import Features
 from ipadapter_trainer.models.tuning import tune_unet
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
-from ipadapter_trainer.training.adapted_unet import TrainingBatch, denoiser
+from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
 from ipadapter_trainer.training.cost import Meter, metered, step_cost
 from ipadapter_trainer.training.dry_run import Plan, plan_training
 from ipadapter_trainer.training.new_adapter import adapter_spec, new_adapter
@@ -82,11 +82,11 @@ def test_a_real_step_takes_what_was_counted(model_folder: Path, kind: str, check
         TextStates(torch.randn(4, LENGTH, 32)),
         (torch.randn(4, 512 if kind == "faceid" else EMBEDS),),
     )
-    batch = TrainingBatch(features, torch.zeros(4), torch.randn(4, 4, 8, 8), torch.randint(1000, (4,)))
+    batch = TrainBatch(features, torch.zeros(4), torch.randn(4, 4, 8, 8), torch.randint(1000, (4,)))
     meter = Meter([*base_model.unet.parameters(), *adapter.parameters()])
-    with denoiser(base_model, adapter) as model, meter:
+    with adapt_unet(base_model, adapter) as model, meter:
         model.loss(batch).backward()
-        model.rest()
+        model.disable_adapter()
     assert counted.activation_bytes == pytest.approx(meter.most_bytes, rel=0.1)
 
 

@@ -13,7 +13,7 @@ from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import TextStates, encode_prompts
 from ipadapter_trainer.models.features import Features
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
-from ipadapter_trainer.training.adapted_unet import Denoiser, TrainingBatch, denoiser
+from ipadapter_trainer.training.adapted_unet import AdaptedUNet, TrainBatch, adapt_unet
 from ipadapter_trainer.training.new_adapter import new_adapter
 from ipadapter_trainer.training.objective import Objective
 from ipadapter_trainer.training.optimizers import new_optimizer
@@ -28,7 +28,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_batch(model: BaseModel, adapter: IPAdapter, seed: int = 0, rows: int = 4) -> TrainingBatch:
+def random_batch(model: BaseModel, adapter: IPAdapter, seed: int = 0, rows: int = 4) -> TrainBatch:
     """Features of the right shapes for a model and an adapter, and the draws of a step."""
     generator, spec = seeded(seed), adapter.spec
     shapes: list[tuple[int, ...]] = []
@@ -38,7 +38,7 @@ def random_batch(model: BaseModel, adapter: IPAdapter, seed: int = 0, rows: int 
         grid = () if spec.feature == "image_embeds" else (model.image_tokens,)
         shapes.append((rows, *grid, spec.image_width))
     text = encode_prompts(model, ["a red square"]).expand(rows)
-    return TrainingBatch(
+    return TrainBatch(
         Features(
             torch.randn(rows, 4, 8, 8, generator=generator),
             text,
@@ -58,13 +58,13 @@ def adapter(base_model: BaseModel) -> IPAdapter:
 
 
 @pytest.fixture
-def batch(base_model: BaseModel, adapter: IPAdapter) -> TrainingBatch:
+def batch(base_model: BaseModel, adapter: IPAdapter) -> TrainBatch:
     return random_batch(base_model, adapter)
 
 
-def part(batch: TrainingBatch, rows: list[int]) -> TrainingBatch:
+def part(batch: TrainBatch, rows: list[int]) -> TrainBatch:
     chosen = torch.tensor(rows)
-    return TrainingBatch(
+    return TrainBatch(
         batch.features.index(chosen), batch.drop_image_embeds[chosen], batch.noise[chosen], batch.timesteps[chosen]
     )
 
@@ -79,7 +79,7 @@ def test_keys_and_values_start_as_the_unets_own(base_model: BaseModel, adapter: 
     assert all(p.requires_grad and p.dtype == torch.float32 for p in adapter.parameters())
 
 
-def test_features_can_be_split_and_joined(batch: TrainingBatch) -> None:
+def test_features_can_be_split_and_joined(batch: TrainBatch) -> None:
     features = batch.features
     both = Features.cat([features.index(torch.tensor([0])), features.index(torch.tensor([1, 2, 3]))])
     assert torch.equal(both.latents, features.latents)
@@ -87,7 +87,7 @@ def test_features_can_be_split_and_joined(batch: TrainingBatch) -> None:
     assert torch.equal(both.image_features[0], features.image_features[0])
 
 
-def test_weight_zero_is_the_plain_unet(base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch) -> None:
+def test_weight_zero_is_the_plain_unet(base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch) -> None:
     unet, time, text = base_model.unet, torch.tensor([500] * 4), batch.features.text.states
     plain = unet(batch.features.latents, time, text).sample
     key_values = adapter(*batch.features.image_features)
@@ -107,7 +107,7 @@ def test_the_unet_computes_in_its_own_precision(model_folder: Path, kind: str, a
     hook = model.unet.conv_out.register_forward_hook(
         lambda layer, args, out: seen.add((torch.is_autocast_enabled("cpu"), out.dtype))
     )
-    with denoiser(model, adapter) as denoising, accelerator.autocast():
+    with adapt_unet(model, adapter) as denoising, accelerator.autocast():
         loss = denoising.loss(random_batch(model, adapter))
         assert torch.is_autocast_enabled("cpu")
     hook.remove()
@@ -118,8 +118,8 @@ def test_the_unet_computes_in_its_own_precision(model_folder: Path, kind: str, a
 
 def test_what_the_model_receives_is_moved_and_cast(base_model: BaseModel) -> None:
     given = torch.arange(3, dtype=torch.float16)
-    assert base_model.receive(given) is given
-    assert torch.equal(base_model.receive(given, torch.float32), torch.tensor([0.0, 1.0, 2.0]))
+    assert base_model.to_device(given) is given
+    assert torch.equal(base_model.to_device(given, torch.float32), torch.tensor([0.0, 1.0, 2.0]))
 
 
 @pytest.mark.parametrize("name", ["base_model", "v_model"])
@@ -128,7 +128,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_target(name: str, request: py
     model: BaseModel = request.getfixturevalue(name)
     adapter = new_adapter(model)
     batch = replace(random_batch(model, adapter), drop_image_embeds=torch.tensor([1, 0, 0, 0]))
-    with denoiser(model, adapter) as denoising:
+    with adapt_unet(model, adapter) as denoising:
         loss = denoising.loss(batch)
     product = model.scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     alpha, sigma = product.sqrt(), (1 - product).sqrt()
@@ -152,7 +152,7 @@ def test_every_kind_trains_on_every_family(family: str, kind: str, request: pyte
     assert (adapter.spec.kind, adapter.spec.shortcut) == (TRAIN_KINDS[kind].kind, TRAIN_KINDS[kind].shortcut)
     batch = random_batch(model, adapter)
     before = {k: v.clone() for k, v in model.unet.state_dict().items()}
-    with denoiser(model, adapter) as denoising:
+    with adapt_unet(model, adapter) as denoising:
         optimizer = new_optimizer(adapter, 1e-3)
         first, second = (p.loss for p in train_steps(denoising, repeat(batch), optimizer=optimizer, steps=2))
         assert second < first
@@ -167,7 +167,7 @@ def test_a_dropped_image_is_encoded_as_its_kind_is(base_model: BaseModel) -> Non
     zero_pixels = torch.zeros(1, 3, 32, 32)
     hidden = base_model.image_encoder(zero_pixels, output_hidden_states=True).hidden_states[-2]
     for kind in TRAIN_KINDS.values():
-        with denoiser(base_model, new_adapter(base_model, kind)) as denoising:
+        with adapt_unet(base_model, new_adapter(base_model, kind)) as denoising:
             *faces, image = (*denoising.no_image, None) if not kind.takes_image else denoising.no_image
         assert all(torch.equal(face, torch.zeros(1, 512)) for face in faces)
         assert len(faces) == int(kind.takes_face)
@@ -183,11 +183,11 @@ def test_a_lora_rests_between_steps(base_model: BaseModel) -> None:
     batch = random_batch(base_model, adapter)
     inputs = (batch.features.latents, torch.tensor(500), batch.features.text.states)
     plain = base_model.unet(*inputs).sample
-    with denoiser(base_model, adapter) as denoising:
+    with adapt_unet(base_model, adapter) as denoising:
         assert torch.equal(base_model.unet(*inputs).sample, plain)
-        denoising.show(batch.features.image_features, KEEP)
+        denoising.enable_adapter(batch.features.image_features, KEEP)
         assert not torch.equal(base_model.unet(*inputs).sample, plain)
-        denoising.rest()
+        denoising.disable_adapter()
         assert torch.equal(base_model.unet(*inputs).sample, plain)
 
 
@@ -203,7 +203,7 @@ def test_memory_and_speed_options_leave_the_gradients(tuning: str, model_folder:
     batch = random_batch(model, adapter)
 
     def gradients() -> list[torch.Tensor]:
-        with denoiser(model, adapter) as denoising:
+        with adapt_unet(model, adapter) as denoising:
             denoising.loss(batch).backward()
             grads = [p.grad.clone() for p in adapter.parameters()]
         adapter.zero_grad()
@@ -231,18 +231,18 @@ def test_one_pair_can_be_overfitted_and_the_unet_stays_as_it_was(base_model: Bas
     processors = base_model.unet.attn_processors
     pair = part(random_batch(base_model, adapter), [0, 0])
 
-    def draws(first: int) -> Iterator[TrainingBatch]:
+    def draws(first: int) -> Iterator[TrainBatch]:
         for seed in count(first):
             other = random_batch(base_model, adapter, seed, 2)
             yield replace(pair, noise=other.noise, timesteps=other.timesteps)
 
-    def fixed_loss(denoising: Denoiser) -> float:
+    def fixed_loss(denoising: AdaptedUNet) -> float:
         with torch.no_grad():
             loss = sum(float(denoising.loss(draw)) for draw in islice(draws(1), 6)) / 6
-        denoising.rest()
+        denoising.disable_adapter()
         return loss
 
-    with denoiser(base_model, adapter) as denoising:
+    with adapt_unet(base_model, adapter) as denoising:
         start = fixed_loss(denoising)
         stream = train_steps(denoising, draws(100), optimizer=new_optimizer(adapter, 1e-2), steps=40)
         assert [p.step for p in stream] == list(range(1, 41))
@@ -251,22 +251,20 @@ def test_one_pair_can_be_overfitted_and_the_unet_stays_as_it_was(base_model: Bas
     assert base_model.unet.attn_processors == processors
 
 
-def test_pictures_may_be_made_between_steps(base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch) -> None:
+def test_pictures_may_be_made_between_steps(base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch) -> None:
     from ipadapter_trainer.models.generate import generate
 
     plain = generate(base_model, None, prompts=["a red square"], image_features=None, steps=2)
-    with denoiser(base_model, adapter) as denoising:
+    with adapt_unet(base_model, adapter) as denoising:
         for _ in train_steps(denoising, repeat(batch), optimizer=new_optimizer(adapter), steps=1):
             between = generate(base_model, None, prompts=["a red square"], image_features=None, steps=2)
     assert torch.equal(between, plain)
 
 
-def test_accumulated_batches_are_one_large_batch(
-    base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch
-) -> None:
+def test_accumulated_batches_are_one_large_batch(base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch) -> None:
     """The gradient of two half batches equals that of the whole."""
 
-    def halves() -> Iterator[TrainingBatch]:
+    def halves() -> Iterator[TrainBatch]:
         yield part(batch, [0, 1])
         yield part(batch, [2, 3])
 
@@ -274,14 +272,14 @@ def test_accumulated_batches_are_one_large_batch(
     twin = new_adapter(base_model)
     twin.load_state_dict(adapter.state_dict())
     prepared, optimizer = accelerator.prepare(adapter, torch.optim.SGD(adapter.parameters(), lr=1.0))
-    with denoiser(base_model, prepared) as denoising:
+    with adapt_unet(base_model, prepared) as denoising:
         stream = train_steps(
             denoising, halves(), optimizer=optimizer, steps=1, accelerator=accelerator, max_grad_norm=0
         )
         (progress,) = stream
     assert progress.images == 4
 
-    with denoiser(base_model, twin) as denoising:
+    with adapt_unet(base_model, twin) as denoising:
         loss = denoising.loss(batch)
         loss.backward()
     torch.testing.assert_close(progress.loss, loss.detach())
@@ -289,8 +287,8 @@ def test_accumulated_batches_are_one_large_batch(
         torch.testing.assert_close(weight, other - other.grad, atol=1e-6, rtol=1e-5)
 
 
-def test_training_ends_with_its_batches(base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch) -> None:
-    with denoiser(base_model, adapter) as denoising:
+def test_training_ends_with_its_batches(base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch) -> None:
+    with adapt_unet(base_model, adapter) as denoising:
         stream = train_steps(denoising, [batch] * 2, optimizer=new_optimizer(adapter), steps=9)
         assert len(list(stream)) == 2
 
@@ -300,7 +298,7 @@ def test_easy_timesteps_count_less_with_min_snr(base_model: BaseModel) -> None:
     timesteps = torch.tensor([0, 300, 999])
     predicted, target = torch.zeros(3, 4, 8, 8), torch.ones(3, 4, 8, 8)
     snr = base_model.scheduler.alphas_cumprod[timesteps] / (1 - base_model.scheduler.alphas_cumprod[timesteps])
-    weights = Objective(base_model.scheduler, min_snr_gamma=5.0).row_losses(predicted, target, timesteps)
+    weights = Objective(base_model.scheduler, min_snr_gamma=5.0).sample_losses(predicted, target, timesteps)
     torch.testing.assert_close(weights, snr.clamp(max=5) / snr)
 
 

@@ -86,12 +86,12 @@ def test_a_mistake_of_ours_keeps_its_traceback(error: Exception) -> None:
 
 def test_a_training_that_runs_out_of_memory(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it happens in the command."""
-    from ipadapter_trainer.training import steps as denoiser
+    from ipadapter_trainer.training import steps as adapt_unet
 
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError(CUDA)
 
-    monkeypatch.setattr(denoiser.Denoiser, "loss", full)
+    monkeypatch.setattr(adapt_unet.AdaptedUNet, "loss", full)
     code, _, err = ipadapter("train", *keys(settings))
     assert (code, "Traceback" in err) == (2, False)
     assert "ipadapter: Out of memory (2.50 GiB more are needed). Lower batch_size" in err

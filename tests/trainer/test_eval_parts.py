@@ -12,7 +12,7 @@ import torch
 from ipadapter_trainer.data.examples import Example
 from ipadapter_trainer.data.images import open_rgb
 from ipadapter_trainer.errors import BaseModelError, DataError, EvaluationError
-from ipadapter_trainer.evaluation.clip import MeasuringClip, clip_i, clip_t, is_vit_l, load_clip
+from ipadapter_trainer.evaluation.clip import ClipModel, clip_i, clip_t, is_vit_l, load_clip
 from ipadapter_trainer.evaluation.data import is_coco, open_prompts, read_examples
 from ipadapter_trainer.evaluation.report import PAPER_TABLE, Mean, differences, mean_over_prompts
 from ipadapter_trainer.evaluation.scores import Score
@@ -26,7 +26,7 @@ from .tiny_models import COLOURS
 
 
 @pytest.fixture(scope="module")
-def clip(clip_folder: Path) -> MeasuringClip:
+def clip(clip_folder: Path) -> ClipModel:
     return load_clip(clip_folder)
 
 
@@ -44,7 +44,7 @@ def test_the_scores_are_the_papers() -> None:
     assert all(0.15 < table_t / 2.5 < 0.27 for _, _, table_t, _ in PAPER_TABLE)
 
 
-def test_the_cosines_are_those_of_transformers_own_clip(clip: MeasuringClip, clip_folder: Path) -> None:
+def test_the_cosines_are_those_of_transformers_own_clip(clip: ClipModel, clip_folder: Path) -> None:
     """Against CLIPModel.forward: its logits are cosines times a scale."""
     pictures, texts = [draw_picture(c) for c in COLOURS], [f"a {c} square" for c in COLOURS]
     model, tokenizer = CLIPModel.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
@@ -59,7 +59,7 @@ def test_the_cosines_are_those_of_transformers_own_clip(clip: MeasuringClip, cli
     )
 
 
-def test_a_picture_is_as_like_itself_as_can_be(clip: MeasuringClip, pictures: Path) -> None:
+def test_a_picture_is_as_like_itself_as_can_be(clip: ClipModel, pictures: Path) -> None:
     opened = [open_rgb(file)[0] for file in sorted(pictures.glob("*.png"))]
     embeds = clip.embed_pictures(opened)
     torch.testing.assert_close(clip_i(embeds, embeds), torch.ones(len(opened)))
@@ -96,7 +96,7 @@ def test_what_is_no_clip_is_refused(clip_folder: Path, model_folder: Path, tmp_p
         load_clip(folder)
 
 
-def test_another_clip_has_another_fingerprint(clip: MeasuringClip, clip_folder: Path, tmp_path: Path) -> None:
+def test_another_clip_has_another_fingerprint(clip: ClipModel, clip_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(clip_folder, tmp_path / "other")
     assert load_clip(folder).fingerprint() == clip.fingerprint()
     state = load_file(folder / "model.safetensors")
@@ -108,7 +108,7 @@ def test_another_clip_has_another_fingerprint(clip: MeasuringClip, clip_folder: 
 # --- The prompts
 
 
-def test_a_lower_limit_is_a_beginning_and_changes_no_other_prompt(clip: MeasuringClip, pictures: Path) -> None:
+def test_a_lower_limit_is_a_beginning_and_changes_no_other_prompt(clip: ClipModel, pictures: Path) -> None:
     examples = read_examples(pictures)
     whole = open_prompts(examples, clip)
     assert sorted(whole.chosen) == list(range(6))
@@ -121,7 +121,7 @@ def test_a_lower_limit_is_a_beginning_and_changes_no_other_prompt(clip: Measurin
     assert list(open_prompts(examples, clip, seed=1).chosen) != list(whole.chosen)
 
 
-def test_the_other_prompt_shows_another_picture(clip: MeasuringClip) -> None:
+def test_the_other_prompt_shows_another_picture(clip: ClipModel) -> None:
     same = [Example(draw_picture("red"), f"{n}") for n in range(4)]
     assert set(open_prompts(same, clip).others.values()) == {None}
     prompts = open_prompts([*same, Example(draw_picture("blue"), "blue")], clip)
@@ -129,7 +129,7 @@ def test_the_other_prompt_shows_another_picture(clip: MeasuringClip) -> None:
         assert other is not None and (other.index == 4) == (index != 4)
 
 
-def test_a_reference_is_the_prompt(clip: MeasuringClip, pictures: Path) -> None:
+def test_a_reference_is_the_prompt(clip: ClipModel, pictures: Path) -> None:
     row = {"file_name": "red.png", "text": "a red square", "reference": ["blue.png", "teal.png"]}
     (pictures / "metadata.jsonl").write_text(json.dumps(row))
     (prompt,) = open_prompts(read_examples(pictures), clip).chosen.values()
@@ -138,14 +138,14 @@ def test_a_reference_is_the_prompt(clip: MeasuringClip, pictures: Path) -> None:
     torch.testing.assert_close(prompt.image_embed, blue, atol=1e-5, rtol=1e-5)
 
 
-def test_a_prefix_goes_before_the_caption(clip: MeasuringClip, pictures: Path) -> None:
+def test_a_prefix_goes_before_the_caption(clip: ClipModel, pictures: Path) -> None:
     examples = read_examples(pictures)[:1]
     (prompt,) = open_prompts(examples, clip, caption_prefix="A photo depicts ").chosen.values()
     expected = clip.embed_texts([f"A photo depicts {examples[0].text}"])[0]
     torch.testing.assert_close(prompt.text_embed, expected)
 
 
-def test_nothing_to_read_is_an_error(clip: MeasuringClip, pictures: Path, tmp_path: Path) -> None:
+def test_nothing_to_read_is_an_error(clip: ClipModel, pictures: Path, tmp_path: Path) -> None:
     for file in pictures.glob("*.png"):
         file.write_text("not a picture")
     with pytest.raises(DataError, match=r"None of the 6 prompts can be read. The first: .*not a picture"):
@@ -199,7 +199,7 @@ def test_the_error_counts_prompts_and_not_pictures() -> None:
     assert mean_over_prompts(scores, lambda s: s.clip_t) is None
 
 
-def test_only_the_papers_settings_are_comparable(clip: MeasuringClip, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_papers_settings_are_comparable(clip: ClipModel, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = EvalSettings(Path("b"), Path("a"), Path("d"), Path("c"))
     assert len(differences(settings, clip, coco=False, family="sdxl")) == 3
     monkeypatch.setattr(clip, "is_vit_l", True)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.data.images import to_pictures
+from ipadapter_trainer.data.images import to_pil_images
 from ipadapter_trainer.errors import DataError, EvaluationError
 from ipadapter_trainer.evaluation.evaluate import evaluate, seed_of
 from ipadapter_trainer.evaluation.report import PAPER_TABLE, Evaluation
@@ -85,7 +85,7 @@ def test_the_seed_of_a_score_makes_its_picture_again(settings: EvalSettings, bas
     pixels = generate(
         base_model, None, prompts=[""], image_features=None, seed=line["seed"], steps=settings.steps, guidance=7.5
     )
-    difference = ImageChops.difference(Image.open(kept), to_pictures(pixels)[0])
+    difference = ImageChops.difference(Image.open(kept), to_pil_images(pixels)[0])
     assert max(high for _, high in difference.getextrema()) <= 1
 
 

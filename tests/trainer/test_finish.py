@@ -169,12 +169,12 @@ def test_no_validation_says_why(case: str, settings: dict[str, Any], tmp_path: P
         changes["validation_pictures"] = 0
     elif case == "broken":
         changes["validation_pictures"] = 1
-        from ipadapter_trainer.data.from_config import examples_of, root_of
+        from ipadapter_trainer.data.from_config import examples_from_config, image_root
         from ipadapter_trainer.training.training_data import held_out_rows
 
         config = make_config(settings)
-        examples = examples_of(config)
-        (row,) = held_out_rows(examples, 1, root_of(config))
+        examples = examples_from_config(config)
+        (row,) = held_out_rows(examples, 1, image_root(config))
         Path(str(examples[row].image)).write_bytes(b"not a picture")
     elif case == "stream":
         from .tiny_data import sample, write_shard

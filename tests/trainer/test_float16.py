@@ -18,8 +18,8 @@ from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.runtime.processes import check_precision, inference_dtype
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training import checks
-from ipadapter_trainer.training import steps as denoiser
-from ipadapter_trainer.training.adapted_unet import Denoiser, TrainingBatch
+from ipadapter_trainer.training import steps as adapt_unet
+from ipadapter_trainer.training.adapted_unet import AdaptedUNet, TrainBatch
 from ipadapter_trainer.training.train import Interrupted, train
 from safetensors.torch import load_file
 from torch import Tensor
@@ -56,13 +56,13 @@ class Overflowing:
 
 @pytest.fixture
 def overflowing(monkeypatch: pytest.MonkeyPatch) -> Overflowing:
-    found, original = Overflowing(), Denoiser.loss
+    found, original = Overflowing(), AdaptedUNet.loss
 
-    def loss(self: Denoiser, batch: TrainingBatch) -> Tensor:
+    def loss(self: AdaptedUNet, batch: TrainBatch) -> Tensor:
         found.weights.append(torch.cat([p.detach().flatten().clone() for p in self.adapter.parameters()]))
         return original(self, batch) * (torch.inf if len(found.weights) in found.batches else 1.0)
 
-    monkeypatch.setattr(Denoiser, "loss", loss)
+    monkeypatch.setattr(AdaptedUNet, "loss", loss)
     return found
 
 
@@ -119,7 +119,7 @@ def test_a_step_that_overflows_is_none(
     overflowing.batches |= set(range(accumulated + 1, 4 * accumulated + 1, accumulated))
     steps: list[tuple[int, int]] = []
 
-    def watch(progress: denoiser.Progress) -> None:
+    def watch(progress: adapt_unet.Progress) -> None:
         steps.append((progress.step, progress.batches))
 
     fresh()
@@ -169,7 +169,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(
     train(make_config(fp16(settings, output=tmp_path / "whole")), on_progress=lambda p: whole.append(p.loss.item()))
     settings |= {"output": str(tmp_path / "parts")}
 
-    def stop(progress: denoiser.Progress) -> None:
+    def stop(progress: adapt_unet.Progress) -> None:
         parts.append(progress.loss.item())
         if progress.step == 4:
             signal.raise_signal(signal.SIGINT)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.examples import Example, find_examples, scan
-from ipadapter_trainer.data.images import PICTURE_SUFFIXES, READS_AVIF
+from ipadapter_trainer.data.images import IMAGE_SUFFIXES, READS_AVIF
 from ipadapter_trainer.errors import DataError
 from PIL import Image
 from typer.testing import CliRunner
@@ -55,7 +55,7 @@ def test_avif_is_read(tmp_path: Path) -> None:
 def test_without_avif_its_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ipadapter_trainer.data import folders
 
-    monkeypatch.setattr(folders, "PICTURE_SUFFIXES", tuple(s for s in PICTURE_SUFFIXES if s != ".avif"))
+    monkeypatch.setattr(folders, "PICTURE_SUFFIXES", tuple(s for s in IMAGE_SUFFIXES if s != ".avif"))
     for name in ("a.avif", "b.AVIF"):
         (tmp_path / name).touch()
     assert scan(tmp_path).ignored == ["2 .avif files are ignored: Pillow 11.3 or newer reads it."]

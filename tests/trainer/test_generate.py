@@ -10,7 +10,7 @@ from ipadapter_trainer.errors import TrainerError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import encode_prompts
 from ipadapter_trainer.models.generate import decode, generate, initial_latents
-from ipadapter_trainer.models.image_features import encode_pictures
+from ipadapter_trainer.models.image_features import encode_images
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from PIL import Image
 from torch import Tensor
@@ -40,7 +40,7 @@ def prompt_for(model: BaseModel, adapter: IPAdapter, count: int = 3) -> tuple[Te
     noise = torch.randint(256, (count, 40, 48, 3), generator=generator, dtype=torch.uint8).numpy()
     pictures = [Image.fromarray(rows) for rows in noise]
     faces = torch.randn(count, 512, generator=generator) if adapter.spec.face_width else None
-    return encode_pictures(model, adapter.spec, pictures, faces)
+    return encode_images(model, adapter.spec, pictures, faces)
 
 
 @pytest.fixture(scope="module")
@@ -265,5 +265,5 @@ def test_what_does_not_fit_is_refused(base_model: BaseModel, sdxl_model: BaseMod
 
 def test_pictures_of_any_mode_are_encoded(base_model: BaseModel, adapter: IPAdapter) -> None:
     pictures = [Image.new(mode, (50, 40)) for mode in ("RGB", "L", "RGBA", "P", "CMYK")]
-    (embeds,) = encode_pictures(base_model, adapter.spec, pictures)
+    (embeds,) = encode_images(base_model, adapter.spec, pictures)
     assert embeds.shape == (5, 24)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ipadapter_trainer.data.images import READS_AVIF, cover_and_crop, open_rgb, to_rgb, why_broken
+from ipadapter_trainer.data.images import READS_AVIF, open_rgb, resize_and_crop, to_rgb, why_unreadable
 from PIL import Image
 
 from .tiny_data import encoded_picture
@@ -142,7 +142,7 @@ def reason(data: bytes | Path | Image.Image) -> str:
     with pytest.raises(Exception) as error:  # of every kind
         open_rgb(io.BytesIO(data) if isinstance(data, bytes) else data)
     assert isinstance(error.value, Exception)
-    return why_broken(error.value)
+    return why_unreadable(error.value)
 
 
 def test_a_picture_without_pixels_is_named() -> None:
@@ -161,7 +161,7 @@ def test_a_strip_is_cut_before_it_is_scaled(size: tuple[int, int]) -> None:
     """Scaled first it would be 1,048,576 x 512 pixels: 10 seconds and 2 GB."""
     strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     started = time.perf_counter()
-    cut = cover_and_crop(strip, (512, 512)).picture
+    cut = resize_and_crop(strip, (512, 512)).picture
     assert time.perf_counter() - started < 1
     assert cut.size == (512, 512)
 
@@ -174,7 +174,7 @@ def test_the_cut_of_a_strip_is_that_of_the_scaled_strip(place: float) -> None:
         whole = strip.resize((int(size[0] * scale), int(size[1] * scale)), Image.Resampling.BILINEAR)
         x, y = round((whole.width - 64) * place), round((whole.height - 64) * place)
         expected = np.array(whole.crop((x, y, x + 64, y + 64)), dtype=int)
-        cut = cover_and_crop(strip, (64, 64), place, place)
+        cut = resize_and_crop(strip, (64, 64), place, place)
         assert cut.top_left == (y, x)
         assert np.abs(np.array(cut.picture, dtype=int) - expected).max() <= 1
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from ipadapter_trainer.data import shards, url_stream
-from ipadapter_trainer.data.augmentation import Recipe
+from ipadapter_trainer.data.augmentation import Augmentation
 from ipadapter_trainer.data.face_embeds import face_id_embed
 from ipadapter_trainer.data.images import open_rgb
-from ipadapter_trainer.data.preprocess import Encoding
+from ipadapter_trainer.data.preprocess import Preprocessor
 from ipadapter_trainer.data.shard_files import (
     count_samples,
     expand_shards,
@@ -27,20 +27,20 @@ from ipadapter_trainer.data.shard_files import (
     raw_samples,
 )
 from ipadapter_trainer.data.shard_index import index_shards
-from ipadapter_trainer.data.shards import Place, sample_stream, shard_loader
+from ipadapter_trainer.data.shards import ShardWorker, sample_stream, shard_loader
 from ipadapter_trainer.data.url_stream import UrlStream
 from ipadapter_trainer.errors import DataError
 from ipadapter_trainer.models.base_model import BaseModel
 from PIL import Image, UnidentifiedImageError
 
-from .tiny_data import assert_same, encoded_picture, encoding_of, sample, write_shard
+from .tiny_data import assert_same, encoded_picture, preprocessor_from_config, sample, write_shard
 
-PLACE = Place(0, 1, 0, 1)
+PLACE = ShardWorker(0, 1, 0, 1)
 
 
 @pytest.fixture
-def encoding(base_model: BaseModel) -> Encoding:
-    return encoding_of(base_model)
+def preprocessor(base_model: BaseModel) -> Preprocessor:
+    return preprocessor_from_config(base_model)
 
 
 @pytest.fixture
@@ -52,16 +52,16 @@ def four(tmp_path: Path) -> list[str]:
     ]
 
 
-def captions(encoding: Encoding, batch: Any) -> list[str]:
-    tokenizer = encoding.tokenizers[0]
+def captions(preprocessor: Preprocessor, batch: Any) -> list[str]:
+    tokenizer = preprocessor.tokenizers[0]
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in batch["text_input_ids"]]
 
 
-def plain(resolution: int = 32, **changes: Any) -> Recipe:
-    return Recipe(resolution, **{"image_dropout": 0.0, "text_dropout": 0.0, "both_dropout": 0.0, **changes})
+def plain(resolution: int = 32, **changes: Any) -> Augmentation:
+    return Augmentation(resolution, **{"image_dropout": 0.0, "text_dropout": 0.0, "both_dropout": 0.0, **changes})
 
 
-def numbers(shards: list[str], place: Place, many: int, skip: int = 0, seed: int = 0) -> list[tuple[int, str]]:
+def numbers(shards: list[str], place: ShardWorker, many: int, skip: int = 0, seed: int = 0) -> list[tuple[int, str]]:
     stream = sample_stream(shards, place, seed, [], skip)
     return [(epoch, raw["__key__"]) for epoch, raw in islice(stream, many)]
 
@@ -144,13 +144,13 @@ def test_what_a_sample_lacks_is_named(tmp_path: Path, files: dict[str, bytes], w
         parse_sample(raw)
 
 
-def test_references_and_faces_reach_the_batch(encoding: Encoding, tmp_path: Path) -> None:
+def test_references_and_faces_reach_the_batch(preprocessor: Preprocessor, tmp_path: Path) -> None:
     face = io.BytesIO()
     np.save(face, np.eye(1, 512, dtype=np.float32))
     blue = encoded_picture(Image.new("RGB", (40, 40), "blue"))
     files = {**sample(1), "reference.png": blue, "face.npy": face.getvalue()}
     shard = write_shard(tmp_path / "a.tar", {"1": files, "2": sample(2)})
-    loader = shard_loader([str(shard)], replace(encoding, takes_face=True), plain(), batch_size=2, workers=0)
+    loader = shard_loader([str(shard)], replace(preprocessor, takes_face=True), plain(), batch_size=2, workers=0)
     batch = next(iter(loader))
     assert batch["face_id_embed"].shape == (2, 512)
     assert batch["clip_images"][:, :, 0, 0].argmax(dim=1).tolist() == [2, 2]
@@ -173,7 +173,9 @@ def test_an_epoch_has_every_sample_and_another_order_each(four: list[str]) -> No
 
 
 def test_processes_and_workers_share_an_epoch(four: list[str]) -> None:
-    shares = [[key for e, key in numbers(four, Place(p, 2, w, 2), 30) if e == 0] for p in range(2) for w in range(2)]
+    shares = [
+        [key for e, key in numbers(four, ShardWorker(p, 2, w, 2), 30) if e == 0] for p in range(2) for w in range(2)
+    ]
     assert sorted(key for share in shares for key in share) == sorted(key for _, key in numbers(four, PLACE, 18))
 
 
@@ -210,96 +212,96 @@ def test_counting_agrees_with_reading(four: list[str], tmp_path: Path) -> None:
 # --- Batches
 
 
-def test_batches_are_the_same_with_any_resume(four: list[str], encoding: Encoding) -> None:
-    recipe = Recipe(32, flip=True, crop="random", noise_offset=0.1)
+def test_batches_are_the_same_with_any_resume(four: list[str], preprocessor: Preprocessor) -> None:
+    augmentation = Augmentation(32, flip=True, crop="random", noise_offset=0.1)
     options: dict[str, Any] = {"batch_size": 2, "seed": 3}
     for workers in (0, 2):
-        whole = list(islice(shard_loader(four, encoding, recipe, workers=workers, **options), 9))
+        whole = list(islice(shard_loader(four, preprocessor, augmentation, workers=workers, **options), 9))
         for start in (1, 4):
-            late = shard_loader(four, encoding, recipe, workers=workers, start=start, **options)
+            late = shard_loader(four, preprocessor, augmentation, workers=workers, start=start, **options)
             for one, other in zip(whole[start:], islice(late, 9 - start), strict=True):
                 assert_same(one, other)
 
 
-def test_one_worker_is_like_none(four: list[str], encoding: Encoding) -> None:
-    made = [shard_loader(four, encoding, plain(), batch_size=3, workers=workers) for workers in (0, 1)]
+def test_one_worker_is_like_none(four: list[str], preprocessor: Preprocessor) -> None:
+    made = [shard_loader(four, preprocessor, plain(), batch_size=3, workers=workers) for workers in (0, 1)]
     for one, other in zip(islice(made[0], 4), islice(made[1], 4), strict=True):
         assert_same(one, other)
 
 
-def test_randomness_comes_from_the_sample_not_from_the_batch(four: list[str], encoding: Encoding) -> None:
+def test_randomness_comes_from_the_sample_not_from_the_batch(four: list[str], preprocessor: Preprocessor) -> None:
     drawn: list[dict[str, torch.Tensor]] = []
     for batch_size in (3, 6):
-        batches = islice(shard_loader(four, encoding, plain(), batch_size=batch_size, workers=0), 18 // batch_size)
+        batches = islice(shard_loader(four, preprocessor, plain(), batch_size=batch_size, workers=0), 18 // batch_size)
         by_text = {}
         for batch in batches:
-            by_text |= dict(zip(captions(encoding, batch), batch["noise"], strict=True))
+            by_text |= dict(zip(captions(preprocessor, batch), batch["noise"], strict=True))
         drawn.append(by_text)
     assert len(drawn[0]) == 18
     assert_same(drawn[0], drawn[1])
 
 
-def test_too_few_shards_say_what_to_do(four: list[str], encoding: Encoding) -> None:
+def test_too_few_shards_say_what_to_do(four: list[str], preprocessor: Preprocessor) -> None:
     with pytest.raises(DataError, match=r"4 shards for 2 processes with 3 workers each.*Set workers=2"):
-        shard_loader(four, encoding, plain(), batch_size=1, processes=2, workers=3)
+        shard_loader(four, preprocessor, plain(), batch_size=1, processes=2, workers=3)
     with pytest.raises(DataError, match=r"4 shards for 5 processes.*fewer processes"):
-        shard_loader(four, encoding, plain(), batch_size=1, processes=5, workers=0)
+        shard_loader(four, preprocessor, plain(), batch_size=1, processes=5, workers=0)
 
 
 # --- Broken
 
 
-def test_a_broken_sample_is_replaced_and_named(tmp_path: Path, encoding: Encoding) -> None:
+def test_a_broken_sample_is_replaced_and_named(tmp_path: Path, preprocessor: Preprocessor) -> None:
     samples = {f"{n}": sample(n) for n in range(6)}
     for n in (0, 2):
         samples[f"{n}"]["png"] = b"no picture"
     del samples["4"]["txt"]
     shard = str(write_shard(tmp_path / "a.tar", samples))
-    batches = list(islice(shard_loader([shard], encoding, plain(), batch_size=3, workers=0), 4))
+    batches = list(islice(shard_loader([shard], preprocessor, plain(), batch_size=3, workers=0), 4))
     for epoch in (batches[:2], batches[2:]):
         named = sorted(line.split(":")[0] for batch in epoch for line in batch["broken"])
         assert named == ["a.tar/0", "a.tar/2", "a.tar/4"]
     for batch in batches:
         assert len(batch["images"]) == 3
-        assert set(captions(encoding, batch)) <= {"caption 1", "caption 3", "caption 5"}
+        assert set(captions(preprocessor, batch)) <= {"caption 1", "caption 3", "caption 5"}
         assert len({float(noise.flatten()[0]) for noise in batch["noise"]}) == 3
 
 
-def test_a_batch_of_broken_samples_borrows_one(tmp_path: Path, encoding: Encoding) -> None:
+def test_a_batch_of_broken_samples_borrows_one(tmp_path: Path, preprocessor: Preprocessor) -> None:
     """With batches of one, a broken sample is a broken batch."""
     samples = {f"{n}": sample(n) for n in range(5)}
     for n in (1, 2, 4):
         samples[f"{n}"]["png"] = b""
     shard = str(write_shard(tmp_path / "a.tar", samples))
-    whole = list(islice(shard_loader([shard], encoding, plain(), batch_size=1, workers=0), 10))
+    whole = list(islice(shard_loader([shard], preprocessor, plain(), batch_size=1, workers=0), 10))
     assert sum(len(batch["broken"]) for batch in whole) == 6
     for start in (1, 3, 7):
-        late = shard_loader([shard], encoding, plain(), batch_size=1, workers=0, start=start)
+        late = shard_loader([shard], preprocessor, plain(), batch_size=1, workers=0, start=start)
         for one, other in zip(whole[start:], islice(late, 10 - start), strict=True):
             assert_same(one, other)
 
 
 def test_nothing_but_broken_samples_is_one_clear_error(
-    tmp_path: Path, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, preprocessor: Preprocessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "_LOOK_AHEAD", 20)
     shard = str(write_shard(tmp_path / "a.tar", {"1": {"png": b"", "txt": b"a"}, "2": {"png": b"", "txt": b"b"}}))
     with pytest.raises(DataError, match=r"None of 22 samples in a row can be used. The first: a\.tar/"):
-        next(iter(shard_loader([shard], encoding, plain(), batch_size=2, workers=0)))
+        next(iter(shard_loader([shard], preprocessor, plain(), batch_size=2, workers=0)))
 
 
-def test_a_damaged_shard_ends_early_and_is_named(four: list[str], encoding: Encoding, tmp_path: Path) -> None:
+def test_a_damaged_shard_ends_early_and_is_named(four: list[str], preprocessor: Preprocessor, tmp_path: Path) -> None:
     cut = tmp_path / "cut.tar"
     cut.write_bytes(Path(four[3]).read_bytes()[:4000])
     broken: list[str] = []
     keys = [raw["__key__"] for raw in raw_samples(str(cut), broken.append)]
     assert 0 < len(keys) < 6
     assert len(broken) == 1 and "cut.tar" in broken[0] and "unexpected end" in broken[0]
-    loader = shard_loader([str(cut), *four[:3]], encoding, plain(), batch_size=4, workers=0)
+    loader = shard_loader([str(cut), *four[:3]], preprocessor, plain(), batch_size=4, workers=0)
     assert any("cut.tar" in line for batch in islice(loader, 6) for line in batch["broken"])
     (tmp_path / "no.tar").write_text("no tar file" * 100)
     with pytest.raises(DataError, match=r"hold no sample.*no\.tar"):
-        next(iter(shard_loader([str(tmp_path / "no.tar")], encoding, plain(), batch_size=1, workers=0)))
+        next(iter(shard_loader([str(tmp_path / "no.tar")], preprocessor, plain(), batch_size=1, workers=0)))
 
 
 # --- By URL
@@ -341,11 +343,13 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
     server.server_close()
 
 
-def test_shards_by_url_are_like_local_ones(four: list[str], host: tuple[str, type[Host]], encoding: Encoding) -> None:
+def test_shards_by_url_are_like_local_ones(
+    four: list[str], host: tuple[str, type[Host]], preprocessor: Preprocessor
+) -> None:
     urls = expand_shards(f"{host[0]}/s{{0..3}}.tar?token=a")
     for start in (0, 3):
         local, remote = (
-            islice(shard_loader(data, encoding, plain(), batch_size=2, workers=0, start=start), 5)
+            islice(shard_loader(data, preprocessor, plain(), batch_size=2, workers=0, start=start), 5)
             for data in (four, urls)
         )
         for one, other in zip(local, remote, strict=True):

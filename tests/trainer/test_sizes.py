@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ipadapter_trainer.data.check import check_data
 from ipadapter_trainer.data.examples import Example, find_examples
-from ipadapter_trainer.data.from_config import size_notes_of
+from ipadapter_trainer.data.from_config import size_notes_from_config
 from ipadapter_trainer.data.sizes import SAMPLE, sample_sizes, size_notes
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
@@ -77,7 +77,7 @@ def test_a_training_and_the_check_say_it(
         Image.new("RGB", (60, 90)).save(pictures / f"{name}.png")
     config = make_config({**settings, "steps": 1})
     line = "Smaller than 64x64 pixels, so scaled up and blurred: 2 of 6 images."
-    assert size_notes_of(config, find_examples(pictures)) == [line]
+    assert size_notes_from_config(config, find_examples(pictures)) == [line]
     with caplog.at_level(logging.WARNING):
         train(config)
     assert caplog.messages.count(line) == 1

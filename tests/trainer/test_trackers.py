@@ -192,7 +192,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from ipadapter_trainer.engine.denoiser import Progress
+from ipadapter_trainer.engine.adapt_unet import Progress
 from ipadapter_trainer.monitor.trackers import RunLog, tracker_arguments
 
 def refused(self, address):

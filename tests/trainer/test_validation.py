@@ -16,7 +16,7 @@ from ipadapter_trainer.models.conditioning import encode_prompts
 from ipadapter_trainer.models.features import Features
 from ipadapter_trainer.models.image_features import dropped_features
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
-from ipadapter_trainer.training.adapted_unet import TrainingBatch, denoiser
+from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
 from ipadapter_trainer.training.new_adapter import new_adapter
 from ipadapter_trainer.training.objective import new_objective
 from ipadapter_trainer.training.optimizers import new_optimizer
@@ -29,7 +29,7 @@ from .conftest import draw_picture
 from .tiny_models import COLOURS
 
 
-def examples(model: BaseModel, adapter: IPAdapter, rows: int = 5, seed: int = 0) -> TrainingBatch:
+def examples(model: BaseModel, adapter: IPAdapter, rows: int = 5, seed: int = 0) -> TrainBatch:
     generator, spec = torch.Generator().manual_seed(seed), adapter.spec
     shapes: list[tuple[int, ...]] = []
     if spec.face_width is not None:
@@ -44,15 +44,15 @@ def examples(model: BaseModel, adapter: IPAdapter, rows: int = 5, seed: int = 0)
         torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(rows, -1) if model.is_sdxl else None,
     )
     unused = torch.full((rows,), -1)
-    return TrainingBatch(features, unused, unused, unused)
+    return TrainBatch(features, unused, unused, unused)
 
 
-def with_images(batch: TrainingBatch, *image_features: torch.Tensor) -> TrainingBatch:
+def with_images(batch: TrainBatch, *image_features: torch.Tensor) -> TrainBatch:
     return replace(batch, features=replace(batch.features, image_features=image_features))
 
 
-def measure(model: BaseModel, adapter: IPAdapter, batch: TrainingBatch, **options: Any) -> dict[str, float]:
-    with denoiser(model, adapter) as denoising:
+def measure(model: BaseModel, adapter: IPAdapter, batch: TrainBatch, **options: Any) -> dict[str, float]:
+    with adapt_unet(model, adapter) as denoising:
         return Validation(model, batch.features, **options).measure(denoising)
 
 
@@ -63,13 +63,11 @@ def adapter(base_model: BaseModel) -> IPAdapter:
 
 
 @pytest.fixture
-def batch(base_model: BaseModel, adapter: IPAdapter) -> TrainingBatch:
+def batch(base_model: BaseModel, adapter: IPAdapter) -> TrainBatch:
     return examples(base_model, adapter)
 
 
-def test_the_base_alone_is_computed_again_by_hand(
-    base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch
-) -> None:
+def test_the_base_alone_is_computed_again_by_hand(base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch) -> None:
     generator = torch.Generator().manual_seed(SEED)
     time = stratified_timesteps(5, 1000, generator)
     noise = torch.randn(20, 4, 8, 8, generator=generator)
@@ -82,7 +80,7 @@ def test_the_base_alone_is_computed_again_by_hand(
 
 
 def test_other_images_in_the_batch_give_the_other_losses(
-    base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch
+    base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch
 ) -> None:
     numbers = measure(base_model, adapter, batch)
     (embeds,) = batch.features.image_features
@@ -111,11 +109,9 @@ def test_a_dropped_image_is_that_of_the_kind(base_model: BaseModel, name: str) -
     assert numbers["validation/loss_dropped"] == pytest.approx(none["validation/loss"], rel=1e-5)
 
 
-def test_the_same_weights_give_the_same_numbers(
-    base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch
-) -> None:
+def test_the_same_weights_give_the_same_numbers(base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch) -> None:
     """Again, in other chunks, and without touching any random state."""
-    with denoiser(base_model, adapter) as denoising:
+    with adapt_unet(base_model, adapter) as denoising:
         validation = Validation(base_model, batch.features)
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         first = validation.measure(denoising)
@@ -135,11 +131,11 @@ def test_the_same_weights_give_the_same_numbers(
     assert torch.equal(rests, base_model.unet(batch.features.latents, 500, batch.features.text.states).sample)
 
 
-def test_the_attention_ratio(base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch) -> None:
+def test_the_attention_ratio(base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch) -> None:
     """Values twice as large double it in the first layer, where the text attention is still the same; without values
     it is 0, and the loss that of the base model.
     """
-    with denoiser(base_model, adapter) as denoising:
+    with adapt_unet(base_model, adapter) as denoising:
         validation = Validation(base_model, batch.features)
         numbers, ratios = validation.measure(denoising), validation.layer_ratios
         assert list(ratios) == [2 * i + 1 for i in range(16)]
@@ -166,14 +162,14 @@ def test_the_gap_opens_when_the_image_is_read(base_model: BaseModel, adapter: IP
 
     def steps() -> Any:
         for _ in repeat(None):
-            yield TrainingBatch(
+            yield TrainBatch(
                 same_text,
                 torch.zeros(2),
                 torch.randn(2, 4, 8, 8, generator=generator),
                 torch.randint(1000, (2,), generator=generator),
             )
 
-    with denoiser(base_model, adapter) as denoising:
+    with adapt_unet(base_model, adapter) as denoising:
         validation = Validation(base_model, batch.features)
         before = validation.measure(denoising)
         for _ in train_steps(denoising, steps(), optimizer=new_optimizer(adapter, 1e-2), steps=60):
@@ -185,7 +181,7 @@ def test_the_gap_opens_when_the_image_is_read(base_model: BaseModel, adapter: IP
 
 
 def test_without_another_image_nothing_is_shuffled(
-    base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch
+    base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch
 ) -> None:
     (embeds,) = batch.features.image_features
     alike = measure(base_model, adapter, with_images(batch, embeds[:1].expand(5, -1)))
@@ -219,10 +215,10 @@ def test_half_precision_is_that_of_the_steps(model_folder: Path) -> None:
     model = load_base_model(model_folder, torch.bfloat16)
     adapter = new_adapter(model, TRAIN_KINDS["faceid"])
     batch = examples(model, adapter, rows=2)
-    with denoiser(model, adapter) as denoising:
+    with adapt_unet(model, adapter) as denoising:
         validation = Validation(model, batch.features)
         numbers = validation.measure(denoising)
-        step = TrainingBatch(batch.features, torch.zeros(2), validation._noise[:2], validation._timesteps[:2])
+        step = TrainBatch(batch.features, torch.zeros(2), validation._noise[:2], validation._timesteps[:2])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             first_quarter = float(denoising.loss(step))
         assert numbers["validation/loss_t0"] == pytest.approx(first_quarter, rel=1e-6)
@@ -241,7 +237,7 @@ def test_a_compiled_unet_is_not_compiled_again(model_folder: Path) -> None:
 
     plain = measure(model, adapter, batch)
     model.unet.compile(backend=backend)
-    with denoiser(model, adapter) as denoising:
+    with adapt_unet(model, adapter) as denoising:
         validation = Validation(model, batch.features, sample=sample)
         assert validation.measure(denoising) == plain
         validation.samples(adapter)
@@ -259,7 +255,7 @@ def test_samples(model: str, kind: str, request: pytest.FixtureRequest) -> None:
     validation = Validation(base, batch.features, sample=Samples(pictures, "a blue square", steps=2), chunk=1)
     base.release("vae", "text_encoders", "image_encoder")
     loaded = set(base._loaded)
-    with denoiser(base, adapter) as denoising:
+    with adapt_unet(base, adapter) as denoising:
         base.release("image_encoder")
         state, processors = torch.get_rng_state(), base.unet.attn_processors
         grid = validation.samples(adapter)
@@ -282,7 +278,7 @@ def test_samples(model: str, kind: str, request: pytest.FixtureRequest) -> None:
     assert not denoising.application.key_values
 
 
-def test_samples_may_be_off_or_without_a_text(base_model: BaseModel, adapter: IPAdapter, batch: TrainingBatch) -> None:
+def test_samples_may_be_off_or_without_a_text(base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch) -> None:
     assert Validation(base_model, batch.features).samples(adapter) is None
     assert Validation(base_model, batch.features, sample=Samples([])).samples(adapter) is None
     grid = Validation(base_model, batch.features, sample=Samples([(draw_picture("red"), "")], steps=1)).samples(adapter)

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ipadapter_trainer.data.preprocess import Encoding
+from ipadapter_trainer.data.preprocess import Preprocessor
 from ipadapter_trainer.models.base_model import BaseModel
 from PIL import Image
 
 
-def encoding_of(base_model: BaseModel, **changes: Any) -> Encoding:
+def preprocessor_from_config(base_model: BaseModel, **changes: Any) -> Preprocessor:
     values = {
         "tokenizers": base_model.tokenizers,
         "text_length": base_model.text_length,
         "image_processor": base_model.image_processor,
         **changes,
     }
-    return Encoding(**values)
+    return Preprocessor(**values)
 
 
 def encoded_picture(picture: Image.Image, kind: str = "png") -> bytes:

@@ -20,7 +20,7 @@ from ipadapter_trainer.models.conditioning import TextStates, encode_prompts
 from ipadapter_trainer.models.features import Features, encode_pixels
 from ipadapter_trainer.models.image_features import encode_clip_images
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
-from ipadapter_trainer.training.adapted_unet import TrainingBatch, denoiser
+from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
 from ipadapter_trainer.training.new_adapter import new_adapter
 from torch import Tensor, nn
 
@@ -93,7 +93,7 @@ def encode_emoji(
     )
 
 
-def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> TrainingBatch:
+def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> TrainBatch:
     """One training batch; everything random comes from ``generator``, on the features' device."""
     device = features.styles.device
 
@@ -117,7 +117,7 @@ def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Genera
         text=TextStates(torch.where(without_text[:, None, None], features.no_text, features.text_states[rows]), None),
         image_features=(features.image_features[views, references],),
     )
-    return TrainingBatch(
+    return TrainBatch(
         batch,
         drop_image_embeds=dropout < IMAGE_DROPOUT + BOTH_DROPOUT,
         noise=torch.randn(batch.latents.shape, generator=generator, device=device),
@@ -125,7 +125,7 @@ def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Genera
     )
 
 
-def emoji_batches(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> Iterator[TrainingBatch]:
+def emoji_batches(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> Iterator[TrainBatch]:
     """Endless training batches."""
     while True:
         yield draw_batch(features, batch_size, generator)
@@ -148,7 +148,7 @@ def fit_adapter(
     torch.manual_seed(seed)
     adapter = new_adapter(base_model, TRAIN_KINDS[kind])
     features = encode_emoji(base_model, pictures, adapter.spec.feature, seed, views, views)
-    with denoiser(base_model, adapter) as denoising:
+    with adapt_unet(base_model, adapter) as denoising:
 
         def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
             return {"loss": denoising.loss(draw_batch(features, batch_size, generator))}

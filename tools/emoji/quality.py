@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from ipadapter_trainer.data.images import to_pictures
+from ipadapter_trainer.data.images import to_pil_images
 from ipadapter_trainer.emoji.clip import normalize, styled_caption
 from ipadapter_trainer.emoji.judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity
 from ipadapter_trainer.emoji.loop import training_device
@@ -194,7 +194,7 @@ def draw_sheet(base_model: BaseModel, adapter: IPAdapter, pictures: EmojiPicture
             guidance=GUIDANCE,
         )
         columns.append((title, drawn.cpu()))
-    return draw_grid([(title, to_pictures(images)) for title, images in columns], side=SIZE)
+    return draw_grid([(title, to_pil_images(images)) for title, images in columns], side=SIZE)
 
 
 def judge_the_judges(judges: Judges, held_out: EmojiPictures, seed: int = 0) -> dict[str, float]:

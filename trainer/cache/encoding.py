@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data.augmentation import Recipe
+from ..data.augmentation import Augmentation
 from ..data.buckets import Buckets
 from ..data.dataset import worker_options
 from ..data.examples import Example
-from ..data.preprocess import Encoding
+from ..data.preprocess import Preprocessor
 from ..errors import CacheError
 from ..models.base_model import BaseModel
 from ..models.conditioning import encode_tokens, tokenize
@@ -38,8 +38,8 @@ class Caching:
     config: TrainConfig
     folder: Path
     base_model: BaseModel
-    encoding: Encoding
-    recipe: Recipe
+    preprocessor: Preprocessor
+    augmentation: Augmentation
     examples: Sequence[Example]
     rows: Rows
     buckets: Buckets
@@ -51,12 +51,12 @@ class Caching:
         """Batches of the rows of some shards of one table, in order; none crosses a shard."""
         settings, variants = self.settings, self.settings.reference_variants
         dataset: PictureViews | ReferenceViews = ReferenceViews(
-            self.rows.references, self.encoding, self.recipe, variants
+            self.rows.references, self.preprocessor, self.augmentation, variants
         )
         if shards[0].table == "pictures":
             variants = max(settings.latent_variants, settings.own_variants)
             dataset = PictureViews(
-                self.examples, self.encoding, self.recipe, settings.latent_variants, settings.own_variants
+                self.examples, self.preprocessor, self.augmentation, settings.latent_variants, settings.own_variants
             )
         each = max(1, self.config.batch_size // variants)
         batches = [

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data.buckets import Buckets
 from ..data.examples import Example
-from ..data.images import Size, Stored
+from ..data.images import Size, StoredImage
 from ..data.tar_member import PackedFile
 from ..models.base_model import BaseModel
 from .settings import RowBytes, Settings, row_bytes
@@ -30,7 +30,7 @@ class Rows:
 
     captions: list[str]  # the empty one first
     caption_of: np.ndarray  # int32 [N]
-    references: list[Stored]
+    references: list[StoredImage]
     references_of: list[tuple[int, ...]]  # empty: the picture is its own reference
 
     @classmethod
@@ -38,7 +38,7 @@ class Rows:
         """Of the examples in their order."""
         captions = {"": 0}
         references: dict[Path | PackedFile | int, int] = {}  # pictures in memory by their id
-        pictures: list[Stored] = []
+        pictures: list[StoredImage] = []
         caption_of = np.empty(len(examples), dtype=np.int32)
         references_of: list[tuple[int, ...]] = []
         for row, example in enumerate(examples):

@@ -12,12 +12,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..data.augmentation import Draw, Geometry, Recipe, geometry, randomness
+from ..data.augmentation import Augmentation, CropParams, SampleIndex, crop_params, noise_params
 from ..data.buckets import Buckets
-from ..data.dataset import PictureDataset
+from ..data.dataset import ImageDataset
 from ..data.examples import Example
 from ..data.images import Size
-from ..data.preprocess import Encoding, drawn_values, open_picture, picture_tensors, reference_tensor
+from ..data.preprocess import Preprocessor, image_tensors, noise_tensors, open_picture, reference_tensor
 from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
@@ -113,8 +113,8 @@ class Cache:
         return variants[(variant * flips + flip) % len(variants)]
 
 
-class CachedDataset(PictureDataset):
-    """The items of a `PictureDataset` over the same examples, from a cache: `latents_mean`, `latents_std`,
+class CachedDataset(ImageDataset):
+    """The items of a `ImageDataset` over the same examples, from a cache: `latents_mean`, `latents_std`,
     `text_states`, `text_embeds` (SDXL) and `image_features` instead of `images`, `text_input_ids` and `clip_images`.
 
     Order, noise, timesteps, dropout and flips are the same. The crop is that of a picture's use in epoch number
@@ -122,28 +122,30 @@ class CachedDataset(PictureDataset):
     of the reference that the same use of the pictures would see, beside the cached crop.
     """
 
-    def __init__(self, examples: Sequence[Example], encoding: Encoding, recipe: Recipe, cache: Cache) -> None:
+    def __init__(
+        self, examples: Sequence[Example], preprocessor: Preprocessor, augmentation: Augmentation, cache: Cache
+    ) -> None:
         # Workers need no tokenizers, which are slow to send.
-        super().__init__(examples, replace(encoding, tokenizers=()), recipe, cache.buckets)
+        super().__init__(examples, replace(preprocessor, tokenizers=()), augmentation, cache.buckets)
         self.cache = cache
 
-    def _item(self, row: int, size: Size, draw: Draw) -> dict[str, Any]:
-        example, address = self.examples[row], draw.address(self.recipe.seed)
-        where = geometry(self.recipe, address)
-        shape = self.encoding.latent_shape(size)
-        drawn = randomness(self.recipe, address, shape, self.encoding.num_train_timesteps)
+    def _item(self, row: int, size: Size, draw: SampleIndex) -> dict[str, Any]:
+        example, address = self.examples[row], draw.address(self.augmentation.seed)
+        where = crop_params(self.augmentation, address)
+        shape = self.preprocessor.latent_shape(size)
+        drawn = noise_params(self.augmentation, address, shape, self.preprocessor.num_train_timesteps)
         variant = draw.epoch + draw.repeat
         latents = self.cache.latents(row, variant, where.flip)
         if latents["latents_mean"].shape != shape:
             raise DataError(f"of another bucket than {size[0]}x{size[1]}")
-        item = {**latents, **drawn_values(drawn), **self.cache.text(row, drawn.drop_text)}
-        if self.encoding.image_processor is not None:
+        item = {**latents, **noise_tensors(drawn), **self.cache.text(row, drawn.drop_text)}
+        if self.preprocessor.image_processor is not None:
             item |= self._reference(row, size, variant, where)
-        if self.encoding.takes_face:
+        if self.preprocessor.takes_face:
             item["face_id_embed"] = self._face_id_embed(example)
         return item
 
-    def _reference(self, row: int, size: Size, variant: int, where: Geometry) -> dict[str, Tensor]:
+    def _reference(self, row: int, size: Size, variant: int, where: CropParams) -> dict[str, Tensor]:
         numbers = self.cache.rows.references_of[row]
         own = not numbers or where.own_reference
         chosen = 0 if own else int(where.reference * len(numbers))
@@ -153,15 +155,15 @@ class CachedDataset(PictureDataset):
             return {"image_features": self.cache.own_features(row, variant, where.flip)}
         return {"image_features": self.cache.reference_features(numbers[chosen], variant, where.flip)}
 
-    def _clip_images(self, row: int, size: Size, variant: int, where: Geometry, chosen: int | None) -> Tensor:
-        example, recipe = self.examples[row], self.recipe
+    def _clip_images(self, row: int, size: Size, variant: int, where: CropParams, chosen: int | None) -> Tensor:
+        example, augmentation = self.examples[row], self.augmentation
         if chosen is not None:
-            opened, _ = open_picture(self.encoding, recipe, size, example.references[chosen])
-            return reference_tensor(self.encoding, where, opened)
-        cached = geometry(recipe, (recipe.seed, variant % self.cache.settings.cache_variants, row))
+            opened, _ = open_picture(self.preprocessor, augmentation, size, example.references[chosen])
+            return reference_tensor(self.preprocessor, where, opened)
+        cached = crop_params(augmentation, (augmentation.seed, variant % self.cache.settings.cache_variants, row))
         where = replace(where, left=cached.left, top=cached.top)
-        opened = open_picture(self.encoding, recipe, size, example.image)
-        return picture_tensors(self.encoding, recipe, size, where, opened)["clip_images"]
+        opened = open_picture(self.preprocessor, augmentation, size, example.image)
+        return image_tensors(self.preprocessor, augmentation, size, where, opened)["clip_images"]
 
 
 def open_cache(

@@ -11,19 +11,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data.augmentation import Geometry, Recipe, geometry
+from ..data.augmentation import Augmentation, CropParams, crop_params
 from ..data.examples import Example
-from ..data.images import Size, Stored, why_broken
-from ..data.preprocess import Encoding, open_picture, picture_tensors, reference_tensor
+from ..data.images import Size, StoredImage, why_unreadable
+from ..data.preprocess import Preprocessor, image_tensors, open_picture, reference_tensor
 
 Item = tuple[int, Size | None, bool]  # number, bucket, whether the picture is its own reference
 
 
-def views(recipe: Recipe, place: int | str, variants: int) -> Iterator[Geometry]:
+def views(augmentation: Augmentation, place: int | str, variants: int) -> Iterator[CropParams]:
     """What the variants of a row see: crop number v is that of its use in epoch v; with flips, plain and mirrored."""
-    flips = 2 if recipe.flip else 1
+    flips = 2 if augmentation.flip else 1
     for variant in range(variants):
-        where = geometry(recipe, (recipe.seed, variant // flips, place))
+        where = crop_params(augmentation, (augmentation.seed, variant // flips, place))
         yield replace(where, flip=variant % flips == 1, own_reference=True)
 
 
@@ -36,11 +36,16 @@ class PictureViews(Dataset[dict[str, Any]]):
     """`images` [V, 3, H, W] and sizes of examples and, where they are their own reference, `clip_images`."""
 
     def __init__(
-        self, examples: Sequence[Example], encoding: Encoding, recipe: Recipe, latent_variants: int, own_variants: int
+        self,
+        examples: Sequence[Example],
+        preprocessor: Preprocessor,
+        augmentation: Augmentation,
+        latent_variants: int,
+        own_variants: int,
     ) -> None:
         self._examples = examples
-        self._encoding = encoding
-        self._recipe = recipe
+        self._preprocessor = preprocessor
+        self._augmentation = augmentation
         self._latent_variants, self._own_variants = latent_variants, own_variants
 
     def __getitem__(self, item: Item) -> dict[str, Any]:
@@ -53,11 +58,12 @@ class PictureViews(Dataset[dict[str, Any]]):
             return {**self._tensors(row, size, own, blank), "broken": reason(self._examples[row].name, error)}
 
     def _tensors(self, row: int, size: Size, own: bool, instead: Image.Image | None = None) -> dict[str, Tensor]:
-        encoding = self._encoding if own else replace(self._encoding, image_processor=None)
-        opened = open_picture(self._encoding, self._recipe, size, instead or self._examples[row].image)
+        preprocessor = self._preprocessor if own else replace(self._preprocessor, image_processor=None)
+        opened = open_picture(self._preprocessor, self._augmentation, size, instead or self._examples[row].image)
         variants = max(self._latent_variants, self._own_variants if own else 0)
         seen = [
-            picture_tensors(encoding, self._recipe, size, where, opened) for where in views(self._recipe, row, variants)
+            image_tensors(preprocessor, self._augmentation, size, where, opened)
+            for where in views(self._augmentation, row, variants)
         ]
         limits = {"clip_images": self._own_variants}
         return {
@@ -69,10 +75,12 @@ class PictureViews(Dataset[dict[str, Any]]):
 class ReferenceViews(Dataset[dict[str, Any]]):
     """`clip_images` [V, 3, S, S] of pictures that are other pictures' references."""
 
-    def __init__(self, references: Sequence[Stored], encoding: Encoding, recipe: Recipe, variants: int) -> None:
+    def __init__(
+        self, references: Sequence[StoredImage], preprocessor: Preprocessor, augmentation: Augmentation, variants: int
+    ) -> None:
         self._references = references
-        self._encoding = encoding
-        self._recipe = recipe
+        self._preprocessor = preprocessor
+        self._augmentation = augmentation
         self._variants = variants
 
     def __getitem__(self, item: Item) -> dict[str, Any]:
@@ -84,16 +92,16 @@ class ReferenceViews(Dataset[dict[str, Any]]):
             name = "a reference in memory" if isinstance(picture, Image.Image) else str(picture)
             return {**self._tensors(number, Image.new("RGB", (8, 8))), "broken": reason(name, error)}
 
-    def _tensors(self, number: int, picture: Stored) -> dict[str, Tensor]:
-        size = (self._recipe.resolution, self._recipe.resolution)
-        opened, _ = open_picture(self._encoding, self._recipe, size, picture)
-        seen = views(self._recipe, reference_place(number), self._variants)
-        return {"clip_images": torch.stack([reference_tensor(self._encoding, where, opened) for where in seen])}
+    def _tensors(self, number: int, picture: StoredImage) -> dict[str, Tensor]:
+        size = (self._augmentation.resolution, self._augmentation.resolution)
+        opened, _ = open_picture(self._preprocessor, self._augmentation, size, picture)
+        seen = views(self._augmentation, reference_place(number), self._variants)
+        return {"clip_images": torch.stack([reference_tensor(self._preprocessor, where, opened) for where in seen])}
 
 
 def reason(name: str, error: Exception) -> str:
     """Why a picture is left out."""
-    return f"{name}: {why_broken(error)}"
+    return f"{name}: {why_unreadable(error)}"
 
 
 def stack(items: Sequence[dict[str, Any]]) -> dict[str, Tensor | list[str]]:

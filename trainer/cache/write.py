@@ -16,12 +16,12 @@ import torch
 from accelerate import PartialState
 
 from ..data.buckets import assign, read_sizes
-from ..data.from_config import buckets_of, examples_of, hash_of, recipe_of
+from ..data.from_config import augmentation_from_config, buckets_from_config, data_fingerprint, examples_from_config
 from ..errors import CacheError, ConfigError, DataError
 from ..files.provenance import trainer_version
-from ..models.from_config import encoding_of, open_base_model
+from ..models.from_config import base_model_from_config, preprocessor_from_config
 from ..runtime.disk import show_bytes
-from ..runtime.folder_lock import LOCK, NOTE, claim
+from ..runtime.folder_lock import LOCK, NOTE, lock_folder
 from ..runtime.processes import check_precision, launched_on_cpu
 from ..settings.config import TrainConfig
 from .encoding import Caching, write_table
@@ -57,7 +57,7 @@ def write_cache(
     state = PartialState(cpu=launched_on_cpu(), timeout=_PATIENCE)
     check_precision(config.mixed_precision, state.device)
     say = say if state.is_main_process else lambda line: None
-    with claim(config.cache, say):
+    with lock_folder(config.cache, say):
         return _write_cache(config, state, say, progress_bar, force, _dtype)
 
 
@@ -98,15 +98,15 @@ def _write_cache(
 
 def _prepare(config: TrainConfig, state: PartialState, dtype: torch.dtype) -> Caching:
     assert config.cache is not None
-    base_model = open_base_model(config, state.device)
-    examples = examples_of(config)
+    base_model = base_model_from_config(config, state.device)
+    examples = examples_from_config(config)
     rows = Rows.of(examples)
     settings = settings_of(
-        config, base_model, hash_of(config, examples), len(examples), any_reference=bool(rows.references)
+        config, base_model, data_fingerprint(config, examples), len(examples), any_reference=bool(rows.references)
     )
     begun = _begun(config.cache, settings)
     if begun is None or not config.buckets:
-        buckets = buckets_of(config, examples)
+        buckets = buckets_from_config(config, examples)
     else:  # the same ones, although another batch_size may give up others
         buckets = assign(read_sizes(examples), [(width, height) for width, height in begun.buckets])
     plan = make_plan(settings, base_model, rows, buckets, dtype.itemsize)
@@ -114,8 +114,8 @@ def _prepare(config: TrainConfig, state: PartialState, dtype: torch.dtype) -> Ca
         config=config,
         folder=config.cache,
         base_model=base_model,
-        encoding=encoding_of(config, base_model),
-        recipe=recipe_of(config),
+        preprocessor=preprocessor_from_config(config, base_model),
+        augmentation=augmentation_from_config(config),
         examples=examples,
         rows=rows,
         buckets=buckets,

@@ -16,23 +16,23 @@ from torch import Tensor
 Uniform = TypeVar("Uniform", float, Tensor)  # draws from [0, 1)
 
 
-Address = tuple[int, int, int | str]  # seed, epoch, and the row of an example or the name of a sample
+RandomKey = tuple[int, int, int | str]  # seed, epoch, and the row of an example or the name of a sample
 
 
-class Draw(NamedTuple):
+class SampleIndex(NamedTuple):
     """One use of one example. `repeat` counts its uses within the epoch, where it fills up a batch."""
 
     epoch: int
     row: int
     repeat: int = 0
 
-    def address(self, seed: int) -> Address:
+    def address(self, seed: int) -> RandomKey:
         """Where the draw's randomness comes from."""
         return seed, self.epoch, f"{self.row} again {self.repeat}" if self.repeat else self.row
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Augmentation:
     """How an example becomes a training item; every field as in `TrainConfig`."""
 
     resolution: int
@@ -48,7 +48,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class CropParams:
     """Which pixels are seen. Positions are shares in [0, 1], so that they fit a picture of any size."""
 
     left: float  # share of what is cut off that lies to the left of the cut
@@ -62,7 +62,7 @@ class Geometry:
 
 
 @dataclass(frozen=True, eq=False)
-class Randomness:
+class NoiseParams:
     """What is dropped, and the noise."""
 
     drop_image: bool
@@ -72,44 +72,47 @@ class Randomness:
     timestep: int
 
 
-def geometry(recipe: Recipe, address: Address) -> Geometry:
+def crop_params(augmentation: Augmentation, address: RandomKey) -> CropParams:
     """The pixels that a use sees."""
     uniform = _uniform(address, "geometry")
     # All are always drawn, so that turning one option on changes nothing else.
     left, top, flip, own, reference, area, reference_left, reference_top = (uniform.random() for _ in range(8))
-    return Geometry(
-        left=left if recipe.crop == "random" else 0.5,
-        top=top if recipe.crop == "random" else 0.5,
-        flip=recipe.flip and flip < 0.5,
-        own_reference=own < recipe.self_reference,
+    return CropParams(
+        left=left if augmentation.crop == "random" else 0.5,
+        top=top if augmentation.crop == "random" else 0.5,
+        flip=augmentation.flip and flip < 0.5,
+        own_reference=own < augmentation.self_reference,
         reference=reference,
-        reference_area=1 - area * (1 - recipe.reference_crop),
+        reference_area=1 - area * (1 - augmentation.reference_crop),
         reference_left=reference_left,
         reference_top=reference_top,
     )
 
 
-def randomness(
-    recipe: Recipe, address: Address, latent_shape: tuple[int, int, int], num_train_timesteps: int = 1000
-) -> Randomness:
+def noise_params(
+    augmentation: Augmentation, address: RandomKey, latent_shape: tuple[int, int, int], num_train_timesteps: int = 1000
+) -> NoiseParams:
     """Dropout (paper, section 3.2.3), noise [C, h, w] and timestep of a use.
 
     Noise offset adds a constant of its own to each channel (tutorial_train_sdxl.py).
     """
     uniform = _uniform(address, "noise")
     drop_image, drop_text = dropout(
-        uniform.random(), image=recipe.image_dropout, text=recipe.text_dropout, both=recipe.both_dropout
+        uniform.random(),
+        image=augmentation.image_dropout,
+        text=augmentation.text_dropout,
+        both=augmentation.both_dropout,
     )
     timestep = uniform.randrange(num_train_timesteps)
     generator = torch.Generator().manual_seed(uniform.getrandbits(63))
     noise = torch.randn(latent_shape, generator=generator)
     posterior_noise = torch.randn(latent_shape, generator=generator)
-    if recipe.noise_offset:
-        noise = noise + recipe.noise_offset * torch.randn(latent_shape[0], 1, 1, generator=generator)
-    return Randomness(bool(drop_image), bool(drop_text), noise, posterior_noise, timestep)
+    if augmentation.noise_offset:
+        noise = noise + augmentation.noise_offset * torch.randn(latent_shape[0], 1, 1, generator=generator)
+    return NoiseParams(bool(drop_image), bool(drop_text), noise, posterior_noise, timestep)
 
 
-def _uniform(address: Address, purpose: str) -> random.Random:
+def _uniform(address: RandomKey, purpose: str) -> random.Random:
     seed, epoch, place = address
     return random.Random(f"{seed}/{epoch}/{place}/{purpose}")
 

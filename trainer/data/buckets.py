@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError
-from .augmentation import Draw
+from .augmentation import SampleIndex
 from .examples import Example
 from .images import Size, open_lazily, upright_size
 
@@ -126,7 +126,7 @@ def _nearest(values: np.ndarray, sorted_centres: np.ndarray) -> np.ndarray:
     return np.searchsorted(borders, values)
 
 
-class GlobalBatches(Sampler[list[Draw]]):
+class BucketBatchSampler(Sampler[list[SampleIndex]]):
     """Endless batches over all processes, epoch after epoch, from the batch number `start` on.
 
     In an epoch the rows of each bucket come in an order of its own, cut into batches; the last one is filled up with
@@ -151,13 +151,13 @@ class GlobalBatches(Sampler[list[Draw]]):
         """Batches in an epoch."""
         return len(self._batches)
 
-    def starting_at(self, start: int) -> GlobalBatches:
+    def starting_at(self, start: int) -> BucketBatchSampler:
         """The same batches from another number on."""
         other = copy(self)
         other.start = start
         return other
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
         epoch, skip = divmod(self.start, self.per_epoch)
         while True:
             orders = [self._order(len(rows), epoch, bucket) for bucket, rows in enumerate(self._rows)]
@@ -166,24 +166,24 @@ class GlobalBatches(Sampler[list[Draw]]):
                 yield self._draws(epoch, self._rows[bucket], orders[bucket], number)
             epoch, skip = epoch + 1, 0
 
-    def _draws(self, epoch: int, rows: Tensor, order: Tensor, number: int) -> list[Draw]:
+    def _draws(self, epoch: int, rows: Tensor, order: Tensor, number: int) -> list[SampleIndex]:
         places = range(number * self.global_batch, (number + 1) * self.global_batch)
         repeats, picked = zip(*(divmod(place, len(rows)) for place in places), strict=True)
         chosen = rows[order[list(picked)]].tolist()
-        return [Draw(epoch, row, repeat) for row, repeat in zip(chosen, repeats, strict=True)]
+        return [SampleIndex(epoch, row, repeat) for row, repeat in zip(chosen, repeats, strict=True)]
 
     def _order(self, length: int, epoch: int, what: int | str) -> Tensor:
         number = random.Random(f"{self._seed}/{epoch}/order/{what}").getrandbits(63)
         return torch.randperm(length, generator=torch.Generator().manual_seed(number))
 
 
-class ProcessBatches(Sampler[list[Draw]]):
+class ProcessBatchSampler(Sampler[list[SampleIndex]]):
     """The part of each global batch that belongs to one process."""
 
-    def __init__(self, batches: GlobalBatches, batch_size: int, process: int) -> None:
+    def __init__(self, batches: BucketBatchSampler, batch_size: int, process: int) -> None:
         self._batches = batches
         self._part = slice(process * batch_size, (process + 1) * batch_size)
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
         for draws in self._batches:
             yield draws[self._part]

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 
 from ..errors import DataError
 from ..report.contact_sheet import Cell, contact_sheet
-from .check_report import DataReport, Facts, make_report
-from .duplicates import can_look, look_of
-from .examples import Example, Found, scan
-from .images import open_rgb, why_broken
+from .check_report import DataReport, ImageFacts, make_report
+from .duplicates import can_hash_images, image_hash
+from .examples import Example, ScanResult, scan
+from .images import open_rgb, why_unreadable
 from .shard_files import expand_shards, is_shards, parse_sample, raw_samples, shard_name
 
 SAMPLES = 24  # on the contact sheet
@@ -34,7 +34,7 @@ Read = Callable[[], bytes]
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class DataEntry:
     """A picture of a data set, not yet read."""
 
     name: str
@@ -65,7 +65,7 @@ def check_data(
         raise DataError(f"{sheet} would be in the data set, and in the next training. Choose a place outside {data}.")
     missing: list[str] = []
     total: int | None = None
-    found: Found | None = None
+    found: ScanResult | None = None
     if is_shards(data):
         entries = _shard_entries(expand_shards(data), missing)
     else:
@@ -76,8 +76,8 @@ def check_data(
         total = len(entries)
         if not total and not found.unreadable:
             raise DataError(found.nothing)
-    facts: list[Facts] = []
-    samples: dict[int, Facts] = {}
+    facts: list[ImageFacts] = []
+    samples: dict[int, ImageFacts] = {}
     with ThreadPoolExecutor(threads) as pool:  # Pillow's decoders run beside each other
         results = _in_turn(pool, inspect_picture, entries)
         for fact in tqdm(results, "pictures", total, disable=not progress_bar):
@@ -95,22 +95,22 @@ def is_inside(path: Path, data: str | Path) -> bool:
     return Path(data).is_dir() and path.resolve().is_relative_to(Path(data).resolve())
 
 
-def inspect_picture(entry: Entry | DataError) -> Facts:
+def inspect_picture(entry: DataEntry | DataError) -> ImageFacts:
     """Read and decode a picture, and its references, entirely."""
     if isinstance(entry, DataError):
-        return Facts("", None, error=str(entry))
-    facts = Facts(entry.name, entry.text, has_reference=bool(entry.references), has_face=entry.has_face)
+        return ImageFacts("", None, error=str(entry))
+    facts = ImageFacts(entry.name, entry.text, has_reference=bool(entry.references), has_face=entry.has_face)
     try:
         data = entry.read()
         size, thumbnail = _decode(data)
         references = [_decode(read())[1] for read in entry.references]
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        return dataclasses.replace(facts, error=f"{entry.name}: {why_broken(error)}")
+        return dataclasses.replace(facts, error=f"{entry.name}: {why_unreadable(error)}")
     return dataclasses.replace(
         facts,
         size=size,
         digest=hashlib.sha256(data).hexdigest(),
-        look=look_of(thumbnail) if can_look() else None,
+        look=image_hash(thumbnail) if can_hash_images() else None,
         thumbnail=thumbnail,
         reference=references[0] if references else None,
     )
@@ -122,9 +122,9 @@ def _decode(data: bytes) -> tuple[tuple[int, int], Image.Image]:
     return size, picture
 
 
-def _file_entry(example: Example, text: str | None) -> Entry:
+def _file_entry(example: Example, text: str | None) -> DataEntry:
     image, *references = (file for file in (example.image, *example.references) if isinstance(file, Path))
-    return Entry(
+    return DataEntry(
         str(image),
         image.read_bytes,
         text,
@@ -133,7 +133,7 @@ def _file_entry(example: Example, text: str | None) -> Entry:
     )
 
 
-def _shard_entries(shards: Sequence[str], missing: list[str]) -> Iterator[Entry | DataError]:
+def _shard_entries(shards: Sequence[str], missing: list[str]) -> Iterator[DataEntry | DataError]:
     for shard in shards:
         for raw in raw_samples(shard, missing.append):
             try:
@@ -141,7 +141,7 @@ def _shard_entries(shards: Sequence[str], missing: list[str]) -> Iterator[Entry 
             except DataError as error:
                 yield error
                 continue
-            yield Entry(
+            yield DataEntry(
                 f"{shard_name(shard)}/{raw['__key__']}",
                 _giving(sample.picture),
                 sample.text,
@@ -167,14 +167,14 @@ def _in_turn(
         yield waiting.popleft().result()
 
 
-def _sample(samples: dict[int, Facts], fact: Facts, seen: int) -> None:
+def _sample(samples: dict[int, ImageFacts], fact: ImageFacts, seen: int) -> None:
     """Keep it or not, so that in the end each had the same chance (Vitter's algorithm R)."""
     place = seen if seen < SAMPLES else random.Random(f"sheet {seen}").randrange(seen + 1)
     if place < SAMPLES and fact.thumbnail is not None:
         samples[place] = fact
 
 
-def _cell(fact: Facts) -> Cell:
+def _cell(fact: ImageFacts) -> Cell:
     assert fact.thumbnail is not None and fact.size is not None
     title = f"{fact.size[0]}x{fact.size[1]} {Path(fact.name).name}"
     return Cell(fact.thumbnail, title, "(no caption)" if fact.text is None else fact.text, fact.reference)

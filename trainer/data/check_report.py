@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from .duplicates import Look, alike, can_look, same
-from .examples import Found
+from .duplicates import ImageHash, can_hash_images, near_duplicates, same
+from .examples import ScanResult
 from .images import Size
 from .sizes import size_notes
 
@@ -25,7 +25,7 @@ _SHAPES = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")
 
 
 @dataclass(frozen=True, eq=False)
-class Facts:
+class ImageFacts:
     """What was seen of one picture."""
 
     name: str
@@ -35,13 +35,13 @@ class Facts:
     error: str | None = None
     size: Size | None = None
     digest: str | None = None
-    look: Look | None = None
+    look: ImageHash | None = None
     thumbnail: Image.Image | None = None
     reference: Image.Image | None = None
 
 
 @dataclass(frozen=True)
-class Spread:
+class Range:
     """The least, the middle and the greatest of many numbers."""
 
     least: int
@@ -70,8 +70,8 @@ class DataReport:
     near_duplicates: list[list[str]] | None  # None: not looked for
     repeated_captions: dict[str, int]  # how often each comes, where more than once
     long_captions: list[str]  # names of pictures with more tokens than the text encoder takes, roughly
-    caption_tokens: Spread | None
-    short_side: Spread | None
+    caption_tokens: Range | None
+    short_side: Range | None
     min_side: int
     size_notes: list[str]  # about a training at `min_side` pixels
     shapes: dict[str, int]  # pictures by the nearest ratio of width to height
@@ -135,11 +135,11 @@ class DataReport:
 
 def make_report(
     data: str,
-    facts: Sequence[Facts],
+    facts: Sequence[ImageFacts],
     missing: Sequence[str],
     min_side: int,
     sheet: str | None = None,
-    found: Found | None = None,
+    found: ScanResult | None = None,
 ) -> DataReport:
     """Sum up the facts of all pictures, and what was `found` beside them."""
     read = [fact for fact in facts if fact.size is not None]
@@ -166,7 +166,7 @@ def make_report(
         without_caption=[fact.name for fact in facts if fact.text is None and fact.name],
         tiny=[f"{f.name} ({f.size[0]}x{f.size[1]})" for f in read if f.size is not None and min(f.size) < min_side],
         duplicates=duplicates,
-        near_duplicates=alike(looks) if can_look() else None,
+        near_duplicates=near_duplicates(looks) if can_hash_images() else None,
         repeated_captions={text: count for text, count in captions.most_common() if count > 1 and text},
         long_captions=[name for name, count in tokens.items() if count > TOKENS],
         caption_tokens=_spread(list(tokens.values())),
@@ -183,8 +183,8 @@ def approximate_tokens(text: str) -> int:
     return 2 + sum(1 + len(word) // 10 for word in re.findall(r"\w+|[^\w\s]", text))
 
 
-def _spread(numbers: Sequence[int]) -> Spread | None:
-    return Spread(min(numbers), int(statistics.median_low(numbers)), max(numbers)) if numbers else None
+def _spread(numbers: Sequence[int]) -> Range | None:
+    return Range(min(numbers), int(statistics.median_low(numbers)), max(numbers)) if numbers else None
 
 
 def _shape(size: Size) -> str:

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import CacheError, DataError
-from .augmentation import Draw, Recipe
-from .buckets import Buckets, GlobalBatches, ProcessBatches
+from .augmentation import Augmentation, SampleIndex
+from .buckets import BucketBatchSampler, Buckets, ProcessBatchSampler
 from .examples import Example
 from .face_embeds import face_id_embed as read_face_id_embed
-from .images import Size, why_broken
-from .preprocess import Encoding, check_size, make_item
+from .images import Size, why_unreadable
+from .preprocess import Preprocessor, check_image_size, preprocess
 
 
 class Batch(TypedDict, total=False):
@@ -49,8 +49,8 @@ class Batch(TypedDict, total=False):
     image_features: Tensor  # [B, E] or [B, L, E]
 
 
-class PictureDataset(Dataset[dict[str, Any]]):
-    """Items of a sequence of examples, asked for by `Draw`; `loader` makes batches of them.
+class ImageDataset(Dataset[dict[str, Any]]):
+    """Items of a sequence of examples, asked for by `SampleIndex`; `loader` makes batches of them.
 
     A picture that cannot be read is replaced by the next readable one of its bucket, and named in the item's
     `broken`. So is one without a face embedding (`face_embeds.with_faces`), if the encoding takes one.
@@ -62,28 +62,28 @@ class PictureDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         examples: Sequence[Example],
-        encoding: Encoding,
-        recipe: Recipe,
+        preprocessor: Preprocessor,
+        augmentation: Augmentation,
         buckets: Buckets | None = None,
     ) -> None:
         if not examples:
             raise DataError("No pictures: the data set is empty.")
         self.examples = examples
-        self.encoding = encoding
-        self.recipe = recipe
-        self.buckets = buckets or Buckets.square(recipe.resolution, len(examples))
+        self.preprocessor = preprocessor
+        self.augmentation = augmentation
+        self.buckets = buckets or Buckets.square(augmentation.resolution, len(examples))
         self._bucket_of = [0] * len(examples)
         for bucket, rows in enumerate(self.buckets.rows):
             for row in rows:
                 self._bucket_of[row] = bucket
         for size in self.buckets.sizes:
-            check_size(size, encoding)
+            check_image_size(size, preprocessor)
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
-        draw = Draw(0, draw) if isinstance(draw, int) else draw
+    def __getitem__(self, draw: SampleIndex | int) -> dict[str, Any]:
+        draw = SampleIndex(0, draw) if isinstance(draw, int) else draw
         size = self.buckets.sizes[self._bucket_of[draw.row]]
         broken: list[str] = []
         for row in self._replacements(draw.row):
@@ -93,16 +93,16 @@ class PictureDataset(Dataset[dict[str, Any]]):
             except CacheError:
                 raise
             except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-                broken.append(f"{example.name}: {why_broken(error)}")
+                broken.append(f"{example.name}: {why_unreadable(error)}")
                 continue
             return {**item, "broken": broken}
         raise DataError(f"None of the {len(self)} pictures can be read. The first: {broken[0]}")
 
-    def _item(self, row: int, size: Size, draw: Draw) -> dict[str, Any]:
-        example, address = self.examples[row], draw.address(self.recipe.seed)
-        return make_item(
-            self.encoding,
-            self.recipe,
+    def _item(self, row: int, size: Size, draw: SampleIndex) -> dict[str, Any]:
+        example, address = self.examples[row], draw.address(self.augmentation.seed)
+        return preprocess(
+            self.preprocessor,
+            self.augmentation,
             size,
             address,
             example.image,
@@ -112,7 +112,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
         )
 
     def _face_id_embed(self, example: Example) -> Tensor | None:
-        return read_face_id_embed(example, self.encoding.face_width) if self.encoding.takes_face else None
+        return read_face_id_embed(example, self.preprocessor.face_width) if self.preprocessor.takes_face else None
 
     def _replacements(self, row: int) -> Iterator[int]:
         """The row itself, the others of its bucket, and all others."""
@@ -136,8 +136,8 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
 
 
 def loader(
-    dataset: PictureDataset,
-    batches: GlobalBatches,
+    dataset: ImageDataset,
+    batches: BucketBatchSampler,
     *,
     batch_size: int,
     process: int = 0,
@@ -154,7 +154,7 @@ def loader(
         raise ValueError(f"{processes} x {batch_size} rows are not a global batch of {batches.global_batch}")
     return DataLoader(
         dataset,
-        batch_sampler=ProcessBatches(batches, batch_size, process),
+        batch_sampler=ProcessBatchSampler(batches, batch_size, process),
         collate_fn=collate,
         **worker_options(workers, pin),
     )

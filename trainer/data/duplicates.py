@@ -19,28 +19,28 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageHash:
     """What a picture looks like: a perceptual hash of 64 bits, which is blind to colour, and the mean colour."""
 
     hash: int
     colour: tuple[int, ...]
 
-    def like(self, other: Look) -> bool:
+    def like(self, other: ImageHash) -> bool:
         """Whether the two are nearly the same: resized, compressed or retouched."""
         near = (self.hash ^ other.hash).bit_count() <= _NEAR
         return near and all(abs(a - b) <= 1 for a, b in zip(self.colour, other.colour, strict=True))
 
 
-def can_look() -> bool:
-    """Whether the library for `look_of` is installed."""
+def can_hash_images() -> bool:
+    """Whether the library for `image_hash` is installed."""
     return find_spec("imagehash") is not None
 
 
-def look_of(picture: Image.Image) -> Look:
+def image_hash(picture: Image.Image) -> ImageHash:
     """The look of an RGB picture, or of its thumbnail, with imagehash's pHash."""
     import imagehash
 
-    return Look(
+    return ImageHash(
         int(str(imagehash.phash(picture)), 16),
         tuple(int(mean) // _COLOUR_STEP for mean in ImageStat.Stat(picture).mean),
     )
@@ -54,9 +54,9 @@ def same(keys: Iterable[tuple[str, Hashable]]) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def alike(looks: Iterable[tuple[str, Look]]) -> list[list[str]]:
+def near_duplicates(looks: Iterable[tuple[str, ImageHash]]) -> list[list[str]]:
     """Names of pictures that look alike, in groups of at least two; each is like some other one of its group."""
-    names: dict[Look, list[str]] = defaultdict(list)
+    names: dict[ImageHash, list[str]] = defaultdict(list)
     for name, look in looks:
         names[look].append(name)
     groups = _connected(list(names))
@@ -64,7 +64,7 @@ def alike(looks: Iterable[tuple[str, Look]]) -> list[list[str]]:
     return [group for group in found if len(group) > 1]
 
 
-def _connected(looks: Sequence[Look]) -> list[list[Look]]:
+def _connected(looks: Sequence[ImageHash]) -> list[list[ImageHash]]:
     """Group looks by chains of likeness."""
     leader = list(range(len(looks)))
 
@@ -83,7 +83,7 @@ def _connected(looks: Sequence[Look]) -> list[list[Look]]:
             for i, j in combinations(rows, 2):
                 if looks[i].like(looks[j]):
                     leader[find(j)] = find(i)
-    groups: dict[int, list[Look]] = defaultdict(list)
+    groups: dict[int, list[ImageHash]] = defaultdict(list)
     for i, look in enumerate(looks):
         groups[find(i)].append(look)
     return list(groups.values())

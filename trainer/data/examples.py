@@ -13,8 +13,8 @@ from PIL import Image
 
 from ..errors import DataError
 from .file_kinds import read_text
-from .folders import Listing, list_folder
-from .images import Stored
+from .folders import FolderListing, list_folder
+from .images import StoredImage
 from .lists import LIST_SUFFIXES, METADATA_NAMES, Row, read_list
 from .lists import field as text_field
 from .tar_member import PackedFile
@@ -40,9 +40,9 @@ class Example:
     `face_id_embed` is where a face embedding is. `size` is (width, height) where the data set says it.
     """
 
-    image: Stored
+    image: StoredImage
     text: str
-    references: tuple[Stored, ...] = ()
+    references: tuple[StoredImage, ...] = ()
     face_id_embed: Path | PackedFile | TableEntry | None = None
     size: tuple[int, int] | None = None
 
@@ -53,7 +53,7 @@ class Example:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class ScanResult:
     """A data set: its examples, and what keeps other pictures out of it."""
 
     examples: list[Example]
@@ -118,7 +118,7 @@ def find_examples(path: Path, root: Path | None = None, require_caption: bool = 
     return examples
 
 
-def scan(path: Path, root: Path | None = None) -> Found:
+def scan(path: Path, root: Path | None = None) -> ScanResult:
     """What `find_examples` chooses from. Raises DataError for a path or a list that cannot be read."""
     path = Path(path)
     if not path.exists():
@@ -148,7 +148,7 @@ def fingerprint(examples: Iterable[Example], root: Path | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def relative_name(image: Stored | TableEntry | None, root: Path | None) -> str:
+def relative_name(image: StoredImage | TableEntry | None, root: Path | None) -> str:
     """A file's name relative to `root`, so that the data set may move; "" for a picture in memory."""
     if isinstance(image, TableEntry):
         return f"{relative_name(image.table, root)}:{image.key}"
@@ -159,7 +159,7 @@ def relative_name(image: Stored | TableEntry | None, root: Path | None) -> str:
     return image.relative_to(root).as_posix() if root is not None and image.is_relative_to(root) else image.name
 
 
-def _from_folder(folder: Path, root: Path | None) -> Found:
+def _from_folder(folder: Path, root: Path | None) -> ScanResult:
     metadata = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
     if len(metadata) > 1:
         raise DataError(f"{folder} holds {' and '.join(METADATA_NAMES)}. Keep one, or set data to one of the files.")
@@ -167,7 +167,7 @@ def _from_folder(folder: Path, root: Path | None) -> Found:
     if metadata:
         return _with_rest_of_folder(_from_list(metadata[0], root), metadata[0], listing)
     pairs, unused = listing.pairs()
-    found = Found([], [], [], "", unused=unused, ignored=listing.ignored())
+    found = ScanResult([], [], [], "", unused=unused, ignored=listing.ignored())
     for image, caption in pairs:
         if caption is None:
             found.without_caption.append(Example(image, ""))
@@ -179,7 +179,7 @@ def _from_folder(folder: Path, root: Path | None) -> Found:
     return dataclasses.replace(found, nothing=_nothing_in(folder, listing, found))
 
 
-def _nothing_in(folder: Path, listing: Listing, found: Found) -> str:
+def _nothing_in(folder: Path, listing: FolderListing, found: ScanResult) -> str:
     images, captions, archives = len(listing.images), len(listing.captions), len(listing.archives)
     if not images + captions and archives:
         return f"{folder}: found no images but {archives} .tar files. To read shards, set data='{folder}/*.tar'."
@@ -194,7 +194,7 @@ def _nothing_in(folder: Path, listing: Listing, found: Found) -> str:
     )
 
 
-def _with_rest_of_folder(found: Found, metadata: Path, listing: Listing) -> Found:
+def _with_rest_of_folder(found: ScanResult, metadata: Path, listing: FolderListing) -> ScanResult:
     """Names what the folder of a list holds beside it."""
     examples = found.examples
     used = {metadata, *(f for e in examples for f in (e.image, *e.references, e.face_id_embed) if isinstance(f, Path))}
@@ -208,10 +208,10 @@ def _with_rest_of_folder(found: Found, metadata: Path, listing: Listing) -> Foun
     return dataclasses.replace(found, ignored=sentences)
 
 
-def _from_list(file: Path, root: Path | None) -> Found:
+def _from_list(file: Path, root: Path | None) -> ScanResult:
     folder = root if root is not None else file.parent
     rows, unreadable = read_list(file)
-    found = Found([], [], [], "", unreadable)
+    found = ScanResult([], [], [], "", unreadable)
     for row in rows:
         try:
             example = _from_row(row, folder)

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .images import PICTURE_SUFFIXES
+from .images import IMAGE_SUFFIXES
 from .lists import METADATA_NAMES
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first one wins
@@ -28,7 +28,7 @@ _ADVICE_OF = {suffix: advice for advice, suffixes in _ADVICE.items() for suffix 
 
 
 @dataclass(frozen=True, eq=False)
-class Listing:
+class FolderListing:
     """The files of a folder and its sub folders, in a fixed order. Hidden and system files are left out."""
 
     images: list[Path] = field(default_factory=list[Path])
@@ -79,9 +79,9 @@ class Listing:
         return [file for file in self.others if file.suffix.lower() in ARCHIVE_SUFFIXES]
 
 
-def list_folder(folder: Path) -> Listing:
+def list_folder(folder: Path) -> FolderListing:
     """Links to folders elsewhere are followed, each folder once. Raises OSError for a folder that cannot be read."""
-    listing, seen, top = Listing(), set[str](), folder.resolve()
+    listing, seen, top = FolderListing(), set[str](), folder.resolve()
 
     def is_elsewhere(link: Path) -> bool:
         return not (link.resolve().is_relative_to(top) or top.is_relative_to(link.resolve()))
@@ -103,7 +103,7 @@ def list_folder(folder: Path) -> Listing:
             file, suffix = Path(place, name), Path(name).suffix.lower()
             if not file.is_file():
                 listing.dangling.append(file)
-            elif suffix in PICTURE_SUFFIXES:
+            elif suffix in IMAGE_SUFFIXES:
                 listing.images.append(file)
             elif suffix in CAPTION_SUFFIXES:
                 listing.captions.append(file)

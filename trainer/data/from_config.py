@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..settings.config import TrainConfig
-from .augmentation import Recipe
+from .augmentation import Augmentation
 from .buckets import Buckets, find_buckets
 from .examples import Example, find_examples, fingerprint
 from .face_embeds import with_faces
@@ -18,48 +18,48 @@ from .sizes import sample_sizes, size_notes
 log = logging.getLogger(__name__)
 
 
-def examples_of(config: TrainConfig) -> list[Example]:
+def examples_from_config(config: TrainConfig) -> list[Example]:
     """The examples of a folder, a list or local shards, with their face embeddings found where the kind takes them."""
     if config.from_shards:
         examples = index_shards(expand_shards(config.data))
     else:
         examples = find_examples(Path(config.data), config.data_root)
-    return with_faces(examples, config.face_embeds, root_of(config)) if config.train_kind.takes_face else examples
+    return with_faces(examples, config.face_embeds, image_root(config)) if config.train_kind.takes_face else examples
 
 
-def root_of(config: TrainConfig) -> Path:
+def image_root(config: TrainConfig) -> Path:
     """The folder that file names are relative to."""
     data = Path(config.data)
     return config.data_root or (data if data.is_dir() else data.parent)
 
 
-def hash_of(config: TrainConfig, examples: Sequence[Example]) -> str:
+def data_fingerprint(config: TrainConfig, examples: Sequence[Example]) -> str:
     """What tells this data set from another one."""
-    return fingerprint(examples, root_of(config))
+    return fingerprint(examples, image_root(config))
 
 
-def buckets_of(config: TrainConfig, examples: Sequence[Example]) -> Buckets:
+def buckets_from_config(config: TrainConfig, examples: Sequence[Example]) -> Buckets:
     """The shapes that pictures are cut to; a bucket that cannot fill a batch is given up."""
     if not config.buckets:
         return Buckets.square(config.resolution, len(examples))
     return find_buckets(examples, config.resolution, config.bucket_step, at_least=config.batch_size)
 
 
-def size_notes_of(config: TrainConfig, examples: Sequence[Example]) -> list[str]:
+def size_notes_from_config(config: TrainConfig, examples: Sequence[Example]) -> list[str]:
     """Sentences about images that are scaled up and buckets that hold too few, from the headers of a sample."""
     step = config.bucket_step if config.buckets else None
     return size_notes(sample_sizes(examples), len(examples), config.resolution, step, config.batch_size)
 
 
 def warn_about_sizes(config: TrainConfig, examples: Sequence[Example]) -> None:
-    """Log the sentences of `size_notes_of`."""
-    for note in size_notes_of(config, examples):
+    """Log the sentences of `size_notes_from_config`."""
+    for note in size_notes_from_config(config, examples):
         log.warning("%s", note)
 
 
-def recipe_of(config: TrainConfig) -> Recipe:
+def augmentation_from_config(config: TrainConfig) -> Augmentation:
     """How an example becomes an item."""
-    return Recipe(
+    return Augmentation(
         resolution=config.resolution,
         seed=config.seed,
         flip=config.flip,

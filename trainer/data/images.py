@@ -19,12 +19,12 @@ from .file_kinds import IMAGES, fault
 from .tar_member import PackedFile
 
 Size = tuple[int, int]  # width, height
-Stored = Image.Image | Path | PackedFile  # in memory, a file, or a file in a shard
-Picture = Stored | IO[bytes]  # or an open file
+StoredImage = Image.Image | Path | PackedFile  # in memory, a file, or a file in a shard
+ImageSource = StoredImage | IO[bytes]  # or an open file
 
 # Pillow reads AVIF since 11.3, where it was built with libavif.
 READS_AVIF = "avif" in features.modules and bool(features.check_module("avif"))
-PICTURE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *((".avif",) if READS_AVIF else ()),
 )
@@ -39,11 +39,11 @@ _STRIP = 8  # a picture that covers its target with more than so many times its 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """A picture that cannot be used. The text does not name it: who opened it knows its name."""
 
 
-class Cut(NamedTuple):
+class ImageCrop(NamedTuple):
     """A rectangle of a picture, scaled to a given size."""
 
     picture: Image.Image
@@ -51,7 +51,7 @@ class Cut(NamedTuple):
     box: tuple[int, int, int, int]  # the same rectangle in the picture's own pixels: left, top, right, bottom
 
 
-def open_rgb(picture: Picture, at_least: int | None = None) -> tuple[Image.Image, Size]:
+def open_rgb(picture: ImageSource, at_least: int | None = None) -> tuple[Image.Image, Size]:
     """The picture as `to_rgb` makes it, and the size of the file's picture when upright.
 
     With `at_least`, a JPEG may come at a half, a quarter or an eighth of its size, as long as its short side keeps
@@ -67,7 +67,7 @@ def open_rgb(picture: Picture, at_least: int | None = None) -> tuple[Image.Image
         if at_least is not None:
             opened.draft(None, (at_least, at_least))
         if opened.format in _UNCHECKED and not _edge(picture, io.SEEK_END)[-_ZERO_TAIL:].strip(b"\0"):
-            raise PictureError("ends in zeros, so its download is incomplete. Download it again.")
+            raise ImageError("ends in zeros, so its download is incomplete. Download it again.")
         return to_rgb(opened), size
 
 
@@ -83,7 +83,7 @@ def open_lazily(picture: Path | PackedFile | IO[bytes]) -> Image.Image:
         start = _edge(picture, io.SEEK_SET)
         unidentified, found = isinstance(error, UnidentifiedImageError), type_of(start)
         if found is not None and (unidentified or found not in IMAGES):
-            raise PictureError(fault(start, "JPEG, PNG, WebP or the like", IMAGES)) from error
+            raise ImageError(fault(start, "JPEG, PNG, WebP or the like", IMAGES)) from error
         if unidentified:  # Pillow's text names the object in memory, another one in each run
             raise UnidentifiedImageError(f"cannot identify image file '{picture}'") from error
         raise
@@ -101,13 +101,13 @@ def _edge(picture: Path | PackedFile | IO[bytes], whence: int) -> bytes:
     return picture.read(START)
 
 
-def why_broken(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
     """What a decoder's error says, in a line."""
     if isinstance(error, UnidentifiedImageError):  # its text names the object in memory
         return "not a picture, or of an unknown format"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {2 * cast('int', Image.MAX_IMAGE_PIXELS):,} pixels. Scale it down."
-    if isinstance(error, DataError | PictureError):
+    if isinstance(error, DataError | ImageError):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -125,7 +125,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     Raises PictureError for a picture without pixels, and for values whose range is unknown.
     """
     if 0 in picture.size:
-        raise PictureError(f"an image of {picture.width}x{picture.height} pixels holds nothing.")
+        raise ImageError(f"an image of {picture.width}x{picture.height} pixels holds nothing.")
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = _eight_bits(picture)
@@ -146,7 +146,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     # Sixteen times less than white is black: rather refused than taken for a dark picture.
     dark = (picture.mode == "F" and white == _DEPTHS[0]) or white == _DEPTHS[-1]
     if white is None or low < 0 or (dark and high * 16 < white):
-        raise PictureError(
+        raise ImageError(
             f"its values reach from {low:g} to {high:g}, an unknown range. Scale them to 0...1 or 0...255."
         )
     white = 1.0 if white < 2 else white
@@ -162,7 +162,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
-def cover_and_crop(picture: Image.Image, size: Size, left: float = 0.5, top: float = 0.5) -> Cut:
+def resize_and_crop(picture: Image.Image, size: Size, left: float = 0.5, top: float = 0.5) -> ImageCrop:
     """Scale the picture (bilinear, as the original does) so that it just covers `size`, and cut off the rest.
 
     `left` and `top` are the shares of the rest that lie before the cut: 0.5 cuts the centre.
@@ -183,17 +183,17 @@ def cover_and_crop(picture: Image.Image, size: Size, left: float = 0.5, top: flo
         resized = picture.resize((width, height), Image.Resampling.BILINEAR)
         cut = resized.crop((x, y, x + size[0], y + size[1]))
     box = (round(exact[0]), round(exact[1]), round(exact[2]), round(exact[3]))
-    return Cut(cut, (y, x), box)
+    return ImageCrop(cut, (y, x), box)
 
 
-def share_of(picture: Image.Image, area: float, left: float, top: float) -> Image.Image:
+def crop_to_area(picture: Image.Image, area: float, left: float, top: float) -> Image.Image:
     """A rectangle of the picture's own shape with a share `area` of its pixels; `left` and `top` as above."""
     width, height = (max(1, round(side * area**0.5)) for side in picture.size)
     x, y = round((picture.width - width) * left), round((picture.height - height) * top)
     return picture.crop((x, y, x + width, y + height))
 
 
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
+def to_pil_images(pixels: Tensor) -> list[Image.Image]:
     """Pixels [B, 3, H, W] in [-1, 1] -> RGB pictures."""
     values = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(row.permute(1, 2, 0).numpy()) for row in values]

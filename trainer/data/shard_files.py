@@ -30,11 +30,11 @@ from ipadapter_core.file_types import TAR, ZEROS, type_of
 
 from ..errors import DataError
 from .file_kinds import ARCHIVES, fault, first_bytes
-from .images import PICTURE_SUFFIXES
+from .images import IMAGE_SUFFIXES
 from .url_stream import UrlStream
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-PICTURE_KEYS = tuple(suffix[1:] for suffix in PICTURE_SUFFIXES)
+IMAGE_KEYS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 FACE_KEY = "face.npy"
 _NAMED = 5  # files in a message
 _PADDING = 1 << 16  # bytes; writers fill the last block, of 10 KB as a rule, with zeros
@@ -232,7 +232,7 @@ def parse_sample(raw: RawSample) -> Sample:
 
 def picture_of(files: Mapping[str, T], name: str) -> T:
     """The picture among a sample's files by suffix. Raises DataError when there is none."""
-    picture = next((files[key] for key in PICTURE_KEYS if key in files), None)
+    picture = next((files[key] for key in IMAGE_KEYS if key in files), None)
     if picture is None:
         found = ", ".join(key for key in files if not key.startswith("__"))
         raise DataError(f"{name}: no picture (jpg, png, webp, ...) among its files ({found}).")
@@ -241,7 +241,7 @@ def picture_of(files: Mapping[str, T], name: str) -> T:
 
 def references_of(files: Mapping[str, T]) -> tuple[T, ...]:
     """The other prompt pictures among a sample's files by suffix."""
-    return tuple(files[f"reference.{key}"] for key in PICTURE_KEYS if f"reference.{key}" in files)
+    return tuple(files[f"reference.{key}"] for key in IMAGE_KEYS if f"reference.{key}" in files)
 
 
 def caption_of(files: Mapping[str, bytes], name: str) -> str:

@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..errors import DataError
-from .augmentation import Address, Recipe
+from .augmentation import Augmentation, RandomKey
 from .dataset import Batch, collate, worker_options
 from .face_embeds import check_face_embed
-from .images import Size, why_broken
-from .preprocess import Encoding, check_size, make_item
+from .images import Size, why_unreadable
+from .preprocess import Preprocessor, check_image_size, preprocess
 from .shard_files import RawSample, Sample, count_samples, parse_sample, raw_samples, shard_name
 
 _LOOK_AHEAD = 1000  # samples that are tried where a whole batch is broken
 
 
-class Place(NamedTuple):
+class ShardWorker(NamedTuple):
     """Which part of the stream a worker makes."""
 
     process: int
@@ -43,8 +43,8 @@ class ShardBatches(IterableDataset[Batch]):
     def __init__(
         self,
         shards: Sequence[str],
-        encoding: Encoding,
-        recipe: Recipe,
+        preprocessor: Preprocessor,
+        augmentation: Augmentation,
         *,
         batch_size: int,
         process: int,
@@ -53,13 +53,13 @@ class ShardBatches(IterableDataset[Batch]):
         start: int,
     ) -> None:
         self.shards = tuple(shards)
-        self.encoding = encoding
-        self.recipe = recipe
-        self.size: Size = (recipe.resolution, recipe.resolution)
+        self.preprocessor = preprocessor
+        self.augmentation = augmentation
+        self.size: Size = (augmentation.resolution, augmentation.resolution)
         self.batch_size = batch_size
         self._process, self._processes = process, processes
         self._seed, self._start = seed, start
-        check_size(self.size, encoding)
+        check_image_size(self.size, preprocessor)
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -67,7 +67,7 @@ class ShardBatches(IterableDataset[Batch]):
         # The loader asks worker 0 first, also for a batch that another worker would have made without the resume.
         worker = (self._start + number) % workers
         made = len(range(worker, self._start, workers))
-        place = Place(self._process, self._processes, worker, workers)
+        place = ShardWorker(self._process, self._processes, worker, workers)
         broken: list[str] = []
         stream = sample_stream(self.shards, place, self._seed, broken, skip=made * self.batch_size)
         ahead: deque[tuple[int, RawSample]] = deque()
@@ -119,25 +119,25 @@ class ShardBatches(IterableDataset[Batch]):
                 return raw, item
         raise DataError(f"None of {self.batch_size + _LOOK_AHEAD} samples in a row can be used. The first: {broken[0]}")
 
-    def _try(self, raw: RawSample, address: Address, broken: list[str]) -> dict[str, Any] | None:
+    def _try(self, raw: RawSample, address: RandomKey, broken: list[str]) -> dict[str, Any] | None:
         try:
             return self._item(parse_sample(raw), address)
         except DataError as error:
             broken.append(str(error))
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-            broken.append(f"{address[2]}: {why_broken(error)}")
+            broken.append(f"{address[2]}: {why_unreadable(error)}")
         return None
 
-    def _item(self, sample: Sample, address: Address) -> dict[str, Any]:
+    def _item(self, sample: Sample, address: RandomKey) -> dict[str, Any]:
         face = None
-        if self.encoding.takes_face:
+        if self.preprocessor.takes_face:
             if sample.face_id_embed is None:
                 raise DataError(f"{sample.name}: no face embedding (.face.npy).")
-            face = check_face_embed(sample.face_id_embed, self.encoding.face_width, sample.name)
+            face = check_face_embed(sample.face_id_embed, self.preprocessor.face_width, sample.name)
         references = [io.BytesIO(reference) for reference in sample.references]
-        return make_item(
-            self.encoding,
-            self.recipe,
+        return preprocess(
+            self.preprocessor,
+            self.augmentation,
             self.size,
             address,
             io.BytesIO(sample.picture),
@@ -148,7 +148,7 @@ class ShardBatches(IterableDataset[Batch]):
 
 
 def sample_stream(
-    shards: Sequence[str], place: Place, seed: int, broken: list[str], skip: int = 0
+    shards: Sequence[str], place: ShardWorker, seed: int, broken: list[str], skip: int = 0
 ) -> Iterator[tuple[int, RawSample]]:
     """The epochs and undecoded samples of a place, endlessly, without the first `skip`. What is wrong with a shard is
     added to `broken`.
@@ -185,8 +185,8 @@ def sample_stream(
 
 def shard_loader(
     shards: Sequence[str],
-    encoding: Encoding,
-    recipe: Recipe,
+    preprocessor: Preprocessor,
+    augmentation: Augmentation,
     *,
     batch_size: int,
     process: int = 0,
@@ -212,8 +212,8 @@ def shard_loader(
         )
     batches = ShardBatches(
         shards,
-        encoding,
-        recipe,
+        preprocessor,
+        augmentation,
         batch_size=batch_size,
         process=process,
         processes=processes,
@@ -223,5 +223,5 @@ def shard_loader(
     return DataLoader(batches, batch_size=None, **worker_options(workers, pin))
 
 
-def _address(seed: int, epoch: int, raw: RawSample) -> Address:
+def _address(seed: int, epoch: int, raw: RawSample) -> RandomKey:
     return seed, epoch, f"{shard_name(raw['__url__'])}/{raw['__key__']}"

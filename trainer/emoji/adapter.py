@@ -20,7 +20,7 @@ from ..models.base_model import BaseModel
 from ..models.conditioning import TextStates, encode_prompts
 from ..models.features import Features, encode_pixels
 from ..models.image_features import encode_clip_images
-from ..training.adapted_unet import TrainingBatch, denoiser
+from ..training.adapted_unet import TrainBatch, adapt_unet
 from ..training.new_adapter import new_adapter
 from .clip import normalize, zoom
 from .loop import fit
@@ -72,7 +72,7 @@ def encode_emoji(base_model: BaseModel, pictures: EmojiPictures, seed: int = 0, 
     )
 
 
-def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> TrainingBatch:
+def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> TrainBatch:
     """One training batch; everything random comes from ``generator``."""
     rows = torch.randint(len(features.styles), (batch_size,), generator=generator)
     alone = torch.rand(batch_size, generator=generator) < SELF_PAIRS
@@ -88,7 +88,7 @@ def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Genera
         text=TextStates(states, None),
         image_features=(features.image_embeds[view, torch.where(alone, rows, others)],),
     )
-    return TrainingBatch(
+    return TrainBatch(
         batch,
         drop_image_embeds=draw < IMAGE_DROPOUT + BOTH_DROPOUT,
         noise=torch.randn(batch.latents.shape, generator=generator),
@@ -96,7 +96,7 @@ def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Genera
     )
 
 
-def emoji_batches(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> Iterator[TrainingBatch]:
+def emoji_batches(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> Iterator[TrainBatch]:
     """Endless training batches."""
     while True:
         yield draw_batch(features, batch_size, generator)
@@ -117,7 +117,7 @@ def fit_adapter(
     features = encode_emoji(base_model, pictures, seed, VIEWS)
     torch.manual_seed(seed)
     adapter = new_adapter(base_model)
-    with denoiser(base_model, adapter) as denoising:
+    with adapt_unet(base_model, adapter) as denoising:
 
         def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
             return {"loss": denoising.loss(draw_batch(features, batch_size, generator))}

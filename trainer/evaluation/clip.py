@@ -31,7 +31,7 @@ _WHAT = (
 )
 
 
-class MeasuringClip:
+class ClipModel:
     """A frozen CLIP in float32; `load_clip` makes it. `name` is for people, `is_vit_l` as the function of that name."""
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, encoder: ImageEncoder, device: torch.device) -> None:
@@ -93,7 +93,7 @@ def is_vit_l(config: CLIPConfig) -> bool:
     return (*shape, int(config.projection_dim)) == _VIT_L
 
 
-def load_clip(folder: Path | None, device: torch.device | str = "cpu") -> MeasuringClip:
+def load_clip(folder: Path | None, device: torch.device | str = "cpu") -> ClipModel:
     """Load a transformers CLIPModel from a folder or by its Hub id.
 
     Raises EvaluationError when none is named, and for a folder that is missing or holds another model, such as half a
@@ -112,7 +112,7 @@ def load_clip(folder: Path | None, device: torch.device | str = "cpu") -> Measur
         raise EvaluationError(f"--clip {folder}: holds a {found!r}{half.get(str(found), '')}, expected 'clip'. {_WHAT}")
     model: CLIPModel = load_part(CLIPModel, folder, _SOURCE)
     tokenizer = load_tokenizer(folder, int(model.config.text_config.vocab_size), _SOURCE)
-    return MeasuringClip(model, tokenizer, ImageEncoder(folder), torch.device(device))
+    return ClipModel(model, tokenizer, ImageEncoder(folder), torch.device(device))
 
 
 def clip_i(generated: Tensor, prompts: Tensor) -> Tensor:

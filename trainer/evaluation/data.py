@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 
 from ..data.examples import Example, find_examples
 from ..data.face_embeds import face_id_embed
-from ..data.images import Picture, open_rgb, why_broken
+from ..data.images import ImageSource, open_rgb, why_unreadable
 from ..data.shard_files import is_shards
 from ..errors import DataError, EvaluationError
-from .clip import MeasuringClip, clip_i
+from .clip import ClipModel, clip_i
 
 COCO_PICTURES = 5000  # of val2017
 _CHUNK = 32  # pictures open at once
@@ -37,7 +37,7 @@ class Prompt:
 
     index: int
     example: Example
-    picture: Picture
+    picture: ImageSource
     text: str
     image_embed: Tensor  # [D]
     text_embed: Tensor | None  # [D]; None without a caption
@@ -81,7 +81,7 @@ def is_coco(data: Path, examples: Sequence[Example]) -> bool:
 
 def open_prompts(
     examples: Sequence[Example],
-    clip: MeasuringClip,
+    clip: ClipModel,
     *,
     limit: int | None = None,
     seed: int = 0,
@@ -137,7 +137,7 @@ class _Eyes:
     """Examples as the CLIP sees them."""
 
     examples: Sequence[Example]
-    clip: MeasuringClip
+    clip: ClipModel
     prefix: str
     face_width: int | None
 
@@ -166,10 +166,10 @@ class _Eyes:
         try:
             return open_rgb(picture)[0]
         except Exception as error:  # whatever a decoder raises
-            raise DataError(f"{picture}: {why_broken(error)}") from error
+            raise DataError(f"{picture}: {why_unreadable(error)}") from error
 
 
-def prompt_picture(example: Example) -> Picture:
+def prompt_picture(example: Example) -> ImageSource:
     """What an example's image prompt is."""
     return example.references[0] if example.references else example.image
 

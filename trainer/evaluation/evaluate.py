@@ -26,19 +26,19 @@ from ipadapter_core import IPAdapter, check_compatible, export_state
 
 from ..data.examples import Example, fingerprint
 from ..data.face_embeds import face_id_embed, with_faces
-from ..data.images import open_rgb, to_pictures
+from ..data.images import open_rgb, to_pil_images
 from ..errors import EvaluationError
 from ..files.opening import adapter_to_use
 from ..models.base_model import BaseModel, load_base_model
 from ..models.generate import check_numbers, generate, initial_latents
-from ..models.image_features import encode_pictures
-from ..runtime.folder_lock import claim
+from ..models.image_features import encode_images
+from ..runtime.folder_lock import lock_folder
 from ..runtime.processes import inference_dtype
-from .clip import MeasuringClip, clip_i, clip_t, load_clip
+from .clip import ClipModel, clip_i, clip_t, load_clip
 from .data import COCO_PICTURES, Prompt, Prompts, is_coco, open_prompts, read_examples
 from .generate_images import parse_size
 from .report import Evaluation, differences, gains_of, rows_of
-from .saved_images import KeptPictures
+from .saved_images import SavedImages
 from .scores import Job, Score, ScoreFile
 from .settings import EvalSettings
 
@@ -53,7 +53,7 @@ class _Parts:
     settings: EvalSettings
     base_model: BaseModel
     adapter: IPAdapter
-    clip: MeasuringClip
+    clip: ClipModel
     examples: Sequence[Example]
     size: tuple[int, int]
 
@@ -68,7 +68,7 @@ def evaluate(settings: EvalSettings, *, say: Callable[[str], None] = print, prog
     Raises TrainerError and AdapterError for parts that are wrong or do not fit.
     """
     state = processes()
-    with claim(settings.output, say):
+    with lock_folder(settings.output, say):
         return _evaluate(settings, state, say, progress_bar)
 
 
@@ -87,7 +87,7 @@ def _evaluate(
     )
     digest = _digest(parts)
     file = ScoreFile(settings.output, digest, state.process_index)
-    kept = KeptPictures(settings.output, digest, list(prompts.chosen.values())[: settings.pictures])
+    kept = SavedImages(settings.output, digest, list(prompts.chosen.values())[: settings.pictures])
     done = file.read()
     jobs = [
         Job(index, number, weight)
@@ -161,7 +161,7 @@ def _load(settings: EvalSettings, device: torch.device) -> _Parts:
     clip = load_clip(settings.clip, device)
     # Fails now, not after all prompts have been read, when the image encoder is another one.
     faces = None if spec.face_width is None else torch.zeros(1, spec.face_width)
-    features = encode_pictures(base_model, spec, [Image.new("RGB", (64, 64))], faces)
+    features = encode_images(base_model, spec, [Image.new("RGB", (64, 64))], faces)
     adapter.to(device)
     adapter.encode(*(feature.to(device, torch.float32) for feature in features))
     return _Parts(settings, base_model, adapter, clip, examples, size)
@@ -201,7 +201,7 @@ def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
         yield list(jobs[start : start + size])
 
 
-def _measure(parts: _Parts, prompts: Prompts, jobs: Sequence[Job], kept: KeptPictures) -> list[Score]:
+def _measure(parts: _Parts, prompts: Prompts, jobs: Sequence[Job], kept: SavedImages) -> list[Score]:
     """Generate a batch and measure it."""
     settings = parts.settings
     own = [prompts.chosen[job.index] for job in jobs]
@@ -223,7 +223,7 @@ def _measure(parts: _Parts, prompts: Prompts, jobs: Sequence[Job], kept: KeptPic
             f"{settings.adapter}: a generated picture has values that are not finite. The adapter or the base model "
             "is broken, or overflows in this precision."
         )
-    pictures = to_pictures(pixels)
+    pictures = to_pil_images(pixels)
     for job, picture in zip(jobs, pictures, strict=True):
         if kept.keeps(job):
             kept.save(job, picture)
@@ -239,7 +239,7 @@ def _features(parts: _Parts, prompts: Sequence[Prompt]) -> tuple[Tensor, ...]:
     if width is not None:
         faces = torch.stack([face_id_embed(prompt.example, width) for prompt in distinct])
     pictures = [open_rgb(prompt.picture)[0] for prompt in distinct]
-    features = encode_pictures(parts.base_model, parts.adapter.spec, pictures, faces)
+    features = encode_images(parts.base_model, parts.adapter.spec, pictures, faces)
     return tuple(feature[rows] for feature in features)
 
 

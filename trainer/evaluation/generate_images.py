@@ -14,12 +14,12 @@ from ipadapter_core import (
 )
 
 from ..data.face_embeds import check_face_embed, read_face_embed
-from ..data.images import open_rgb, to_pictures, why_broken
+from ..data.images import open_rgb, to_pil_images, why_unreadable
 from ..errors import DataError, TrainerError
 from ..files.opening import adapter_to_use
 from ..models.base_model import load_base_model
 from ..models.generate import check_numbers, generate
-from ..models.image_features import encode_pictures
+from ..models.image_features import encode_images
 from ..runtime.disk import whole_file
 from ..runtime.processes import inference_dtype
 
@@ -83,7 +83,7 @@ def generate_files(
     )
     features = None
     if loaded is not None:
-        features = encode_pictures(model, loaded.spec, [] if picture is None else [picture], face)
+        features = encode_images(model, loaded.spec, [] if picture is None else [picture], face)
         model.release("image_encoder")
     pixels = generate(
         model,
@@ -104,7 +104,7 @@ def generate_files(
         )
     names = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(1, count + 1)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    for name, picture_out in zip(names, to_pictures(pixels), strict=True):
+    for name, picture_out in zip(names, to_pil_images(pixels), strict=True):
         with whole_file(name) as temporary:
             picture_out.save(temporary)
     return names
@@ -149,4 +149,4 @@ def open_picture(path: Path) -> Image.Image:
     try:
         return open_rgb(path)[0]
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise DataError(f"{path}: cannot be read as a picture: {why_broken(error)}") from error
+        raise DataError(f"{path}: cannot be read as a picture: {why_unreadable(error)}") from error

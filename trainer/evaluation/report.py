@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .clip import MeasuringClip, clip_t
+from .clip import ClipModel, clip_t
 from .data import Prompts
 from .scores import Score
 from .settings import EvalSettings
@@ -192,7 +192,7 @@ def gains_of(scores: Sequence[Score], weights: Sequence[float]) -> list[Gain]:
     return gains
 
 
-def differences(settings: EvalSettings, clip: MeasuringClip, coco: bool, family: str) -> list[str]:
+def differences(settings: EvalSettings, clip: ClipModel, coco: bool, family: str) -> list[str]:
     """What is not as in the paper; `coco` says whether the prompts are the whole of COCO val2017."""
     found = []
     if not clip.is_vit_l:

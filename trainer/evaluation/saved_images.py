@@ -20,7 +20,7 @@ _SIDES = (128, 256)  # pixels; smaller and larger ones are scaled
 
 
 @dataclass(frozen=True, eq=False)
-class KeptPictures:
+class SavedImages:
     """The pictures of the first prompts, in `output`/pictures/<settings>."""
 
     output: Path

@@ -66,7 +66,7 @@ class BaseModel(ModelShapes):
         """The text encoders: one, or SDXL's two."""
         return self._part("text_encoders", lambda: self._parts.load_text_encoders(self.dtype))
 
-    def receive(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def to_device(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A tensor of the data loader on the device of the model, without waiting for the device.
 
         It is moved before it is cast: a cast on the CPU would leave the loader's pinned memory, and a copy from other
@@ -75,7 +75,7 @@ class BaseModel(ModelShapes):
         return tensor.to(self.device, non_blocking=True).to(dtype or tensor.dtype)
 
     @contextmanager
-    def borrowed(self) -> Iterator[None]:
+    def temporarily_loaded(self) -> Iterator[None]:
         """Parts that are first used inside are freed at the end."""
         before = set(self._loaded)
         try:

@@ -59,7 +59,7 @@ def encode_tokens(base_model: BaseModel, text_input_ids: Tensor, text_input_ids_
             f"{base_model.name} has {len(encoders)} text encoders, token ids for {len(ids)} were given. Tokenize with "
             "each of its tokenizers."
         )
-    on_device = [base_model.receive(part) for part in ids]
+    on_device = [base_model.to_device(part) for part in ids]
     if not base_model.is_sdxl:
         return TextStates(encoders[0](on_device[0]).last_hidden_state)
     outputs = [encoder(part, output_hidden_states=True) for encoder, part in zip(encoders, on_device, strict=True)]

@@ -87,42 +87,42 @@ def encode_pixels(base_model: BaseModel, images: Tensor, posterior_noise: Tensor
 def encode_moments(base_model: BaseModel, images: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels [B, 3, H, W] in [-1, 1] -> mean and standard deviation [B, 4, H/8, W/8] of the VAE's posterior."""
     vae = base_model.vae
-    posterior = vae.encode(base_model.receive(images, vae.dtype)).latent_dist
+    posterior = vae.encode(base_model.to_device(images, vae.dtype)).latent_dist
     # Contiguous, as from a cache: the VAE's own memory format would go on through the UNet.
     return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
 
 
 def sample_posterior(base_model: BaseModel, mean: Tensor, std: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
     """A draw of the VAE's posterior, times the scaling factor."""
-    latents = mean if posterior_noise is None else mean + std * base_model.receive(posterior_noise)
+    latents = mean if posterior_noise is None else mean + std * base_model.to_device(posterior_noise)
     return latents * base_model.scaling_factor
 
 
 def _latents(base_model: BaseModel, batch: Batch) -> Tensor:
     if "latents_mean" in batch:
-        moments = (base_model.receive(batch[key], torch.float32) for key in ("latents_mean", "latents_std"))
+        moments = (base_model.to_device(batch[key], torch.float32) for key in ("latents_mean", "latents_std"))
         return sample_posterior(base_model, *moments, batch["posterior_noise"])
     return encode_pixels(base_model, batch["images"], batch["posterior_noise"])
 
 
 def _text(base_model: BaseModel, batch: Batch) -> TextStates:
     if "text_states" in batch:
-        pooled = base_model.receive(batch["text_embeds"], base_model.dtype) if "text_embeds" in batch else None
-        return TextStates(base_model.receive(batch["text_states"], base_model.dtype), pooled)
+        pooled = base_model.to_device(batch["text_embeds"], base_model.dtype) if "text_embeds" in batch else None
+        return TextStates(base_model.to_device(batch["text_states"], base_model.dtype), pooled)
     return encode_tokens(base_model, batch["text_input_ids"], batch.get("text_input_ids_2"))
 
 
 def _image_features(base_model: BaseModel, batch: Batch, spec: AdapterSpec) -> tuple[Tensor, ...]:
     features: tuple[Tensor, ...] = ()
     if spec.face_width is not None:
-        features = (base_model.receive(batch["face_id_embed"]),)
+        features = (base_model.to_device(batch["face_id_embed"]),)
     if spec.image_width is None:
         return features
     if "image_features" in batch:
-        return (*features, base_model.receive(batch["image_features"], base_model.dtype))
+        return (*features, base_model.to_device(batch["image_features"], base_model.dtype))
     return (*features, encode_clip_images(base_model, batch["clip_images"], spec.feature))
 
 
 def _time_ids(base_model: BaseModel, batch: Batch) -> Tensor:
     sizes = (batch["original_size"], batch["crop_coords_top_left"], batch["target_size"])
-    return time_ids(*(base_model.receive(size) for size in sizes))
+    return time_ids(*(base_model.to_device(size) for size in sizes))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from ..data.preprocess import Encoding
+from ..data.preprocess import Preprocessor
 from ..errors import ConfigError
 from ..settings.config import TrainConfig
 from ..settings.kinds import FACE_WIDTH
 from .base_model import BaseModel, load_base_model
 
 
-def encoding_of(config: TrainConfig, base_model: BaseModel) -> Encoding:
+def preprocessor_from_config(config: TrainConfig, base_model: BaseModel) -> Preprocessor:
     """What the workers need of the base model."""
     kind = config.train_kind
-    return Encoding(
+    return Preprocessor(
         tokenizers=base_model.tokenizers,
         text_length=base_model.text_length,
         image_processor=base_model.image_processor if kind.takes_image else None,
@@ -26,7 +26,7 @@ def encoding_of(config: TrainConfig, base_model: BaseModel) -> Encoding:
     )
 
 
-def open_base_model(config: TrainConfig, device: torch.device | str = "cpu") -> BaseModel:
+def base_model_from_config(config: TrainConfig, device: torch.device | str = "cpu") -> BaseModel:
     """The base model of a training, in its precision; refuses a resolution that is no whole number of latents."""
     base_model = load_base_model(
         config.base_model,

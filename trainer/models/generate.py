@@ -41,7 +41,7 @@ def generate(
     """Generate B pictures in one batch: float32 [B, 3, H, W] in [-1, 1], on the base model's device.
 
     B is the longest of `prompts` (1 or B texts, "" for none, or their states), `image_features` (what
-    `IPAdapter.encode` takes, each with 1 or B rows; see `image_features.encode_pictures`) and `weight` (a number, or 1
+    `IPAdapter.encode` takes, each with 1 or B rows; see `image_features.encode_images`) and `weight` (a number, or 1
     or B of them). The weight is that of the image attention and, for the faceid kinds, of the LoRA. Weight 0, no
     adapter and no features are all the same: the base model alone. `guidance` of 1 or less turns guidance off; else the
     image of the negative rows is that of a dropped image in training. Picture i starts from the noise of seed + i, or

@@ -20,13 +20,13 @@ def encode_clip_images(base_model: BaseModel, clip_images: Tensor, feature: Feat
     """Normalised pixels [B, 3, S, S] -> image_embeds [B, E], or penultimate hidden states [B, L, E] for every
     feature that names them.
     """
-    pixels = base_model.receive(clip_images, base_model.dtype)
+    pixels = base_model.to_device(clip_images, base_model.dtype)
     if feature == "image_embeds":
         return base_model.image_encoder(pixels).image_embeds
     return base_model.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
 
 
-def encode_pictures(
+def encode_images(
     base_model: BaseModel,
     spec: AdapterSpec,
     pictures: Sequence[Image.Image],

@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def claim(folder: Path, say: Say = lambda line: None) -> Iterator[Callable[[], None]]:
+def lock_folder(folder: Path, say: Say = lambda line: None) -> Iterator[Callable[[], None]]:
     """Hold `folder`, which is made when it is missing and removed again when it stays empty. The main process of a
     launch holds it for all; the others wait until it does.
 

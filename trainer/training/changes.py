@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
-from .training_data import Source
+from .training_data import TrainingData
 
 # The weights and the optimizer's state would not fit, or would mean something else.
 _FIXED = ("kind", "tokens", "base_model", "image_encoder", "prediction_type", "optimizer")
@@ -52,8 +52,14 @@ _FREE = (
 )
 
 
-def facts_of(
-    config: TrainConfig, base_model: BaseModel, source: Source, *, tokens: int, prediction_type: str, processes: int
+def run_settings(
+    config: TrainConfig,
+    base_model: BaseModel,
+    source: TrainingData,
+    *,
+    tokens: int,
+    prediction_type: str,
+    processes: int,
 ) -> dict[str, Any]:
     """What a checkpoint keeps of its training: everything that is compared when another run resumes from it."""
     settings = config.model_dump(mode="json")

@@ -109,7 +109,7 @@ def save_checkpoint(
     return target
 
 
-def read_facts(folder: Path) -> tuple[Position, Mapping[str, Any]]:
+def read_run_settings(folder: Path) -> tuple[Position, Mapping[str, Any]]:
     """Where a checkpoint is, and what it was trained with; its tensors are not read.
 
     Raises CheckpointError when it cannot be read.

@@ -14,17 +14,17 @@ from ..data.check import is_inside
 from ..errors import CheckpointError, ConfigError
 from ..files.run_folder import checkpoint_folders, step_of
 from ..models.base_model import BaseModel
-from ..models.from_config import open_base_model
+from ..models.from_config import base_model_from_config
 from ..runtime.processes import check_precision, launched_on_cpu
 from ..settings.config import TrainConfig
-from .changes import changed_settings, facts_of
-from .checkpoints import Position, read_facts
+from .changes import changed_settings, run_settings
+from .checkpoints import Position, read_run_settings
 from .new_adapter import adapter_spec, read_initial_adapter
 from .objective import Objective, new_objective
 from .optimizers import check_optimizer
 from .outlook import outlook
 from .run_log import tracker_arguments
-from .training_data import Source, open_source
+from .training_data import TrainingData, open_training_data
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Checked:
     accelerator: Accelerator
     base_model: BaseModel
     objective: Objective
-    source: Source
+    source: TrainingData
     checkpoint: Path | None  # to resume from
     start: Position
     changes: Sequence[str]  # since the checkpoint
@@ -58,7 +58,7 @@ class Checked:
 
 
 def check_training(config: TrainConfig) -> Checked:
-    """Check everything that can be known in advance, the cheapest first. The caller holds the output (`claim`).
+    """Check everything that can be known in advance, the cheapest first. The caller holds the output (`lock_folder`).
 
     Raises TrainerError or AdapterError as `train` would.
     """
@@ -76,14 +76,14 @@ def check_training(config: TrainConfig) -> Checked:
         gradient_accumulation_steps=config.gradient_accumulation,
         **tracker_arguments(config.log_with, config.output),
     )
-    base_model = open_base_model(config, accelerator.device)
+    base_model = base_model_from_config(config, accelerator.device)
     objective = new_objective(
         base_model.scheduler,
         prediction_type=config.prediction_type,
         min_snr_gamma=config.min_snr_gamma,
         zero_terminal_snr=config.zero_terminal_snr,
     )
-    source = open_source(config, base_model, accelerator)
+    source = open_training_data(config, base_model, accelerator)
     if config.init_from is not None:
         read_initial_adapter(base_model, config.train_kind, config.tokens, config.init_from)
     images_per_batch = config.batch_size * accelerator.num_processes
@@ -92,7 +92,7 @@ def check_training(config: TrainConfig) -> Checked:
         raise ConfigError(f"warmup_steps={config.warmup_steps} leave nothing of the {steps:,} steps.")
     start, changes = Position(), list[str]()
     if checkpoint is not None:
-        start, before = read_facts(checkpoint)
+        start, before = read_run_settings(checkpoint)
         facts = _facts(config, base_model, objective, source, accelerator)
         changes = changed_settings(checkpoint, before, facts, config.accept_changes)
     tried, broken = source.try_images()
@@ -160,9 +160,9 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
 
 
 def _facts(
-    config: TrainConfig, base_model: BaseModel, objective: Objective, source: Source, accelerator: Accelerator
+    config: TrainConfig, base_model: BaseModel, objective: Objective, source: TrainingData, accelerator: Accelerator
 ) -> dict[str, Any]:
-    return facts_of(
+    return run_settings(
         config,
         base_model,
         source,

@@ -15,11 +15,11 @@ from ipadapter_core import AdapterSpec, init_adapter
 from ..cache.plan import Rows
 from ..cache.settings import cache_size
 from ..data.examples import Example
-from ..data.from_config import root_of
+from ..data.from_config import image_root
 from ..models.base_model import BaseModel
-from ..models.from_config import open_base_model
+from ..models.from_config import base_model_from_config
 from ..runtime.disk import show_bytes
-from ..runtime.folder_lock import Say, claim
+from ..runtime.folder_lock import Say, lock_folder
 from ..settings.config import TrainConfig
 from .checks import Checked, check_training, notes, total_steps
 from .cost import Cost, step_cost
@@ -56,7 +56,7 @@ def dry_run(config: TrainConfig, say: Say) -> None:
 
     Raises TrainerError or AdapterError as `train` would.
     """
-    with claim(config.output, say):
+    with lock_folder(config.output, say):
         checked = check_training(config)
         say(plan_text(config, plan_training(config, checked=checked)))
         for line in notes(checked, "Would resume"):
@@ -68,12 +68,12 @@ def plan_training(config: TrainConfig, processes: int = 1, checked: Checked | No
 
     Raises TrainerError for a base model or data that cannot be used.
     """
-    base_model = open_base_model(config) if checked is None else checked.base_model
+    base_model = base_model_from_config(config) if checked is None else checked.base_model
     spec = adapter_spec(base_model, config.train_kind, config.tokens)
     known = known_examples(config) if checked is None else checked.source.examples
     examples = None
     if known is not None:
-        examples = len(known) - len(held_out_rows(known, config.validation_pictures, root_of(config)))
+        examples = len(known) - len(held_out_rows(known, config.validation_pictures, image_root(config)))
     cost = step_cost(base_model, spec, config)
     modules = _frozen_parts(base_model, cached=config.cache is not None, image=spec.image_width is not None)
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}

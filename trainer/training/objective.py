@@ -31,7 +31,7 @@ class Objective:
         """ "epsilon" or "v_prediction"."""
         return str(self.scheduler.config["prediction_type"])
 
-    def row_losses(self, predicted: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
+    def sample_losses(self, predicted: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
         """The mean squared errors [B] of predictions [B, C, h, w], weighed by their timesteps [B]; in float32."""
         losses = F.mse_loss(predicted.float(), target.float(), reduction="none").mean((1, 2, 3))
         if self.min_snr_gamma is None:

@@ -20,7 +20,7 @@ from .checks import Checked, check_training, notes
 from .new_adapter import adapter_spec, new_adapter
 from .objective import Objective
 from .optimizers import AveragedWeights, new_optimizer, new_schedule
-from .training_data import Source, prompt_picture, validation_batches
+from .training_data import TrainingData, prompt_picture, validation_batches
 from .validation import Samples, Validation
 
 Say = Callable[[str], None]
@@ -38,7 +38,7 @@ class Training:
     adapter: Any  # an IPAdapter, or Accelerate's wrapper of one
     state: State
     schedule: LRScheduler
-    source: Source
+    source: TrainingData
     validation: Validation | None
     start: Position
 
@@ -139,7 +139,9 @@ def summary(training: Training) -> str:
     )
 
 
-def _validation(config: TrainConfig, base_model: BaseModel, objective: Objective, source: Source) -> Validation | None:
+def _validation(
+    config: TrainConfig, base_model: BaseModel, objective: Objective, source: TrainingData
+) -> Validation | None:
     """The held-out pictures, encoded; with a cache the encoders then leave the memory."""
     if not source.held_out:
         return None

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import DivergedError
-from .adapted_unet import Denoiser, TrainingBatch
+from .adapted_unet import AdaptedUNet, TrainBatch
 
 MAX_OVERFLOWS = 30  # in a row; each halves the loss scale, which begins at 65,536
 
@@ -41,8 +41,8 @@ class Progress:
 
 
 def train_steps(
-    model: Denoiser,
-    batches: Iterable[TrainingBatch],
+    model: AdaptedUNet,
+    batches: Iterable[TrainBatch],
     *,
     optimizer: torch.optim.Optimizer,
     steps: int,
@@ -75,7 +75,7 @@ def train_steps(
             with nullcontext() if accelerator is None else accelerator.autocast():
                 loss = model.loss(batch)
             loss.backward() if accelerator is None else accelerator.backward(loss)
-            model.rest()
+            model.disable_adapter()
             losses.append(loss.detach())
             images += len(batch.features)
             done = len(losses) == accumulated

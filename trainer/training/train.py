@@ -14,10 +14,10 @@ from ..files.run_folder import checkpoint_folders
 from ..models.features import encode_batch
 from ..report.verdict import validation_line
 from ..runtime.disk import disk_errors
-from ..runtime.folder_lock import claim
+from ..runtime.folder_lock import lock_folder
 from ..runtime.stopping import Interrupted, StopRequest, interruptions, stop_requests
 from ..settings.config import TrainConfig
-from .adapted_unet import Denoiser, TrainingBatch, denoiser
+from .adapted_unet import AdaptedUNet, TrainBatch, adapt_unet
 from .checkpoints import Position, save_checkpoint
 from .finish import finish
 from .run_log import RunLog, progress_postfix
@@ -37,7 +37,7 @@ def train(
     Raises TrainerError or AdapterError for everything the user can put right, and Interrupted after SIGINT or SIGTERM,
     with a checkpoint saved, and after a second SIGINT, without.
     """
-    with claim(config.output, say) as check_claim:
+    with lock_folder(config.output, say) as check_claim:
 
         def step_done(progress: Progress) -> None:
             check_claim()  # before anything is written
@@ -68,7 +68,7 @@ def _train(training: Training, say: Say, on_progress: Callable[[Progress], None]
     say(summary(training))
     if training.validation is None:
         say(f"No validation: {_why_no_validation(training)}")
-    model_in_training = denoiser(training.base_model, training.adapter, training.objective)
+    model_in_training = adapt_unet(training.base_model, training.adapter, training.objective)
     with stop_requests(say) as stop, closing(_open_log(training, say)) as log, model_in_training as model:
         if step == 0:
             _validate(training, model, log, step, say)
@@ -107,12 +107,12 @@ def _train(training: Training, say: Say, on_progress: Callable[[Progress], None]
     return position
 
 
-def training_batches(training: Training) -> Iterator[TrainingBatch]:
+def training_batches(training: Training) -> Iterator[TrainBatch]:
     """Endless encoded batches of this process, from the start position on."""
     spec = training.state.adapter.spec
     for batch in training.source.batches(training.start.batches):
         features = encode_batch(training.base_model, batch, spec)
-        yield TrainingBatch(features, batch["drop_image_embeds"], batch["noise"], batch["timesteps"])
+        yield TrainBatch(features, batch["drop_image_embeds"], batch["noise"], batch["timesteps"])
 
 
 def save(training: Training, position: Position) -> Path:
@@ -159,7 +159,7 @@ def _open_log(training: Training, say: Say) -> RunLog:
     )
 
 
-def _validate(training: Training, model: Denoiser, log: RunLog, step: int, say: Say) -> None:
+def _validate(training: Training, model: AdaptedUNet, log: RunLog, step: int, say: Say) -> None:
     """Numbers and pictures of the held-out examples, by the main process; the others wait."""
     if training.validation is not None and training.accelerator.is_main_process:
         alone = dataclasses.replace(model, adapter=training.state.adapter)  # no other process takes part

@@ -12,24 +12,31 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ..data.augmentation import Recipe
-from ..data.buckets import GlobalBatches
-from ..data.dataset import Batch, PictureDataset, collate, loader
+from ..data.augmentation import Augmentation
+from ..data.buckets import BucketBatchSampler
+from ..data.dataset import Batch, ImageDataset, collate, loader
 from ..data.examples import Example, relative_name
-from ..data.from_config import buckets_of, examples_of, hash_of, recipe_of, root_of, warn_about_sizes
-from ..data.images import open_rgb, why_broken
+from ..data.from_config import (
+    augmentation_from_config,
+    buckets_from_config,
+    data_fingerprint,
+    examples_from_config,
+    image_root,
+    warn_about_sizes,
+)
+from ..data.images import open_rgb, why_unreadable
 from ..data.shard_files import expand_shards, fingerprint_shards
 from ..data.shards import shard_loader
 from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
-from ..models.from_config import encoding_of
+from ..models.from_config import preprocessor_from_config
 from ..settings.config import TrainConfig
 
 _TRIED = 4  # images that are decoded before the first step
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class TrainingData:
     """A data set, ready to draw from. `size` is None for a stream; `examples` are all of them, those of the validation
     included, and None for a stream; `held_out` are the readable examples of the validation; `sample` makes a batch of a
     few images in this process; `broken` collects what could not be read.
@@ -67,12 +74,12 @@ class Source:
                 yield batch
 
 
-def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Accelerator) -> Source:
+def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: Accelerator) -> TrainingData:
     """Find the data of a training; no picture is decoded but the held-out ones.
 
     Raises DataError when there is nothing to train on, CacheError when the cache does not fit the settings.
     """
-    encoding, recipe = encoding_of(config, base_model), recipe_of(config)
+    preprocessor, augmentation = preprocessor_from_config(config, base_model), augmentation_from_config(config)
     process, processes = accelerator.process_index, accelerator.num_processes
     pin = accelerator.device.type == "cuda"
     if config.streams:
@@ -81,8 +88,8 @@ def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Acceler
         def shards_from(start: int) -> DataLoader[Batch]:
             return shard_loader(
                 shards,
-                encoding,
-                recipe,
+                preprocessor,
+                augmentation,
                 batch_size=config.batch_size,
                 process=process,
                 processes=processes,
@@ -94,25 +101,27 @@ def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Acceler
 
         def sample_shards() -> Batch:
             shards_from(0)  # refuses too few shards
-            return next(iter(shard_loader(shards, encoding, recipe, batch_size=_TRIED, workers=0, seed=config.seed)))
+            return next(
+                iter(shard_loader(shards, preprocessor, augmentation, batch_size=_TRIED, workers=0, seed=config.seed))
+            )
 
-        return Source(None, fingerprint_shards(shards), lambda start: iter(shards_from(start)), sample_shards)
+        return TrainingData(None, fingerprint_shards(shards), lambda start: iter(shards_from(start)), sample_shards)
 
-    examples = examples_of(config)
+    examples = examples_from_config(config)
     if accelerator.is_main_process:
         warn_about_sizes(config, examples)
-    held_out = held_out_rows(examples, config.validation_pictures, root_of(config))
+    held_out = held_out_rows(examples, config.validation_pictures, image_root(config))
     global_batch = config.batch_size * processes
-    data_hash = hash_of(config, examples)
+    data_hash = data_fingerprint(config, examples)
     if config.cache is None:
-        dataset = PictureDataset(examples, encoding, recipe, buckets_of(config, examples))
+        dataset = ImageDataset(examples, preprocessor, augmentation, buckets_from_config(config, examples))
     else:
         from ..cache.read import CachedDataset, open_cache
 
         cache = open_cache(config.cache, config, base_model, examples, data_hash)
-        dataset = CachedDataset(examples, encoding, recipe, cache)
+        dataset = CachedDataset(examples, preprocessor, augmentation, cache)
     rows = [[row for row in bucket if row not in held_out] for bucket in dataset.buckets.rows]
-    batches = GlobalBatches([bucket for bucket in rows if bucket], global_batch, config.seed)
+    batches = BucketBatchSampler([bucket for bucket in rows if bucket], global_batch, config.seed)
 
     def open_pictures(start: int) -> Iterator[Batch]:
         return iter(
@@ -132,7 +141,7 @@ def open_source(config: TrainConfig, base_model: BaseModel, accelerator: Acceler
         return collate([dataset[row] for row in largest[:: -(-len(largest) // _TRIED)]])
 
     shown, broken = readable([examples[row] for row in sorted(held_out)])
-    return Source(
+    return TrainingData(
         size=len(examples) - len(held_out),
         data_hash=data_hash,
         open=open_pictures,
@@ -149,12 +158,14 @@ def known_examples(config: TrainConfig) -> list[Example] | None:
     if config.streams:
         expand_shards(config.data)
         return None
-    return examples_of(config)
+    return examples_from_config(config)
 
 
 def validation_batches(config: TrainConfig, base_model: BaseModel, held_out: Sequence[Example]) -> Iterator[Batch]:
     """The held-out examples as squares, without crops, flips and dropout, as many at once as in training."""
-    dataset = PictureDataset(held_out, encoding_of(config, base_model), Recipe(config.resolution, config.seed))
+    dataset = ImageDataset(
+        held_out, preprocessor_from_config(config, base_model), Augmentation(config.resolution, config.seed)
+    )
     with plain_errors():
         for start in range(0, len(held_out), config.batch_size):
             rows = range(start, min(start + config.batch_size, len(held_out)))
@@ -185,7 +196,7 @@ def readable(examples: Sequence[Example]) -> tuple[list[Example], set[str]]:
             for picture in (example.image, *example.references):
                 open_rgb(picture)
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-            broken.add(f"{example.name}: {why_broken(error)}")
+            broken.add(f"{example.name}: {why_unreadable(error)}")
         else:
             fine.append(example)
     return fine, broken

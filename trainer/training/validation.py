@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ipadapter_core import AdapterApplication, IPAdapter
 
-from ..data.images import to_pictures
+from ..data.images import to_pil_images
 from ..models.base_model import BaseModel
 from ..models.conditioning import TextStates, encode_prompts
 from ..models.features import Features
 from ..models.generate import generate
 from ..report.image_grid import draw_grid
-from .adapted_unet import Denoiser, TrainingBatch
+from .adapted_unet import AdaptedUNet, TrainBatch
 
 QUARTERS = 4  # of the noise schedule; every example is looked at once in each
 SEED = 0
@@ -76,7 +76,7 @@ class Validation:
         self._texts = {text: encode_prompts(base_model, [text]) for text in texts}
 
     @torch.no_grad()
-    def measure(self, model: Denoiser) -> dict[str, float]:
+    def measure(self, model: AdaptedUNet) -> dict[str, float]:
         """Losses, their gaps, and the strength of the image attention, by name:
 
         - "validation/loss": with the right image, as in training, without dropout
@@ -101,7 +101,7 @@ class Validation:
                 right = self._losses(model)
             dropped = self._losses(model, drop=True)
             shuffled = None if self._others is None else self._losses(model, self._others)
-        model.rest()
+        model.disable_adapter()
         self.layer_ratios = {id: torch.cat(ratios[id]).mean().item() for id in sorted(ratios)}
         numbers = {
             "loss": right,
@@ -133,7 +133,7 @@ class Validation:
         of_captions = self._examples.text.index(torch.arange(len(captions)))
         none, given = (self._texts[text].expand(len(captions)) for text in ("", sample.text))
         columns = [("image prompt", prompts)]
-        with self.base_model.borrowed(), _uncompiled():
+        with self.base_model.temporarily_loaded(), _uncompiled():
             columns += [
                 ("caption only", self._generated(None, of_captions)),
                 ("image only", self._generated(adapter, none)),
@@ -150,19 +150,19 @@ class Validation:
         height, width = self._examples.latents.shape[-2:]
         return height * self.base_model.latent_scale, width * self.base_model.latent_scale
 
-    def _losses(self, model: Denoiser, others: Tensor | None = None, drop: bool = False) -> Tensor:
+    def _losses(self, model: AdaptedUNet, others: Tensor | None = None, drop: bool = False) -> Tensor:
         """[QUARTERS, V]; `others` [V] are the examples whose images are shown instead."""
         losses = []
         for rows in torch.arange(len(self._rows)).split(self._chunk):
             examples = self._rows[rows]
-            batch = TrainingBatch(
+            batch = TrainBatch(
                 self._examples.index(examples),
                 torch.full((len(rows),), drop),
                 self._noise[rows],
                 self._timesteps[rows],
             )
             shown = None if others is None else self._examples.index(others[examples]).image_features
-            losses.append(model.row_losses(batch, shown).float())
+            losses.append(model.sample_losses(batch, shown).float())
         return torch.cat(losses).view(QUARTERS, -1).cpu()
 
     @contextmanager
@@ -191,7 +191,7 @@ class Validation:
                 size=self._size,
                 scheduler=sample.scheduler,
             )
-            pictures += to_pictures(pixels)
+            pictures += to_pil_images(pixels)
         return pictures
 
 
