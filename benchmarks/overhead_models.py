@@ -22,7 +22,7 @@ REAL_WIDTH = 320  # channels of the first level of SD1.5 and SDXL
 IMAGE_TOKENS, IMAGE_WIDTH = 257, 1280  # the penultimate hidden states of ViT-H/14
 TOKENS, RESAMPLER_WIDTH = 16, {"sd15": 768, "sdxl": 1280}  # of the published plus adapters
 CONTEXT = {"sd15": 768, "sdxl": 2048}  # the peer tells the families apart by these, so they stay real
-FACE_TOKENS, FACE_WIDTH = {"sd15": 4, "sdxl": 6}, 512  # of the published FaceID-Plus v2 adapters
+FACE_TOKENS, FACE_DIM = {"sd15": 4, "sdxl": 6}, 512  # of the published FaceID-Plus v2 adapters
 TEXT_TOKENS = 77
 CPU = torch.device("cpu")
 
@@ -126,18 +126,18 @@ def new_adapter(
     with weights of `dtype` and this many images. Its weights are made on `device` and lie on the CPU.
     """
     sites = pack.core.cross_attention_sites(model.get_model_object("diffusion_model"))
-    widths, context = [site.width for site in sites], sites[0].context_width
+    widths, context = [site.width for site in sites], sites[0].cross_attention_dim
     if face:
         options = {"tokens": FACE_TOKENS[family], "shortcut": True}
-        spec = pack.core.new_spec("faceid-plus", widths, context, image_width=IMAGE_WIDTH, **options)
+        spec = pack.core.new_spec("faceid-plus", widths, context, image_dim=IMAGE_WIDTH, **options)
     else:
-        options = {"tokens": TOKENS, "resampler_width": RESAMPLER_WIDTH[family]}
-        spec = pack.core.new_spec("plus", widths, context, image_width=IMAGE_WIDTH, **options)
+        options = {"tokens": TOKENS, "resampler_dim": RESAMPLER_WIDTH[family]}
+        spec = pack.core.new_spec("plus", widths, context, image_dim=IMAGE_WIDTH, **options)
     module = pack.core.init_adapter(spec, operations=comfy.ops.manual_cast, device=device, dtype=dtype).eval()
     randomise(module)
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(images + 1, IMAGE_TOKENS, IMAGE_WIDTH, generator=generator)
-    faces = nn.functional.normalize(torch.randn(images, FACE_WIDTH, generator=generator)) if face else None
+    faces = nn.functional.normalize(torch.randn(images, FACE_DIM, generator=generator)) if face else None
     return Adapter(module.to(CPU), features[:images], features[images:], faces)
 
 

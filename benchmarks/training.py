@@ -148,7 +148,7 @@ def _setup(args: argparse.Namespace, scratch: Path) -> Setup:
         batch_size=args.batch_size,
         warmup=args.warmup,
         steps=args.steps,
-        workers=args.workers,
+        num_workers=args.num_workers,
         device=args.device,
         threads=args.threads,
     )
@@ -196,7 +196,7 @@ def _heading(args: argparse.Namespace, setup: Setup) -> str:
         [
             f"{_device_name(setup.device)}{threads}; {versions}",
             f"{args.size}: {setup.resolution} px, batches of {setup.batch_size}, {setup.steps} steps after "
-            f"{setup.warmup} of warm-up, {args.rounds} round(s), {setup.workers} loader processes",
+            f"{setup.warmup} of warm-up, {args.rounds} round(s), {setup.num_workers} loader processes",
             _shares_text(args.size, part_flops(SHAPES[args.size])),
             *([_shares_text("SD1.5", part_flops(SHAPES["sd15"]))] if args.size == "tiny" else []),
         ]
@@ -273,7 +273,7 @@ def _fill_in(args: argparse.Namespace) -> None:
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu = args.device == "cuda"
-    for name, on_cpu, on_gpu in (("warmup", 2, 20), ("steps", 10, 50), ("workers", 0, 4), ("threads", 1, 0)):
+    for name, on_cpu, on_gpu in (("warmup", 2, 20), ("steps", 10, 50), ("num_workers", 0, 4), ("threads", 1, 0)):
         if getattr(args, name) is None:
             setattr(args, name, on_gpu if gpu else on_cpu)
     args.settings = args.settings or [""]

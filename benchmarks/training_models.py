@@ -44,12 +44,12 @@ class Size:
     vae: tuple[int, ...]
     text: tuple[int, int, int]
     vision: tuple[int, int, int]
-    image_width: int  # of the image embedding
+    image_dim: int  # of the image embedding
     vocabulary: int
     text_2: tuple[int, int, int] | None = None  # SDXL's second text encoder
 
     @property
-    def context_width(self) -> int:
+    def cross_attention_dim(self) -> int:
         """Of the text states that the UNet reads."""
         return self.text[0] + (0 if self.text_2 is None else self.text_2[0])
 
@@ -130,7 +130,7 @@ def part_makers(size: Size, tokenizer: CLIPTokenizer | None = None) -> dict[str,
                 hidden_act="gelu",
                 image_size=ENCODER_SIDE,
                 patch_size=14,
-                projection_dim=size.image_width,
+                projection_dim=size.image_dim,
             )
         ),
     }
@@ -146,7 +146,7 @@ def _unet_config(size: Size, groups: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "sample_size": size.resolution // 8,
         "block_out_channels": size.unet,
-        "cross_attention_dim": size.context_width,
+        "cross_attention_dim": size.cross_attention_dim,
         "attention_head_dim": 8,
         "norm_num_groups": groups,
     }
@@ -173,7 +173,7 @@ def part_flops(size: Size) -> dict[str, int]:
     latent = size.resolution // 8
     with torch.device("meta"):
         parts = {name: make().requires_grad_(False) for name, make in part_makers(size).items()}
-        context = torch.zeros(1, TEXT_LENGTH, size.context_width, requires_grad=True)
+        context = torch.zeros(1, TEXT_LENGTH, size.cross_attention_dim, requires_grad=True)
         added = size.text_2 and {"text_embeds": torch.zeros(1, size.text_2[0]), "time_ids": torch.zeros(1, TIME_IDS)}
         text = torch.zeros(1, TEXT_LENGTH, dtype=torch.long)
         passes: dict[str, Callable[[], Any]] = {

@@ -30,7 +30,7 @@ class Setup:
     batch_size: int
     warmup: int
     steps: int
-    workers: int
+    num_workers: int
     device: str  # "cpu" or "cuda"
     threads: int
 
@@ -72,7 +72,7 @@ def original(setup: Setup, checkout: Path) -> Contender:
         "output_dir": "{output}",
         "resolution": setup.resolution,
         "train_batch_size": setup.batch_size,
-        "dataloader_num_workers": setup.workers,
+        "dataloader_num_workers": setup.num_workers,
         "num_train_epochs": 1,
         "mixed_precision": "bf16" if setup.device == "cuda" else "no",
     }
@@ -102,9 +102,9 @@ def our_overrides(setup: Setup) -> list[str]:
         f"resolution={setup.resolution}",
         f"batch_size={setup.batch_size}",
         f"steps={setup.warmup + setup.steps}",
-        f"workers={setup.workers}",
+        f"num_workers={setup.num_workers}",
         f"mixed_precision={'bf16' if setup.device == 'cuda' else 'no'}",
-        "validation_pictures=0",
+        "validation_images=0",
     ]
 
 

@@ -63,7 +63,7 @@ class IPAdapter(nn.Module):
 
     def check_features(self, *features: Tensor) -> None:
         """Raises AdapterError when image features, as `encode` takes them, are not what this adapter was trained on."""
-        widths = [width for width in (self.spec.face_width, self.spec.image_width) if width is not None]
+        widths = [width for width in (self.spec.face_dim, self.spec.image_dim) if width is not None]
         if len(features) != len(widths):
             raise AdapterError(
                 f"This {self.spec.kind} adapter takes {len(widths)} features ({self.spec.feature}), {len(features)} "
@@ -102,22 +102,20 @@ class IPAdapter(nn.Module):
         Raises AdapterError when image features are needed and were not given.
         """
         spec = self.spec
-        if spec.feature != "image_embeds" and spec.image_width is not None and image_features is None:
+        if spec.feature != "image_embeds" and spec.image_dim is not None and image_features is None:
             raise AdapterError(
                 f"The negative tokens of a {spec.kind} adapter need the penultimate hidden states [B, L, "
-                f"{spec.image_width}] of an image of zero pixel values. Encode it with {spec.encoder} and pass it."
+                f"{spec.image_dim}] of an image of zero pixel values. Encode it with {spec.encoder} and pass it."
             )
         like = next(self.projector.parameters())
-        if spec.face_width is not None:
+        if spec.face_dim is not None:
             batch = 1 if image_features is None else image_features.shape[0]
-            zeros = torch.zeros(batch, spec.face_width, device=device or like.device, dtype=dtype or like.dtype)
-            return (
-                self.encode(zeros) if spec.image_width is None else self.encode(zeros, cast("Tensor", image_features))
-            )
+            zeros = torch.zeros(batch, spec.face_dim, device=device or like.device, dtype=dtype or like.dtype)
+            return self.encode(zeros) if spec.image_dim is None else self.encode(zeros, cast("Tensor", image_features))
         if image_features is not None:
             return self.encode(image_features)
         return self.encode(
-            torch.zeros(1, cast("int", spec.image_width), device=device or like.device, dtype=dtype or like.dtype)
+            torch.zeros(1, cast("int", spec.image_dim), device=device or like.device, dtype=dtype or like.dtype)
         )
 
     def keys_values(self, tokens: Tensor) -> tuple[KeyValue, ...]:

@@ -31,27 +31,27 @@ def build_projector(
     Raises AdapterError when the spec lacks a width that its kind needs.
     """
     spec_of = _Required(spec)
-    context = spec.token_width or spec.context_width
+    context = spec.token_dim or spec.cross_attention_dim
     if spec.kind == "base":
         return ImageProjection(
-            spec_of("image_width"), context, spec.tokens, operations=operations, device=device, dtype=dtype
+            spec_of("image_dim"), context, spec.num_tokens, operations=operations, device=device, dtype=dtype
         )
     if spec.kind == "full":
         return FullProjection(
-            spec_of("image_width"),
+            spec_of("image_dim"),
             context,
-            spec.hidden_width,
+            spec.hidden_dim,
             operations=operations,
             device=device,
             dtype=dtype,
         )
     if spec.kind == "faceid-plus":
         return FaceIDPlusProjection(
-            spec_of("face_width"),
-            spec_of("image_width"),
+            spec_of("face_dim"),
+            spec_of("image_dim"),
             context,
-            spec.tokens,
-            hidden_width=spec.hidden_width,
+            spec.num_tokens,
+            hidden_dim=spec.hidden_dim,
             depth=spec_of("depth"),
             heads=spec_of("heads"),
             dim_head=spec_of("dim_head"),
@@ -62,10 +62,10 @@ def build_projector(
         )
     if spec.depth is not None:  # plus, and the portrait adapter over un-normalised face embeddings
         return Resampler(
-            spec_of("image_width" if spec.kind == "plus" else "face_width"),
+            spec_of("image_dim" if spec.kind == "plus" else "face_dim"),
             context,
-            spec.tokens,
-            width=spec_of("resampler_width"),
+            spec.num_tokens,
+            width=spec_of("resampler_dim"),
             depth=spec.depth,
             heads=spec_of("heads"),
             dim_head=spec_of("dim_head"),
@@ -74,10 +74,10 @@ def build_projector(
             dtype=dtype,
         )
     return FaceIDProjection(
-        spec_of("face_width"),
+        spec_of("face_dim"),
         context,
-        spec.tokens,
-        spec.hidden_width,
+        spec.num_tokens,
+        spec.hidden_dim,
         operations=operations,
         device=device,
         dtype=dtype,
@@ -107,8 +107,8 @@ def build_layers(
     """The image key and value layers of a spec; see `build_projector`."""
     return ImageKeyValueLayers(
         spec.layer_ids,
-        spec.layer_widths,
-        spec.context_width,
+        spec.layer_dims,
+        spec.cross_attention_dim,
         operations=operations,
         device=device,
         dtype=dtype,
@@ -126,8 +126,8 @@ def build_lora(
     if spec.lora_rank is None:
         return None
     return LoraLayers(
-        spec.layer_widths,
-        spec.context_width,
+        spec.layer_dims,
+        spec.cross_attention_dim,
         spec.lora_rank,
         operations=operations,
         device=device,

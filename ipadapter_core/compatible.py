@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterError
 from .layers import Site
-from .spec import FAMILY_NAMES, KOLORS_TEXT_WIDTH, AdapterSpec, family_of
+from .spec import FAMILY_NAMES, KOLORS_TEXT_DIM, AdapterSpec, family_of
 
 _KOLORS_LABEL_WIDTH = 5632  # ChatGLM's pooled state of 4096 and the six sizes; SDXL has 1280 and the same
 
@@ -19,7 +19,7 @@ def is_kolors_unet(unet: nn.Module) -> bool:
     they are. For ComfyUI's UNets (as other packs load Kolors) and diffusers'.
     """
     projection = getattr(unet, "encoder_hid_proj", None)
-    if getattr(projection, "in_features", None) == KOLORS_TEXT_WIDTH:
+    if getattr(projection, "in_features", None) == KOLORS_TEXT_DIM:
         return True
     for name in ("label_emb.0.0", "add_embedding.linear_1"):
         try:
@@ -40,20 +40,20 @@ def check_compatible(
     SD1.5 (768)."
     """
     widths = tuple(site.width for site in sites)
-    context = sites[0].context_width if sites else 0
-    if widths == spec.layer_widths and context == spec.context_width:
+    context = sites[0].cross_attention_dim if sites else 0
+    if widths == spec.layer_dims and context == spec.cross_attention_dim:
         if unet is not None:
             _check_kolors(spec, is_kolors_unet(unet), name)
         return
-    if context == spec.context_width and len(widths) == len(spec.layer_widths):
-        at = next(i for i, (a, b) in enumerate(zip(widths, spec.layer_widths, strict=True)) if a != b)
+    if context == spec.cross_attention_dim and len(widths) == len(spec.layer_dims):
+        at = next(i for i, (a, b) in enumerate(zip(widths, spec.layer_dims, strict=True)) if a != b)
         raise AdapterError(
-            f"{name} is made for another width: its layer {2 * at + 1} is {spec.layer_widths[at]} wide, the connected "
+            f"{name} is made for another width: its layer {2 * at + 1} is {spec.layer_dims[at]} wide, the connected "
             f"model's {widths[at]}. Use an adapter made for this model."
         )
     family = family_of(context, widths)
     model = FAMILY_NAMES.get(family, "another model")
-    detail = f"context {spec.context_width}, {len(spec.layer_widths)} layers"
+    detail = f"context {spec.cross_attention_dim}, {len(spec.layer_dims)} layers"
     use = f"Use an {FAMILY_NAMES[family]} adapter." if family in FAMILY_NAMES else "Use an adapter made for this model."
     raise AdapterError(
         f"{name} is made for {spec.family_name} ({detail}); the connected model is {model} ({context}, {len(widths)} "
@@ -77,7 +77,7 @@ def context_tokens(tokens: Tensor, spec: AdapterSpec, unet: nn.Module, name: str
 
     Raises AdapterError for a Kolors UNet without that layer.
     """
-    if spec.token_width is None:
+    if spec.token_dim is None:
         return tokens
     projection = getattr(unet, "encoder_hid_proj", None)
     if not isinstance(projection, nn.Linear):

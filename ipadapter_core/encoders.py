@@ -16,7 +16,7 @@ from .published_encoders import (
     PUBLISHED_ENCODERS,
     EncoderFamily,
     PublishedEncoder,
-    encoders_of_width,
+    encoders_of_dim,
     families_named,
 )
 from .spec import AdapterSpec
@@ -37,9 +37,9 @@ class ImageEncoder:
     image decides), its architecture, its layers (0: unknown) and the pixels of a patch (0: unknown).
     """
 
-    hidden_width: int
-    embeds_width: int | None
-    tokens: int | None
+    hidden_dim: int
+    embeds_dim: int | None
+    num_tokens: int | None
     family: EncoderFamily = "CLIP"
     layers: int = 0
     patch: int = 0
@@ -48,10 +48,10 @@ class ImageEncoder:
     def published(self) -> PublishedEncoder | None:
         """The published encoder of this shape."""
         for encoder in PUBLISHED_ENCODERS:
-            same = (encoder.family, encoder.hidden_width, encoder.tokens) == (
+            same = (encoder.family, encoder.hidden_dim, encoder.num_tokens) == (
                 self.family,
-                self.hidden_width,
-                self.tokens,
+                self.hidden_dim,
+                self.num_tokens,
             )
             if same and self.layers in (0, encoder.layers):
                 return encoder
@@ -59,11 +59,11 @@ class ImageEncoder:
 
     def describe(self) -> str:
         """For messages: "CLIP ViT-H/14: hidden states of 1280, image_embeds of 1024, 257 tokens"."""
-        embeds = "no image_embeds" if self.embeds_width is None else f"image_embeds of {self.embeds_width}"
-        tokens = "tokens by the size of the image" if self.tokens is None else f"{self.tokens} tokens"
+        embeds = "no image_embeds" if self.embeds_dim is None else f"image_embeds of {self.embeds_dim}"
+        tokens = "tokens by the size of the image" if self.num_tokens is None else f"{self.num_tokens} tokens"
         published = self.published
         name = f"{self.family}, {self.layers} layers" if published is None else published.name
-        return f"{name}: hidden states of {self.hidden_width}, {embeds}, {tokens}"
+        return f"{name}: hidden states of {self.hidden_dim}, {embeds}, {tokens}"
 
 
 def encoder_from_shapes(shapes: Shapes) -> ImageEncoder | None:
@@ -75,9 +75,9 @@ def encoder_from_shapes(shapes: Shapes) -> ImageEncoder | None:
     if "visual.class_embedding" in shapes and "visual.positional_embedding" in shapes:  # as OpenAI names them
         projection = shapes.get("visual.proj")
         return ImageEncoder(
-            hidden_width=shapes["visual.class_embedding"][-1],
-            embeds_width=None if projection is None else projection[1],
-            tokens=shapes["visual.positional_embedding"][-2],
+            hidden_dim=shapes["visual.class_embedding"][-1],
+            embeds_dim=None if projection is None else projection[1],
+            num_tokens=shapes["visual.positional_embedding"][-2],
             layers=layers,
             patch=shapes.get("visual.conv1.weight", (0,))[-1],
         )
@@ -135,17 +135,17 @@ def encoder_fits(spec: AdapterSpec, encoder: ImageEncoder) -> bool:
 
     Several encoders share a width: the file's metadata decides, else the published adapters of this width (CLIP).
     """
-    width = encoder.embeds_width if spec.kind == "base" else encoder.hidden_width
-    if width is None or width != spec.image_width:
+    width = encoder.embeds_dim if spec.kind == "base" else encoder.hidden_dim
+    if width is None or width != spec.image_dim:
         return False
-    if spec.kind == "full" and spec.tokens != _tokens_at(encoder, spec.encoder_resolution):
+    if spec.kind == "full" and spec.num_tokens != _tokens_at(encoder, spec.encoder_resolution):
         return False
     if spec.is_kolors:
         return encoder.published == CLIP_L_336
     families = families_named(spec.encoder_id)
     if families:
         return encoder.family in families
-    known = encoders_of_width(width, embeds=spec.kind == "base")
+    known = encoders_of_dim(width, embeds=spec.kind == "base")
     if not known:
         return encoder.family == "CLIP"  # nobody's width: an encoder of one's own
     if CLIP_L in known:  # DINOv2-L shares its width: only the metadata can ask for that
@@ -155,7 +155,7 @@ def encoder_fits(spec: AdapterSpec, encoder: ImageEncoder) -> bool:
 
 def _tokens_at(encoder: ImageEncoder, resolution: int | None) -> int | None:
     if resolution is None or not encoder.patch or encoder.family != "CLIP":
-        return encoder.tokens
+        return encoder.num_tokens
     return 1 + (resolution // encoder.patch) ** 2
 
 
@@ -187,7 +187,7 @@ def find_encoder(
             fitting[file] = encoder
         else:
             seen.append(f"{file.name} ({encoder.describe() if encoder else 'not a CLIP vision model'})")
-    if len({(encoder.family, encoder.tokens) for encoder in fitting.values()}) > 1:
+    if len({(encoder.family, encoder.num_tokens) for encoder in fitting.values()}) > 1:
         listed = "; ".join(f"{file.name} ({encoder.describe()})" for file, encoder in fitting.items())
         raise AdapterError(
             f"{name} takes {needed_features(spec)}, and several image encoders make them: {listed}. Choose the one "
@@ -204,14 +204,14 @@ def find_encoder(
 
 def needed_features(spec: AdapterSpec) -> str:
     """For messages: "image_embeds of 1024"."""
-    tokens = f", {spec.tokens} tokens" if spec.kind == "full" else ""
-    return f"{'image_embeds' if spec.kind == 'base' else 'hidden states'} of {spec.image_width}{tokens}"
+    tokens = f", {spec.num_tokens} tokens" if spec.kind == "full" else ""
+    return f"{'image_embeds' if spec.kind == 'base' else 'hidden states'} of {spec.image_dim}{tokens}"
 
 
 def download_hint(spec: AdapterSpec) -> str:
     """Which published file holds the encoder of this adapter."""
     named = families_named(spec.encoder_id)
-    known = encoders_of_width(spec.image_width or 0, embeds=spec.kind == "base")
+    known = encoders_of_dim(spec.image_dim or 0, embeds=spec.kind == "base")
     if named:
         known = [encoder for encoder in known if encoder.family in named]
     if spec.is_kolors:

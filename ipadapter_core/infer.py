@@ -15,15 +15,15 @@ from .errors import AdapterError
 from .infer_layers import Shapes, infer_layers
 from .spec import (
     FAMILIES,
-    KOLORS_TEXT_WIDTH,
+    KOLORS_TEXT_DIM,
     METADATA_BASE_FAMILY,
     METADATA_DIM_HEAD,
     METADATA_ENCODER,
     METADATA_KIND,
     METADATA_NEGATIVE,
+    METADATA_NUM_TOKENS,
     METADATA_RESOLUTION,
     METADATA_SHORTCUT,
-    METADATA_TOKENS,
     AdapterSpec,
     Kind,
     family_of,
@@ -40,14 +40,14 @@ class _Projector:
     """What the image_proj part says."""
 
     kind: Kind
-    context_width: int
-    tokens: int
-    image_width: int | None = None
-    face_width: int | None = None
-    hidden_width: int | None = None
-    resampler_width: int | None = None
+    cross_attention_dim: int
+    num_tokens: int
+    image_dim: int | None = None
+    face_dim: int | None = None
+    hidden_dim: int | None = None
+    resampler_dim: int | None = None
     depth: int | None = None
-    inner_width: int | None = None
+    inner_dim: int | None = None
 
 
 def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
@@ -57,7 +57,7 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
     the projector has not, and metadata that contradicts the shapes.
     """
     origin, metadata = checkpoint.path, checkpoint.metadata
-    widths, context_width, lora_rank = infer_layers(checkpoint.ip_adapter.shapes, origin)
+    widths, cross_attention_dim, lora_rank = infer_layers(checkpoint.ip_adapter.shapes, origin)
     try:
         projector = _infer_projector(checkpoint.image_proj.shapes, metadata.get(METADATA_KIND), origin)
     except AdapterError:
@@ -66,36 +66,36 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
         raise AdapterError(
             f"{origin}: the image projector is incomplete or has unexpected shapes ({error}). Export the adapter again."
         ) from error
-    kolors_face = projector.kind == "faceid-plus" and projector.context_width == KOLORS_TEXT_WIDTH
-    if projector.context_width != context_width and not kolors_face:
+    kolors_face = projector.kind == "faceid-plus" and projector.cross_attention_dim == KOLORS_TEXT_DIM
+    if projector.cross_attention_dim != cross_attention_dim and not kolors_face:
         raise AdapterError(
-            f"{origin}: the image projector makes tokens of {projector.context_width}, the layers take "
-            f"{context_width}. The two parts belong to different adapters."
+            f"{origin}: the image projector makes tokens of {projector.cross_attention_dim}, the layers take "
+            f"{cross_attention_dim}. The two parts belong to different adapters."
         )
     kind = _kind(projector, lora_rank, metadata, origin)
-    family = family_of(context_width, widths)
+    family = family_of(cross_attention_dim, widths)
     _check_family(family, metadata, origin)
-    heads, dim_head = _heads(projector.inner_width, metadata, origin)
+    heads, dim_head = _heads(projector.inner_dim, metadata, origin)
     shortcut = _shortcut(kind, metadata, origin)
     spec = AdapterSpec(
         kind=kind,
         family=family,
-        context_width=context_width,
-        tokens=_tokens(kind, projector.tokens, metadata, origin),
-        image_width=projector.image_width,
-        face_width=projector.face_width,
-        hidden_width=projector.hidden_width,
-        resampler_width=projector.resampler_width,
+        cross_attention_dim=cross_attention_dim,
+        num_tokens=_tokens(kind, projector.num_tokens, metadata, origin),
+        image_dim=projector.image_dim,
+        face_dim=projector.face_dim,
+        hidden_dim=projector.hidden_dim,
+        resampler_dim=projector.resampler_dim,
         depth=projector.depth,
         heads=heads,
         dim_head=dim_head,
-        layer_widths=widths,
+        layer_dims=widths,
         lora_rank=lora_rank,
         shortcut=True if kolors_face and shortcut is None else shortcut,  # its only published file is a v2
         unnormalised=kolors_face or (kind == "portrait" and projector.depth is not None),
         encoder_id=metadata.get(METADATA_ENCODER),
         negative=metadata.get(METADATA_NEGATIVE, "zeros"),
-        token_width=projector.context_width if kolors_face else None,
+        token_dim=projector.cross_attention_dim if kolors_face else None,
         encoder_resolution=_integer(METADATA_RESOLUTION, metadata, origin),
     )
     check_tensors(build_projector(spec, device="meta"), checkpoint.image_proj, origin)
@@ -118,31 +118,31 @@ def _infer_projector(shapes: Shapes, claimed: str | None, origin: str) -> _Proje
     if "perceiver_resampler.proj_in.weight" in shapes:
         context = shapes["norm.weight"][0]
         inner = shapes["perceiver_resampler.layers.0.0.to_q.weight"][0]
-        width, image_width = shapes["perceiver_resampler.proj_in.weight"]
+        width, image_dim = shapes["perceiver_resampler.proj_in.weight"]
         return _Projector(
             "faceid-plus",
             context,
             _ratio(shapes["proj.2.weight"][0], context, origin),
-            image_width=image_width,
-            face_width=shapes["proj.0.weight"][1],
-            hidden_width=shapes["proj.0.weight"][0],
-            resampler_width=width,
+            image_dim=image_dim,
+            face_dim=shapes["proj.0.weight"][1],
+            hidden_dim=shapes["proj.0.weight"][0],
+            resampler_dim=width,
             depth=_depth(shapes, "perceiver_resampler.layers."),
-            inner_width=inner,
+            inner_dim=inner,
         )
     if "proj.weight" in shapes:
-        rows, image_width = shapes["proj.weight"]
+        rows, image_dim = shapes["proj.weight"]
         context = shapes["norm.weight"][0]
-        return _Projector("base", context, _ratio(rows, context, origin), image_width=image_width)
+        return _Projector("base", context, _ratio(rows, context, origin), image_dim=image_dim)
     if "proj.3.weight" in shapes:
-        hidden, image_width = shapes["proj.0.weight"]
+        hidden, image_dim = shapes["proj.0.weight"]
         context = shapes["proj.3.weight"][0]
-        return _Projector("full", context, _FULL_TOKENS, image_width=image_width, hidden_width=hidden)
+        return _Projector("full", context, _FULL_TOKENS, image_dim=image_dim, hidden_dim=hidden)
     if "proj.0.weight" in shapes and "norm.weight" in shapes:
-        hidden, face_width = shapes["proj.0.weight"]
+        hidden, face_dim = shapes["proj.0.weight"]
         context = shapes["norm.weight"][0]
         tokens = _ratio(shapes["proj.2.weight"][0], context, origin)
-        return _Projector("faceid", context, tokens, face_width=face_width, hidden_width=hidden)
+        return _Projector("faceid", context, tokens, face_dim=face_dim, hidden_dim=hidden)
     raise AdapterError(
         f"{origin}: unknown image projector with keys {', '.join(sorted(shapes)[:4])}, ...; expected a base, plus, "
         "full, FaceID or FaceID-plus projector. This adapter is not supported."
@@ -150,18 +150,18 @@ def _infer_projector(shapes: Shapes, claimed: str | None, origin: str) -> _Proje
 
 
 def _infer_resampler(shapes: Shapes, claimed: str | None) -> _Projector:
-    width, feature_width = shapes["proj_in.weight"]
+    width, feature_dim = shapes["proj_in.weight"]
     # A resampler over one ArcFace vector is the un-normalised portrait adapter, unless the file says plus.
-    face = feature_width == _FACE_WIDTH and claimed != "plus"
+    face = feature_dim == _FACE_WIDTH and claimed != "plus"
     return _Projector(
         "portrait" if face else "plus",
         shapes["proj_out.weight"][0],
         shapes["latents"][1],
-        image_width=None if face else feature_width,
-        face_width=feature_width if face else None,
-        resampler_width=width,
+        image_dim=None if face else feature_dim,
+        face_dim=feature_dim if face else None,
+        resampler_dim=width,
         depth=_depth(shapes, "layers."),
-        inner_width=shapes["layers.0.0.to_q.weight"][0],
+        inner_dim=shapes["layers.0.0.to_q.weight"][0],
     )
 
 
@@ -172,18 +172,18 @@ def _depth(shapes: Shapes, prefix: str) -> int:
     return len(numbers)
 
 
-def _ratio(rows: int, context_width: int, origin: str) -> int:
-    if rows % context_width:
+def _ratio(rows: int, cross_attention_dim: int, origin: str) -> int:
+    if rows % cross_attention_dim:
         raise AdapterError(
-            f"{origin}: the projector makes {rows} numbers, which are no whole tokens of {context_width}. Export it "
-            "again."
+            f"{origin}: the projector makes {rows} numbers, which are no whole tokens of {cross_attention_dim}. Export "
+            "it again."
         )
-    return rows // context_width
+    return rows // cross_attention_dim
 
 
 def _kind(projector: _Projector, lora_rank: int | None, metadata: Mapping[str, str], origin: str) -> Kind:
     kind = projector.kind
-    if kind == "faceid" and lora_rank is None and projector.tokens == _PORTRAIT_TOKENS:
+    if kind == "faceid" and lora_rank is None and projector.num_tokens == _PORTRAIT_TOKENS:
         kind = "portrait"
     claimed = metadata.get(METADATA_KIND)
     if claimed is None or claimed == kind:
@@ -218,15 +218,15 @@ def _heads(inner: int | None, metadata: Mapping[str, str], origin: str) -> tuple
     return inner // dim_head, dim_head
 
 
-def _tokens(kind: Kind, tokens: int, metadata: Mapping[str, str], origin: str) -> int:
-    claimed = _integer(METADATA_TOKENS, metadata, origin)
-    if claimed is None or claimed == tokens:
-        return tokens
+def _tokens(kind: Kind, num_tokens: int, metadata: Mapping[str, str], origin: str) -> int:
+    claimed = _integer(METADATA_NUM_TOKENS, metadata, origin)
+    if claimed is None or claimed == num_tokens:
+        return num_tokens
     if kind == "full":  # one token per patch: the encoder's resolution decides, not the weights
         return claimed
     raise AdapterError(
-        f"{origin}: its metadata says {METADATA_TOKENS}={claimed}, its projector makes {tokens} tokens. Correct the "
-        "metadata or export it again."
+        f"{origin}: its metadata says {METADATA_NUM_TOKENS}={claimed}, its projector makes {num_tokens} tokens. Correct "
+        "the metadata or export it again."
     )
 
 

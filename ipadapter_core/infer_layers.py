@@ -33,15 +33,15 @@ def infer_layers(shapes: Shapes, origin: str) -> tuple[tuple[int, ...], int, int
             )
     keys, values = sides["k"], sides["v"]
     _check_ids(keys, values, origin)
-    context_width = next(iter(keys.values()))[-1]
+    cross_attention_dim = next(iter(keys.values()))[-1]
     for id, shape in keys.items():
-        if len(shape) != 2 or values[id] != shape or shape[1] != context_width:
+        if len(shape) != 2 or values[id] != shape or shape[1] != cross_attention_dim:
             raise AdapterError(
                 f"{origin}: layer {id} has to_k_ip {list(shape)} and to_v_ip {list(values[id])}; expected two of "
-                f"[width, {context_width}]. The file mixes different adapters; download or export it again."
+                f"[width, {cross_attention_dim}]. The file mixes different adapters; download or export it again."
             )
     widths = tuple(keys[id][0] for id in sorted(keys))
-    return widths, context_width, _infer_lora(lora, widths, context_width, origin)
+    return widths, cross_attention_dim, _infer_lora(lora, widths, cross_attention_dim, origin)
 
 
 def _check_ids(keys: Mapping[int, object], values: Mapping[int, object], origin: str) -> None:
@@ -69,7 +69,7 @@ def _check_ids(keys: Mapping[int, object], values: Mapping[int, object], origin:
     )
 
 
-def _infer_lora(lora: Shapes, widths: tuple[int, ...], context_width: int, origin: str) -> int | None:
+def _infer_lora(lora: Shapes, widths: tuple[int, ...], cross_attention_dim: int, origin: str) -> int | None:
     """The rank of the LoRA, after checking that every attention layer has all eight tensors of the right
     shape.
     """
@@ -79,7 +79,7 @@ def _infer_lora(lora: Shapes, widths: tuple[int, ...], context_width: int, origi
     for id in range(2 * len(widths)):
         width = widths[id // 2]
         for part in ("q", "k", "v", "out"):
-            source = context_width if id % 2 and part in "kv" else width
+            source = cross_attention_dim if id % 2 and part in "kv" else width
             for side, shape in (("down", (rank, source)), ("up", (width, rank))):
                 name = f"{id}.to_{part}_lora.{side}.weight"
                 if lora.get(name) != shape:

@@ -33,7 +33,7 @@ class Layer(NamedTuple):
 class Site:
     """One cross-attention layer of a loaded model.
 
-    `id` is its (odd) number in adapter files, `width` the channels C of its keys and `context_width` those
+    `id` is its (odd) number in adapter files, `width` the channels C of its keys and `cross_attention_dim` those
     of the text. `transformer_index` counts the transformers in execution order (input, middle, output),
     which is what the weight types are defined on. `block` is ComfyUI's patch key, such as ("input", 1, 0);
     None for diffusers. `heads` are those of the attention.
@@ -42,7 +42,7 @@ class Site:
     id: int
     name: str
     width: int
-    context_width: int
+    cross_attention_dim: int
     transformer_index: int
     block: tuple[str, int, int] | None = None
     heads: int = 1
@@ -181,8 +181,8 @@ class ImageKeyValueLayers(nn.Module):
     def __init__(
         self,
         layer_ids: Sequence[int],
-        layer_widths: Sequence[int],
-        context_width: int,
+        layer_dims: Sequence[int],
+        cross_attention_dim: int,
         *,
         operations: Operations = nn,
         device: torch.device | str | None = None,
@@ -190,10 +190,10 @@ class ImageKeyValueLayers(nn.Module):
     ) -> None:
         super().__init__()
         self.layer_ids = tuple(layer_ids)
-        for id, width in zip(layer_ids, layer_widths, strict=True):
+        for id, width in zip(layer_ids, layer_dims, strict=True):
             layer = nn.Module()
             for name in ("to_k_ip", "to_v_ip"):
-                linear = operations.Linear(context_width, width, bias=False, device=device, dtype=dtype)
+                linear = operations.Linear(cross_attention_dim, width, bias=False, device=device, dtype=dtype)
                 layer.add_module(name, linear)
             self.add_module(str(id), layer)
 

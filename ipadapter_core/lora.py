@@ -40,8 +40,8 @@ class LoraLayers(nn.Module):
 
     def __init__(
         self,
-        layer_widths: Sequence[int],
-        context_width: int,
+        layer_dims: Sequence[int],
+        cross_attention_dim: int,
         rank: int,
         *,
         operations: Operations = nn,
@@ -49,11 +49,11 @@ class LoraLayers(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for id in range(2 * len(layer_widths)):
-            width = layer_widths[id // 2]
+        for id in range(2 * len(layer_dims)):
+            width = layer_dims[id // 2]
             layer = nn.Module()
             for part in LORA_PARTS:
-                source = context_width if id % 2 and part in ("to_k", "to_v") else width
+                source = cross_attention_dim if id % 2 and part in ("to_k", "to_v") else width
                 linear = LoraLinear(source, width, rank, operations=operations, device=device, dtype=dtype)
                 layer.add_module(f"{part}_lora", linear)
             self.add_module(str(id), layer)

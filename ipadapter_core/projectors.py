@@ -22,21 +22,21 @@ class ImageProjection(nn.Module):
 
     def __init__(
         self,
-        image_width: int,
-        context_width: int,
-        tokens: int = 4,
+        image_dim: int,
+        cross_attention_dim: int,
+        num_tokens: int = 4,
         *,
         operations: Operations = nn,
         device: Device = None,
         dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        self.tokens = tokens
-        self.proj = operations.Linear(image_width, tokens * context_width, device=device, dtype=dtype)
-        self.norm = operations.LayerNorm(context_width, device=device, dtype=dtype)
+        self.num_tokens = num_tokens
+        self.proj = operations.Linear(image_dim, num_tokens * cross_attention_dim, device=device, dtype=dtype)
+        self.norm = operations.LayerNorm(cross_attention_dim, device=device, dtype=dtype)
 
     def forward(self, image_embeds: Tensor) -> Tensor:
-        return self.norm(self.proj(image_embeds).unflatten(-1, (self.tokens, -1)))
+        return self.norm(self.proj(image_embeds).unflatten(-1, (self.num_tokens, -1)))
 
 
 class FullProjection(nn.Module):
@@ -46,21 +46,21 @@ class FullProjection(nn.Module):
 
     def __init__(
         self,
-        image_width: int,
-        context_width: int,
-        hidden_width: int | None = None,
+        image_dim: int,
+        cross_attention_dim: int,
+        hidden_dim: int | None = None,
         *,
         operations: Operations = nn,
         device: Device = None,
         dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        hidden = hidden_width or image_width
+        hidden = hidden_dim or image_dim
         self.proj = nn.Sequential(
-            operations.Linear(image_width, hidden, device=device, dtype=dtype),
+            operations.Linear(image_dim, hidden, device=device, dtype=dtype),
             nn.GELU(),
-            operations.Linear(hidden, context_width, device=device, dtype=dtype),
-            operations.LayerNorm(context_width, device=device, dtype=dtype),
+            operations.Linear(hidden, cross_attention_dim, device=device, dtype=dtype),
+            operations.LayerNorm(cross_attention_dim, device=device, dtype=dtype),
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -75,27 +75,27 @@ class FaceIDProjection(nn.Module):
 
     def __init__(
         self,
-        face_width: int,
-        context_width: int,
-        tokens: int = 4,
-        hidden_width: int | None = None,
+        face_dim: int,
+        cross_attention_dim: int,
+        num_tokens: int = 4,
+        hidden_dim: int | None = None,
         *,
         operations: Operations = nn,
         device: Device = None,
         dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        hidden = hidden_width or 2 * face_width
-        self.tokens = tokens
+        hidden = hidden_dim or 2 * face_dim
+        self.num_tokens = num_tokens
         self.proj = nn.Sequential(
-            operations.Linear(face_width, hidden, device=device, dtype=dtype),
+            operations.Linear(face_dim, hidden, device=device, dtype=dtype),
             nn.GELU(),
-            operations.Linear(hidden, tokens * context_width, device=device, dtype=dtype),
+            operations.Linear(hidden, num_tokens * cross_attention_dim, device=device, dtype=dtype),
         )
-        self.norm = operations.LayerNorm(context_width, device=device, dtype=dtype)
+        self.norm = operations.LayerNorm(cross_attention_dim, device=device, dtype=dtype)
 
     def forward(self, face_embeds: Tensor) -> Tensor:
-        tokens = self.norm(self.proj(face_embeds).unflatten(-1, (self.tokens, -1)))
+        tokens = self.norm(self.proj(face_embeds).unflatten(-1, (self.num_tokens, -1)))
         return tokens.flatten(1, -2)
 
 
@@ -159,8 +159,8 @@ class PerceiverResampler(nn.Module):
 
     def __init__(
         self,
-        image_width: int,
-        context_width: int,
+        image_dim: int,
+        cross_attention_dim: int,
         *,
         width: int,
         depth: int = 4,
@@ -171,9 +171,9 @@ class PerceiverResampler(nn.Module):
         dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        self.proj_in = operations.Linear(image_width, width, device=device, dtype=dtype)
-        self.proj_out = operations.Linear(width, context_width, device=device, dtype=dtype)
-        self.norm_out = operations.LayerNorm(context_width, device=device, dtype=dtype)
+        self.proj_in = operations.Linear(image_dim, width, device=device, dtype=dtype)
+        self.proj_out = operations.Linear(width, cross_attention_dim, device=device, dtype=dtype)
+        self.norm_out = operations.LayerNorm(cross_attention_dim, device=device, dtype=dtype)
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [
@@ -200,9 +200,9 @@ class Resampler(PerceiverResampler):
 
     def __init__(
         self,
-        image_width: int,
-        context_width: int,
-        tokens: int = 16,
+        image_dim: int,
+        cross_attention_dim: int,
+        num_tokens: int = 16,
         *,
         width: int,
         depth: int = 4,
@@ -213,8 +213,8 @@ class Resampler(PerceiverResampler):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(
-            image_width,
-            context_width,
+            image_dim,
+            cross_attention_dim,
             width=width,
             depth=depth,
             heads=heads,
@@ -223,7 +223,7 @@ class Resampler(PerceiverResampler):
             device=device,
             dtype=dtype,
         )
-        self.latents = nn.Parameter(torch.empty(1, tokens, width, device=device, dtype=dtype))
+        self.latents = nn.Parameter(torch.empty(1, num_tokens, width, device=device, dtype=dtype))
         if not self.latents.is_meta:
             nn.init.normal_(self.latents, std=width**-0.5)
 
@@ -245,12 +245,12 @@ class FaceIDPlusProjection(nn.Module):
 
     def __init__(
         self,
-        face_width: int,
-        image_width: int,
-        context_width: int,
-        tokens: int = 4,
+        face_dim: int,
+        image_dim: int,
+        cross_attention_dim: int,
+        num_tokens: int = 4,
         *,
-        hidden_width: int | None = None,
+        hidden_dim: int | None = None,
         depth: int = 4,
         heads: int | None = None,
         dim_head: int = 64,
@@ -261,22 +261,22 @@ class FaceIDPlusProjection(nn.Module):
         dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        hidden = hidden_width or 2 * face_width
-        self.tokens = tokens
+        hidden = hidden_dim or 2 * face_dim
+        self.num_tokens = num_tokens
         self.shortcut = shortcut
         self.shortcut_scale = shortcut_scale
         self.proj = nn.Sequential(
-            operations.Linear(face_width, hidden, device=device, dtype=dtype),
+            operations.Linear(face_dim, hidden, device=device, dtype=dtype),
             nn.GELU(),
-            operations.Linear(hidden, tokens * context_width, device=device, dtype=dtype),
+            operations.Linear(hidden, num_tokens * cross_attention_dim, device=device, dtype=dtype),
         )
-        self.norm = operations.LayerNorm(context_width, device=device, dtype=dtype)
+        self.norm = operations.LayerNorm(cross_attention_dim, device=device, dtype=dtype)
         self.perceiver_resampler = PerceiverResampler(
-            image_width,
-            context_width,
-            width=context_width,
+            image_dim,
+            cross_attention_dim,
+            width=cross_attention_dim,
             depth=depth,
-            heads=heads or context_width // dim_head,
+            heads=heads or cross_attention_dim // dim_head,
             dim_head=dim_head,
             operations=operations,
             device=device,
@@ -289,7 +289,7 @@ class FaceIDPlusProjection(nn.Module):
                 "This FaceID-plus file does not say whether it is v1 or v2 (their keys are the same). Set "
                 "shortcut=True for a 'plusv2' file, shortcut=False for v1."
             )
-        face_tokens = self.norm(self.proj(face_embeds).unflatten(-1, (self.tokens, -1)))
+        face_tokens = self.norm(self.proj(face_embeds).unflatten(-1, (self.num_tokens, -1)))
         resampled = self.perceiver_resampler.resample(face_tokens, clip_features)
         scale = self.shortcut_scale if shortcut_scale is None else shortcut_scale
         return face_tokens + scale * resampled if self.shortcut else resampled

@@ -10,17 +10,17 @@ ENCODER_FAMILIES: tuple[EncoderFamily, ...] = get_args(EncoderFamily)
 
 
 class PublishedEncoder(NamedTuple):
-    """`hidden_width` and `embeds_width` are channels, see `ImageEncoder`; `tokens` is None where the size of the image
+    """`hidden_dim` and `embeds_dim` are channels, see `ImageEncoder`; `tokens` is None where the size of the image
     decides (DINOv3 has no position embedding); `pixels` is the side of the image it was trained on. `download` is for
     messages.
     """
 
     name: str
     family: EncoderFamily
-    hidden_width: int
-    embeds_width: int | None
+    hidden_dim: int
+    embeds_dim: int | None
     layers: int
-    tokens: int | None
+    num_tokens: int | None
     pixels: int
     download: str = ""
 
@@ -87,12 +87,12 @@ PUBLISHED_ENCODERS = (
 )
 
 
-def encoders_of_width(width: int, *, embeds: bool) -> list[PublishedEncoder]:
+def encoders_of_dim(width: int, *, embeds: bool) -> list[PublishedEncoder]:
     """Those whose image_embeds (`embeds`) or hidden states have this width, CLIP alone where there is one.
 
     ViT-L/14's hidden states are the exception: adapters on DINOv2-L have their width too.
     """
-    found = [e for e in PUBLISHED_ENCODERS if (e.embeds_width if embeds else e.hidden_width) == width]
+    found = [e for e in PUBLISHED_ENCODERS if (e.embeds_dim if embeds else e.hidden_dim) == width]
     clip = [encoder for encoder in found if encoder.family == "CLIP" and encoder is not CLIP_L_336]
     if clip == [CLIP_L] and not embeds:
         clip += [encoder for encoder in found if encoder.family == "DINOv2"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from .errors import AdapterError
-from .published_encoders import CLIP_L_336, encoders_of_width
+from .published_encoders import CLIP_L_336, encoders_of_dim
 
 Kind = Literal["base", "plus", "full", "faceid", "faceid-plus", "portrait"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -19,62 +19,62 @@ METADATA_BASE_FAMILY = "ipadapter.base_family"
 METADATA_SHORTCUT = "ipadapter.shortcut"  # "true" is FaceID-plus v2, "false" v1
 METADATA_ENCODER = "ipadapter.encoder"  # free text, such as a repository id
 METADATA_NEGATIVE = "ipadapter.negative"  # "zeros" or "black": the picture of the unconditional branch
-METADATA_TOKENS = "ipadapter.tokens"
+METADATA_NUM_TOKENS = "ipadapter.tokens"
 METADATA_DIM_HEAD = "ipadapter.dim_head"
 METADATA_RESOLUTION = "ipadapter.encoder_resolution"  # pixels of the encoder's input, where not its own
 
 # Cross-attention widths in id order (down, up, mid), as in the published files.
-SD15_WIDTHS = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
-SDXL_WIDTHS = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
+SD15_DIMS = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
+SDXL_DIMS = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
 FAMILIES: Mapping[str, tuple[int, tuple[int, ...]]] = {
-    "sd15": (768, SD15_WIDTHS),
-    "sd2": (1024, SD15_WIDTHS),
-    "sdxl": (2048, SDXL_WIDTHS),
+    "sd15": (768, SD15_DIMS),
+    "sd2": (1024, SD15_DIMS),
+    "sdxl": (2048, SDXL_DIMS),
 }
 FAMILY_NAMES: Mapping[str, str] = {"sd15": "SD1.5", "sd2": "SD2", "sdxl": "SDXL"}
 
 # Only Kolors' resampler is as wide as its context; its encoder is ViT-L/14 at 336 pixels.
-_KOLORS_WIDTH = 2048
-KOLORS_TEXT_WIDTH = 4096  # channels of ChatGLM's states, which Kolors' UNet narrows with its encoder_hid_proj
+_KOLORS_DIM = 2048
+KOLORS_TEXT_DIM = 4096  # channels of ChatGLM's states, which Kolors' UNet narrows with its encoder_hid_proj
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """Everything about an adapter but its weights.
 
-    Widths are channels. `hidden_width` is the MLP's inner width (full, faceid*), `resampler_width` the
+    Widths are channels. `hidden_dim` is the MLP's inner width (full, faceid*), `resampler_dim` the
     resampler's (plus, faceid-plus); `depth`, `heads` and `dim_head` belong to the resampler and are None
-    without one. `layer_widths` has one entry per cross-attention layer in id order. `shortcut`
+    without one. `layer_dims` has one entry per cross-attention layer in id order. `shortcut`
     (faceid-plus: True is v2) is None where the file does not say. `unnormalised` asks for raw face
-    embeddings (portrait with a resampler, Kolors FaceID). `token_width` is that of the tokens where it is not
-    `context_width`: those of Kolors FaceID pass the model's own encoder_hid_proj first. `encoder_resolution` is the
-    side of the encoder's input in pixels where it is not the encoder's own.
+    embeddings (portrait with a resampler, Kolors FaceID). `token_dim` is that of the tokens where it is not
+    `cross_attention_dim`: those of Kolors FaceID pass the model's own encoder_hid_proj first. `encoder_resolution` is
+    the side of the encoder's input in pixels where it is not the encoder's own.
     """
 
     kind: Kind
     family: str
-    context_width: int
-    tokens: int
-    image_width: int | None
-    face_width: int | None
-    hidden_width: int | None
-    resampler_width: int | None
+    cross_attention_dim: int
+    num_tokens: int
+    image_dim: int | None
+    face_dim: int | None
+    hidden_dim: int | None
+    resampler_dim: int | None
     depth: int | None
     heads: int | None
     dim_head: int | None
-    layer_widths: tuple[int, ...]
+    layer_dims: tuple[int, ...]
     lora_rank: int | None = None
     shortcut: bool | None = None
     unnormalised: bool = False
     encoder_id: str | None = None
     negative: str = "zeros"
-    token_width: int | None = None
+    token_dim: int | None = None
     encoder_resolution: int | None = None
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
         """The odd ids of the cross-attention layers: 1, 3, 5, ..."""
-        return tuple(range(1, 2 * len(self.layer_widths), 2))
+        return tuple(range(1, 2 * len(self.layer_dims), 2))
 
     @property
     def feature(self) -> Feature:
@@ -95,29 +95,29 @@ class AdapterSpec:
         if self.encoder_id:
             return self.encoder_id
         names: list[str] = []
-        if self.face_width is not None:
+        if self.face_dim is not None:
             embedding = "raw embedding" if self.unnormalised else "normed_embedding"
-            names.append(f"InsightFace ArcFace ({embedding}, {self.face_width})")
-        if self.image_width is not None:
-            names.append(self._image_encoder(self.image_width))
+            names.append(f"InsightFace ArcFace ({embedding}, {self.face_dim})")
+        if self.image_dim is not None:
+            names.append(self._image_encoder(self.image_dim))
         return " and ".join(names)
 
     def _image_encoder(self, width: int) -> str:
         if self.is_kolors:
             return CLIP_L_336.name
         base = self.kind == "base"
-        names = dict.fromkeys(encoder.name for encoder in encoders_of_width(width, embeds=base))
+        names = dict.fromkeys(encoder.name for encoder in encoders_of_dim(width, embeds=base))
         if names:
             return " or ".join(names)
-        if base and encoders_of_width(width, embeds=False):
+        if base and encoders_of_dim(width, embeds=False):
             return "SigLIP with its pooling head, which ComfyUI does not load"
         return f"an unknown image encoder of width {width}"
 
     @property
     def is_kolors(self) -> bool:
         """Whether it is made for Kolors, whose UNet has SDXL's shapes but another text encoder."""
-        plus = self.resampler_width == self.context_width == _KOLORS_WIDTH
-        return self.image_width == 1024 and (plus or self.token_width == KOLORS_TEXT_WIDTH)
+        plus = self.resampler_dim == self.cross_attention_dim == _KOLORS_DIM
+        return self.image_dim == 1024 and (plus or self.token_dim == KOLORS_TEXT_DIM)
 
     @property
     def lookalike(self) -> str:
@@ -134,14 +134,14 @@ class AdapterSpec:
         """For messages: "SDXL", or the context width of an unknown family."""
         if self.is_kolors:
             return "Kolors"
-        return FAMILY_NAMES.get(self.family, f"a model of context {self.context_width}")
+        return FAMILY_NAMES.get(self.family, f"a model of context {self.cross_attention_dim}")
 
     def describe(self) -> str:
         """One line for people, such as "plus adapter for SDXL: 16 tokens of 2048 from ..."."""
-        parts = [f"{self.tokens} tokens of {self.context_width} from {self.feature} ({self.encoder})"]
+        parts = [f"{self.num_tokens} tokens of {self.cross_attention_dim} from {self.feature} ({self.encoder})"]
         if self.depth is not None:
             parts.append(f"resampler of depth {self.depth} with {self.heads} heads of {self.dim_head}")
-        parts.append(f"{len(self.layer_widths)} layers")
+        parts.append(f"{len(self.layer_dims)} layers")
         if self.lora_rank is not None:
             parts.append(f"LoRA of rank {self.lora_rank}")
         if self.kind == "faceid-plus":
@@ -152,34 +152,34 @@ class AdapterSpec:
         return self.describe()
 
 
-def family_of(context_width: int, layer_widths: Sequence[int]) -> str:
+def family_of(cross_attention_dim: int, layer_dims: Sequence[int]) -> str:
     """ "sd15", "sd2" or "sdxl" when both the context width and every layer width match, else
     "context-<width>".
     """
     for family, (context, widths) in FAMILIES.items():
-        if context == context_width and widths == tuple(layer_widths):
+        if context == cross_attention_dim and widths == tuple(layer_dims):
             return family
-    return f"context-{context_width}"
+    return f"context-{cross_attention_dim}"
 
 
 def new_spec(
     kind: Kind,
-    layer_widths: Sequence[int],
-    context_width: int,
+    layer_dims: Sequence[int],
+    cross_attention_dim: int,
     *,
-    image_width: int | None = None,
-    tokens: int | None = None,
-    face_width: int = 512,
+    image_dim: int | None = None,
+    num_tokens: int | None = None,
+    face_dim: int = 512,
     depth: int = 4,
     dim_head: int = 64,
-    resampler_width: int | None = None,
+    resampler_dim: int | None = None,
     lora_rank: int | None = 128,
     shortcut: bool | None = None,
     encoder_id: str | None = None,
 ) -> AdapterSpec:
     """The spec of a new adapter, with the published defaults for what is left out.
 
-    `image_width` defaults to ViT-H/14: 1024 for base, 1280 for the others. A resampler is `resampler_width`
+    `image_dim` defaults to ViT-H/14: 1024 for base, 1280 for the others. A resampler is `resampler_dim`
     wide (default: 1280 for SDXL, else the context width) and has resampler_width / dim_head heads;
     FaceID-plus always uses the context width. `lora_rank` counts for faceid and faceid-plus only.
 
@@ -187,15 +187,15 @@ def new_spec(
     """
     if kind not in KINDS:
         raise AdapterError(f"Unknown adapter kind {kind!r}. Use one of: {', '.join(KINDS)}.")
-    family = family_of(context_width, layer_widths)
+    family = family_of(cross_attention_dim, layer_dims)
     face = kind in ("faceid", "faceid-plus", "portrait")
     image = kind not in ("faceid", "portrait")
     resampled = kind in ("plus", "faceid-plus")
-    default_width = 1280 if family == "sdxl" and kind == "plus" else context_width
-    width = (resampler_width or default_width) if kind == "plus" else context_width
+    default_width = 1280 if family == "sdxl" and kind == "plus" else cross_attention_dim
+    width = (resampler_dim or default_width) if kind == "plus" else cross_attention_dim
     if resampled and width % dim_head:
         raise AdapterError(f"A resampler of width {width} does not divide into heads of {dim_head}. Change dim_head.")
-    image_width = image_width or (1024 if kind == "base" else 1280)
+    image_dim = image_dim or (1024 if kind == "base" else 1280)
     counts: dict[Kind, int] = {
         "base": 4,
         "plus": 16,
@@ -205,22 +205,22 @@ def new_spec(
         "portrait": 16,
     }
     hidden: dict[Kind, int] = {
-        "full": image_width,
-        **dict.fromkeys(("faceid", "faceid-plus", "portrait"), 2 * face_width),
+        "full": image_dim,
+        **dict.fromkeys(("faceid", "faceid-plus", "portrait"), 2 * face_dim),
     }
     return AdapterSpec(
         kind=kind,
         family=family,
-        context_width=context_width,
-        tokens=tokens or counts[kind],
-        image_width=image_width if image else None,
-        face_width=face_width if face else None,
-        hidden_width=hidden.get(kind),
-        resampler_width=width if resampled else None,
+        cross_attention_dim=cross_attention_dim,
+        num_tokens=num_tokens or counts[kind],
+        image_dim=image_dim if image else None,
+        face_dim=face_dim if face else None,
+        hidden_dim=hidden.get(kind),
+        resampler_dim=width if resampled else None,
         depth=depth if resampled else None,
         heads=width // dim_head if resampled else None,
         dim_head=dim_head if resampled else None,
-        layer_widths=tuple(layer_widths),
+        layer_dims=tuple(layer_dims),
         lora_rank=lora_rank if kind in ("faceid", "faceid-plus") else None,
         shortcut=shortcut if kind == "faceid-plus" else None,
         encoder_id=encoder_id,
@@ -233,7 +233,7 @@ def spec_metadata(spec: AdapterSpec) -> dict[str, str]:
         METADATA_KIND: spec.kind,
         METADATA_BASE_FAMILY: spec.family,
         METADATA_NEGATIVE: spec.negative,
-        METADATA_TOKENS: str(spec.tokens),
+        METADATA_NUM_TOKENS: str(spec.num_tokens),
     }
     if spec.dim_head is not None:
         metadata[METADATA_DIM_HEAD] = str(spec.dim_head)

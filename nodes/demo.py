@@ -122,7 +122,7 @@ class DemoFiles:
 
     def fits(self, spec: AdapterSpec) -> bool:
         """Whether an adapter takes what this encoder makes."""
-        return spec.face_width is None and encoder_fits(spec, self.encoder)
+        return spec.face_dim is None and encoder_fits(spec, self.encoder)
 
 
 def demo_files() -> DemoFiles | None:
@@ -150,7 +150,7 @@ def list_adapters() -> list[str]:
             continue
         if spec is None or not demo.fits(spec):
             continue
-        if (spec.context_width, spec.layer_widths) == (demo.spec.context_width, demo.spec.layer_widths):
+        if (spec.cross_attention_dim, spec.layer_dims) == (demo.spec.cross_attention_dim, demo.spec.layer_dims):
             names.append(name)
     return names
 

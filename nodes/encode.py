@@ -95,7 +95,7 @@ class EncodeImagePrompt(Node):
     def check_inputs(cls, given: dict[str, Any]) -> None:
         """Load IP Adapter has no image encoder for adapters that see faces alone; another one would be of no use."""
         ip_adapter = given.get("ip_adapter")
-        if isinstance(ip_adapter, LoadedAdapter) and ip_adapter.spec.face_width is not None:
+        if isinstance(ip_adapter, LoadedAdapter) and ip_adapter.spec.face_dim is not None:
             raise AdapterError(
                 f"{ip_adapter.name} is a {ip_adapter.spec.kind} adapter, which takes face embeddings. Connect it to "
                 "Encode Face Prompt."

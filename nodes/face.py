@@ -156,15 +156,15 @@ class EncodeFacePrompt(Node):
 
 def crop_size(spec: AdapterSpec) -> int:
     """The side of the aligned crop, as in ComfyUI_IPAdapter_plus."""
-    return 336 if spec.is_kolors else 256 if spec.context_width == 2048 else 224
+    return 336 if spec.is_kolors else 256 if spec.cross_attention_dim == 2048 else 224
 
 
 def check_faces(ip_adapter: LoadedAdapter, embeddings: Tensor, models: str) -> None:
     """Raises AdapterError for embeddings of face models that the adapter was not trained with."""
-    if embeddings.shape[1] != ip_adapter.spec.face_width:
+    if embeddings.shape[1] != ip_adapter.spec.face_dim:
         raise AdapterError(
             f"{models} makes face embeddings of {embeddings.shape[1]}, {ip_adapter.name} takes "
-            f"{ip_adapter.spec.face_width}. Choose the face models that it was trained with, such as buffalo_l."
+            f"{ip_adapter.spec.face_dim}. Choose the face models that it was trained with, such as buffalo_l."
         )
 
 
@@ -173,7 +173,7 @@ def encode_faces(
 ) -> EncodedImages:
     """Faces as the adapter takes them: embeddings, for FaceID-Plus also what the encoder makes of the crops."""
     states = None
-    if ip_adapter.spec.image_width is not None and clip_vision is not None:
+    if ip_adapter.spec.image_dim is not None and clip_vision is not None:
         states = combine_features(encode(ip_adapter, clip_vision, _encoder_input(clip_vision, found.crops)), combine)
     embeddings = combine_features(found.embeddings, combine)
     return EncodedImages(states, embeddings, (1.0,) * len(embeddings))
@@ -187,7 +187,7 @@ def negative_faces(
 ) -> EncodedImages | None:
     """The negative branch: no face, for FaceID-Plus beside the negative image; None where the adapter makes it."""
     spec = ip_adapter.spec
-    if spec.image_width is None or spec.face_width is None or clip_vision is None:
+    if spec.image_dim is None or spec.face_dim is None or clip_vision is None:
         return None
     if image_negative is None:
         states = negative_features(ip_adapter, clip_vision, negative)
@@ -195,7 +195,7 @@ def negative_faces(
         states = encode(ip_adapter, clip_vision, _encoder_input(clip_vision, image_negative, "image_negative"))
     if states is None:
         return None
-    return EncodedImages(states, torch.zeros(len(states), spec.face_width), (1.0,) * len(states))
+    return EncodedImages(states, torch.zeros(len(states), spec.face_dim), (1.0,) * len(states))
 
 
 def _check_inputs(
@@ -207,12 +207,12 @@ def _check_inputs(
     one_each: bool,
 ) -> None:
     spec, name = ip_adapter.spec, ip_adapter.name
-    if spec.face_width is None:
+    if spec.face_dim is None:
         raise AdapterError(
             f"{name} is a {spec.kind} adapter, which takes no face embeddings. Connect it to Encode Image Prompt, or "
             "load a FaceID adapter."
         )
-    if spec.image_width is not None:
+    if spec.image_dim is not None:
         if clip_vision is None:
             raise AdapterError(
                 f"{name} is a {spec.kind} adapter, which also looks at the image ({spec.encoder}). Connect the "

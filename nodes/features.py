@@ -132,8 +132,8 @@ def sound_features(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
 def _fitting(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
     """Features as wide as the adapter takes them."""
     spec = ip_adapter.spec
-    tokens_differ = spec.kind == "full" and features.shape[1] != spec.tokens
-    if features.shape[-1] != spec.image_width or tokens_differ:
+    tokens_differ = spec.kind == "full" and features.shape[1] != spec.num_tokens
+    if features.shape[-1] != spec.image_dim or tokens_differ:
         tokens = f", {features.shape[1]} tokens" if spec.kind == "full" else ""
         kind = "image_embeds" if spec.kind == "base" else "hidden states"
         raise AdapterError(

@@ -106,7 +106,7 @@ class LoadIPAdapter(Node):
         path = adapter_path(ipadapter_name)
         loaded = load_adapter_file(path, ipadapter_name, faceid_plus)
         text, encoder = f"{loaded.spec.describe()}.", None
-        if loaded.spec.image_width is not None:
+        if loaded.spec.image_dim is not None:
             file = find_encoder_file(clip_vision_name, ipadapter_name, loaded.spec)
             encoder = load_encoder(file, ipadapter_name, loaded.spec, encoder_resolution)
             text += f" Image encoder: {file.name}, {encoder.image_size} pixels."

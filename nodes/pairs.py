@@ -138,7 +138,7 @@ def _candidates(unet: nn.Module, sites: Sequence[Site]) -> tuple[list[_Candidate
             others.append(f"{name} (no adapter that is read)")
             continue
         fits = _fits(spec, unet, sites)
-        if fits and spec.face_width is None:
+        if fits and spec.face_dim is None:
             found.append(_Candidate(name, path, spec))
             continue
         if fits:
@@ -182,7 +182,7 @@ def _missing(
     faces: Sequence[str],
     others: Sequence[str],
 ) -> AdapterError:
-    context, widths = sites[0].context_width, [site.width for site in sites]
+    context, widths = sites[0].cross_attention_dim, [site.width for site in sites]
     family = "kolors" if is_kolors_unet(unet) else family_of(context, widths)
     file = _DOWNLOADS.get((family, FACE if use_for == FACE else likeness))
     page = H94

@@ -130,7 +130,7 @@ def project(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> Tensor:
             return torch.cat([adapter.encode(*part, shortcut_scale=likeness) for part in here])
 
         positive, negative = tokens(image_prompt.positive), image_prompt.negative
-        if negative is None and adapter.spec.feature != "image_embeds" and adapter.spec.image_width is not None:
+        if negative is None and adapter.spec.feature != "image_embeds" and adapter.spec.image_dim is not None:
             raise AdapterError(
                 f"The image prompt holds no negative image, and {ip_adapter.name} is a {adapter.spec.kind} adapter, "
                 "which needs one. Connect an image prompt to negative of Load Image Prompt: that of a black image, or "

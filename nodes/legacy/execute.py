@@ -92,7 +92,7 @@ def _apply_one(model: Any, pipeline: Pipeline, node: str, prompt: OldPrompt) -> 
             end_at=prompt.end_at,
             scaling=prompt.embeds_scaling,
             attn_mask=prompt.attn_mask,
-            token_scale=prompt.weight_kolors if pipeline.adapter.spec.token_width is not None else 1.0,
+            token_scale=prompt.weight_kolors if pipeline.adapter.spec.token_dim is not None else 1.0,
             lora_strength=0.0,  # the unified loader adds the LoRA's own file
             checked=False,
             node=node,
@@ -115,7 +115,7 @@ def _encode(pipeline: Pipeline, node: str, prompt: OldPrompt) -> tuple[_Encoded,
     enhanced = {**options, "tiles": prompt.enhance_tiles, "ratio": prompt.enhance_ratio}
     image, face, faces, composition = prompt.image, None, None, None
     if prompt.pos_embed is not None:
-        if spec.face_width is not None:
+        if spec.face_dim is not None:
             raise AdapterError(
                 f"{pipeline.adapter.name} is a {spec.kind} adapter: it needs faces, which EMBEDS do not hold. Use "
                 "IPAdapter FaceID."
@@ -125,7 +125,7 @@ def _encode(pipeline: Pipeline, node: str, prompt: OldPrompt) -> tuple[_Encoded,
         return _Encoded(_images(features), _images(_sized(negative, len(features)))), None
     if image is None:
         raise AdapterError("Neither an image nor EMBEDS are connected. Connect one of them.")
-    if spec.face_width is not None:
+    if spec.face_dim is not None:
         if pipeline.insightface is None:
             raise AdapterError(
                 f"{pipeline.adapter.name} is a {spec.kind} adapter and needs insightface. Connect IPAdapter "
@@ -136,7 +136,7 @@ def _encode(pipeline: Pipeline, node: str, prompt: OldPrompt) -> tuple[_Encoded,
         face, faces = read_faces(pipeline.insightface, image, crop=crop_size(spec), normalised=not raw)
         check_faces(pipeline.adapter, face, "The connected insightface")
         image = faces
-    features = None if spec.image_width is None else image_features(pipeline, image, **enhanced)
+    features = None if spec.image_dim is None else image_features(pipeline, image, **enhanced)
     if features is None:
         negative = None
     else:

@@ -70,7 +70,7 @@ class IPAdapterUnifiedLoader(OldNode):
     ) -> tuple[Any, dict[str, Any]]:
         wanted = find_preset(preset)
         sites = cross_attention_sites(model.get_model_object("diffusion_model"))
-        family = family_of_context(sites[0].context_width)
+        family = family_of_context(sites[0].cross_attention_dim)
         path = find_adapter(preset, wanted, family)
         adapter = open_file(path)
         pipeline: dict[str, Any] = {
@@ -167,7 +167,7 @@ class IPAdapterInsightFaceLoader(OldNode):
 def _image_encoder(preset: Preset, adapter: Any) -> dict[str, Any]:
     """The encoder that fits, and its file; None for adapters that take faces alone."""
     spec = adapter.spec
-    if spec.image_width is None:
+    if spec.image_dim is None:
         return {"file": None, "model": None}
     path = find_image_encoder(preset, spec) or find_encoder_file(AUTO, adapter.name, spec)
     return {"file": str(path), "model": load_encoder(path, adapter.name, spec)}

@@ -221,9 +221,9 @@ def _fits(preset: Preset, family: str, name: str, path: str) -> bool:
         spec = adapter_spec(Path(path))
     except (AdapterError, OSError):
         return False
-    width = preset.embeds is None or spec.image_width == preset.embeds
+    width = preset.embeds is None or spec.image_dim == preset.embeds
     kolors = spec.is_kolors == (preset.encoder == "L")
-    return spec.kind in preset.kinds and family_of_context(spec.context_width) == family and width and kolors
+    return spec.kind in preset.kinds and family_of_context(spec.cross_attention_dim) == family and width and kolors
 
 
 def find_image_encoder(preset: Preset, spec: AdapterSpec) -> Path | None:

@@ -332,7 +332,7 @@ def test_adapter_of_half_precision(pack, world):
 
 def test_bytes_held_are_the_keys_and_values_only(world):
     patched = world.apply(world.model, world.adapter, world.prompt)
-    widths = world.adapter.spec.layer_widths
+    widths = world.adapter.spec.layer_dims
     assert sum(part.nbytes for part in held(patched)) == 2 * 2 * 4 * 4 * sum(
         widths
     )  # K and V, both branches, 4 tokens, 4 bytes

@@ -60,7 +60,7 @@ def test_an_adapter_of_ones_own(stack, pack, world, folders):
     world.randomise(own, seed=8)
     pack.core.save_adapter(folders["ipadapter"] / "named after nothing.safetensors", own)
     pack.core.save_adapter(folders["ipadapter"] / "for another model.safetensors", world.adapter.adapter)
-    plus = pack.core.new_spec("plus", spec.layer_widths, spec.context_width, image_width=48, dim_head=16, depth=1)
+    plus = pack.core.new_spec("plus", spec.layer_dims, spec.cross_attention_dim, image_dim=48, dim_head=16, depth=1)
     pack.core.save_adapter(folders["ipadapter"] / "on another encoder.safetensors", pack.core.init_adapter(plus))
     (folders["ipadapter"] / "no model.safetensors").write_bytes(b"x")
     assert pack.demo.list_adapters() == ["named after nothing.safetensors"]

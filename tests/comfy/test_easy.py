@@ -61,7 +61,7 @@ def test_it_looks_at_tensors_and_not_at_names(pack, world, folders, shelf, image
         "portrait",
         [site.width for site in pack.core.cross_attention_sites(world.model.model.diffusion_model)],
         64,
-        tokens=4,
+        num_tokens=4,
     )
     pack.core.save_adapter(folders["ipadapter"] / "3 plus.safetensors", pack.core.init_adapter(faces))
     shelf("the base one.safetensors", "base")
@@ -244,7 +244,7 @@ def test_a_missing_adapter_is_named(pack, world, folders, shelf, family, use_for
 
 def write_face(pack, folder, name, sites):
     """A FaceID adapter for these layers, with no memory for its weights but on disk."""
-    spec = pack.core.new_spec("faceid", [site.width for site in sites], sites[0].context_width, lora_rank=4)
+    spec = pack.core.new_spec("faceid", [site.width for site in sites], sites[0].cross_attention_dim, lora_rank=4)
     pack.core.save_adapter(folder / name, pack.core.init_adapter(spec, dtype=torch.float16))
     import folder_paths
 
@@ -345,8 +345,8 @@ def test_an_adapter_of_ones_own_for_the_demo_model(pack, world, folders):
         pack.core.save_adapter(folders["ipadapter"] / name, own)
         folder_paths.filename_list_cache.clear()
 
-    widths, context = bundled.spec.layer_widths, bundled.spec.context_width
-    write("other encoder.safetensors", pack.core.new_spec("base", widths, context, image_width=1024))
+    widths, context = bundled.spec.layer_dims, bundled.spec.cross_attention_dim
+    write("other encoder.safetensors", pack.core.new_spec("base", widths, context, image_dim=1024))
     output = pack.ImagePrompt.execute(model, image)
     assert text_of(output).startswith("the emoji adapter with its own image encoder, weight type 'linear'. The image")
     assert f"encoder of other encoder.safetensors is not in {folders['clip_vision']}." in text_of(output)

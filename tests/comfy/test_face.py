@@ -49,12 +49,14 @@ def new_face_adapter(pack, world, model, kind="faceid", seed=42, folder=None, **
     sites = pack.core.cross_attention_sites(model.get_model_object("diffusion_model"))
     if kind == "faceid-plus":
         options = {
-            "image_width": EMBEDS,
+            "image_dim": EMBEDS,
             "depth": 4,
             "dim_head": 64,
             **options,
         }  # depth and heads that diffusers builds
-    spec = pack.core.new_spec(kind, [site.width for site in sites], sites[0].context_width, lora_rank=3, **options)
+    spec = pack.core.new_spec(
+        kind, [site.width for site in sites], sites[0].cross_attention_dim, lora_rank=3, **options
+    )
     adapter = pack.core.init_adapter(spec, operations=comfy.ops.manual_cast)
     world.randomise(adapter, seed, scale=0.15)
     if folder is not None:
@@ -160,9 +162,9 @@ def test_raw_embeddings_for_portrait_unnorm(pack, world, faces, tmp_path):
     import comfy.ops
     from safetensors.torch import save_file
 
-    ip_adapter = new_face_adapter(pack, world, world.model, "portrait", tokens=16)
+    ip_adapter = new_face_adapter(pack, world, world.model, "portrait", num_tokens=16)
     plus = pack.core.new_spec(
-        "plus", ip_adapter.spec.layer_widths, 64, image_width=512, tokens=16, resampler_width=64, depth=1
+        "plus", ip_adapter.spec.layer_dims, 64, image_dim=512, num_tokens=16, resampler_dim=64, depth=1
     )
     adapter = pack.core.init_adapter(plus, operations=comfy.ops.manual_cast)
     world.randomise(adapter, 5, scale=0.2)
@@ -297,7 +299,7 @@ REFUSED = {
     "no face": ("faceid", {"image": "nobody"}, r"image shows no face that was found\."),
     "no face at all": ("faceid", {"image": "nobody", "no_face": "skip"}, "nothing is left to encode"),
     "a face that is not there": ("faceid", {"face_index": 4}, r"shows 1 face; face_index 4 is beyond"),
-    "other face models": ("faceid", {"face_width": 256}, r"makes face embeddings of 512, .* takes 256"),
+    "other face models": ("faceid", {"face_dim": 256}, r"makes face embeddings of 512, .* takes 256"),
 }
 
 
@@ -306,7 +308,7 @@ def test_refusals(pack, world, faces, case):
     kind, options, message = REFUSED[case]
     options = dict(options)
     image = faces.nobody if options.pop("image", None) else None
-    width = {"face_width": options.pop("face_width")} if "face_width" in options else {}
+    width = {"face_dim": options.pop("face_dim")} if "face_dim" in options else {}
     ip_adapter = world.adapter if kind == "base" else new_face_adapter(pack, world, world.model, kind, **width)
     with pytest.raises(pack.core.AdapterError, match=message):
         encode(pack, faces, ip_adapter, image, **options)
@@ -330,6 +332,6 @@ def test_a_face_adapter_belongs_to_encode_face_prompt(pack, world, faces, encode
 
 
 def test_the_wrong_image_encoder_is_named(pack, world, faces, encoder):
-    ip_adapter = new_face_adapter(pack, world, world.model, "faceid-plus", shortcut=True, image_width=56)
+    ip_adapter = new_face_adapter(pack, world, world.model, "faceid-plus", shortcut=True, image_dim=56)
     with pytest.raises(pack.core.AdapterError, match=r"makes hidden states of 48; .* takes hidden states of 56"):
         encode(pack, faces, ip_adapter, clip_vision=encoder)

@@ -24,7 +24,7 @@ def new_faceid(world, pack, sites, name="face", seed=11):
 
     with torch.inference_mode():
         widths = [site.width for site in sites]
-        spec = pack.core.new_spec("faceid", widths, sites[0].context_width, tokens=4, lora_rank=3)
+        spec = pack.core.new_spec("faceid", widths, sites[0].cross_attention_dim, num_tokens=4, lora_rank=3)
         adapter = pack.core.init_adapter(spec, operations=comfy.ops.manual_cast)
         world.randomise(adapter, seed, scale=0.2)
         return pack.types.manage(f"{name}.safetensors", adapter.eval())

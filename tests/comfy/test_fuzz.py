@@ -105,7 +105,7 @@ def arguments_of(cls: Any, wires: dict[str, list[Any]], draw: random.Random) -> 
 def files(pack: Any, world: Any, folders: dict[str, Path], tmp_path: Path, request: Any, monkeypatch: Any) -> set[str]:
     """An adapter file, and face models where insightface is there. Returns the nodes that cannot run without it."""
     sites = pack.core.cross_attention_sites(world.model.get_model_object("diffusion_model"))
-    spec = pack.core.new_spec("faceid", [site.width for site in sites], sites[0].context_width, lora_rank=4)
+    spec = pack.core.new_spec("faceid", [site.width for site in sites], sites[0].cross_attention_dim, lora_rank=4)
     adapter = pack.core.init_adapter(spec)
     world.randomise(adapter, seed=7)
     pack.core.save_adapter(folders["ipadapter"] / "face.safetensors", adapter)
@@ -156,7 +156,7 @@ def test_random_graphs(pack: Any, world: Any, wires: dict[str, list[Any]], files
                 if value is not None:
                     pool.setdefault(output.io_type, []).append(value)
         model = pool["MODEL"][-1]
-        width = pack.core.cross_attention_sites(model.get_model_object("diffusion_model"))[0].context_width
+        width = pack.core.cross_attention_sites(model.get_model_object("diffusion_model"))[0].cross_attention_dim
         if graph % 5 == 0 and width == wires["CONDITIONING"][0][0][0].shape[-1]:  # not the demo's model
             try:
                 sampled = world.sample(model, steps=1, cfg=draw.choice([1.0, 4.0]), batch=draw.choice([1, 2]))

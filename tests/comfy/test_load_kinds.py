@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 def write_adapter(pack, folder, name, kind, **options):
     """A random adapter file of this kind for a narrow UNet."""
-    options = {"image_width": 48, "face_width": 32, "lora_rank": 2, "dim_head": 16, "depth": 1, **options}
+    options = {"image_dim": 48, "face_dim": 32, "lora_rank": 2, "dim_head": 16, "depth": 1, **options}
     spec = pack.core.new_spec(kind, [32, 64], 64, **options)
     pack.core.save_adapter(folder / name, pack.core.init_adapter(spec))
     return spec
@@ -73,7 +73,7 @@ def test_empty_folders_say_where_files_go_and_which(pack, folders):
     for words in (str(folders["ipadapter"]), "ip-adapter-plus_sd15.safetensors", "huggingface.co/h94/IP-Adapter"):
         assert words in str(error.value)
     assert pack.LoadIPAdapter.fingerprint_inputs(adapters[0])
-    write_adapter(pack, folders["ipadapter"], "p.safetensors", "base", image_width=1024)
+    write_adapter(pack, folders["ipadapter"], "p.safetensors", "base", image_dim=1024)
     import folder_paths
 
     folder_paths.filename_list_cache.clear()
@@ -112,7 +112,7 @@ def test_another_resolution_equals_transformers(pack, folders, narrow, sound_sta
 
 def test_the_resolution_of_the_adapters_file(pack, folders, narrow, sound_state):
     save_file(sound_state, folders["clip_vision"] / "e.safetensors")
-    spec = pack.core.new_spec("base", [32, 64], 64, image_width=48)
+    spec = pack.core.new_spec("base", [32, 64], 64, image_dim=48)
     adapter = pack.core.init_adapter(spec)
     pack.core.save_adapter(folders["ipadapter"] / "b.safetensors", adapter, {pack.core.METADATA_RESOLUTION: "64"})
     sizes = [
@@ -183,7 +183,7 @@ def test_kolors_is_not_sdxl(pack, world):
     projected.model.diffusion_model.encoder_hid_proj = torch.nn.Linear(4096, 2048)
     sites = pack.core.cross_attention_sites(sdxl.model.diffusion_model)
     widths = [site.width for site in sites]
-    kolors = pack.core.new_spec("plus", widths, 2048, image_width=1024, resampler_width=2048, depth=1)
+    kolors = pack.core.new_spec("plus", widths, 2048, image_dim=1024, resampler_dim=2048, depth=1)
     base = pack.core.new_spec("base", widths, 2048)
     assert kolors.is_kolors and not base.is_kolors
     for spec, fits, not_fits in ((kolors, [labelled, projected], [sdxl]), (base, [sdxl], [labelled, projected])):

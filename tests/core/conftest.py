@@ -53,11 +53,11 @@ def make_adapter(unet: Any, kind: str = "base", seed: int = 1, **spec: Any) -> i
     """An adapter for a UNet with strong random weights that differ in every layer."""
     torch.manual_seed(seed)
     sites = ic.diffusers_sites(unet)
-    options: dict[str, Any] = {"image_width": IMAGE, "face_width": 12, "resampler_width": 64, "lora_rank": 3}
+    options: dict[str, Any] = {"image_dim": IMAGE, "face_dim": 12, "resampler_dim": 64, "lora_rank": 3}
     if kind == "faceid-plus":
         options["dim_head"] = 8
     widths = [site.width for site in sites]
-    adapter = ic.init_adapter(ic.new_spec(kind, widths, sites[0].context_width, **(options | spec)))
+    adapter = ic.init_adapter(ic.new_spec(kind, widths, sites[0].cross_attention_dim, **(options | spec)))
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return adapter.requires_grad_(False)

@@ -120,7 +120,7 @@ def test_negative_tokens(unets: Any, new_adapter: Any, kind: str, needs_image: i
         encoded = torch.randn(1, 9, 20)
         assert torch.equal(adapter.negative_tokens(encoded), adapter.encode(encoded))
     else:
-        width = adapter.spec.image_width or adapter.spec.face_width
+        width = adapter.spec.image_dim or adapter.spec.face_dim
         tokens = adapter.negative_tokens()
         assert torch.equal(tokens, adapter.encode(torch.zeros(1, width)))
         assert tokens.abs().max() > 0  # biases and LayerNorm: not zero tokens
@@ -156,7 +156,7 @@ def test_several_faces_become_more_tokens(unets: Any, new_adapter: Any) -> None:
 
 def test_init_from_unet(unet: Any) -> None:
     sites = ic.diffusers_sites(unet)
-    adapter = ic.init_adapter(ic.new_spec("base", [s.width for s in sites], 24, image_width=20))
+    adapter = ic.init_adapter(ic.new_spec("base", [s.width for s in sites], 24, image_dim=20))
     ic.init_from_unet(adapter.layers, unet)
     for site, (to_k, to_v) in zip(sites, adapter.layers.pairs(), strict=True):
         attention = unet.get_submodule(site.name)

@@ -176,7 +176,7 @@ def test_diffusers_sites(unet: Any, layout: str) -> None:
     names = list(unet.attn_processors)
     assert [site.id for site in sites] == list(range(1, len(names), 2))
     assert [f"{site.name}.processor" for site in sites] == names[1::2]
-    assert {site.context_width for site in sites} == {24}
+    assert {site.cross_attention_dim for site in sites} == {24}
     assert ic.weight_layout(sites) == ic.WEIGHT_LAYOUTS[layout]
     # InstantStyle's names: SDXL style is transformer 6, layout is transformer 3.
     if layout == "sdxl":

@@ -23,7 +23,7 @@ import ipadapter_core as ic
 def state() -> dict[str, Tensor]:
     """A small adapter of three layers under its published keys."""
     torch.manual_seed(0)
-    spec = ic.new_spec("base", [8, 16, 24], 24, image_width=20)
+    spec = ic.new_spec("base", [8, 16, 24], 24, image_dim=20)
     return {key: tensor.detach() for key, tensor in ic.export_state(ic.init_adapter(spec)).items()}
 
 
@@ -212,7 +212,7 @@ def test_a_checkpoint_inside_state_dict(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [save_file, torch.save])
 def test_flipped_bytes_never_raise_anything_else(tmp_path: Path, write: Any) -> None:
-    spec = ic.new_spec("base", [2], 2, image_width=2)
+    spec = ic.new_spec("base", [2], 2, image_dim=2)
     path = tmp_path / "flipped"
     write({k: v.detach() for k, v in ic.export_state(ic.init_adapter(spec)).items()}, path)
     whole, generator = path.read_bytes(), random.Random(0)

@@ -19,7 +19,7 @@ WIDTHS = (8, 8, 16)
 
 def adapter_state(seed: int = 0, **options: Any) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    return ic.export_state(ic.init_adapter(ic.new_spec("base", WIDTHS, 24, image_width=12, **options)))
+    return ic.export_state(ic.init_adapter(ic.new_spec("base", WIDTHS, 24, image_dim=12, **options)))
 
 
 def under(state: dict[str, Tensor], image_proj: str, ip_adapter: str) -> dict[str, Tensor]:
@@ -78,16 +78,16 @@ def test_inspecting_and_loading_agree() -> None:
 
 def test_instantid_is_named_beside_the_portrait_adapter() -> None:
     context, widths = ic.FAMILIES["sdxl"]
-    spec = ic.new_spec("plus", widths, context, image_width=512)
-    spec = replace(spec, kind="portrait", image_width=None, face_width=512, unnormalised=True)
+    spec = ic.new_spec("plus", widths, context, image_dim=512)
+    spec = replace(spec, kind="portrait", image_dim=None, face_dim=512, unnormalised=True)
     assert "InstantID" in spec.lookalike and "InstantID" in spec.describe()
     assert ic.new_spec("portrait", widths, context).lookalike == ""
 
 
 def kolors_face(**metadata: str) -> ic.AdapterSpec:
     """The shapes of Kolors' FaceID: tokens of 4096 for layers that take 2048, on a narrow UNet."""
-    spec = ic.new_spec("faceid-plus", WIDTHS, 2048, image_width=1024, tokens=6, lora_rank=None)
-    spec = replace(spec, token_width=4096, resampler_width=4096, heads=64)
+    spec = ic.new_spec("faceid-plus", WIDTHS, 2048, image_dim=1024, num_tokens=6, lora_rank=None)
+    spec = replace(spec, token_dim=4096, resampler_dim=4096, heads=64)
     parts = {"image_proj": ic.build_projector(spec, device="meta"), "ip_adapter": ic.build_layers(spec, device="meta")}
     state = {f"{name}.{key}": t for name, part in parts.items() for key, t in part.state_dict().items()}
     return ic.infer_spec(ic.checkpoint_from_state(state, metadata=metadata))
@@ -95,7 +95,7 @@ def kolors_face(**metadata: str) -> ic.AdapterSpec:
 
 def test_kolors_faceid() -> None:
     spec = kolors_face()
-    assert (spec.kind, spec.tokens, spec.token_width, spec.context_width) == ("faceid-plus", 6, 4096, 2048)
+    assert (spec.kind, spec.num_tokens, spec.token_dim, spec.cross_attention_dim) == ("faceid-plus", 6, 4096, 2048)
     assert spec.is_kolors and spec.unnormalised and spec.shortcut and spec.family_name == "Kolors"
     assert kolors_face(**{ic.METADATA_SHORTCUT: "false"}).shortcut is False
     assert encoder_fits(spec, ImageEncoder(1024, 768, 577, layers=24))
@@ -212,7 +212,7 @@ def test_encoders_are_told_apart(name: str) -> None:
 
 def spec_for(kind: str, width: int, encoder_id: str | None = None) -> ic.AdapterSpec:
     context, widths = ic.FAMILIES["sd15"]
-    return ic.new_spec(kind, widths, context, image_width=width, encoder_id=encoder_id)
+    return ic.new_spec(kind, widths, context, image_dim=width, encoder_id=encoder_id)
 
 
 # What an adapter takes (kind, width, what its metadata says), and the encoders that are its.
@@ -262,10 +262,10 @@ def test_two_encoders_that_fit_and_differ_are_a_question(tmp_path: Path) -> None
 
 def test_a_full_adapter_at_another_resolution() -> None:
     """One token for each patch: the encoder's file has 257, at 448 pixels it makes 1025."""
-    spec = replace(spec_for("full", 1280), tokens=1025, encoder_resolution=448)
+    spec = replace(spec_for("full", 1280), num_tokens=1025, encoder_resolution=448)
     assert encoder_fits(spec, ENCODERS["CLIP ViT-H/14"][1])
     assert not encoder_fits(replace(spec, encoder_resolution=None), ENCODERS["CLIP ViT-H/14"][1])
-    state = ic.export_state(ic.init_adapter(ic.new_spec("base", WIDTHS, 24, image_width=12)))
+    state = ic.export_state(ic.init_adapter(ic.new_spec("base", WIDTHS, 24, image_dim=12)))
     for text, expected in (("448", 448), (None, None)):
         metadata = {} if text is None else {ic.METADATA_RESOLUTION: text}
         spec = ic.infer_spec(ic.checkpoint_from_state(state, metadata=metadata))

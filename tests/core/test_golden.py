@@ -73,7 +73,7 @@ def test_projector(golden: Path, name: str, dtype: torch.dtype) -> None:
 def test_golden_resampler_shape(golden: Path) -> None:
     """Depth 3 and 2 heads, read from shapes alone."""
     _, spec = open_projector(load_golden(golden / "proj_plus.safetensors")[0])
-    assert (spec.depth, spec.heads, spec.dim_head, spec.tokens, spec.image_width) == (3, 2, 64, 16, 40)
+    assert (spec.depth, spec.heads, spec.dim_head, spec.num_tokens, spec.image_dim) == (3, 2, 64, 16, 40)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -229,7 +229,7 @@ def published(tmp_path):
 
 def adapter_spec(kind, width, family="sd15"):
     context, widths = FAMILIES[family]
-    return new_spec(kind, widths, context, image_width=width)
+    return new_spec(kind, widths, context, image_dim=width)
 
 
 @pytest.mark.parametrize(

@@ -19,18 +19,18 @@ from ipadapter_core.tensors import check_weights
 State = dict[str, Tensor]
 KINDS: dict[str, dict[str, Any]] = {
     "base": {},
-    "plus": {"depth": 2, "dim_head": 4, "resampler_width": 8},
+    "plus": {"depth": 2, "dim_head": 4, "resampler_dim": 8},
     "full": {},
-    "faceid": {"face_width": 12, "lora_rank": 2},
-    "faceid-plus": {"face_width": 12, "lora_rank": 2, "depth": 1, "dim_head": 4},
-    "portrait": {"face_width": 12},
+    "faceid": {"face_dim": 12, "lora_rank": 2},
+    "faceid-plus": {"face_dim": 12, "lora_rank": 2, "depth": 1, "dim_head": 4},
+    "portrait": {"face_dim": 12},
 }
 
 
 def state_of(kind: str) -> tuple[State, dict[str, str]]:
     """A random adapter of three layers, and its metadata."""
     torch.manual_seed(0)
-    spec = ic.new_spec(kind, [8, 16, 24], 24, image_width=20, **KINDS[kind])
+    spec = ic.new_spec(kind, [8, 16, 24], 24, image_dim=20, **KINDS[kind])
     adapter = ic.init_adapter(spec)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter)

@@ -50,27 +50,27 @@ def test_the_table_is_complete() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", KEYS)
 def test_published_variant(family: str, variant: str) -> None:
-    kind, tokens, image_width, face_width, encoder = VARIANTS[variant]
+    kind, tokens, image_dim, face_dim, encoder = VARIANTS[variant]
     checkpoint = open_shapes(shapes_of(family, variant))
     spec = ic.infer_spec(checkpoint)
-    assert (spec.kind, spec.family, spec.tokens) == (kind, FAMILY[family], tokens)
-    assert (spec.image_width, spec.face_width) == (image_width, face_width)
+    assert (spec.kind, spec.family, spec.num_tokens) == (kind, FAMILY[family], tokens)
+    assert (spec.image_dim, spec.face_dim) == (image_dim, face_dim)
     assert encoder in spec.encoder
     assert spec.lora_rank == (128 if variant in ("faceid", "faceid_plus(v2)") else None)
     assert spec.layer_ids == tuple(range(1, 140 if family == "sdxl" else 32, 2))
-    assert spec.layer_widths == ic.FAMILIES[spec.family][1]
+    assert spec.layer_dims == ic.FAMILIES[spec.family][1]
     assert kind in str(spec) and ic.FAMILY_NAMES[spec.family] in str(spec)
     # The modules built from it have exactly the file's keys and shapes.
     adapter = ic.adapter_from_checkpoint(checkpoint)
     built = {key: list(tensor.shape) for key, tensor in ic.export_state(adapter).items()}
     assert built == shapes_of(family, variant)
     # And the spec that a trainer would start from is the same.
-    new = ic.new_spec(spec.kind, spec.layer_widths, spec.context_width, image_width=spec.image_width)
+    new = ic.new_spec(spec.kind, spec.layer_dims, spec.cross_attention_dim, image_dim=spec.image_dim)
     assert new == spec
 
 
 def resampler(width: int, image: int, context: int, *, depth: int, inner: int, tokens: int = 16) -> dict[str, Any]:
-    spec = ic.new_spec("plus", [8, 16], context, image_width=image, tokens=tokens, depth=depth, resampler_width=width)
+    spec = ic.new_spec("plus", [8, 16], context, image_dim=image, num_tokens=tokens, depth=depth, resampler_dim=width)
     spec = replace(spec, heads=inner // 64, dim_head=64)
     projector = ic.build_projector(spec, device="meta")
     layers = ic.build_layers(spec, device="meta")
@@ -81,13 +81,13 @@ def resampler(width: int, image: int, context: int, *, depth: int, inner: int, t
 @pytest.mark.parametrize(("depth", "inner"), [(1, 64), (4, 768), (7, 1280)])
 def test_resamplers_of_any_depth_and_heads(depth: int, inner: int) -> None:
     spec = infer(resampler(128, 1280, 48, depth=depth, inner=inner, tokens=5))
-    assert (spec.depth, spec.heads, spec.tokens, spec.resampler_width) == (depth, inner // 64, 5, 128)
+    assert (spec.depth, spec.heads, spec.num_tokens, spec.resampler_dim) == (depth, inner // 64, 5, 128)
     assert spec.family == "context-48"
 
 
 def test_kolors_plus() -> None:
     spec = infer(resampler(2048, 1024, 2048, depth=4, inner=768))
-    assert (spec.heads, spec.resampler_width, spec.encoder) == (12, 2048, "CLIP ViT-L/14 at 336 pixels")
+    assert (spec.heads, spec.resampler_dim, spec.encoder) == (12, 2048, "CLIP ViT-L/14 at 336 pixels")
     assert spec.is_kolors
     assert not infer(resampler(2048, 1280, 2048, depth=4, inner=1280)).is_kolors
     assert encoder_fits(spec, ImageEncoder(1024, 768, 577))
@@ -111,7 +111,7 @@ def base(tokens: int, context: int = 768, widths: tuple[int, ...] = ic.FAMILIES[
 
 
 def test_sixteen_token_base_adapter() -> None:
-    assert (infer(base(16)).kind, infer(base(16)).tokens) == ("base", 16)
+    assert (infer(base(16)).kind, infer(base(16)).num_tokens) == ("base", 16)
 
 
 def test_family_needs_the_widths_too() -> None:
@@ -164,7 +164,7 @@ def test_contradicting_metadata(metadata: dict[str, str], message: str) -> None:
 
 @pytest.mark.parametrize("kind", ic.KINDS)
 def test_spec_survives_the_header(kind: ic.Kind) -> None:
-    spec = ic.new_spec(kind, [8, 16], 64, dim_head=16, depth=2, face_width=32, lora_rank=2, encoder_id="x")
+    spec = ic.new_spec(kind, [8, 16], 64, dim_head=16, depth=2, face_dim=32, lora_rank=2, encoder_id="x")
     spec = ic.with_shortcut(spec, True) if kind == "faceid-plus" else spec
     adapter = ic.init_adapter(spec, device="meta")
     checkpoint = ic.checkpoint_from_state(ic.export_state(adapter), metadata=ic.spec_metadata(spec))

@@ -392,7 +392,7 @@ def fuse(unet: Any) -> None:
 
 def load_another_adapter(unet: Any) -> None:
     sites = ic.diffusers_sites(unet)
-    spec = ic.new_spec("base", [site.width for site in sites], sites[0].context_width, image_width=20)
+    spec = ic.new_spec("base", [site.width for site in sites], sites[0].cross_attention_dim, image_dim=20)
     unet._load_ip_adapter_weights([state_for_diffusers(ic.init_adapter(spec))], low_cpu_mem_usage=False)
 
 
@@ -585,4 +585,4 @@ def test_what_does_not_fit_is_refused_before_anything_changes(unets: Any, case: 
             ic.inject(unets["sdxl"], application)
     assert all(unets["sdxl"].attn_processors[name] is before[name] for name in before)
     with pytest.raises(ic.AdapterError, match=r"is made for"):
-        ic.check_compatible(replace(adapter.spec, context_width=99), ic.diffusers_sites(unets["sd15"]))
+        ic.check_compatible(replace(adapter.spec, cross_attention_dim=99), ic.diffusers_sites(unets["sd15"]))

@@ -50,7 +50,7 @@ def test_train_inspect_generate_as_written(models: Path) -> None:
         shutil.copy(models / "cat.jpg", models / "pictures" / f"{name}.jpg")
         (models / "pictures" / f"{name}.txt").write_text("a cat", encoding="utf-8")
     commands = block.replace("\\\n", " ").strip().splitlines()
-    small = " resolution=64 batch_size=2 steps=2 save_every=2 workers=0 mixed_precision=no"
+    small = " resolution=64 batch_size=2 steps=2 save_every=2 num_workers=0 mixed_precision=no"
     assert [command.split()[1] for command in commands] == ["models", "data", "train", "inspect", "generate"]
     commands[2] += small  # the README's is for a real model
     for command in commands:

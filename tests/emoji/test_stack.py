@@ -73,7 +73,7 @@ def test_the_autoencoder_gives_pictures_back(base_model: BaseModel) -> None:
 
 def test_the_bundled_adapter_is_of_the_base_kind() -> None:
     adapter = load_adapter(FOLDER / "adapter.safetensors")
-    assert (adapter.spec.kind, adapter.spec.tokens, len(adapter.spec.layer_ids)) == ("base", 4, 16)
+    assert (adapter.spec.kind, adapter.spec.num_tokens, len(adapter.spec.layer_ids)) == ("base", 4, 16)
     assert adapter.metadata["ipadapter.base_model"] == MODEL
 
 

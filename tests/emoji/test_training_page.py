@@ -77,7 +77,7 @@ def test_the_first_commands_run_as_written(tmp_path: Path) -> None:
     rows = (tmp_path / "pictures" / "metadata.jsonl").read_text().splitlines()
     (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(rows[::150]))  # minutes become seconds
     for command in rest:
-        small = " steps=2 workers=0" if command.split()[1] in ("train", "cache") else ""
+        small = " steps=2 num_workers=0" if command.split()[1] in ("train", "cache") else ""
         run(f"{sys.executable} -m ipadapter_trainer.cli {command.removeprefix('ipadapter ')}{small}", tmp_path)
     assert (tmp_path / "runs" / "emoji" / "report.html").is_file()
     with Image.open(tmp_path / "cat.png") as picture:

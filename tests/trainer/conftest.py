@@ -118,7 +118,7 @@ def settings(model_folder: Path, pictures: Path, tmp_path: Path) -> dict[str, An
         "resolution": 64,
         "batch_size": 2,
         "steps": 6,
-        "workers": 0,
+        "num_workers": 0,
         "log_every": 1,
         "log_with": "none",
         "learning_rate": 1e-3,
@@ -177,7 +177,7 @@ def random_adapter() -> Callable[..., IPAdapter]:
         torch.manual_seed(seed)
         widths, context = ADAPTER_LAYOUTS[layout]
         chosen = TRAIN_KINDS[kind]
-        options = {"image_width": 24, "face_width": 16, "lora_rank": 2, "resampler_width": 64}
+        options = {"image_dim": 24, "face_dim": 16, "lora_rank": 2, "resampler_dim": 64}
         spec = new_spec(chosen.kind, widths, context, shortcut=chosen.shortcut, **(options | changes))
         adapter = init_adapter(spec)
         for parameter in adapter.parameters():

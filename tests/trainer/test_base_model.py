@@ -42,8 +42,8 @@ def test_every_part_is_loaded_frozen(base_model: BaseModel, sdxl_model: BaseMode
             assert not part.training
             assert not any(p.requires_grad for p in part.parameters())
     assert (base_model.name, base_model.prediction_type) == ("tiny-sd15", "epsilon")
-    assert (base_model.text_length, base_model.sample_size, base_model.image_width) == (16, 64, 24)
-    assert (base_model.hidden_width, base_model.image_tokens) == (32, 17)
+    assert (base_model.text_length, base_model.sample_size, base_model.image_dim) == (16, 64, 24)
+    assert (base_model.hidden_dim, base_model.image_tokens) == (32, 17)
 
 
 def test_families(base_model: BaseModel, sd2_model: BaseModel, sdxl_model: BaseModel) -> None:
@@ -58,7 +58,7 @@ def test_families(base_model: BaseModel, sd2_model: BaseModel, sdxl_model: BaseM
 
 def test_weights_are_read_when_they_are_used(sdxl_folder: Path) -> None:
     model = load_base_model(sdxl_folder)
-    assert (model.image_width, len(model.sites), model.encoder_name.split(" (")[0]) == (24, 17, "CLIP vision encoder")
+    assert (model.image_dim, len(model.sites), model.encoder_name.split(" (")[0]) == (24, 17, "CLIP vision encoder")
     model.fingerprint()
     assert not loaded(model)
     before = model.vae.encoder.conv_in.weight
@@ -174,7 +174,7 @@ def test_kinds_that_need_no_image_encoder_can_do_without(copy: Path) -> None:
     shutil.rmtree(copy / "image_encoder")
     model = load_base_model(copy, needs_image_encoder=False)
     assert not model.has_image_encoder
-    for use in (lambda: model.image_encoder, lambda: model.image_width, model.encoder_fingerprint):
+    for use in (lambda: model.image_encoder, lambda: model.image_dim, model.encoder_fingerprint):
         with pytest.raises(BaseModelError, match=r"no image encoder was given.*Set image_encoder"):
             use()
     with pytest.raises(BaseModelError, match="nowhere: no image encoder there"):
@@ -199,7 +199,7 @@ def test_an_image_encoder_may_be_a_single_file(model_folder: Path, tmp_path: Pat
     encoder.save_pretrained(tmp_path / "vision")
     file = tmp_path / "vision" / "model.safetensors"
     model, folder = (load_base_model(model_folder, image_encoder=p) for p in (file, file.parent))
-    assert (model.image_width, model.hidden_width, model.image_tokens) == (48, 1280, 17)
+    assert (model.image_dim, model.hidden_dim, model.image_tokens) == (48, 1280, 17)
     assert model.image_processor.crop_size["height"] == 56
     assert model.encoder_fingerprint() == folder.encoder_fingerprint()
     pixels = torch.randn(1, 3, 56, 56)

@@ -19,7 +19,7 @@ SMALL = {
     "vae": (8, 8, 8, 8),
     "text": (16, 1, 2),
     "vision": (16, 2, 2),
-    "image_width": 16,
+    "image_dim": 16,
 }
 STAND_IN = """
 import sys
@@ -69,7 +69,7 @@ def test_the_written_model_and_pictures_are_a_training(tmp_path, small):
         batch_size=2,
         warmup=1,
         steps=3,
-        workers=0,
+        num_workers=0,
         device="cpu",
         threads=1,
     )
@@ -137,7 +137,7 @@ def test_the_original_itself(tmp_path, small):
         batch_size=2,
         warmup=1,
         steps=2,
-        workers=0,
+        num_workers=0,
         device="cpu",
         threads=1,
     )

@@ -80,7 +80,7 @@ def test_cache_and_train(settings: dict[str, Any], tmp_path: Path) -> None:
     assert "free" in out
     assert f"Train with cache={folder}" in out
     assert sorted(p.name for p in folder.iterdir()) == [MANIFEST, "pictures", "texts"]
-    code, out, err = ipadapter("train", file, f"cache={folder}", "steps=2", "validation_pictures=0")
+    code, out, err = ipadapter("train", file, f"cache={folder}", "steps=2", "validation_images=0")
     assert code == 0, err
     assert "features from the cache" in out
     code, out, _ = ipadapter("cache", file, f"cache={folder}")
@@ -112,7 +112,7 @@ def test_shards_are_cached_as_the_folder_that_they_were_made_of(settings: dict[s
     assert len(found[0]) == len(found[1]) > 1  # more than one bucket
     for one, other in zip(*found, strict=True):
         assert_same(load_file(one), load_file(other))
-    code, out, err = ipadapter("train", *keys({**settings, **changes}, epochs=1, validation_pictures=1, steps=""))
+    code, out, err = ipadapter("train", *keys({**settings, **changes}, epochs=1, validation_images=1, steps=""))
     assert code == 0, err
     assert "features from the cache" in out
 
@@ -323,7 +323,7 @@ def test_two_processes_write_what_one_does(settings: dict[str, Any], tmp_path: P
         "import ipadapter_trainer.cache.plan as p\np.LARGEST_SHARD = p.SMALLEST_SHARD = 4000\n"
         "from ipadapter_trainer.cli import main\nmain()"
     )
-    settings |= {"kind": "plus", "workers": 1}
+    settings |= {"kind": "plus", "num_workers": 1}
     # "--multi_gpu" is its launcher over torch.distributed; "--cpu" starts one process, whatever their number.
     launched = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -83,7 +83,7 @@ def uncached(config: TrainConfig, base_model: BaseModel) -> ImageDataset:
 
 def batches(dataset: ImageDataset, config: TrainConfig, count: int = 4) -> list[Batch]:
     order = BucketBatchSampler(dataset.buckets.rows, config.batch_size, config.seed)
-    loaded = loader(dataset, order, batch_size=config.batch_size, workers=config.workers)
+    loaded = loader(dataset, order, batch_size=config.batch_size, num_workers=config.num_workers)
     return list(islice(iter(loaded), count))
 
 
@@ -128,7 +128,7 @@ CASES: list[dict[str, Any]] = [
     {"text_dropout": 0.5},
     {"kind": "plus", "buckets": True, "bucket_step": 8},
     {"kind": "faceid-plusv2", "crop": "random", "flip": True, "cache_variants": 2},
-    {"kind": "faceid", "flip": True, "workers": 1},
+    {"kind": "faceid", "flip": True, "num_workers": 1},
     {"kind": "full", "cache_image_features": "none", "crop": "random", "flip": True, "cache_variants": 2},
     {"kind": "plus", "cache_image_features": "none", "reference_crop": 0.4, "self_reference": 0.5},
     {"self_reference": 0.5, "flip": True},
@@ -379,7 +379,7 @@ def test_damaged_caches_are_refused(many: dict[str, Any], base_model: BaseModel)
 
 def test_a_shard_that_breaks_while_training_is_no_broken_picture(many: dict[str, Any], base_model: BaseModel) -> None:
     """Else a training would go on with what is left."""
-    config = make_config({**many, "workers": 1, "validation_pictures": 0})
+    config = make_config({**many, "num_workers": 1, "validation_images": 0})
     write_cache(config)
     from accelerate import Accelerator
 

@@ -53,7 +53,7 @@ def no_cache(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def too_few_shards(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return {"data": str(shard(folder)), "workers": 2}
+    return {"data": str(shard(folder)), "num_workers": 2}
 
 
 def no_shard(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -70,7 +70,7 @@ Wrong = Callable[[dict[str, Any], Path], dict[str, Any]]
         (a_damaged_checkpoint, CheckpointError, "damaged.*Delete"),
         (no_readable_image, DataError, "None of the 6 pictures can be read"),
         (no_cache, CacheError, "holds no cache. Run `ipadapter cache`"),
-        (too_few_shards, DataError, "Set workers=1"),
+        (too_few_shards, DataError, "Set num_workers=1"),
         (no_shard, DataError, "0.tar"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -88,9 +88,9 @@ def test_what_cannot_train_is_refused_before_weights_are_read(
     [
         ({"log_with": "wandb"}, "log_with=wandb needs wandb. Install it with `pip install wandb`"),
         ({"optimizer": "prodigy", "learning_rate": 1}, "optimizer=prodigy needs prodigyopt. Install it with"),
-        ({"steps": None, "epochs": 1, "warmup_steps": 3}, "warmup_steps=3 leave nothing of the 3 steps"),
+        ({"steps": None, "epochs": 1, "lr_warmup_steps": 3}, "lr_warmup_steps=3 leave nothing of the 3 steps"),
     ],
-    ids=["log_with", "optimizer", "warmup_steps"],
+    ids=["log_with", "optimizer", "lr_warmup_steps"],
 )
 def test_the_dry_run_and_the_training_refuse_alike(
     changes: dict[str, Any], words: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -125,7 +125,7 @@ def test_a_check_reads_no_weight(settings: dict[str, Any]) -> None:
 
 def test_images_are_tried_as_a_step_would_make_them(settings: dict[str, Any]) -> None:
     (Path(settings["data"]) / "red.png").write_bytes(b"no image")
-    warnings = check_training(make_config({**settings, "validation_pictures": 0})).warnings
+    warnings = check_training(make_config({**settings, "validation_images": 0})).warnings
     assert any("cannot be read: " in line and "red.png" in line for line in warnings)
 
 

@@ -232,10 +232,8 @@ def test_inspect(adapter_file: Path, pictures: Path) -> None:
         assert words in out
     code, out, _ = ipadapter("inspect", adapter_file, "--json")
     described = json.loads(out)
-    assert (described["kind"], described["tokens"], described["layers"]) == ("base", 4, 16)
-    assert described["parameters"] == sum(4 * 32 * n for n in (24, 1)) + 2 * 32 + 2 * 32 * sum(
-        described["layer_widths"]
-    )
+    assert (described["kind"], described["num_tokens"], described["layers"]) == ("base", 4, 16)
+    assert described["parameters"] == sum(4 * 32 * n for n in (24, 1)) + 2 * 32 + 2 * 32 * sum(described["layer_dims"])
     for wrong in (pictures / "red.png", Path("/nowhere.safetensors")):
         code, _, err = ipadapter("inspect", wrong)
         assert code == 2
@@ -275,7 +273,7 @@ def test_sigterm_while_models_load_leaves_no_lock(settings: dict[str, Any], run_
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(settings: dict[str, Any], run_ipadapter: Start) -> None:
-    process = run_ipadapter("train", *keys(settings, steps=100000, workers=1))
+    process = run_ipadapter("train", *keys(settings, steps=100000, num_workers=1))
     log = Path(settings["output"]) / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.is_file() and len(log.read_text().splitlines()) >= 2):
@@ -289,7 +287,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(settings: dict[str, Any], run_ipadap
     (folder,) = checkpoint_folders(Path(settings["output"]))
     assert f"Stopped; saved {folder}. Run the same command again to resume." in err
     done = int(folder.name.removeprefix("checkpoint-"))
-    code, out, _ = ipadapter("train", *keys(settings, steps=done + 1, workers=0))
+    code, out, _ = ipadapter("train", *keys(settings, steps=done + 1, num_workers=0))
     assert code == 0
     assert f"Resuming from {folder}" in out
     assert f"{done:,} to {done + 1:,}" in out

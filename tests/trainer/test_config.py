@@ -13,7 +13,7 @@ MINIMAL: dict[str, Any] = {"base_model": "m", "data": "d", "output": "o", "steps
 
 def test_the_defaults_are_the_papers_recipe() -> None:
     config = make_config(MINIMAL)
-    assert (config.learning_rate, config.weight_decay, config.tokens) == (1e-4, 0.01, None)
+    assert (config.learning_rate, config.weight_decay, config.num_tokens) == (1e-4, 0.01, None)
     assert (config.text_dropout, config.image_dropout, config.both_dropout) == (0.05, 0.05, 0.05)
 
 
@@ -45,11 +45,11 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"data": "s-{0..9}.tar", "steps": None, "epochs": 1}, ["epochs=1.0", "give steps"]),
         ({"data": "s-{0..9}.tar", "buckets": True}, ["buckets", "cache the shards"]),
         ({"face_embeds": "f.safetensors"}, ["face_embeds", "'base'"]),
-        ({"kind": "full", "tokens": 4}, ["tokens=4", "every patch"]),
+        ({"kind": "full", "num_tokens": 4}, ["num_tokens=4", "every patch"]),
         ({"optimizer": "prodigy"}, ["learning_rate=1", "0.0001"]),
-        ({"optimizer": "schedulefree", "lr_schedule": "cosine"}, ["schedulefree", "'cosine'"]),
+        ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, ["schedulefree", "'cosine'"]),
         ({"optimizer": "schedulefree", "ema_decay": 0.9}, ["ema_decay=0", "0.9"]),
-        ({"warmup_steps": 10}, ["warmup_steps=10", "steps=10"]),
+        ({"lr_warmup_steps": 10}, ["lr_warmup_steps=10", "steps=10"]),
         ({"buckets": True, "resolution": 32}, ["bucket_step=64", "resolution=32"]),
         ({"zero_terminal_snr": True, "prediction_type": "epsilon"}, ["v_prediction"]),
     ],

@@ -94,7 +94,7 @@ def test_its_head_says_the_command_and_what_it_needs(file: Path, published: dict
     family = family_of(file)
     config = load_config(file, overrides(file, published[family], faces))
     plan = plan_training(config)
-    pictures = config.steps * config.batch_size * config.gradient_accumulation
+    pictures = config.steps * config.batch_size * config.gradient_accumulation_steps
     cached, whole = (
         flops / config.batch_size for flops in (plan.cost.flops, plan.cost.flops + plan.cost.encoder_flops)
     )
@@ -121,7 +121,7 @@ def numbers(text: str, pattern: str) -> list[float]:
     return [float(value.replace(",", "")) for value in found.groups()]
 
 
-SMALL = ("resolution=64", "batch_size=2", "steps=2", "workers=0", "log_with=none")
+SMALL = ("resolution=64", "batch_size=2", "steps=2", "num_workers=0", "log_with=none")
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -130,7 +130,7 @@ def test_it_trains(file: Path, faces: Path, tmp_path: Path, request: pytest.Fixt
     base = request.getfixturevalue(
         {"sd15": "model_folder", "sd2": "sd2_folder", "sdxl": "sdxl_folder"}[family_of(file)]
     )
-    more = (f"output={tmp_path / 'run'}", *SMALL, "gradient_accumulation=2")
+    more = (f"output={tmp_path / 'run'}", *SMALL, "gradient_accumulation_steps=2")
     spec = infer_spec(read_checkpoint(train(load_config(file, overrides(file, base, faces, *more)))))
     kind = TRAIN_KINDS[kind_of(file)]
     assert (spec.kind, spec.shortcut) == (kind.kind, kind.shortcut)
@@ -142,7 +142,7 @@ def test_the_fine_tune_goes_on_from_its_file(
     torch.manual_seed(7)
     start = new_adapter(base_model, TRAIN_KINDS["plus"])
     save_adapter(tmp_path / "start.safetensors", start)
-    more = (f"output={tmp_path / 'run'}", *SMALL, "warmup_steps=0", f"init_from={tmp_path / 'start.safetensors'}")
+    more = (f"output={tmp_path / 'run'}", *SMALL, "lr_warmup_steps=0", f"init_from={tmp_path / 'start.safetensors'}")
     end = load_adapter(train(load_config(FINETUNE, overrides(FINETUNE, model_folder, faces, *more))))
     moved = torch.cat([(a - b).flatten() for a, b in zip(end.parameters(), start.parameters(), strict=True)]).abs()
     assert 0 < moved.max() < 1e-3

@@ -323,7 +323,7 @@ def test_another_models_file_is_no_table_of_faces(tmp_path: Path) -> None:
 @pytest.fixture
 def cache(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """The settings of a training with a finished cache."""
-    settings |= {"cache": str(tmp_path / "cache"), "validation_pictures": 0}
+    settings |= {"cache": str(tmp_path / "cache"), "validation_images": 0}
     write_cache(make_config(settings))
     return settings
 

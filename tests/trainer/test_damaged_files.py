@@ -314,4 +314,4 @@ def test_a_whole_clip_is_an_image_encoder_too(copy: Path) -> None:
     edit["vision_config"]["projection_dim"] = 7  # older configs disagree with themselves; the outer one counts
     (copy / "clip" / "config.json").unlink()
     (copy / "clip" / "config.json").write_text(json.dumps(edit))
-    assert load_base_model(copy / "model", image_encoder=copy / "clip").image_width == clip.config.projection_dim
+    assert load_base_model(copy / "model", image_encoder=copy / "clip").image_dim == clip.config.projection_dim

@@ -307,14 +307,14 @@ def test_a_broken_reference_is_named(preprocessor: Preprocessor, tmp_path: Path)
     assert "absent.png" in item["broken"][0]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_nothing_but_broken_pictures_is_one_clear_error(
-    preprocessor: Preprocessor, pictures: Path, workers: int
+    preprocessor: Preprocessor, pictures: Path, num_workers: int
 ) -> None:
     for file in pictures.glob("*.png"):
         file.write_text("not a picture")
     dataset = ImageDataset(find_examples(pictures), preprocessor, Augmentation(64))
-    batches = loader(dataset, BucketBatchSampler([range(6)], 2, 0), batch_size=2, workers=workers)
+    batches = loader(dataset, BucketBatchSampler([range(6)], 2, 0), batch_size=2, num_workers=num_workers)
     with pytest.raises(DataError, match="None of the 6 pictures can be read"):
         next(iter(batches))
 
@@ -338,20 +338,20 @@ def batches_of(preprocessor: Preprocessor, pictures: Path) -> Callable[..., list
 
 
 def test_workers_do_not_change_the_batches(batches_of: Callable[..., list[Any]]) -> None:
-    for alone, helped in zip(batches_of(5, workers=0), batches_of(5, workers=2), strict=True):
+    for alone, helped in zip(batches_of(5, num_workers=0), batches_of(5, num_workers=2), strict=True):
         assert_same(alone, helped)
 
 
 def test_a_resume_does_not_change_the_batches(batches_of: Callable[..., list[Any]]) -> None:
-    whole = batches_of(6, workers=0)
+    whole = batches_of(6, num_workers=0)
     for start in (1, 4):
-        for one, other in zip(whole[start:], batches_of(6 - start, workers=1, start=start), strict=True):
+        for one, other in zip(whole[start:], batches_of(6 - start, num_workers=1, start=start), strict=True):
             assert_same(one, other)
 
 
 def test_two_processes_share_what_one_has_alone(batches_of: Callable[..., list[Any]]) -> None:
-    alone = batches_of(5, workers=0)
-    parts = [batches_of(5, batch_size=2, processes=2, process=process, workers=0) for process in (0, 1)]
+    alone = batches_of(5, num_workers=0)
+    parts = [batches_of(5, batch_size=2, processes=2, process=process, num_workers=0) for process in (0, 1)]
     for whole, first, second in zip(alone, *parts, strict=True):
         both = {
             key: torch.cat([first[key], second[key]]) if isinstance(value, torch.Tensor) else value

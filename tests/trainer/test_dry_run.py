@@ -69,7 +69,7 @@ def test_a_real_step_takes_what_was_counted(model_folder: Path, kind: str, check
     """The meter around a step of the training's own code, on the CPU with weights."""
     config = settings_of(
         model_folder, kind=kind, resolution=64, batch_size=4, gradient_checkpointing=checkpointing, cache="unused",
-        sample_pictures=0,
+        sample_images=0,
     )  # fmt: skip
     base_model = load_base_model(model_folder)
     counted = step_cost(base_model, adapter_spec(base_model, TRAIN_KINDS[kind]), config)
@@ -130,10 +130,10 @@ def plans(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         "twice": {**half, "batch_size": 2},
         "8-bit optimizer": {**half, "optimizer": "adamw8bit"},
         "frugal": {**half, "gradient_checkpointing": True},
-        "frugal, samples": {**half, "gradient_checkpointing": True, "sample_pictures": 4},
+        "frugal, samples": {**half, "gradient_checkpointing": True, "sample_images": 4},
         "no cache": {**half, "cache": None},
     }
-    common = {"cache": "anywhere", "sample_pictures": 0}
+    common = {"cache": "anywhere", "sample_images": 0}
     return {
         name: plan_training(settings_of(published["sd15"], data / "a.jsonl", **common | changes))
         for name, changes in settings.items()
@@ -215,10 +215,10 @@ def test_the_command_refuses_as_training_would(published: dict[str, Path], pictu
 
 def test_a_model_knows_its_tokens(base_model: BaseModel, model_folder: Path) -> None:
     """Counted with the encoder's own patches, not with those of ViT-H/14."""
-    config = settings_of(model_folder, kind="plus", resolution=64, cache="unused", sample_pictures=0)
+    config = settings_of(model_folder, kind="plus", resolution=64, cache="unused", sample_images=0)
     spec = adapter_spec(base_model, TRAIN_KINDS["plus"])
     adapter = new_adapter(base_model, TRAIN_KINDS["plus"])
-    states = torch.zeros(1, base_model.image_tokens, base_model.hidden_width)
+    states = torch.zeros(1, base_model.image_tokens, base_model.hidden_dim)
     meter = Meter()
     with torch.no_grad(), meter:
         adapter(states)

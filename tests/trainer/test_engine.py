@@ -32,11 +32,11 @@ def random_batch(model: BaseModel, adapter: IPAdapter, seed: int = 0, rows: int 
     """Features of the right shapes for a model and an adapter, and the draws of a step."""
     generator, spec = seeded(seed), adapter.spec
     shapes: list[tuple[int, ...]] = []
-    if spec.face_width is not None:
-        shapes.append((rows, spec.face_width))
-    if spec.image_width is not None:
+    if spec.face_dim is not None:
+        shapes.append((rows, spec.face_dim))
+    if spec.image_dim is not None:
         grid = () if spec.feature == "image_embeds" else (model.image_tokens,)
-        shapes.append((rows, *grid, spec.image_width))
+        shapes.append((rows, *grid, spec.image_dim))
     text = encode_prompts(model, ["a red square"]).expand(rows)
     return TrainBatch(
         Features(
@@ -309,7 +309,7 @@ def test_init_from_starts_with_the_files_weights(base_model: BaseModel, adapter:
         assert torch.equal(weight, adapter.state_dict()[name])
     assert all(p.requires_grad for p in again.parameters())
     with pytest.raises(TrainerError, match="its tokens is 4, this training's 8"):
-        new_adapter(base_model, tokens=8, init_from=tmp_path / "a.safetensors")
+        new_adapter(base_model, num_tokens=8, init_from=tmp_path / "a.safetensors")
     with pytest.raises(TrainerError, match="its kind is base, this training's plus"):
         new_adapter(base_model, TRAIN_KINDS["plus"], init_from=tmp_path / "a.safetensors")
     with pytest.raises(AdapterError, match="no such file"):

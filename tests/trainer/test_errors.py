@@ -35,7 +35,7 @@ CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capaci
 
 
 def test_memory_that_is_full(capsys: pytest.CaptureFixture[str]) -> None:
-    advice = "Lower batch_size (gradient_accumulation makes up for it), set gradient_checkpointing=true or "
+    advice = "Lower batch_size (gradient_accumulation_steps makes up for it), set gradient_checkpointing=true or "
     advice += "mixed_precision=bf16, or train from a cache (`ipadapter cache`)."
     gpu = raising(torch.OutOfMemoryError(CUDA))
     assert message_of(gpu, capsys) == f"ipadapter: Out of memory (2.50 GiB more are needed). {advice}\n"

@@ -115,7 +115,7 @@ def test_every_kind_and_family(settings: EvalSettings, family: str, kind: str, r
     adapter, table = adapter_of(load_base_model(folder), kind), settings.output.parent / "faces.safetensors"
     save_adapter(settings.adapter, adapter)
     save_file({f"{c}.png": torch.randn(512) for c in ("red", "green", "blue")}, table)
-    takes_face = adapter.spec.face_width is not None
+    takes_face = adapter.spec.face_dim is not None
     evaluation = run(
         replace(
             settings,
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_generated(
     with pytest.raises(AdapterError, match=r"a\.safetensors is made for a model of context 32"):
         run(replace(settings, base_model=sd2_folder))
     widths = [site.width for site in base_model.sites]
-    spec = new_spec("base", widths, base_model.sites[0].context_width, image_width=40)
+    spec = new_spec("base", widths, base_model.sites[0].cross_attention_dim, image_dim=40)
     save_adapter(settings.adapter, init_adapter(spec))
     with pytest.raises(AdapterError, match="40"):  # of another image encoder
         run(settings)

@@ -31,7 +31,7 @@ Make = Callable[..., IPAdapter]
 WEIGHT_KEYS = json.loads((Path(__file__).parents[1] / "core" / "golden" / "weight_keys.json").read_text())
 GOLDEN_KINDS = {  # the golden file's name -> the config's kind, what is not the default
     "base_vith": ("base", {}),
-    "base_bigG": ("base", {"image_width": 1280}),
+    "base_bigG": ("base", {"image_dim": 1280}),
     "plus": ("plus", {}),
     "full": ("full", {}),
     "faceid": ("faceid", {}),
@@ -86,9 +86,9 @@ def test_the_layers_of_diffusers_unet_are_the_published_ones(family: str) -> Non
 
 
 def test_what_is_unlike_the_published_is_named(random_adapter: Make) -> None:
-    (problem,) = published_differences(real_spec("base", "sdxl", tokens=8))
+    (problem,) = published_differences(real_spec("base", "sdxl", num_tokens=8))
     assert problem == "8 tokens where the published files have 4"
-    wide = published_differences(real_spec("plus", "sdxl", resampler_width=2048))  # hosts take this for Kolors
+    wide = published_differences(real_spec("plus", "sdxl", resampler_dim=2048))  # hosts take this for Kolors
     assert "2048 channels in the resampler where the published files have 1280" in wide
     assert "a UNet of its own" in published_differences(random_adapter().spec)[0]
 
@@ -126,16 +126,16 @@ def test_diffusers_modules_give_our_tokens_and_keys(kind: str, random_adapter: M
     for (id, pair), own in zip(theirs.keys_values(tokens), adapter.keys_values(tokens), strict=True):
         torch.testing.assert_close(pair.key, own.key, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(pair.value, own.value, atol=1e-5, rtol=1e-5)
-        assert own.key.shape[-1] == adapter.spec.layer_widths[id // 2]
+        assert own.key.shape[-1] == adapter.spec.layer_dims[id // 2]
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("base", {"tokens": 8}, "takes 4 tokens, this adapter has 8"),
+        ("base", {"num_tokens": 8}, "takes 4 tokens, this adapter has 8"),
         ("plus", {"depth": 2}, "takes 4 resampler layers, this adapter has 2"),
         ("plus", {"dim_head": 16}, "takes 64 channels per head, this adapter has 16"),
-        ("faceid-plus", {"tokens": 6}, "takes 4 tokens, this adapter has 6"),
+        ("faceid-plus", {"num_tokens": 6}, "takes 4 tokens, this adapter has 6"),
     ],
 )
 def test_what_diffusers_hard_codes_is_a_note(
@@ -154,13 +154,13 @@ def test_what_diffusers_hard_codes_is_a_note(
 
 def test_more_tokens_where_diffusers_takes_them(random_adapter: Make, tmp_path: Path) -> None:
     for number, (kind, tokens) in enumerate([("plus", 8), ("faceid", 6), ("portrait", 4), ("full", 50)]):
-        checked = write_adapter(tmp_path / f"{number}.safetensors", random_adapter(kind, tokens=tokens))
+        checked = write_adapter(tmp_path / f"{number}.safetensors", random_adapter(kind, num_tokens=tokens))
         assert checked is not None
         assert len(checked.loaders) == 2
 
 
 def test_a_unet_that_nobody_knows_is_a_note(random_adapter: Make, tmp_path: Path) -> None:
-    spec = replace(random_adapter().spec, layer_widths=(4, 8, 4), family="context-64")
+    spec = replace(random_adapter().spec, layer_dims=(4, 8, 4), family="context-64")
     adapter = writing.adapter_from_checkpoint(
         writing.checkpoint_from_state({k: torch.ones(s) for k, s in published_shapes(spec).items()})
     )
@@ -393,13 +393,13 @@ def test_published_names() -> None:
         "ip-adapter-faceid-plusv2_sd15",
         "ip-adapter-faceid-portrait_sd15",
     ]
-    assert name("base", image_width=1280) == "ip-adapter_sd15_vit-G"
-    assert name("base", image_width=768) == "ip-adapter_sd15_vit-L"
+    assert name("base", image_dim=1280) == "ip-adapter_sd15_vit-G"
+    assert name("base", image_dim=768) == "ip-adapter_sd15_vit-L"
     assert name("base", "sd2") == "ip-adapter_sd21"
     assert name("base", "sdxl") == "ip-adapter_sdxl_vit-h"
-    assert name("base", "sdxl", image_width=1280) == "ip-adapter_sdxl"
+    assert name("base", "sdxl", image_dim=1280) == "ip-adapter_sdxl"
     assert name("plus", "sdxl") == "ip-adapter-plus_sdxl_vit-h"
-    assert name("plus", "sdxl", image_width=1664) == "ip-adapter-plus_sdxl_vit-G"
+    assert name("plus", "sdxl", image_dim=1664) == "ip-adapter-plus_sdxl_vit-G"
     assert name("faceid-plusv2", "sdxl") == "ip-adapter-faceid-plusv2_sdxl"
     assert name("portrait", "sdxl") == "ip-adapter-faceid-portrait_sdxl"
     unnormalised = replace(real_spec("portrait", "sdxl"), unnormalised=True)

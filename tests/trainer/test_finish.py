@@ -140,7 +140,7 @@ def more_pictures(settings: dict[str, Any]) -> None:
 
 def test_the_terminal_shows_what_counts(settings: dict[str, Any]) -> None:
     more_pictures(settings)
-    code, out, err = ipadapter("train", *keys(settings, steps=4, validate_every=2, sample_pictures=0))
+    code, out, err = ipadapter("train", *keys(settings, steps=4, validate_every=2, sample_images=0))
     assert code == 0, err
     lines = [json.loads(line) for line in (Path(settings["output"]) / "log.jsonl").read_text().splitlines()]
     validations = [line for line in lines if "validation/loss" in line]
@@ -166,9 +166,9 @@ def test_no_validation_says_why(case: str, settings: dict[str, Any], tmp_path: P
     if case != "few":
         more_pictures(settings)
     if case == "off":
-        changes["validation_pictures"] = 0
+        changes["validation_images"] = 0
     elif case == "broken":
-        changes["validation_pictures"] = 1
+        changes["validation_images"] = 1
         from ipadapter_trainer.data.from_config import examples_from_config, image_root
         from ipadapter_trainer.training.training_data import held_out_rows
 
@@ -184,7 +184,7 @@ def test_no_validation_says_why(case: str, settings: dict[str, Any], tmp_path: P
     code, out, err = ipadapter("train", *keys(settings, **changes))
     assert code == 0, err
     reasons = {
-        "off": r"validation_pictures is 0\.",
+        "off": r"validation_images is 0\.",
         "few": r"a tenth of the data is held out at most, and there are 6 pictures; 10 would do\.",
         "broken": r"no held-out picture can be read, such as .*\.png: .*",
         "stream": r"the shards are a stream\. Cache them \(`ipadapter cache`\) to have some of .*",

@@ -110,12 +110,12 @@ def test_a_step_that_overflows_is_none(
     rate = 1.0 if optimizer == "prodigy" else 1e-3
     changes: dict[str, Any] = {"optimizer": optimizer, "learning_rate": rate, "max_grad_norm": 0}
     if optimizer == "adamw":
-        changes |= {"ema_decay": 0.5, "gradient_accumulation": 2, "max_grad_norm": 1.0}
-    accumulated = changes.get("gradient_accumulation", 1)
+        changes |= {"ema_decay": 0.5, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0}
+    accumulated = changes.get("gradient_accumulation_steps", 1)
     train(make_config(fp16(settings, steps=1, **changes)))
     before, weights = state_of(settings["output"])
     # Of two steps to come the first overflows three times; the schedule rises to step 2 and falls to step 3.
-    changes |= {"warmup_steps": 2, "lr_schedule": "cosine"} if optimizer == "adamw" else {}
+    changes |= {"lr_warmup_steps": 2, "lr_scheduler": "cosine"} if optimizer == "adamw" else {}
     overflowing.batches |= set(range(accumulated + 1, 4 * accumulated + 1, accumulated))
     steps: list[tuple[int, int]] = []
 
@@ -195,7 +195,7 @@ def test_validation_and_samples_in_float16(settings: dict[str, Any], scaling: No
         for copy in ("a", "b"):
             (folder / f"{copy}-{file.name}").write_bytes(file.read_bytes())
             (folder / f"{copy}-{file.stem}.txt").write_text("a square")
-    train(make_config(fp16(settings, steps=1, sample_pictures=1, sample_steps=2)))
+    train(make_config(fp16(settings, steps=1, sample_images=1, sample_steps=2)))
     lines = [json.loads(line) for line in (Path(settings["output"]) / "log.jsonl").read_text().splitlines()]
     assert all(0 < line["validation/loss"] < 10 for line in lines if "validation/loss" in line)
     assert (Path(settings["output"]) / "samples" / "step-000001.png").is_file()

@@ -29,8 +29,8 @@ def loadable_adapter(model: BaseModel, kind: str) -> IPAdapter:
     if kind != "plus":
         return adapter_of(model, kind)
     torch.manual_seed(0)
-    widths, context = [site.width for site in model.sites], model.sites[0].context_width
-    adapter = init_adapter(new_spec("plus", widths, context, image_width=model.hidden_width, resampler_width=64))
+    widths, context = [site.width for site in model.sites], model.sites[0].cross_attention_dim
+    adapter = init_adapter(new_spec("plus", widths, context, image_dim=model.hidden_dim, resampler_dim=64))
     init_from_unet(adapter.layers, model.unet)
     return adapter.eval()
 
@@ -39,7 +39,7 @@ def prompt_for(model: BaseModel, adapter: IPAdapter, count: int = 3) -> tuple[Te
     generator = torch.Generator().manual_seed(1)
     noise = torch.randint(256, (count, 40, 48, 3), generator=generator, dtype=torch.uint8).numpy()
     pictures = [Image.fromarray(rows) for rows in noise]
-    faces = torch.randn(count, 512, generator=generator) if adapter.spec.face_width else None
+    faces = torch.randn(count, 512, generator=generator) if adapter.spec.face_dim else None
     return encode_images(model, adapter.spec, pictures, faces)
 
 
@@ -105,7 +105,7 @@ def test_the_negative_image_is_that_of_a_dropped_one(base_model: BaseModel) -> N
     """With the dropped image as the prompt, and no text, guidance changes nothing."""
     for kind in ("base", "plus", "faceid-plusv2"):
         adapter = adapter_of(base_model, kind)
-        features = [torch.zeros(1, 512)] if adapter.spec.face_width else []
+        features = [torch.zeros(1, 512)] if adapter.spec.face_dim else []
         if kind == "base":
             features.append(torch.zeros(1, 24))
         else:

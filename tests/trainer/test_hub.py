@@ -32,7 +32,7 @@ class Result(NamedTuple):
 Run = Callable[..., list[Result]]
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 ENCODER = "h94/IP-Adapter/models/image_encoder"
-SMALL = ("resolution=64", "steps=1", "batch_size=2", "workers=0", "log_with=none", "output=run")
+SMALL = ("resolution=64", "steps=1", "batch_size=2", "num_workers=0", "log_with=none", "output=run")
 ADVICE = "Run `ipadapter models stable-diffusion-v1-5 clip-vit-h --download` (6.8 GB)."
 
 
@@ -96,7 +96,7 @@ def run(hub: HubServer, tmp_path: Path) -> Run:
 
 
 def test_models_downloads_what_the_config_names_and_no_more(run: Run, hub: HubServer, pictures: Path) -> None:
-    train = ["train", "sd15-base", f"data={pictures}", "mixed_precision=no", "validation_pictures=0", *SMALL]
+    train = ["train", "sd15-base", f"data={pictures}", "mixed_precision=no", "validation_images=0", *SMALL]
     download = "models sd15-base --download"
     before, done, trained, listed, again = run(train, download, train, "models sd15-base", download)
     assert before == (

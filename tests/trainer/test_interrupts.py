@@ -81,7 +81,7 @@ class Command:
 
 def long(settings: dict[str, Any], **changes: Any) -> list[str]:
     more_pictures(settings)
-    return keys(settings, steps=100_000, workers=2, sample_pictures=0, validate_every=10**6, **changes)
+    return keys(settings, steps=100_000, num_workers=2, sample_images=0, validate_every=10**6, **changes)
 
 
 def half_files(folder: Path) -> list[str]:
@@ -175,7 +175,7 @@ def test_ctrl_c_while_the_finished_training_is_exported(settings: dict[str, Any]
 def test_ctrl_c_while_a_cache_is_written(settings: dict[str, Any], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     moment = AT.format(module="ipadapter_trainer.cache.encoding", name="encode_moments", seconds=0.2)
-    arguments = keys(settings, cache=cache, workers=2, batch_size=1, cache_variants=4, crop="random")
+    arguments = keys(settings, cache=cache, num_workers=2, batch_size=1, cache_variants=4, crop="random")
     command = Command(["cache", *arguments], moment)
     command.wait_for_moment()
     command.interrupt()

@@ -71,10 +71,10 @@ def test_twenty_kills_leave_the_training_as_it_would_have_been(settings: dict[st
         "save_every": 4,
         "log_every": 3,  # lines that begin in one life and end in another
         "keep_checkpoints": 2,
-        "gradient_accumulation": 2,
+        "gradient_accumulation_steps": 2,
         "ema_decay": 0.9,
-        "lr_schedule": "cosine",
-        "warmup_steps": 5,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 5,
         "flip": True,
         "crop": "random",
         "noise_offset": 0.1,

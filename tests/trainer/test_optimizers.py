@@ -23,7 +23,7 @@ def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def rates(name: str, steps: int, warmup: int, done: int = 0) -> list[float]:
     optimizer = new_optimizer(layer(), 1.0)
-    schedule = new_schedule(optimizer, name, warmup_steps=warmup, steps=steps, done=done)
+    schedule = new_schedule(optimizer, name, lr_warmup_steps=warmup, steps=steps, done=done)
     values = [optimizer.param_groups[0]["lr"]]
     for _ in range(steps - done - 1):
         optimizer.step()

@@ -27,7 +27,7 @@ def test_two_processes_are_one_with_the_same_global_batch(
     launcher: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """The same pictures, noise and timesteps, whoever draws them; sums differ in their order only."""
-    settings |= {"steps": 5, "flip": True, "gradient_accumulation": 2, "ema_decay": 0.5, "kind": "faceid-plusv2"}
+    settings |= {"steps": 5, "flip": True, "gradient_accumulation_steps": 2, "ema_decay": 0.5, "kind": "faceid-plusv2"}
     folder = Path(settings["data"])
     rows = []
     for number, picture in enumerate(sorted(folder.glob("*.png"))):

@@ -42,11 +42,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "batch_size": 2,
         "steps": STEPS,
         "save_every": 2,
-        "workers": 0,
+        "num_workers": 0,
         "log_with": "none",
         "log_every": 1,
         "learning_rate": 1e-3,
-        "sample_pictures": 0,
+        "sample_images": 0,
     }
     train(make_config(settings))
     return settings
@@ -77,7 +77,7 @@ def add_picture(settings: dict[str, Any]) -> None:
 def test_every_change_that_matters_is_said_with_both_values(settings: dict[str, Any]) -> None:
     newest = f"{settings['output']}/checkpoint-000004"
     assert told(settings, steps=STEPS) == [f"Would resume from {newest}."]
-    quiet = {"workers": 1, "log_every": 5, "save_every": 7, "keep_checkpoints": 9, "gradient_checkpointing": True}
+    quiet = {"num_workers": 1, "log_every": 5, "save_every": 7, "keep_checkpoints": 9, "gradient_checkpointing": True}
     assert told(settings, steps=STEPS, **quiet) == [f"Would resume from {newest}."]
     start = f"{newest}/{ADAPTER_FILE}"
     changes = {"learning_rate": 1e-5, "image_dropout": 0.2, "ema_decay": 0.9, "min_snr_gamma": 5, "init_from": start}
@@ -99,7 +99,7 @@ def test_every_change_that_matters_is_said_with_both_values(settings: dict[str, 
         ({"flip": True}, "flip was false and is now true"),
         ({"crop": "random", "seed": 3}, "seed was 0 and is now 3; crop was center and is now random"),
         ({"reference_crop": 0.5}, "reference_crop was 1 and is now 0.5"),
-        ({"validation_pictures": 0}, "validation_pictures was 1 and is now 0"),
+        ({"validation_images": 0}, "validation_images was 1 and is now 0"),
         (
             {"buckets": True, "bucket_step": 16},
             "buckets was false and is now true; bucket_step was unset and is now 16",

@@ -150,7 +150,7 @@ def test_references_and_faces_reach_the_batch(preprocessor: Preprocessor, tmp_pa
     blue = encoded_picture(Image.new("RGB", (40, 40), "blue"))
     files = {**sample(1), "reference.png": blue, "face.npy": face.getvalue()}
     shard = write_shard(tmp_path / "a.tar", {"1": files, "2": sample(2)})
-    loader = shard_loader([str(shard)], replace(preprocessor, takes_face=True), plain(), batch_size=2, workers=0)
+    loader = shard_loader([str(shard)], replace(preprocessor, takes_face=True), plain(), batch_size=2, num_workers=0)
     batch = next(iter(loader))
     assert batch["face_id_embed"].shape == (2, 512)
     assert batch["clip_images"][:, :, 0, 0].argmax(dim=1).tolist() == [2, 2]
@@ -215,16 +215,16 @@ def test_counting_agrees_with_reading(four: list[str], tmp_path: Path) -> None:
 def test_batches_are_the_same_with_any_resume(four: list[str], preprocessor: Preprocessor) -> None:
     augmentation = Augmentation(32, flip=True, crop="random", noise_offset=0.1)
     options: dict[str, Any] = {"batch_size": 2, "seed": 3}
-    for workers in (0, 2):
-        whole = list(islice(shard_loader(four, preprocessor, augmentation, workers=workers, **options), 9))
+    for num_workers in (0, 2):
+        whole = list(islice(shard_loader(four, preprocessor, augmentation, num_workers=num_workers, **options), 9))
         for start in (1, 4):
-            late = shard_loader(four, preprocessor, augmentation, workers=workers, start=start, **options)
+            late = shard_loader(four, preprocessor, augmentation, num_workers=num_workers, start=start, **options)
             for one, other in zip(whole[start:], islice(late, 9 - start), strict=True):
                 assert_same(one, other)
 
 
 def test_one_worker_is_like_none(four: list[str], preprocessor: Preprocessor) -> None:
-    made = [shard_loader(four, preprocessor, plain(), batch_size=3, workers=workers) for workers in (0, 1)]
+    made = [shard_loader(four, preprocessor, plain(), batch_size=3, num_workers=num_workers) for num_workers in (0, 1)]
     for one, other in zip(islice(made[0], 4), islice(made[1], 4), strict=True):
         assert_same(one, other)
 
@@ -232,7 +232,9 @@ def test_one_worker_is_like_none(four: list[str], preprocessor: Preprocessor) ->
 def test_randomness_comes_from_the_sample_not_from_the_batch(four: list[str], preprocessor: Preprocessor) -> None:
     drawn: list[dict[str, torch.Tensor]] = []
     for batch_size in (3, 6):
-        batches = islice(shard_loader(four, preprocessor, plain(), batch_size=batch_size, workers=0), 18 // batch_size)
+        batches = islice(
+            shard_loader(four, preprocessor, plain(), batch_size=batch_size, num_workers=0), 18 // batch_size
+        )
         by_text = {}
         for batch in batches:
             by_text |= dict(zip(captions(preprocessor, batch), batch["noise"], strict=True))
@@ -242,10 +244,10 @@ def test_randomness_comes_from_the_sample_not_from_the_batch(four: list[str], pr
 
 
 def test_too_few_shards_say_what_to_do(four: list[str], preprocessor: Preprocessor) -> None:
-    with pytest.raises(DataError, match=r"4 shards for 2 processes with 3 workers each.*Set workers=2"):
-        shard_loader(four, preprocessor, plain(), batch_size=1, processes=2, workers=3)
+    with pytest.raises(DataError, match=r"4 shards for 2 processes with 3 workers each.*Set num_workers=2"):
+        shard_loader(four, preprocessor, plain(), batch_size=1, processes=2, num_workers=3)
     with pytest.raises(DataError, match=r"4 shards for 5 processes.*fewer processes"):
-        shard_loader(four, preprocessor, plain(), batch_size=1, processes=5, workers=0)
+        shard_loader(four, preprocessor, plain(), batch_size=1, processes=5, num_workers=0)
 
 
 # --- Broken
@@ -257,7 +259,7 @@ def test_a_broken_sample_is_replaced_and_named(tmp_path: Path, preprocessor: Pre
         samples[f"{n}"]["png"] = b"no picture"
     del samples["4"]["txt"]
     shard = str(write_shard(tmp_path / "a.tar", samples))
-    batches = list(islice(shard_loader([shard], preprocessor, plain(), batch_size=3, workers=0), 4))
+    batches = list(islice(shard_loader([shard], preprocessor, plain(), batch_size=3, num_workers=0), 4))
     for epoch in (batches[:2], batches[2:]):
         named = sorted(line.split(":")[0] for batch in epoch for line in batch["broken"])
         assert named == ["a.tar/0", "a.tar/2", "a.tar/4"]
@@ -273,10 +275,10 @@ def test_a_batch_of_broken_samples_borrows_one(tmp_path: Path, preprocessor: Pre
     for n in (1, 2, 4):
         samples[f"{n}"]["png"] = b""
     shard = str(write_shard(tmp_path / "a.tar", samples))
-    whole = list(islice(shard_loader([shard], preprocessor, plain(), batch_size=1, workers=0), 10))
+    whole = list(islice(shard_loader([shard], preprocessor, plain(), batch_size=1, num_workers=0), 10))
     assert sum(len(batch["broken"]) for batch in whole) == 6
     for start in (1, 3, 7):
-        late = shard_loader([shard], preprocessor, plain(), batch_size=1, workers=0, start=start)
+        late = shard_loader([shard], preprocessor, plain(), batch_size=1, num_workers=0, start=start)
         for one, other in zip(whole[start:], islice(late, 10 - start), strict=True):
             assert_same(one, other)
 
@@ -287,7 +289,7 @@ def test_nothing_but_broken_samples_is_one_clear_error(
     monkeypatch.setattr(shards, "_LOOK_AHEAD", 20)
     shard = str(write_shard(tmp_path / "a.tar", {"1": {"png": b"", "txt": b"a"}, "2": {"png": b"", "txt": b"b"}}))
     with pytest.raises(DataError, match=r"None of 22 samples in a row can be used. The first: a\.tar/"):
-        next(iter(shard_loader([shard], preprocessor, plain(), batch_size=2, workers=0)))
+        next(iter(shard_loader([shard], preprocessor, plain(), batch_size=2, num_workers=0)))
 
 
 def test_a_damaged_shard_ends_early_and_is_named(four: list[str], preprocessor: Preprocessor, tmp_path: Path) -> None:
@@ -297,11 +299,11 @@ def test_a_damaged_shard_ends_early_and_is_named(four: list[str], preprocessor: 
     keys = [raw["__key__"] for raw in raw_samples(str(cut), broken.append)]
     assert 0 < len(keys) < 6
     assert len(broken) == 1 and "cut.tar" in broken[0] and "unexpected end" in broken[0]
-    loader = shard_loader([str(cut), *four[:3]], preprocessor, plain(), batch_size=4, workers=0)
+    loader = shard_loader([str(cut), *four[:3]], preprocessor, plain(), batch_size=4, num_workers=0)
     assert any("cut.tar" in line for batch in islice(loader, 6) for line in batch["broken"])
     (tmp_path / "no.tar").write_text("no tar file" * 100)
     with pytest.raises(DataError, match=r"hold no sample.*no\.tar"):
-        next(iter(shard_loader([str(tmp_path / "no.tar")], preprocessor, plain(), batch_size=1, workers=0)))
+        next(iter(shard_loader([str(tmp_path / "no.tar")], preprocessor, plain(), batch_size=1, num_workers=0)))
 
 
 # --- By URL
@@ -349,7 +351,7 @@ def test_shards_by_url_are_like_local_ones(
     urls = expand_shards(f"{host[0]}/s{{0..3}}.tar?token=a")
     for start in (0, 3):
         local, remote = (
-            islice(shard_loader(data, preprocessor, plain(), batch_size=2, workers=0, start=start), 5)
+            islice(shard_loader(data, preprocessor, plain(), batch_size=2, num_workers=0, start=start), 5)
             for data in (four, urls)
         )
         for one, other in zip(local, remote, strict=True):

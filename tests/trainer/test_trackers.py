@@ -122,7 +122,7 @@ def test_a_loss_that_is_no_number_ends_the_run(output: Path, open_log: Callable[
 
 
 def test_the_settings_can_be_used_again(settings: dict[str, Any], open_log: Callable[..., RunLog]) -> None:
-    config = make_config({**settings, "sample_text": 'a "cat"\\ in Zürich 🐈', "min_snr_gamma": 5, "flip": True})
+    config = make_config({**settings, "sample_prompt": 'a "cat"\\ in Zürich 🐈', "min_snr_gamma": 5, "flip": True})
     open_log(config=config.model_dump(mode="json"))
     written = Path(settings["output"]).parent / "cats" / "config.toml"
     assert load_config(written) == config

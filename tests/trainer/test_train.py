@@ -42,9 +42,9 @@ def run(settings: dict[str, Any], **changes: Any) -> tuple[dict[str, torch.Tenso
     "changes",
     [
         {},
-        {"gradient_accumulation": 2, "flip": True, "crop": "random", "noise_offset": 0.1},
-        {"mixed_precision": "bf16", "ema_decay": 0.9, "lr_schedule": "cosine", "warmup_steps": 2},
-        {"optimizer": "schedulefree", "warmup_steps": 2},
+        {"gradient_accumulation_steps": 2, "flip": True, "crop": "random", "noise_offset": 0.1},
+        {"mixed_precision": "bf16", "ema_decay": 0.9, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
+        {"optimizer": "schedulefree", "lr_warmup_steps": 2},
         {"optimizer": "prodigy", "learning_rate": 1.0},
         {"buckets": True, "bucket_step": 16, "kind": "plus", "gradient_checkpointing": True, "min_snr_gamma": 5.0},
     ],
@@ -124,7 +124,7 @@ def test_epochs_are_counted_in_pictures(settings: dict[str, Any]) -> None:
     ("changes", "words"),
     [
         ({"seed": 7}, "seed was 0 and is now 7"),
-        ({"tokens": 8}, "tokens was 4 and is now 8"),
+        ({"num_tokens": 8}, "num_tokens was 4 and is now 8"),
         ({"batch_size": 3}, "batch_size x processes was 2 and is now 3"),
         ({"optimizer": "schedulefree"}, "optimizer was adamw and is now schedulefree"),
         ({"crop": "random"}, "crop was center and is now random"),
@@ -302,7 +302,7 @@ def trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     Image.new("RGB", (64, 64), "red").save(data / "a.png")
     (data / "a.txt").write_text("red")
     settings = {"base_model": model_folder, "data": data, "output": folder / "run", "resolution": 64}
-    short = {"steps": 3, "batch_size": 2, "workers": 0, "learning_rate": 1e-2, "log_with": "none"}
+    short = {"steps": 3, "batch_size": 2, "num_workers": 0, "learning_rate": 1e-2, "log_with": "none"}
     train(make_config({**settings, **short, "export_dtype": "float32"}))
     return folder / "run"
 

@@ -32,11 +32,11 @@ from .tiny_models import COLOURS
 def examples(model: BaseModel, adapter: IPAdapter, rows: int = 5, seed: int = 0) -> TrainBatch:
     generator, spec = torch.Generator().manual_seed(seed), adapter.spec
     shapes: list[tuple[int, ...]] = []
-    if spec.face_width is not None:
-        shapes.append((rows, spec.face_width))
-    if spec.image_width is not None:
+    if spec.face_dim is not None:
+        shapes.append((rows, spec.face_dim))
+    if spec.image_dim is not None:
         grid = () if spec.feature == "image_embeds" else (model.image_tokens,)
-        shapes.append((rows, *grid, spec.image_width))
+        shapes.append((rows, *grid, spec.image_dim))
     features = Features(
         torch.randn(rows, 4, 8, 8, generator=generator),
         encode_prompts(model, [f"a {COLOURS[i]} square" for i in range(rows)]),

@@ -65,7 +65,7 @@ class Caching:
             for first in range(0, len(shard.items), each)
         ]
         on_gpu = self.base_model.device.type == "cuda"
-        options = worker_options(self.config.workers, on_gpu)
+        options = worker_options(self.config.num_workers, on_gpu)
         return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=stack, **options))
 
 

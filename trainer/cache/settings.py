@@ -109,13 +109,13 @@ def row_bytes(settings: Settings, base_model: BaseModel, size: Size | None = Non
     width, height = size or (settings.resolution, settings.resolution)
     latents = base_model.latent_channels * (height // base_model.latent_scale) * (width // base_model.latent_scale)
     conditions = base_model.meta_conditions(1)
-    text = base_model.text_length * base_model.sites[0].context_width
+    text = base_model.text_length * base_model.sites[0].cross_attention_dim
     text += 0 if conditions is None else conditions["text_embeds"].shape[-1]
     feature = 0
     if settings.image_feature == "image_embeds":
-        feature = base_model.image_width * dtype_bytes
+        feature = base_model.image_dim * dtype_bytes
     elif settings.image_feature is not None:
-        channels = base_model.hidden_width
+        channels = base_model.hidden_dim
         scales = 2 * (channels // channels_per_scale(channels))
         each = channels + scales if settings.cache_image_features == "int8" else channels * dtype_bytes
         feature = base_model.image_tokens * each

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 USER_ERROR, INTERRUPTED = 2, 130
 _CLEANING = 1.0  # seconds that an interrupted command has to remove its temporary files
 TRAINING_MEMORY = (
-    "Lower batch_size (gradient_accumulation makes up for it), set gradient_checkpointing=true or "
+    "Lower batch_size (gradient_accumulation_steps makes up for it), set gradient_checkpointing=true or "
     "mixed_precision=bf16, or train from a cache (`ipadapter cache`)."
 )
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)

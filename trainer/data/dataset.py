@@ -112,7 +112,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         )
 
     def _face_id_embed(self, example: Example) -> Tensor | None:
-        return read_face_id_embed(example, self.preprocessor.face_width) if self.preprocessor.takes_face else None
+        return read_face_id_embed(example, self.preprocessor.face_dim) if self.preprocessor.takes_face else None
 
     def _replacements(self, row: int) -> Iterator[int]:
         """The row itself, the others of its bucket, and all others."""
@@ -142,7 +142,7 @@ def loader(
     batch_size: int,
     process: int = 0,
     processes: int = 1,
-    workers: int = 4,
+    num_workers: int = 4,
     pin: bool = False,
 ) -> DataLoader[Batch]:
     """The endless batches of one process: its `batch_size` rows of each global batch. `pin` speeds up the copy to a
@@ -156,17 +156,17 @@ def loader(
         dataset,
         batch_sampler=ProcessBatchSampler(batches, batch_size, process),
         collate_fn=collate,
-        **worker_options(workers, pin),
+        **worker_options(num_workers, pin),
     )
 
 
-def worker_options(workers: int, pin: bool) -> dict[str, Any]:
+def worker_options(num_workers: int, pin: bool) -> dict[str, Any]:
     """The arguments of a `DataLoader` that have to do with its worker processes."""
     # Set before workers are forked: a fast tokenizer complains, and may hang, when it is forked in parallel
     # mode.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return {
-        "num_workers": workers,
+        "num_workers": num_workers,
         "pin_memory": pin,
         "worker_init_fn": _ignore_interrupts,
         "generator": torch.Generator().manual_seed(0),  # else a worker's seed is drawn from the global generator

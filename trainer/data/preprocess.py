@@ -26,7 +26,7 @@ class Preprocessor:
     latent_channels: int = 4
     num_train_timesteps: int = 1000
     takes_face: bool = False
-    face_width: int = 512
+    face_dim: int = 512
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """[C, h, w] of a picture's latents."""

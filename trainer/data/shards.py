@@ -34,7 +34,7 @@ class ShardWorker(NamedTuple):
     process: int
     processes: int
     worker: int
-    workers: int
+    num_workers: int
 
 
 class ShardBatches(IterableDataset[Batch]):
@@ -63,11 +63,11 @@ class ShardBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
-        number, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        number, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         # The loader asks worker 0 first, also for a batch that another worker would have made without the resume.
-        worker = (self._start + number) % workers
-        made = len(range(worker, self._start, workers))
-        place = ShardWorker(self._process, self._processes, worker, workers)
+        worker = (self._start + number) % num_workers
+        made = len(range(worker, self._start, num_workers))
+        place = ShardWorker(self._process, self._processes, worker, num_workers)
         broken: list[str] = []
         stream = sample_stream(self.shards, place, self._seed, broken, skip=made * self.batch_size)
         ahead: deque[tuple[int, RawSample]] = deque()
@@ -133,7 +133,7 @@ class ShardBatches(IterableDataset[Batch]):
         if self.preprocessor.takes_face:
             if sample.face_id_embed is None:
                 raise DataError(f"{sample.name}: no face embedding (.face.npy).")
-            face = check_face_embed(sample.face_id_embed, self.preprocessor.face_width, sample.name)
+            face = check_face_embed(sample.face_id_embed, self.preprocessor.face_dim, sample.name)
         references = [io.BytesIO(reference) for reference in sample.references]
         return preprocess(
             self.preprocessor,
@@ -160,7 +160,7 @@ def sample_stream(
     lengths: dict[str, int | None] = {}
     for epoch in count():
         order = random.Random(f"{seed}/{epoch}/shards").sample(shards, len(shards))
-        mine = islice(islice(order, place.process, None, place.processes), place.worker, None, place.workers)
+        mine = islice(islice(order, place.process, None, place.processes), place.worker, None, place.num_workers)
         found = 0
         for shard in mine:
             if skip and shard not in lengths:
@@ -191,7 +191,7 @@ def shard_loader(
     batch_size: int,
     process: int = 0,
     processes: int = 1,
-    workers: int = 4,
+    num_workers: int = 4,
     seed: int = 0,
     start: int = 0,
     pin: bool = False,
@@ -202,10 +202,12 @@ def shard_loader(
     A broken sample is replaced and named in the batch's `broken`. Raises DataError when there are fewer shards than
     processes times workers and, from the iteration, when nothing can be read.
     """
-    workers_each = max(workers, 1)
+    workers_each = max(num_workers, 1)
     if len(shards) < processes * workers_each:
         most = len(shards) // processes
-        advice = f"Set workers={most}, or make more shards." if most else "Make more shards, or use fewer processes."
+        advice = (
+            f"Set num_workers={most}, or make more shards." if most else "Make more shards, or use fewer processes."
+        )
         raise DataError(
             f"{len(shards)} shards for {processes} processes with {workers_each} workers each: every worker needs a "
             f"shard of its own. {advice}"
@@ -220,7 +222,7 @@ def shard_loader(
         seed=seed,
         start=start,
     )
-    return DataLoader(batches, batch_size=None, **worker_options(workers, pin))
+    return DataLoader(batches, batch_size=None, **worker_options(num_workers, pin))
 
 
 def _address(seed: int, epoch: int, raw: RawSample) -> RandomKey:

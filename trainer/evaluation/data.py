@@ -86,16 +86,16 @@ def open_prompts(
     limit: int | None = None,
     seed: int = 0,
     caption_prefix: str = "",
-    face_width: int | None = None,
+    face_dim: int | None = None,
     progress_bar: bool = False,
 ) -> Prompts:
     """The first `limit` examples of an order drawn with `seed`, so that a higher limit only adds to a lower one. Their
-    prompt is their first reference, or the picture itself; and, with `face_width`, a face embedding of so many values.
+    prompt is their first reference, or the picture itself; and, with `face_dim`, a face embedding of so many values.
 
     The other prompt of each is the next one in the same order that shows another picture. Raises DataError when none of
     the prompts can be read.
     """
-    eyes = _Eyes(examples, clip, caption_prefix, face_width)
+    eyes = _Eyes(examples, clip, caption_prefix, face_dim)
     order = random.Random(f"{seed}/order").sample(range(len(examples)), len(examples))
     chosen = order if limit is None else order[:limit]
     broken: list[str] = []
@@ -139,7 +139,7 @@ class _Eyes:
     examples: Sequence[Example]
     clip: ClipModel
     prefix: str
-    face_width: int | None
+    face_dim: int | None
 
     def open(self, indices: Sequence[int], broken: list[str]) -> list[Prompt]:
         """Those that can be read; the others are added to `broken`."""
@@ -160,8 +160,8 @@ class _Eyes:
 
     def _read(self, example: Example) -> Image.Image:
         """Raises DataError for a picture or a face embedding that cannot be read."""
-        if self.face_width is not None:
-            face_id_embed(example, self.face_width)
+        if self.face_dim is not None:
+            face_id_embed(example, self.face_dim)
         picture = prompt_picture(example)
         try:
             return open_rgb(picture)[0]

@@ -82,7 +82,7 @@ def _evaluate(
         limit=settings.limit,
         seed=settings.seed,
         caption_prefix=settings.caption_prefix,
-        face_width=parts.adapter.spec.face_width,
+        face_dim=parts.adapter.spec.face_dim,
         progress_bar=progress_bar and state.is_main_process,
     )
     digest = _digest(parts)
@@ -141,8 +141,8 @@ def _load(settings: EvalSettings, device: torch.device) -> _Parts:
     examples = read_examples(settings.data, settings.root, require_caption=settings.text == "caption")
     adapter = adapter_to_use(settings.adapter, settings.shortcut)
     spec = adapter.spec
-    if spec.face_width is not None:
-        examples = with_faces(examples, settings.face_embeds, settings.picture_folder, spec.face_width)
+    if spec.face_dim is not None:
+        examples = with_faces(examples, settings.face_embeds, settings.picture_folder, spec.face_dim)
     elif settings.face_embeds is not None:
         raise EvaluationError(f"A {spec.kind} adapter takes no face embeddings; leave --face-embeds out.")
     base_model = load_base_model(
@@ -152,7 +152,7 @@ def _load(settings: EvalSettings, device: torch.device) -> _Parts:
         settings.image_encoder,
         base_config=settings.base_config,
         prediction_type=settings.prediction_type,
-        needs_image_encoder=spec.image_width is not None,
+        needs_image_encoder=spec.image_dim is not None,
     )
     check_compatible(spec, base_model.sites, settings.adapter.name)
     side = base_model.sample_size
@@ -160,7 +160,7 @@ def _load(settings: EvalSettings, device: torch.device) -> _Parts:
     initial_latents(base_model, 1, 0, size)  # refuses a size that is no whole number of latents
     clip = load_clip(settings.clip, device)
     # Fails now, not after all prompts have been read, when the image encoder is another one.
-    faces = None if spec.face_width is None else torch.zeros(1, spec.face_width)
+    faces = None if spec.face_dim is None else torch.zeros(1, spec.face_dim)
     features = encode_images(base_model, spec, [Image.new("RGB", (64, 64))], faces)
     adapter.to(device)
     adapter.encode(*(feature.to(device, torch.float32) for feature in features))
@@ -176,7 +176,7 @@ def _digest(parts: _Parts) -> str:
     of = {
         "adapter": [weights.hexdigest(), spec.kind, getattr(parts.adapter.projector, "shortcut", None)],
         "base_model": [base_model.fingerprint(), base_model.vae_fingerprint(), base_model.text_fingerprint()],
-        "image_encoder": None if spec.image_width is None else base_model.encoder_fingerprint(),
+        "image_encoder": None if spec.image_dim is None else base_model.encoder_fingerprint(),
         "dtype": str(base_model.dtype),
         "clip": [parts.clip.fingerprint(), settings.caption_prefix],
         "data": fingerprint(parts.examples, settings.picture_folder),
@@ -235,7 +235,7 @@ def _features(parts: _Parts, prompts: Sequence[Prompt]) -> tuple[Tensor, ...]:
     """Of each row; a prompt that several rows share is encoded once."""
     distinct = list({prompt.index: prompt for prompt in prompts}.values())
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=parts.base_model.device)
-    width, faces = parts.adapter.spec.face_width, None
+    width, faces = parts.adapter.spec.face_dim, None
     if width is not None:
         faces = torch.stack([face_id_embed(prompt.example, width) for prompt in distinct])
     pictures = [open_rgb(prompt.picture)[0] for prompt in distinct]
@@ -260,7 +260,7 @@ def _sum_up(parts: _Parts, prompts: Prompts, scores: Sequence[Score], grid: Path
     weights, count = settings.all_weights, len(prompts.chosen)
     text = "their captions" if settings.text == "caption" else "no text"
     notes: list[str] = []
-    if spec.image_width is not None and base_model.encoder_fingerprint() == parts.clip.vision_fingerprint():
+    if spec.image_dim is not None and base_model.encoder_fingerprint() == parts.clip.vision_fingerprint():
         notes.append(
             "The adapter reads its prompts with this same CLIP, so CLIP-I flatters it; another CLIP judges better."
         )

@@ -113,8 +113,8 @@ def generate_files(
 def check_prompt(spec: AdapterSpec, image: Path | None, face_embed: Path | None) -> None:
     """Raises TrainerError when an adapter of this kind needs another prompt than was given."""
     options = (
-        ("--image", image, spec.image_width, "a picture"),
-        ("--face-embed", face_embed, spec.face_width, "a face embedding"),
+        ("--image", image, spec.image_dim, "a picture"),
+        ("--face-embed", face_embed, spec.face_dim, "a face embedding"),
     )
     for option, given, width, what in options:
         if width is not None and given is None:
@@ -130,7 +130,7 @@ def open_face(path: Path, spec: AdapterSpec) -> Tensor:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such face embedding.")
-    return check_face_embed(read_face_embed(path), int(spec.face_width or 0), str(path))[None]
+    return check_face_embed(read_face_embed(path), int(spec.face_dim or 0), str(path))[None]
 
 
 def parse_size(text: str) -> tuple[int, int]:

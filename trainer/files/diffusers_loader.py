@@ -125,25 +125,25 @@ def unsupported(spec: AdapterSpec) -> str | None:
     """Why diffusers' loader cannot take this adapter, or None: it hard-codes numbers that files may vary."""
     fixed: list[tuple[str, int | None, int | None]] = []
     if spec.kind in ("base", "faceid-plus"):
-        fixed.append(("tokens", spec.tokens, 4))
+        fixed.append(("tokens", spec.num_tokens, 4))
     if spec.depth is not None:
         fixed += [("resampler layers", spec.depth, 4), ("channels per head", spec.dim_head, 64)]
     if spec.kind == "full":
-        fixed.append(("channels inside the MLP", spec.hidden_width, spec.image_width))
+        fixed.append(("channels inside the MLP", spec.hidden_dim, spec.image_dim))
     if spec.kind == "faceid-plus":
-        fixed.append(("channels inside the face MLP", spec.hidden_width, 2 * (spec.face_width or 0)))
+        fixed.append(("channels inside the face MLP", spec.hidden_dim, 2 * (spec.face_dim or 0)))
     for what, found, wanted in fixed:
         if found != wanted:
             return f"its loader takes {wanted} {what}, this adapter has {found}"
-    if spec.kind in ("faceid", "portrait") and not spec.unnormalised and (spec.hidden_width or 0) % spec.face_width:
-        return f"its loader takes an MLP of a multiple of {spec.face_width}, this one is {spec.hidden_width} wide"
-    return None if unet_config(spec) else f"no known UNet has {len(spec.layer_widths)} layers of these widths"
+    if spec.kind in ("faceid", "portrait") and not spec.unnormalised and (spec.hidden_dim or 0) % spec.face_dim:
+        return f"its loader takes an MLP of a multiple of {spec.face_dim}, this one is {spec.hidden_dim} wide"
+    return None if unet_config(spec) else f"no known UNet has {len(spec.layer_dims)} layers of these widths"
 
 
 def unet_config(spec: AdapterSpec) -> dict[str, Any] | None:
     """The config of a UNet with these cross-attention layers in the layout of SD1.5 or SDXL, or None."""
-    widths = spec.layer_widths
-    common = {"cross_attention_dim": spec.context_width, "norm_num_groups": 1, "attention_head_dim": 1}
+    widths = spec.layer_dims
+    common = {"cross_attention_dim": spec.cross_attention_dim, "norm_num_groups": 1, "attention_head_dim": 1}
     if len(widths) == 16:
         a, b, c, d = widths[0], widths[2], widths[4], widths[15]
         if widths == (a,) * 2 + (b,) * 2 + (c,) * 5 + (b,) * 3 + (a,) * 3 + (d,):

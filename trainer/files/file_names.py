@@ -46,9 +46,9 @@ def _stem(spec: AdapterSpec) -> str:
 def _encoder(spec: AdapterSpec) -> str:
     if spec.unnormalised:
         return "_unnorm"
-    if spec.image_width is None or spec.kind == "faceid-plus":
+    if spec.image_dim is None or spec.kind == "faceid-plus":
         return ""
-    letter = _ENCODERS["base" if spec.kind == "base" else "other"].get(spec.image_width)
+    letter = _ENCODERS["base" if spec.kind == "base" else "other"].get(spec.image_dim)
     usual = "G" if spec.family == "sdxl" and spec.kind == "base" else "H"
     if letter is None or (letter == usual and (usual == "G" or spec.family != "sdxl")):
         return ""

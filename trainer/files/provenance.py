@@ -59,7 +59,7 @@ def provenance(
         SEED: str(seed),
         TRAINER: trainer_version(),
     }
-    if spec.image_width is not None:
+    if spec.image_dim is not None:
         metadata[ENCODER_HASH] = base_model.encoder_fingerprint()
     if data_hash:
         metadata[DATA_HASH] = data_hash

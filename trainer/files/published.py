@@ -16,12 +16,12 @@ def published_differences(spec: AdapterSpec) -> tuple[str, ...]:
     """
     if spec.family not in FAMILIES:
         models = ", ".join(FAMILY_NAMES.values())
-        return (f"made for a UNet of its own ({spec.family_name}, {len(spec.layer_widths)} layers), not for {models}",)
-    published = new_spec(spec.kind, spec.layer_widths, spec.context_width)
-    named = {"tokens": "tokens", "depth": "resampler layers", "heads": "heads", "dim_head": "channels per head"}
-    named |= {"resampler_width": "channels in the resampler", "lora_rank": "ranks of LoRA"}
+        return (f"made for a UNet of its own ({spec.family_name}, {len(spec.layer_dims)} layers), not for {models}",)
+    published = new_spec(spec.kind, spec.layer_dims, spec.cross_attention_dim)
+    named = {"num_tokens": "tokens", "depth": "resampler layers", "heads": "heads", "dim_head": "channels per head"}
+    named |= {"resampler_dim": "channels in the resampler", "lora_rank": "ranks of LoRA"}
     if spec.unnormalised:  # the published one has no counterpart in new_spec
-        named = {"tokens": "tokens"}
+        named = {"num_tokens": "tokens"}
     return tuple(
         f"{getattr(spec, field)} {what} where the published files have {getattr(published, field)}"
         for field, what in named.items()

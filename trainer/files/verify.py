@@ -113,10 +113,10 @@ def random_features(spec: AdapterSpec, rows: int = 2, length: int = 9) -> tuple[
     """Fixed features as `IPAdapter.encode` takes them: standard normal, face embeddings of length 1."""
     generator = torch.Generator().manual_seed(0)
     features: list[Tensor] = []
-    if spec.face_width is not None:
-        features.append(F.normalize(torch.randn(rows, spec.face_width, generator=generator), dim=-1))
-    if spec.image_width is not None:
-        shape = (rows, spec.image_width) if spec.kind == "base" else (rows, length, spec.image_width)
+    if spec.face_dim is not None:
+        features.append(F.normalize(torch.randn(rows, spec.face_dim, generator=generator), dim=-1))
+    if spec.image_dim is not None:
+        shape = (rows, spec.image_dim) if spec.kind == "base" else (rows, length, spec.image_dim)
         features.append(torch.randn(shape, generator=generator))
     return tuple(features)
 
@@ -183,7 +183,7 @@ def _check_spec(file: Path, found: AdapterSpec, wanted: AdapterSpec) -> list[str
         said, meant = getattr(found, field.name), getattr(wanted, field.name)
         if said == meant or field.name in _NOT_OF_THE_TENSORS:
             continue
-        told_apart_otherwise = field.name == "shortcut" or (field.name == "tokens" and wanted.kind == "full")
+        told_apart_otherwise = field.name == "shortcut" or (field.name == "num_tokens" and wanted.kind == "full")
         if not (told_apart_otherwise and file.suffix == ".bin"):
             hint = " A .bin has no header that could say it; use .safetensors." if file.suffix == ".bin" else ""
             raise VerificationError(f"{file}: its {field.name} reads as {said!r}, it was {meant!r}.{hint}")

@@ -18,8 +18,8 @@ from ipadapter_core import (
     METADATA_BASE_FAMILY,
     METADATA_DIM_HEAD,
     METADATA_KIND,
+    METADATA_NUM_TOKENS,
     METADATA_SHORTCUT,
-    METADATA_TOKENS,
     AdapterError,
     IPAdapter,
     adapter_from_checkpoint,
@@ -42,7 +42,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
 }
 # What a file says of its tensors; an older file's claim must not win over what is written.
-_OF_THE_TENSORS = (METADATA_KIND, METADATA_BASE_FAMILY, METADATA_SHORTCUT, METADATA_TOKENS, METADATA_DIM_HEAD)
+_OF_THE_TENSORS = (METADATA_KIND, METADATA_BASE_FAMILY, METADATA_SHORTCUT, METADATA_NUM_TOKENS, METADATA_DIM_HEAD)
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -114,9 +114,9 @@ def _text(base_model: BaseModel, batch: Batch) -> TextStates:
 
 def _image_features(base_model: BaseModel, batch: Batch, spec: AdapterSpec) -> tuple[Tensor, ...]:
     features: tuple[Tensor, ...] = ()
-    if spec.face_width is not None:
+    if spec.face_dim is not None:
         features = (base_model.to_device(batch["face_id_embed"]),)
-    if spec.image_width is None:
+    if spec.image_dim is None:
         return features
     if "image_features" in batch:
         return (*features, base_model.to_device(batch["image_features"], base_model.dtype))

@@ -7,7 +7,7 @@ import torch
 from ..data.preprocess import Preprocessor
 from ..errors import ConfigError
 from ..settings.config import TrainConfig
-from ..settings.kinds import FACE_WIDTH
+from ..settings.kinds import FACE_DIM
 from .base_model import BaseModel, load_base_model
 
 
@@ -22,7 +22,7 @@ def preprocessor_from_config(config: TrainConfig, base_model: BaseModel) -> Prep
         latent_channels=base_model.latent_channels,
         num_train_timesteps=base_model.num_train_timesteps,
         takes_face=kind.takes_face,
-        face_width=FACE_WIDTH,
+        face_dim=FACE_DIM,
     )
 
 

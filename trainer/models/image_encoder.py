@@ -71,7 +71,7 @@ class ImageEncoder:
         return _ENCODER_NAMES.get(shape, f"CLIP vision encoder ({sizes}, {c.projection_dim} wide)")
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Patches and the class token."""
         return (int(self.config.image_size) // int(self.config.patch_size)) ** 2 + 1
 

@@ -36,12 +36,12 @@ def encode_images(
 
     Raises DataError when the adapter needs face embeddings and none are given, or needs none.
     """
-    takes_face = spec.face_width is not None
+    takes_face = spec.face_dim is not None
     if takes_face != (face_embeds is not None):
         need = "needs face embeddings: give them" if takes_face else "takes no face embedding: leave it out"
         raise DataError(f"A {spec.kind} adapter {need}.")
     faces = () if face_embeds is None else (face_embeds.to(base_model.device).float(),)
-    if spec.image_width is None:
+    if spec.image_dim is None:
         return faces
     rgb = [to_rgb(picture) for picture in pictures]
     pixels = base_model.image_processor(images=rgb, return_tensors="pt").pixel_values
@@ -56,11 +56,11 @@ def dropped_features(base_model: BaseModel, spec: AdapterSpec) -> tuple[Tensor, 
     values, which are mean grey after normalisation, where hidden states are read (tutorial_train_plus.py).
     """
     features: tuple[Tensor, ...] = ()
-    if spec.face_width is not None:
-        features = (torch.zeros(1, spec.face_width, device=base_model.device),)
-    if spec.image_width is None:
+    if spec.face_dim is not None:
+        features = (torch.zeros(1, spec.face_dim, device=base_model.device),)
+    if spec.image_dim is None:
         return features
     if spec.feature == "image_embeds":
-        return (*features, torch.zeros(1, spec.image_width, device=base_model.device))
+        return (*features, torch.zeros(1, spec.image_dim, device=base_model.device))
     side = int(base_model.image_encoder.config.image_size)
     return (*features, encode_clip_images(base_model, torch.zeros(1, 3, side, side), spec.feature))

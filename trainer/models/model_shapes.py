@@ -116,7 +116,7 @@ class ModelShapes:
     @property
     def family(self) -> str:
         """ "sd15", "sd2" or "sdxl" for UNets of their shapes, else "context-<width>"."""
-        return family_of(self.sites[0].context_width, [site.width for site in self.sites])
+        return family_of(self.sites[0].cross_attention_dim, [site.width for site in self.sites])
 
     @property
     def has_image_encoder(self) -> bool:
@@ -124,19 +124,19 @@ class ModelShapes:
         return self._encoder is not None
 
     @property
-    def image_width(self) -> int:
+    def image_dim(self) -> int:
         """Channels of `image_embeds`."""
         return int(self._image_encoder.config.projection_dim)
 
     @property
-    def hidden_width(self) -> int:
+    def hidden_dim(self) -> int:
         """Channels of the image encoder's hidden states."""
         return int(self._image_encoder.config.hidden_size)
 
     @property
     def image_tokens(self) -> int:
         """The image encoder's hidden states of a picture: its patches and the class token (257 for ViT-H/14)."""
-        return self._image_encoder.tokens
+        return self._image_encoder.num_tokens
 
     @property
     def encoder_name(self) -> str:

@@ -25,7 +25,7 @@ def read_verdict(validations: Lines) -> tuple[bool | None, str]:
     """
     if not validations:
         return None, (
-            "There was no validation: validation_pictures is 0, the data are a stream of shards, or there are fewer "
+            "There was no validation: validation_images is 0, the data are a stream of shards, or there are fewer "
             "than ten pictures. The loss alone does not say whether the adapter reads its image; look at what it "
             "generates."
         )
@@ -49,7 +49,7 @@ def read_verdict(validations: Lines) -> tuple[bool | None, str]:
     else:
         first = (
             f"No gap yet: on held-out pictures the right image and another one give the same loss ({numbers}). Train "
-            "on, and judge with more validation_pictures if there are few."
+            "on, and judge with more validation_images if there are few."
         )
     others = (_beside_the_base(last), _strength(last), _trend(validations) if reads else None)
     return reads, " ".join([first, *(sentence for sentence in others if sentence)])

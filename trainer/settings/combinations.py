@@ -51,22 +51,22 @@ def _cache(c: TrainConfig) -> str | None:
 
 
 def _shape(c: TrainConfig) -> str | None:
-    if c.kind == "full" and c.tokens is not None:
-        return f"tokens={c.tokens}: a full adapter has one token for every patch; leave tokens out"
+    if c.kind == "full" and c.num_tokens is not None:
+        return f"num_tokens={c.num_tokens}: a full adapter has one token for every patch; leave num_tokens out"
     if c.buckets and c.bucket_step > c.resolution:
         return f"bucket_step={c.bucket_step} is more than resolution={c.resolution}; lower it"
     return None
 
 
 def _schedule(c: TrainConfig) -> str | None:
-    if c.optimizer == "schedulefree" and c.lr_schedule != "constant":
-        return f"optimizer=schedulefree needs no schedule, but lr_schedule is {c.lr_schedule!r}; set constant"
+    if c.optimizer == "schedulefree" and c.lr_scheduler != "constant":
+        return f"optimizer=schedulefree needs no schedule, but lr_scheduler is {c.lr_scheduler!r}; set constant"
     if c.optimizer == "schedulefree" and c.ema_decay:
         return f"optimizer=schedulefree averages the weights itself; set ema_decay=0 (it is {c.ema_decay:g})"
     if c.optimizer == "prodigy" and c.learning_rate < 0.1:
         return f"optimizer=prodigy finds the learning rate: set learning_rate=1 (it is {c.learning_rate:g})"
-    if c.steps is not None and c.warmup_steps >= c.steps:
-        return f"warmup_steps={c.warmup_steps} leave nothing of steps={c.steps}"
+    if c.steps is not None and c.lr_warmup_steps >= c.steps:
+        return f"lr_warmup_steps={c.lr_warmup_steps} leave nothing of steps={c.steps}"
     return None
 
 

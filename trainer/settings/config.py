@@ -46,7 +46,7 @@ class TrainConfig(BaseModel):
         "base",
         description="Kind of adapter. " + ". ".join(f"{k.name}: {k.summary}" for k in TRAIN_KINDS.values()) + ".",
     )
-    tokens: int | None = Field(
+    num_tokens: int | None = Field(
         None,
         ge=1,
         description="Image tokens; default: as published. Most hosts read the published number only.",
@@ -133,7 +133,7 @@ class TrainConfig(BaseModel):
         description="Share of pictures whose image prompt is dropped: the negative image of guidance.",
     )
     both_dropout: float = Field(0.05, ge=0, le=1, description="Share of pictures without caption and image prompt.")
-    workers: int = Field(4, ge=0, description="Processes that decode pictures; 0 decodes in the training process.")
+    num_workers: int = Field(4, ge=0, description="Processes that decode pictures; 0 decodes in the training process.")
 
     # --- Training
     steps: int | None = Field(
@@ -141,7 +141,7 @@ class TrainConfig(BaseModel):
     )
     epochs: float | None = Field(None, gt=0, description="Passes over the data in all. Or give steps.")
     batch_size: int = Field(8, ge=1, description="Pictures on each device at once; decides the memory.")
-    gradient_accumulation: int = Field(
+    gradient_accumulation_steps: int = Field(
         1,
         ge=1,
         description="Batches per step: a larger effective batch at no memory, in proportionally more time.",
@@ -152,10 +152,10 @@ class TrainConfig(BaseModel):
         "learning rate (prodigyopt; learning_rate=1). schedulefree: AdamW that needs no schedule (schedulefree).",
     )
     learning_rate: float = Field(1e-4, gt=0, description="The optimizer's learning rate; 1 for prodigy.")
-    lr_schedule: Literal["constant", "cosine", "linear", "cosine_with_restarts", "polynomial"] = Field(
+    lr_scheduler: Literal["constant", "cosine", "linear", "cosine_with_restarts", "polynomial"] = Field(
         "constant", description="How the learning rate goes on after the warm-up, until the last step."
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps in which the learning rate rises from zero.")
+    lr_warmup_steps: int = Field(0, ge=0, description="Steps in which the learning rate rises from zero.")
     weight_decay: float = Field(0.01, ge=0, description="The optimizer's weight decay.")
     max_grad_norm: float = Field(
         1.0, ge=0, description="Longer gradients are shortened to this, which tames outliers; 0 turns it off."
@@ -203,7 +203,7 @@ class TrainConfig(BaseModel):
     log_with: Literal["tensorboard", "wandb", "trackio", "none"] = Field(
         "tensorboard", description="Where the numbers and pictures go besides log.jsonl and the report."
     )
-    validation_pictures: int = Field(
+    validation_images: int = Field(
         16,
         ge=0,
         description="Pictures held out for the validation, at most a tenth of the data; 0 turns it off.",
@@ -214,8 +214,8 @@ class TrainConfig(BaseModel):
         description="Steps between validations: the loss at fixed noise and timesteps with the right image, no image "
         "and another image, how strong the image attention is beside the text's, and a grid of samples.",
     )
-    sample_pictures: int = Field(4, ge=0, description="Rows of the grid of samples; 0 draws none.")
-    sample_text: str = Field("", description="A text for one more column of the grid, beside each caption.")
+    sample_images: int = Field(4, ge=0, description="Rows of the grid of samples; 0 draws none.")
+    sample_prompt: str = Field("", description="A text for one more column of the grid, beside each caption.")
     sample_steps: int = Field(20, ge=1, description="DDIM steps of a sample.")
     export_dtype: Literal["float16", "bfloat16", "float32"] = Field(
         "float16", description="Precision of the exported adapter, float16 as published. Checkpoints are in float32."

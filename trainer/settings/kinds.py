@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ipadapter_core import AdapterSpec, Kind, new_spec
 
-FACE_WIDTH = 512  # ArcFace's embedding
+FACE_DIM = 512  # ArcFace's embedding
 
 
 @dataclass(frozen=True)
@@ -64,32 +64,32 @@ TRAIN_KINDS: Mapping[str, TrainKind] = {
 
 def spec_for(
     kind: TrainKind,
-    layer_widths: Sequence[int],
-    context_width: int,
+    layer_dims: Sequence[int],
+    cross_attention_dim: int,
     *,
-    image_embeds_width: int | None,
-    hidden_width: int | None,
+    image_embeds_dim: int | None,
+    hidden_dim: int | None,
     image_tokens: int | None,
-    tokens: int | None = None,
+    num_tokens: int | None = None,
     encoder_id: str | None = None,
 ) -> AdapterSpec:
     """The spec of a new adapter in its published shape for a UNet and an image encoder.
 
-    `image_embeds_width`, `hidden_width` and `image_tokens` (patches and the class token) are the encoder's;
+    `image_embeds_dim`, `hidden_dim` and `image_tokens` (patches and the class token) are the encoder's;
     `tokens` None takes the published number. A full adapter has as many tokens as the encoder.
 
     Raises AdapterError for widths that do not divide into heads of 64 or fewer.
     """
-    image_width = hidden_width if kind.takes_hidden_states else image_embeds_width
-    width = context_width if kind.kind == "faceid-plus" else None
+    image_dim = hidden_dim if kind.takes_hidden_states else image_embeds_dim
+    width = cross_attention_dim if kind.kind == "faceid-plus" else None
     return new_spec(
         kind.kind,
-        layer_widths,
-        context_width,
-        image_width=image_width if kind.takes_image else None,
-        tokens=image_tokens if kind.kind == "full" else tokens,
-        face_width=FACE_WIDTH,
-        dim_head=_dim_head(width or context_width),
+        layer_dims,
+        cross_attention_dim,
+        image_dim=image_dim if kind.takes_image else None,
+        num_tokens=image_tokens if kind.kind == "full" else num_tokens,
+        face_dim=FACE_DIM,
+        dim_head=_dim_head(width or cross_attention_dim),
         shortcut=kind.shortcut,
         encoder_id=encoder_id,
     )

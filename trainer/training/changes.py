@@ -12,11 +12,11 @@ from ..settings.config import TrainConfig
 from .training_data import TrainingData
 
 # The weights and the optimizer's state would not fit, or would mean something else.
-_FIXED = ("kind", "tokens", "base_model", "image_encoder", "prediction_type", "optimizer")
+_FIXED = ("kind", "num_tokens", "base_model", "image_encoder", "prediction_type", "optimizer")
 # They decide which image is drawn in which step, and how it is cut: with others it is not the same training.
 _DRAWS = (
     "data",
-    "validation_pictures",
+    "validation_images",
     "images_per_batch",
     "shards",
     "seed",
@@ -34,10 +34,10 @@ _FREE = (
     "init_from",
     "steps",
     "epochs",
-    "gradient_accumulation",
+    "gradient_accumulation_steps",
     "learning_rate",
-    "lr_schedule",
-    "warmup_steps",
+    "lr_scheduler",
+    "lr_warmup_steps",
     "weight_decay",
     "max_grad_norm",
     "ema_decay",
@@ -57,7 +57,7 @@ def run_settings(
     base_model: BaseModel,
     source: TrainingData,
     *,
-    tokens: int,
+    num_tokens: int,
     prediction_type: str,
     processes: int,
 ) -> dict[str, Any]:
@@ -66,16 +66,16 @@ def run_settings(
     facts = {name: settings[name] for name in (*_FIXED, *_DRAWS, *_FREE) if name in settings}
     encoder = f"{base_model.encoder_name} ({base_model.encoder_fingerprint()})" if config.train_kind.takes_image else ""
     return facts | {
-        "tokens": tokens,
+        "num_tokens": num_tokens,
         "base_model": f"{base_model.name} ({base_model.fingerprint()})",
         "image_encoder": encoder,
         "prediction_type": prediction_type,
         "data": source.data_hash,
         "images": source.size,
-        "validation_pictures": source.held_out_images,
+        "validation_images": source.held_out_images,
         "images_per_batch": config.batch_size * processes,
         # Another number of them deals the shards otherwise.
-        "shards": f"{processes} processes of {max(config.workers, 1)} workers" if config.streams else None,
+        "shards": f"{processes} processes of {max(config.num_workers, 1)} workers" if config.streams else None,
         "bucket_step": config.bucket_step if config.buckets else None,
         "features": _features(config),
     }
@@ -89,7 +89,7 @@ def changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, 
     """
     fixed, draws, free = (_differences(names, before, now) for names in (_FIXED, _DRAWS, _FREE))
     if fixed:
-        fits = all(before[name] == now[name] for name in ("kind", "tokens"))
+        fits = all(before[name] == now[name] for name in ("kind", "num_tokens"))
         how = f" with init_from={folder / 'adapter.safetensors'}, which starts a new run from its weights" * fits
         raise CheckpointError(
             f"{folder} belongs to another training: {'; '.join(fixed)}. Set it back, or choose another output{how}."

@@ -73,7 +73,7 @@ def check_training(config: TrainConfig) -> Checked:
     accelerator = Accelerator(
         cpu=launched_on_cpu(),
         mixed_precision="bf16" if config.mixed_precision == "fp8" else config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         **tracker_arguments(config.log_with, config.output),
     )
     base_model = base_model_from_config(config, accelerator.device)
@@ -85,11 +85,11 @@ def check_training(config: TrainConfig) -> Checked:
     )
     source = open_training_data(config, base_model, accelerator)
     if config.init_from is not None:
-        read_initial_adapter(base_model, config.train_kind, config.tokens, config.init_from)
+        read_initial_adapter(base_model, config.train_kind, config.num_tokens, config.init_from)
     images_per_batch = config.batch_size * accelerator.num_processes
     steps = total_steps(config, source.size, images_per_batch)
-    if config.warmup_steps >= steps:
-        raise ConfigError(f"warmup_steps={config.warmup_steps} leave nothing of the {steps:,} steps.")
+    if config.lr_warmup_steps >= steps:
+        raise ConfigError(f"lr_warmup_steps={config.lr_warmup_steps} leave nothing of the {steps:,} steps.")
     start, changes = Position(), list[str]()
     if checkpoint is not None:
         start, before = read_run_settings(checkpoint)
@@ -99,7 +99,7 @@ def check_training(config: TrainConfig) -> Checked:
     if start.step >= steps:
         warnings = [_nothing_to_do(config, checkpoint, start.step, steps)]
     else:
-        images_per_step = images_per_batch * config.gradient_accumulation
+        images_per_step = images_per_batch * config.gradient_accumulation_steps
         warnings = outlook(config, source.size, source.held_out_images, steps, images_per_step)
     if broken:
         shown = f"{'; '.join(broken[:3])}{' and more' if len(broken) > 3 else ''}"
@@ -122,7 +122,7 @@ def total_steps(config: TrainConfig, size: int | None, images_per_batch: int) ->
     """Optimizer steps of the whole training on `size` images."""
     if config.steps is not None:
         return config.steps
-    images_per_step = images_per_batch * config.gradient_accumulation
+    images_per_step = images_per_batch * config.gradient_accumulation_steps
     return math.ceil(float(config.epochs or 0) * (size or 0) / images_per_step)
 
 
@@ -166,7 +166,7 @@ def _facts(
         config,
         base_model,
         source,
-        tokens=adapter_spec(base_model, config.train_kind, config.tokens).tokens,
+        num_tokens=adapter_spec(base_model, config.train_kind, config.num_tokens).num_tokens,
         prediction_type=objective.prediction_type,
         processes=accelerator.num_processes,
     )

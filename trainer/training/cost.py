@@ -50,7 +50,7 @@ def step_cost(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> 
 
     def forward() -> Tensor:
         application.key_values = adapter(*_meta_features(base_model, spec, batch, dtype))
-        text = torch.zeros(batch, base_model.text_length, spec.context_width, device="meta", dtype=dtype)
+        text = torch.zeros(batch, base_model.text_length, spec.cross_attention_dim, device="meta", dtype=dtype)
         latents = torch.zeros(batch, base_model.latent_channels, side, side, device="meta", dtype=dtype)
         added = base_model.meta_conditions(batch)
         timesteps = torch.zeros(batch, device="meta")
@@ -72,12 +72,12 @@ def step_cost(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> 
 
 def _meta_features(base_model: BaseModel, spec: AdapterSpec, batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     shapes: list[tuple[int, ...]] = []
-    if spec.face_width is not None:
-        shapes.append((batch, spec.face_width))
-    if spec.image_width is not None and spec.feature == "image_embeds":
-        shapes.append((batch, spec.image_width))
-    elif spec.image_width is not None:
-        shapes.append((batch, base_model.image_tokens, spec.image_width))
+    if spec.face_dim is not None:
+        shapes.append((batch, spec.face_dim))
+    if spec.image_dim is not None and spec.feature == "image_embeds":
+        shapes.append((batch, spec.image_dim))
+    elif spec.image_dim is not None:
+        shapes.append((batch, base_model.image_tokens, spec.image_dim))
     return tuple(torch.zeros(shape, device="meta", dtype=dtype) for shape in shapes)
 
 
@@ -85,7 +85,7 @@ def _encoder_meter(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig
     """What the frozen encoders do with one batch."""
     batch, side = config.batch_size, config.resolution
     vae, texts = base_model.meta_vae(), base_model.meta_text_encoders()
-    image = base_model.meta_image_encoder() if spec.image_width is not None else None
+    image = base_model.meta_image_encoder() if spec.image_dim is not None else None
     nn.Module.to(vae, base_model.vae_dtype)
     modules = nn.ModuleList([texts, *([] if image is None else [image])])
     nn.Module.to(modules, base_model.dtype)
@@ -101,11 +101,11 @@ def _encoder_meter(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig
 
 def _sampling_bytes(base_model: BaseModel, config: TrainConfig) -> int:
     """The most while the validation decodes its samples, with the models that a cache spares the steps."""
-    if not config.validation_pictures or not config.sample_pictures or config.streams:
+    if not config.validation_images or not config.sample_images or config.streams:
         return 0
     vae = base_model.meta_vae()
     nn.Module.to(vae, base_model.vae_dtype)
-    rows = min(config.batch_size, config.sample_pictures, decode_rows(config.resolution**2))
+    rows = min(config.batch_size, config.sample_images, decode_rows(config.resolution**2))
     side = config.resolution // base_model.latent_scale
     latents = torch.zeros(rows, base_model.latent_channels, side, side, device="meta", dtype=base_model.vae_dtype)
     with torch.no_grad(), metered(vae.parameters()) as meter:

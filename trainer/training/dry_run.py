@@ -69,13 +69,13 @@ def plan_training(config: TrainConfig, processes: int = 1, checked: Checked | No
     Raises TrainerError for a base model or data that cannot be used.
     """
     base_model = base_model_from_config(config) if checked is None else checked.base_model
-    spec = adapter_spec(base_model, config.train_kind, config.tokens)
+    spec = adapter_spec(base_model, config.train_kind, config.num_tokens)
     known = known_examples(config) if checked is None else checked.source.examples
     examples = None
     if known is not None:
-        examples = len(known) - len(held_out_rows(known, config.validation_pictures, image_root(config)))
+        examples = len(known) - len(held_out_rows(known, config.validation_images, image_root(config)))
     cost = step_cost(base_model, spec, config)
-    modules = _frozen_parts(base_model, cached=config.cache is not None, image=spec.image_width is not None)
+    modules = _frozen_parts(base_model, cached=config.cache is not None, image=spec.image_dim is not None)
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     trained = sum(p.numel() for p in init_adapter(spec, device="meta").parameters())
     return Plan(
@@ -133,16 +133,19 @@ def plan_text(config: TrainConfig, plan: Plan) -> str:
     images = config.batch_size
     per_image = (plan.cost.flops + plan.cost.encoder_flops) / images
     found = "shards, of unknown length" if plan.examples is None else f"{plan.examples:,} pictures to train on"
-    seen = plan.steps * images * config.gradient_accumulation
+    seen = plan.steps * images * config.gradient_accumulation_steps
     encoders = "read from the cache" if config.cache is not None else f"{plan.cost.encoder_flops / 1e9 / images:,.1f}"
     parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in plan.bytes.items())
     rows = [
         ("adapter", plan.spec.describe()),
         ("parameters", f"{plan.trained / 1e6:.2f} M trained, {plan.frozen / 1e6:.1f} M frozen ({plan.base})"),
         ("data", found),
-        ("steps", f"{plan.steps:,} of {images * config.gradient_accumulation} pictures a process: {seen:,} pictures"),
+        (
+            "steps",
+            f"{plan.steps:,} of {images * config.gradient_accumulation_steps} pictures a process: {seen:,} pictures",
+        ),
         ("work", f"{plan.cost.flops / 1e9 / images:,.1f} GFLOPs a picture forward and backward; encoders: {encoders}"),
-        ("", f"{per_image * images * config.gradient_accumulation / 1e9:,.1f} GFLOPs a step and process"),
+        ("", f"{per_image * images * config.gradient_accumulation_steps / 1e9:,.1f} GFLOPs a step and process"),
         ("memory", f"about {plan.memory / 1e9:.1f} GB a process: {parts}"),
         ("", "arithmetic: what is stored; allocators and kernels take 1 to 2 GB more on a GPU"),
         ("cache", "" if plan.cache is None else f"{show_bytes(plan.cache)} on disk ({_with_or_without(config)})"),

@@ -21,16 +21,16 @@ from ..models.hub import refuse_missing
 from ..settings.kinds import TRAIN_KINDS, TrainKind, spec_for
 
 
-def adapter_spec(base_model: BaseModel, kind: TrainKind, tokens: int | None = None) -> AdapterSpec:
+def adapter_spec(base_model: BaseModel, kind: TrainKind, num_tokens: int | None = None) -> AdapterSpec:
     """The spec of a new adapter of this kind for this model, from configs alone."""
     return spec_for(
         kind,
         [site.width for site in base_model.sites],
-        base_model.sites[0].context_width,
-        image_embeds_width=base_model.image_width if kind.takes_image else None,
-        hidden_width=base_model.hidden_width if kind.takes_image else None,
+        base_model.sites[0].cross_attention_dim,
+        image_embeds_dim=base_model.image_dim if kind.takes_image else None,
+        hidden_dim=base_model.hidden_dim if kind.takes_image else None,
         image_tokens=base_model.image_tokens if kind.takes_image else None,
-        tokens=tokens,
+        num_tokens=num_tokens,
         encoder_id=base_model.encoder_name if kind.takes_image else None,
     )
 
@@ -38,7 +38,7 @@ def adapter_spec(base_model: BaseModel, kind: TrainKind, tokens: int | None = No
 def new_adapter(
     base_model: BaseModel,
     kind: TrainKind = TRAIN_KINDS["base"],
-    tokens: int | None = None,
+    num_tokens: int | None = None,
     init_from: Path | None = None,
 ) -> IPAdapter:
     """A trainable float32 adapter for this model, on the CPU: keys and values copied from the UNet's own
@@ -48,22 +48,22 @@ def new_adapter(
     number of tokens or encoder width.
     """
     if init_from is not None:
-        return read_initial_adapter(base_model, kind, tokens, init_from).requires_grad_(True).train()
-    adapter = init_adapter(adapter_spec(base_model, kind, tokens))
+        return read_initial_adapter(base_model, kind, num_tokens, init_from).requires_grad_(True).train()
+    adapter = init_adapter(adapter_spec(base_model, kind, num_tokens))
     init_from_unet(adapter.layers, base_model.unet)
     return adapter.train()
 
 
-def read_initial_adapter(base_model: BaseModel, kind: TrainKind, tokens: int | None, init_from: Path) -> IPAdapter:
+def read_initial_adapter(base_model: BaseModel, kind: TrainKind, num_tokens: int | None, init_from: Path) -> IPAdapter:
     """The adapter of the file `init_from`, frozen, in float32; no weight of the model is read.
 
     Raises as `new_adapter`.
     """
-    spec = adapter_spec(base_model, kind, tokens)
+    spec = adapter_spec(base_model, kind, num_tokens)
     refuse_missing(init_from)
     adapter = load_adapter(init_from, dtype=torch.float32, shortcut=spec.shortcut)
     check_compatible(adapter.spec, base_model.sites, Path(init_from).name)
-    for what in ("kind", "tokens", "image_width", "face_width", "lora_rank"):
+    for what in ("kind", "num_tokens", "image_dim", "face_dim", "lora_rank"):
         found, wanted = getattr(adapter.spec, what), getattr(spec, what)
         if found != wanted:
             raise TrainerError(

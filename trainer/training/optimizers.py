@@ -56,11 +56,11 @@ def check_optimizer(name: str) -> None:
 
 
 def new_schedule(
-    optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: int, steps: int, done: int = 0
+    optimizer: torch.optim.Optimizer, name: str, *, lr_warmup_steps: int, steps: int, done: int = 0
 ) -> LRScheduler:
     """The learning rate of `steps` steps, of which `done` are done: a warm-up, then `name` as diffusers knows it."""
     known = "constant_with_warmup" if name == "constant" else name
-    schedule = get_scheduler(known, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+    schedule = get_scheduler(known, optimizer, num_warmup_steps=lr_warmup_steps, num_training_steps=steps)
     schedule.last_epoch = done
     for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = base * factor(done)

@@ -32,7 +32,7 @@ def outlook(config: TrainConfig, size: int | None, held_out: int, steps: int, im
         if images_per_step > size:
             found.append(
                 f"A step takes {images_per_step:,} images, but there are only {size:,}: it sees them more than once. "
-                "Lower batch_size or gradient_accumulation."
+                "Lower batch_size or gradient_accumulation_steps."
             )
     if config.save_every > steps:
         found.append(f"save_every={config.save_every:,} is more than the {steps:,} steps: a crash costs all of them.")

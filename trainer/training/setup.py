@@ -79,7 +79,7 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
     # Before the UNet and the optimizer take their memory.
     validation = _validation(config, base_model, objective, checked.source)
     set_seed(config.seed)
-    adapter = new_adapter(base_model, config.train_kind, config.tokens, config.init_from)
+    adapter = new_adapter(base_model, config.train_kind, config.num_tokens, config.init_from)
     optimizer = new_optimizer(adapter, config.learning_rate, config.weight_decay, config.optimizer)
     wrapped, optimizer = cast("Any", accelerator.prepare(adapter, optimizer))
     # Accelerate makes the adapter's keys and values float32, and every layer would cast them back.
@@ -106,8 +106,8 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
         state=state,
         schedule=new_schedule(
             optimizer,
-            config.lr_schedule,
-            warmup_steps=config.warmup_steps,
+            config.lr_scheduler,
+            lr_warmup_steps=config.lr_warmup_steps,
             steps=checked.steps,
             done=checked.start.step,
         ),
@@ -124,7 +124,7 @@ def summary(training: Training) -> str:
     precisions = {"no": "float32", "bf16": "bfloat16 base", "fp16": "float16 base", "fp8": "8-bit base"}
     precision = precisions[config.mixed_precision]
     precision += "" if config.mixed_precision == "no" else ", float32 adapter"
-    per_step = training.images_per_batch * config.gradient_accumulation
+    per_step = training.images_per_batch * config.gradient_accumulation_steps
     size = "shards" if source.size is None else f"{source.size:,} pictures"
     epochs = "" if source.size is None else f" ({training.steps * per_step / source.size:.1f} epochs in all)"
     processes = training.accelerator.num_processes
@@ -145,15 +145,15 @@ def _validation(
     """The held-out pictures, encoded; with a cache the encoders then leave the memory."""
     if not source.held_out:
         return None
-    spec = adapter_spec(base_model, config.train_kind, config.tokens)
+    spec = adapter_spec(base_model, config.train_kind, config.num_tokens)
     batches = validation_batches(config, base_model, source.held_out)
     features = Features.cat([encode_batch(base_model, batch, spec) for batch in batches])
     sample = None
-    if config.sample_pictures:
-        shown = source.held_out[: config.sample_pictures]
+    if config.sample_images:
+        shown = source.held_out[: config.sample_images]
         sample = Samples(
             [(prompt_picture(example), example.text) for example in shown],
-            text=config.sample_text,
+            text=config.sample_prompt,
             steps=config.sample_steps,
             scheduler=objective.scheduler,
         )

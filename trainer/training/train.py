@@ -138,8 +138,8 @@ def save(training: Training, position: Position) -> Path:
 
 def _why_no_validation(training: Training) -> str:
     config, source = training.config, training.source
-    if config.validation_pictures == 0:
-        return "validation_pictures is 0."
+    if config.validation_images == 0:
+        return "validation_images is 0."
     if source.size is None:
         return "the shards are a stream. Cache them (`ipadapter cache`) to have some of their pictures held out."
     if source.broken:

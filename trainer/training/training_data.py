@@ -93,7 +93,7 @@ def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: 
                 batch_size=config.batch_size,
                 process=process,
                 processes=processes,
-                workers=config.workers,
+                num_workers=config.num_workers,
                 seed=config.seed,
                 start=start,
                 pin=pin,
@@ -102,7 +102,9 @@ def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: 
         def sample_shards() -> Batch:
             shards_from(0)  # refuses too few shards
             return next(
-                iter(shard_loader(shards, preprocessor, augmentation, batch_size=_TRIED, workers=0, seed=config.seed))
+                iter(
+                    shard_loader(shards, preprocessor, augmentation, batch_size=_TRIED, num_workers=0, seed=config.seed)
+                )
             )
 
         return TrainingData(None, fingerprint_shards(shards), lambda start: iter(shards_from(start)), sample_shards)
@@ -110,7 +112,7 @@ def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: 
     examples = examples_from_config(config)
     if accelerator.is_main_process:
         warn_about_sizes(config, examples)
-    held_out = held_out_rows(examples, config.validation_pictures, image_root(config))
+    held_out = held_out_rows(examples, config.validation_images, image_root(config))
     global_batch = config.batch_size * processes
     data_hash = data_fingerprint(config, examples)
     if config.cache is None:
@@ -131,12 +133,12 @@ def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: 
                 batch_size=config.batch_size,
                 process=process,
                 processes=processes,
-                workers=config.workers,
+                num_workers=config.num_workers,
                 pin=pin,
             )
         )
 
-    def sample_pictures() -> Batch:
+    def sample_images() -> Batch:
         largest = max(rows, key=len)  # of one shape, so that they make a batch
         return collate([dataset[row] for row in largest[:: -(-len(largest) // _TRIED)]])
 
@@ -145,7 +147,7 @@ def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: 
         size=len(examples) - len(held_out),
         data_hash=data_hash,
         open=open_pictures,
-        sample=sample_pictures,
+        sample=sample_images,
         examples=examples,
         held_out=shown,
         broken=broken,

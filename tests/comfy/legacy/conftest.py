@@ -111,11 +111,11 @@ def adapter_file(pack: SimpleNamespace, models: dict[str, Any], comfyui: Path) -
             return name
         sites = pack.core.cross_attention_sites(models[family].get_model_object("diffusion_model"))
         if kind == "plus":
-            options = {"resampler_width": 1280 if family == "sdxl" else 768, **options}
+            options = {"resampler_dim": 1280 if family == "sdxl" else 768, **options}
         if kind in ("base", "plus", "full", "faceid-plus"):
-            options = {"image_width": EMBEDS, **options}
+            options = {"image_dim": EMBEDS, **options}
         if kind == "full":
-            options = {"tokens": 17, **options}
+            options = {"num_tokens": 17, **options}
         changes = options.pop("changes", {})
         spec = pack.core.new_spec(kind, [site.width for site in sites], CONTEXTS[family], **options)
         spec = dataclasses.replace(spec, **changes)

@@ -11,10 +11,10 @@ import torch
 
 UNNORMALISED = {
     "depth": 4,
-    "resampler_width": 1280,
+    "resampler_dim": 1280,
     "heads": 20,
     "dim_head": 64,
-    "hidden_width": None,
+    "hidden_dim": None,
     "unnormalised": True,
 }
 KINDS = {

@@ -58,15 +58,15 @@ def shallow(peer, monkeypatch):
 
 @pytest.fixture(scope="module")
 def face_file(adapter_file):
-    changes = {"token_width": 4096, "resampler_width": 4096, "heads": 64, "depth": 1}
-    options = {"image_width": 1024, "tokens": 6, "lora_rank": None, "changes": changes}
+    changes = {"token_dim": 4096, "resampler_dim": 4096, "heads": 64, "depth": 1}
+    options = {"image_dim": 1024, "num_tokens": 6, "lora_rank": None, "changes": changes}
     return adapter_file("sdxl", "faceid-plus", "Kolors-IP-Adapter-FaceID-Plus.safetensors", **options)
 
 
 def test_the_faceid_file_is_known(pack, old, face_file):
     (adapter,) = old["IPAdapterModelLoader"]().load_ipadapter_model(face_file)
     spec = adapter.loaded.spec
-    assert (spec.family_name, spec.kind, spec.token_width, spec.shortcut) == ("Kolors", "faceid-plus", 4096, True)
+    assert (spec.family_name, spec.kind, spec.token_dim, spec.shortcut) == ("Kolors", "faceid-plus", 4096, True)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_weight_kolors_acts_on_kolors_alone(
 
 
 def test_plus(compare, changes, kolors, vision336, adapter_file):
-    options = {"image_width": 1024, "resampler_width": 2048, "tokens": 16, "changes": {"heads": 12, "dim_head": 64}}
+    options = {"image_dim": 1024, "resampler_dim": 2048, "num_tokens": 16, "changes": {"heads": 12, "dim_head": 64}}
     file = adapter_file("sdxl", "plus", "ip_adapter_plus_general.safetensors", **options)
     given = {"model": kolors, "clip_vision": vision336, "file": file, **WHOLE}
     changes([compare("IPAdapterAdvanced", "sdxl", "plus", seed, **given) for seed in (0, 1)])
