@@ -1,6 +1,6 @@
 """Train the emoji model and its adapters from the images alone, on one GPU.
 
-    python benchmarks/emoji.py --pictures pictures.zip --output FOLDER [--check] [--scale 1.0]
+    python benchmarks/emoji.py --images pictures.zip --output FOLDER [--check] [--scale 1.0]
 
 Parts that do not need each other train side by side. The batches are large, because a GPU computes a step of so small a
 model faster than Python can ask for it. Each prints its steps and images a second; the log of each part,
@@ -44,13 +44,13 @@ PHASES = (
 class Runner:
     """Runs the commands of the parts; `output` gets the logs, the model and, in `work`, the checkpoints."""
 
-    def __init__(self, output: Path, scale: float, check: bool, pictures: Path) -> None:
-        self.output, self.scale, self.check, self.pictures = output, scale, check, pictures
+    def __init__(self, output: Path, scale: float, check: bool, images: Path) -> None:
+        self.output, self.scale, self.check, self.images = output, scale, check, images
         self.folders = ("--work", output / "work", "--output", output)
         output.mkdir(parents=True, exist_ok=True)
 
     def start(self, name: str, module: str, *arguments: str | Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", module, "--pictures", str(self.pictures), *map(str, arguments)]
+        command = [sys.executable, "-m", module, "--images", str(self.images), *map(str, arguments)]
         print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
         with (self.output / f"{name}.log").open("wb") as log:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
@@ -96,9 +96,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--scale", type=float, default=1.0, help="of the minutes of all parts")
     parser.add_argument("--check", action="store_true", help="two small steps of each part")
-    parser.add_argument("--pictures", type=Path, required=True, help="pictures.zip of tools.emoji.build")
+    parser.add_argument("--images", type=Path, required=True, help="pictures.zip of tools.emoji.build")
     args = parser.parse_args()
-    runner = Runner(args.output.resolve(), args.scale, args.check, args.pictures.resolve())
+    runner = Runner(args.output.resolve(), args.scale, args.check, args.images.resolve())
     first, second, third = PHASES
     runner.finish({part.name: runner.train(part) for part in first})
     runner.finish({part.name: runner.train(part) for part in second})

@@ -165,7 +165,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--comfyui", type=Path, default=where and Path(where), help="a ComfyUI checkout; default: $COMFYUI_PATH"
     )
     parser.add_argument("--peer", type=Path, help="a ComfyUI_IPAdapter_plus checkout, for comfyui")
-    parser.add_argument("--scratch", type=Path, help="folder for the training's models and pictures, such as /dev/shm")
+    parser.add_argument("--scratch", type=Path, help="folder for the training's models and images, such as /dev/shm")
     args = parser.parse_args(arguments)
     args.parts = args.parts.split(",")
     try:

@@ -229,7 +229,7 @@ def _replacements(model: Any) -> Mapping[Any, Any]:
 
 
 def check_effect(latents: Mapping[str, torch.Tensor]) -> None:
-    """A contender that changes nothing, or breaks the picture, would be cheap for the wrong reason."""
+    """A contender that changes nothing, or breaks the image, would be cheap for the wrong reason."""
     for name, latent in latents.items():
         if not latent.isfinite().all():
             raise RuntimeError(f"{name}: the sampled latents are not finite, so its figures would mean nothing.")

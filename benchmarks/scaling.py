@@ -1,4 +1,4 @@
-"""How a training's speed changes with the pictures' side, the batch and the number of processes, on this machine.
+"""How a training's speed changes with the images' side, the batch and the number of processes, on this machine.
 
     python benchmarks/scaling.py
 
@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from training_models import SIZES, write_base_model, write_data
 
-PICTURES, STEPS, WARMUP = 96, 12, 3
+IMAGES, STEPS, WARMUP = 96, 12, 3
 
 
 @dataclass(frozen=True)
 class Run:
-    """One setting: the side in pixels, the pictures a process has at once, and the processes."""
+    """One setting: the side in pixels, the images a process has at once, and the processes."""
 
     resolution: int = 128
     batch_size: int = 8
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         write_base_model(scratch / "base", SIZES["tiny"], "cpu")
-        write_data(scratch / "data", PICTURES, SIZES["tiny"])
+        write_data(scratch / "data", IMAGES, SIZES["tiny"])
         for resolution in sorted({run.resolution for run in RUNS}):
             _ipadapter("cache", Run(resolution=resolution), scratch, scratch / "unused")
         found: dict[Run, list[float]] = {run: [] for run in RUNS}

@@ -9,12 +9,12 @@ Needs no model files: all weights are random. The original needs torchvision and
 
 How to read the figures:
 
-* Each contender is a process of its own, with the same base model, pictures, captions and batch size. They take
+* Each contender is a process of its own, with the same base model, images, captions and batch size. They take
   turns; a ratio is the median over the rounds of the ratio within a round.
 * The original's code runs as it is. Names that it imports from places where diffusers had them years ago are
   supplied in its process, and printed.
 * Images a second are from the end of the warm-up steps to the end of the last one: start-up, checkpoints and exports
-  are in nobody's time. Reading pictures, the optimizer and the logs are.
+  are in nobody's time. Reading images, the optimizer and the logs are.
 * "ready s" are the seconds from the start of a process, which has the libraries imported already, to the end of the
   warm-up: reading the models and the first steps. What compile=true has there beyond the row without is compilation.
 * The tiny size has all layers of SD1.5's UNet and VAE at a fifth of their width, and text and image encoders so small
@@ -33,7 +33,7 @@ How to read the figures:
 * --profile profiles the steps of one more run without the cache and one with it: which kernels take the time, and how
   much of the time the GPU is busy. Is it well below 100 %, the host is too slow in launching them.
 * --budget leaves out what will not end in time, later rounds and extra settings first, and says what.
-* Writing the cache is a cost of its own, once for all trainings on the same pictures, and is printed.
+* Writing the cache is a cost of its own, once for all trainings on the same images, and is printed.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _result(
 
 
 def _setup(args: argparse.Namespace, scratch: Path) -> Setup:
-    """Write the base model and the pictures, as many as the steps need."""
+    """Write the base model and the images, as many as the steps need."""
     from training_models import SIZES as SHAPES  # noqa: PLC0415
     from training_models import write_base_model, write_data  # noqa: PLC0415
     from training_runs import Setup  # noqa: PLC0415
@@ -206,13 +206,13 @@ def _heading(args: argparse.Namespace, setup: Setup) -> str:
 def _shares_text(name: str, flops: Mapping[str, int]) -> str:
     total = sum(flops.values())
     shares = ", ".join(f"{part} {count / total:.1%}" for part, count in flops.items())
-    return f"{name}, arithmetic of a step: {shares} of {total / 1e9:,.1f} GFLOP a picture"
+    return f"{name}, arithmetic of a step: {shares} of {total / 1e9:,.1f} GFLOP an image"
 
 
 def _cost_text(cost: CacheCost) -> str:
     return (
-        f"Writing the cache of {cost.pictures} pictures took {cost.wall_seconds:.1f} s ({cost.cpu_seconds:.1f} s of "
-        f"CPU time), reading the models included; it is {cost.bytes / cost.pictures / 1e3:,.1f} kB a picture."
+        f"Writing the cache of {cost.images} images took {cost.wall_seconds:.1f} s ({cost.cpu_seconds:.1f} s of "
+        f"CPU time), reading the models included; it is {cost.bytes / cost.images / 1e3:,.1f} kB an image."
     )
 
 
@@ -240,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cache-only", action="store_true", help="leave out ours without the cache; always with sdxl")
     parser.add_argument("--profile", action="store_true", help="also profile the steps, without the cache and with it")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures in a step; 8 is the original's default")
+    parser.add_argument("--batch-size", type=int, default=8, help="images in a step; 8 is the original's default")
     parser.add_argument("--warmup", type=int, help="steps before the clock starts; default: 2, on a GPU 20")
     parser.add_argument("--steps", type=int, help="measured steps; default: 10, on a GPU 50")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contender but the extra ones")
@@ -251,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scratch",
         type=Path,
-        help="folder for the models and pictures, such as /dev/shm; sd15 takes 4 GB for a while, sdxl 9 GB",
+        help="folder for the models and images, such as /dev/shm; sd15 takes 4 GB for a while, sdxl 9 GB",
     )
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     return parser

@@ -1,4 +1,4 @@
-"""Random base models in the layouts of SD1.5 and SDXL, pictures with captions, and the work of each part."""
+"""Random base models in the layouts of SD1.5 and SDXL, images with captions, and the work of each part."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from transformers import (
 )
 
 TEXT_LENGTH = 77
-ENCODER_SIDE = 224  # the original resizes every reference picture to this
+ENCODER_SIDE = 224  # the original resizes every reference image to this
 WORDS = (
     ("a red", "a small", "an old", "a shining", "a paper", "a wooden"),
     ("boat", "lamp", "fox", "bicycle", "castle", "teapot", "violin"),
@@ -38,8 +38,8 @@ WORDS = (
 class Size:
     """Widths and depths of the parts; text and vision are (width, layers, heads)."""
 
-    resolution: int  # of the training pictures, in pixels
-    picture: tuple[int, int]  # width and height of the files, in pixels
+    resolution: int  # of the training images, in pixels
+    image: tuple[int, int]  # width and height of the files, in pixels
     unet: tuple[int, ...]
     vae: tuple[int, ...]
     text: tuple[int, int, int]
@@ -166,7 +166,7 @@ def _unet_config(size: Size, groups: int) -> dict[str, Any]:
 
 
 def part_flops(size: Size) -> dict[str, int]:
-    """Floating-point operations of each part for one picture: UNet forward and backward, the others forward.
+    """Floating-point operations of each part for one image: UNet forward and backward, the others forward.
 
     The UNet's weights are frozen, its context is not, as for an adapter. Nothing is computed: all tensors are meta.
     """
@@ -192,7 +192,7 @@ def part_flops(size: Size) -> dict[str, int]:
 
 
 def write_data(folder: Path, count: int, size: Size) -> Path:
-    """JPEG pictures and the original's list of them; returns the list."""
+    """JPEG images and the original's list of them; returns the list."""
     folder.mkdir(parents=True)
     texts, draw = captions(), random.Random(0)
     pixels = [draw.randbytes(8 * 8 * 3) for _ in range(count)]
@@ -200,7 +200,7 @@ def write_data(folder: Path, count: int, size: Size) -> Path:
 
     def write(name: str, values: bytes) -> None:
         blocks = Image.frombytes("RGB", (8, 8), values)
-        blocks.resize(size.picture, Image.Resampling.BICUBIC).save(folder / name, quality=95)
+        blocks.resize(size.image, Image.Resampling.BICUBIC).save(folder / name, quality=95)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(write, names, pixels))

@@ -56,7 +56,7 @@ class Contender:
 class CacheCost:
     """What `ipadapter cache` took, the reading of the models included, and what it wrote."""
 
-    pictures: int
+    images: int
     cpu_seconds: float
     wall_seconds: float
     bytes: int

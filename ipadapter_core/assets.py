@@ -8,12 +8,12 @@ from .errors import AdapterError
 
 # In a checkout and under custom_nodes `assets` lies beside this package; a wheel installs it as `ipadapter_assets`.
 MODEL = "emoji-model"  # the diffusers folder inside `emoji_folder()`
-PROMPTS = "prompts"  # a few pictures beside it that no part of it was trained on
+PROMPTS = "prompts"  # a few images beside it that no part of it was trained on
 _FOLDERS = ("assets", "ipadapter_assets")
 
 
 def emoji_folder() -> Path:
-    """The folder with the emoji model, its adapter and its pictures.
+    """The folder with the emoji model, its adapter and its images.
 
     Raises AdapterError naming the places looked at when the installation lacks it.
     """

@@ -69,7 +69,7 @@ def image_attention(
     scaling: Scaling = "V only",
     attend: Attend = F.scaled_dot_product_attention,
 ) -> Tensor:
-    """Attention of the picture's queries to the image tokens, to be ADDED to the text attention before
+    """Attention of the image's queries to the image tokens, to be ADDED to the text attention before
     `to_out`.
 
     query [B, N, C]; key and value [B or 1, T, C], cast to the query's dtype; `weight` a number or a tensor of

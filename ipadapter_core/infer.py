@@ -225,8 +225,8 @@ def _tokens(kind: Kind, num_tokens: int, metadata: Mapping[str, str], origin: st
     if kind == "full":  # one token per patch: the encoder's resolution decides, not the weights
         return claimed
     raise AdapterError(
-        f"{origin}: its metadata says {METADATA_NUM_TOKENS}={claimed}, its projector makes {num_tokens} tokens. Correct "
-        "the metadata or export it again."
+        f"{origin}: its metadata says {METADATA_NUM_TOKENS}={claimed}, its projector makes {num_tokens} tokens. "
+        "Correct the metadata or export it again."
     )
 
 

@@ -21,13 +21,13 @@ ROWS = "ipadapter_core.rows"  # in added_cond_kwargs, for injections below the f
 def pipeline_rows(positive: Sequence[int] = (1,), negative: int = 0) -> list[Tensor]:
     """What a diffusers pipeline takes as `ip_adapter_image_embeds` while `inject` is at work in its UNet.
 
-    `positive` has the row of `key_values` for all pictures, or one row for each picture, in the order in which the
+    `positive` has the row of `key_values` for all images, or one row for each image, in the order in which the
     pipeline returns them; `negative` has the row of all negative branches. The default fits the rows [negative,
-    positive] and any number of prompts; `pipeline_rows([1, 2])` is for two pictures with an image each. Guidance may
+    positive] and any number of prompts; `pipeline_rows([1, 2])` is for two images with an image each. Guidance may
     be on or off.
 
     Raises AdapterError for anything but whole numbers from 0 on; while the pipeline runs, for another number of
-    pictures.
+    images.
     """
     numbers, (negative,) = row_numbers(positive), row_numbers([negative])
     rows = torch.tensor(numbers).reshape(-1, 1, 1).as_subclass(_Rows)
@@ -42,7 +42,7 @@ def row_numbers(rows: Any) -> list[int]:
     if not numbers or not all(type(number) is int and number >= 0 for number in numbers):
         raise AdapterError(
             f"rows {rows!r}: expected rows of key_values, whole numbers from 0 on, such as [0, 1]: one for all, or one "
-            "for each picture."
+            "for each image."
         )
     return numbers
 
@@ -68,20 +68,20 @@ class _Rows(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.cat and all(part is args[0][0] for part in args[0]):
-            return _one_each(cast("Tensor", args[0][0]).as_subclass(Tensor), pictures=len(args[0]))
+            return _one_each(cast("Tensor", args[0][0]).as_subclass(Tensor), images=len(args[0]))
         # Every other result is a plain tensor.
         with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
             return func(*args, **(kwargs or {}))
 
 
-def _one_each(rows: Tensor, pictures: int) -> Tensor:
-    """A pipeline repeats its image embeds once for each picture: the row of all, or the rows of each as they are."""
-    if len(rows) not in (1, pictures):
+def _one_each(rows: Tensor, images: int) -> Tensor:
+    """A pipeline repeats its image embeds once for each image: the row of all, or the rows of each as they are."""
+    if len(rows) not in (1, images):
         raise AdapterError(
-            f"pipeline_rows has {len(rows)} rows, the pipeline makes {pictures} pictures. Give one row for all "
-            f"pictures, or {pictures}."
+            f"pipeline_rows has {len(rows)} rows, the pipeline makes {images} images. Give one row for all "
+            f"images, or {images}."
         )
-    return rows.expand(pictures, -1, -1)
+    return rows.expand(images, -1, -1)
 
 
 def take_rows(kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:

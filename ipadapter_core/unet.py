@@ -162,7 +162,7 @@ def _check_fit(application: AdapterApplication, sites: Sequence[Site]) -> None:
             "number."
         )
     if application.mask is not None:
-        check_attention_mask(application.mask, f"{name}: mask", "Pass another mask, or None for the whole picture.")
+        check_attention_mask(application.mask, f"{name}: mask", "Pass another mask, or None for the whole image.")
     if application.lora is not None and len(list(application.lora.children())) != 2 * len(sites):
         raise AdapterError(
             f"{name}: its LoRA has {len(list(application.lora.children()))} layers, the UNet {2 * len(sites)}. Use an "

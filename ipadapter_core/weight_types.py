@@ -51,7 +51,7 @@ class LayerWeight:
 
     Usually positive tokens act in the positive branch and negative tokens in the negative one, both with
     `weight`. When `swapped`, the positive tokens act in the NEGATIVE branch with `weight` and the positive
-    branch gets nothing: that pushes the picture away from what this layer would add.
+    branch gets nothing: that pushes the image away from what this layer would add.
     """
 
     weight: float

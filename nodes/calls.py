@@ -55,7 +55,7 @@ class Call:
     """One call of the model with a batch of `rows` latents of `size`; equal for calls that are alike.
 
     Of each chunk of the batch: which cond of the guider's list it is (`chunks`), its branch, and where in the
-    latent of size `whole` its area begins (`corners`; None covers the whole). `frames`: which pictures of the
+    latent of size `whole` its area begins (`corners`; None covers the whole). `frames`: which images of the
     whole batch a chunk has.
     """
 
@@ -141,7 +141,7 @@ def grid_of(shape: Sequence[int]) -> Grid:
 
 
 def _frames(options: Options, count: int) -> tuple[int, ...]:
-    """All pictures, or a window of them that is sampled on its own (AnimateDiff, ComfyUI's Context Windows)."""
+    """All images, or a window of them that is sampled on its own (AnimateDiff, ComfyUI's Context Windows)."""
     window = options.get("context_window")
     frames = (options.get("ad_params") or {}).get("sub_idxs")
     if not frames and getattr(window, "dim", None) == 0:

@@ -87,7 +87,7 @@ def test_the_translation_has_every_name():
 
 
 def test_there_is_nothing_else_among_the_workflows():
-    """ComfyUI lists every JSON of the folder as a template, with the picture of the same name."""
+    """ComfyUI lists every JSON of the folder as a template, with the image of the same name."""
     assert len(WORKFLOWS) == 7
     expected = {file.name for file in WORKFLOWS} | {f"{file.stem}.jpg" for file in WORKFLOWS}
     assert {file.name for file in (ROOT / "example_workflows").iterdir()} == expected
@@ -151,9 +151,9 @@ class TestWorkflow:
                 assert encoders == [value for value in node["widgets_values"][1:2] if value != "auto"]
 
     def test_it_has_a_thumbnail(self, file):
-        picture = file.with_suffix(".jpg")
-        assert picture.stat().st_size < 200_000
-        with Image.open(picture) as thumbnail:
+        image = file.with_suffix(".jpg")
+        assert image.stat().st_size < 200_000
+        with Image.open(image) as thumbnail:
             assert min(thumbnail.size) >= 256
 
     def test_its_twin_for_scripts_is_the_same_graph(self, file):

@@ -1,4 +1,4 @@
-"""`ipadapter demo`: train an adapter for two minutes on real pictures, then show and measure what it does."""
+"""`ipadapter demo`: train an adapter for two minutes on real images, then show and measure what it does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ipadapter_core.assets import MODEL, emoji_folder
 from .data.images import to_pil_images
 from .emoji.adapter import emoji_batches, encode_emoji
 from .emoji.clip import normalize
-from .emoji.pictures import EmojiPictures, load_pictures, to_pixels
+from .emoji.images import EmojiImages, load_images, to_pixels
 from .emoji.quality import GUIDANCE, Judges, choose_references, load_judges
 from .files.provenance import export_adapter, provenance
 from .models.base_model import BaseModel, load_base_model
@@ -30,20 +30,20 @@ from .training.new_adapter import new_adapter
 from .training.optimizers import new_optimizer
 from .training.steps import check_loss, train_steps
 
-TRAINING_PICTURES = 1500  # of 6,000: encoding them all would take the time that training needs
+TRAINING_IMAGES = 1500  # of 6,000: encoding them all would take the time that training needs
 BATCH, LEARNING_RATE = (
     32,
     2e-3,
 )  # a tiny adapter in two minutes, not a real one in days: 20 times the usual rate
 STEPS = 12
 ROWS, MEASURED = 6, 24
-SIDE = 128  # of a picture in the grid; the model's own is 64
+SIDE = 128  # of an image in the grid; the model's own is 64
 OTHER_TEXT = "cat face"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the picture: its title and how its pictures are made."""
+    """One column of the image: its title and how its images are made."""
 
     title: str
     text: str
@@ -59,27 +59,27 @@ COLUMNS = (
 
 
 def demo(output: Path, adapter: str | None = None, minutes: float = 2.0, seed: int = 0) -> None:
-    """Train (or load ``adapter``: a file, or "bundled"), draw the picture, print the measured closeness."""
+    """Train (or load ``adapter``: a file, or "bundled"), draw the image, print the measured closeness."""
     started = time.monotonic()
     folder = emoji_folder()
     base_model = load_base_model(folder / MODEL)
-    held_out = load_pictures(folder / "pictures.zip", "held_out")
+    held_out = load_images(folder / "pictures.zip", "held_out")
     if adapter is None:
-        trained = train_demo_adapter(base_model, load_pictures(folder / "pictures.zip", "train"), minutes, seed)
+        trained = train_demo_adapter(base_model, load_images(folder / "pictures.zip", "train"), minutes, seed)
         file = output.with_suffix(".safetensors")
         metadata = provenance(
             base_model, trained.adapter.spec, steps=trained.steps, images_seen=trained.images, seed=seed
         )
         export_adapter(file, trained.adapter, metadata)
-        print(f"Saved the adapter: {file} ({trained.steps} steps, {trained.images} pictures seen)")
+        print(f"Saved the adapter: {file} ({trained.steps} steps, {trained.images} images seen)")
         chosen = trained.adapter
     else:
         file = folder / "adapter.safetensors" if adapter == "bundled" else Path(adapter)
         chosen = load_adapter(file, dtype=torch.float32)
     judges = load_judges(base_model, folder / "judges.safetensors")
     rows = choose_references(held_out, MEASURED, seed)
-    pictures = to_pixels(held_out.images[rows])
-    embeds = encode_clip_images(base_model, normalize(pictures))
+    images = to_pixels(held_out.images[rows])
+    embeds = encode_clip_images(base_model, normalize(images))
     alone = {weight: _generate(base_model, chosen, embeds, "", weight, seed) for weight in (0.0, 1.0)}
     columns = [
         alone[c.weight][:ROWS]
@@ -88,36 +88,36 @@ def demo(output: Path, adapter: str | None = None, minutes: float = 2.0, seed: i
         for c in COLUMNS
     ]
     titles = ("image prompt", *(column.title for column in COLUMNS))
-    shown = [to_pil_images(pixels) for pixels in (pictures[:ROWS], *columns)]
+    shown = [to_pil_images(pixels) for pixels in (images[:ROWS], *columns)]
     drawn = draw_grid(list(zip(titles, shown, strict=True)), side=SIDE)
     with whole_file(output) as temporary:
         drawn.save(temporary)
-    report(judges, pictures, alone)
-    print(f"Picture: {output.resolve()} ({time.monotonic() - started:.0f} s in all)")
+    report(judges, images, alone)
+    print(f"Image: {output.resolve()} ({time.monotonic() - started:.0f} s in all)")
 
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """An adapter, its optimizer steps and the pictures it saw."""
+    """An adapter, its optimizer steps and the images it saw."""
 
     adapter: IPAdapter
     steps: int
     images: int
 
 
-def train_demo_adapter(base_model: BaseModel, pictures: EmojiPictures, minutes: float, seed: int) -> TrainedAdapter:
-    """Train for ``minutes``, the encoding of the pictures included; the steps adapt to the machine."""
+def train_demo_adapter(base_model: BaseModel, images: EmojiImages, minutes: float, seed: int) -> TrainedAdapter:
+    """Train for ``minutes``, the encoding of the images included; the steps adapt to the machine."""
     deadline = time.monotonic() + 60 * minutes
     generator = torch.Generator().manual_seed(seed)
-    some = pictures.subset(torch.randperm(len(pictures), generator=generator)[:TRAINING_PICTURES].tolist())
-    print(f"Encoding {len(some)} pictures once ...", flush=True)
+    some = images.subset(torch.randperm(len(images), generator=generator)[:TRAINING_IMAGES].tolist())
+    print(f"Encoding {len(some)} images once ...", flush=True)
     features = encode_emoji(base_model, some, seed, views=2)
     torch.manual_seed(seed)
     adapter = new_adapter(base_model)
     optimizer = new_optimizer(adapter, LEARNING_RATE)
     parameters = sum(p.numel() for p in adapter.parameters())
     print(f"Training {parameters / 1e6:.2f} M parameters; the {base_model.name} UNet stays frozen.", flush=True)
-    began, images, smooth, step = time.monotonic(), 0, None, 0
+    began, num_images, smooth, step = time.monotonic(), 0, None, 0
     batches = emoji_batches(features, BATCH, generator)
     with (
         adapt_unet(base_model, adapter) as model,
@@ -126,16 +126,18 @@ def train_demo_adapter(base_model: BaseModel, pictures: EmojiPictures, minutes: 
     ):
         for progress in training:
             now, step = time.monotonic(), progress.step
-            images += progress.images
+            num_images += progress.images
             loss = check_loss(step, progress.loss.item())
             smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
             done = min(1.0, (now - began) / max(deadline - began, 1e-9))
-            bar.set_postfix_str(f"step {step}, loss {smooth:.4f}, {images / (now - began):.0f} images/s", refresh=False)
+            bar.set_postfix_str(
+                f"step {step}, loss {smooth:.4f}, {num_images / (now - began):.0f} images/s", refresh=False
+            )
             bar.update(100 * done - bar.n)
             if done >= 1:
                 break
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, 4 * (1 - done))  # falls in the last quarter
-    return TrainedAdapter(adapter.requires_grad_(False).eval(), step, images)
+    return TrainedAdapter(adapter.requires_grad_(False).eval(), step, num_images)
 
 
 def _generate(base_model: BaseModel, adapter: IPAdapter, embeds: Tensor, text: str, weight: float, seed: int) -> Tensor:
@@ -152,7 +154,7 @@ def _generate(base_model: BaseModel, adapter: IPAdapter, embeds: Tensor, text: s
 
 
 def report(judges: Judges, references: Tensor, generated: dict[float, Tensor]) -> None:
-    """Print how often a generated picture is closer to its own reference than to another one, with and without."""
+    """Print how often a generated image is closer to its own reference than to another one, with and without."""
     print(f"Closer to its own image prompt than to another one ({len(references)} held-out prompts, chance is 50 %):")
     for weight, title in ((0.0, "without adapter"), (1.0, "with adapter")):
         closeness = judges.closeness(generated[weight], references)

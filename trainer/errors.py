@@ -18,7 +18,7 @@ class BaseModelError(TrainerError):
 
 
 class DataError(TrainerError):
-    """A data set without usable pictures or captions."""
+    """A data set without usable images or captions."""
 
 
 class CacheError(TrainerError):
@@ -54,4 +54,4 @@ class VerificationError(TrainerError):
 
 
 class EvaluationError(TrainerError):
-    """Parts that cannot be evaluated together, or pictures that cannot be measured."""
+    """Parts that cannot be evaluated together, or images that cannot be measured."""

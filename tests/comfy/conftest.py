@@ -405,7 +405,7 @@ def started_server(comfyui: Path, base: Path, *options: str) -> Iterator[Server]
             shutil.copytree(ROOT / part, pack / part, ignore=shutil.ignore_patterns("__pycache__", "pictures.zip"))
     shutil.copy(ROOT / "__init__.py", pack / "__init__.py")
     (base / "input").mkdir()
-    _write_picture(base / "input" / "reference.png")
+    _write_image(base / "input" / "reference.png")
     shutil.copy(comfyui / "input" / "example.png", base / "input")  # ComfyUI comes with it
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -430,7 +430,7 @@ def started_server(comfyui: Path, base: Path, *options: str) -> Iterator[Server]
         process.wait(30)
 
 
-def _write_picture(path: Path) -> None:
+def _write_image(path: Path) -> None:
     from PIL import Image
 
     pixels = (torch.rand(80, 100, 3, generator=torch.Generator().manual_seed(61)) * 255).byte().numpy()

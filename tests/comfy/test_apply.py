@@ -99,7 +99,7 @@ def test_a_mask_and_a_schedule_in_half_precision(pack, world, dtype):
         assert (got - want).abs().mean() < effect * {torch.float16: 0.02, torch.bfloat16: 0.15}[dtype]
 
 
-def test_a_batch_of_masks_gives_each_picture_its_own(world):
+def test_a_batch_of_masks_gives_each_image_its_own(world):
     masks = torch.stack([torch.zeros(16, 16), torch.ones(16, 16)])
     patched = world.apply(world.model, world.adapter, world.prompt)
     both = world.sample(world.apply(world.model, world.adapter, world.prompt, attn_mask=masks), batch=2)
@@ -172,7 +172,7 @@ def test_batches(world):
     torch.testing.assert_close(both[:1], world.sample(patched), atol=1e-3, rtol=1e-3)
 
 
-def test_several_pictures_and_cfg_one(world):
+def test_several_images_and_cfg_one(world):
     prompt = world.new_prompt(world.adapter, images=3)
     tokens = world.tokens(world.adapter, prompt)
     assert tokens.positive.shape == tokens.negative.shape == (1, 12, 64)

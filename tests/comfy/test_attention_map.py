@@ -196,7 +196,7 @@ def test_sdxl_counts_the_layers_of_a_transformer_together(world, recorded):
     assert record.heat("style", 0, 1).shape == (1, 16, 16)
 
 
-def test_the_picture_and_its_scale(pack, world, recorded):
+def test_the_image_and_its_scale(pack, world, recorded):
     model, record = recorded(attn_mask=LEFT)
     world.sample(model)
     execute = pack.ImagePromptAttentionMap.execute

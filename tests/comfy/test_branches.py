@@ -109,7 +109,7 @@ def test_only_one_branch(world, seen):
     assert {tuple(rows) for _, rows in seen} == {(0,)}
 
 
-def test_split_and_permuted_chunks_give_the_same_picture(world, monkeypatch):
+def test_split_and_permuted_chunks_give_the_same_image(world, monkeypatch):
     """As when memory is short: every cond in its own call, and in the other order."""
     import comfy.samplers
 
@@ -124,7 +124,7 @@ def test_split_and_permuted_chunks_give_the_same_picture(world, monkeypatch):
     assert torch.isfinite(world.sample(patched, positive=combined, negative=negative)).all()
 
 
-def test_chunks_in_the_other_order_give_the_same_picture(world, seen):
+def test_chunks_in_the_other_order_give_the_same_image(world, seen):
     """ComfyUI batches negative and positive in this order; a node that turns it around changes nothing."""
     masks = torch.stack([torch.zeros(16, 16), torch.ones(16, 16)])
     patched = world.apply(world.model, world.adapter, world.prompt, attn_mask=masks)
@@ -165,7 +165,7 @@ def test_areas_share_a_uuid(world, seen):
 
 
 def test_positive_tokens_change_only_the_positive_branch(pack, world):
-    """With the same prompt but other negative tokens, cfg 1 gives the same picture."""
+    """With the same prompt but other negative tokens, cfg 1 gives the same image."""
     import dataclasses
 
     negative = pack.types.EncodedImages(torch.randn_like(world.prompt.positive.image))

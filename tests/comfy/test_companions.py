@@ -209,7 +209,7 @@ def test_hypertile(pack, world, tile):
 
 
 def test_token_merging_runs(world):
-    """ToMe picks its tokens by a random draw of each layer: there is no second picture to compare with."""
+    """ToMe picks its tokens by a random draw of each layer: there is no second image to compare with."""
     companion = node("nodes_tomesd", "TomePatchModel", 0.3)
     patched = world.sample(companion(world.apply(world.model, world.adapter, world.prompt)), steps=1)
     assert torch.isfinite(patched).all() and not torch.equal(patched, world.sample(companion(world.model), steps=1))

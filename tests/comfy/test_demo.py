@@ -31,9 +31,9 @@ def sample(stack, world, model, steps=4):
     return world.sample(model, size=(8, 8), steps=steps, positive=text, negative=empty)
 
 
-def test_a_picture(stack, pack, world):
-    picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(51))
-    prompt = pack.EncodeImagePrompt.execute(stack["ip_adapter"], stack["clip_vision"], picture).args[0]
+def test_a_image(stack, pack, world):
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(51))
+    prompt = pack.EncodeImagePrompt.execute(stack["ip_adapter"], stack["clip_vision"], image).args[0]
     patched = world.apply(stack["model"], stack["ip_adapter"], prompt)
     drawn = stack["vae"].decode(sample(stack, world, patched))
     assert drawn.shape == (1, 64, 64, 3)
@@ -71,8 +71,8 @@ def test_an_adapter_of_ones_own(stack, pack, world, folders):
     assert loaded.name == options[1]
     for key, tensor in pack.core.export_state(loaded.adapter).items():
         torch.testing.assert_close(tensor, pack.core.export_state(own)[key])
-    picture = torch.rand(1, 64, 64, 3)
-    prompt = pack.EncodeImagePrompt.execute(loaded, stack["clip_vision"], picture).args[0]
+    image = torch.rand(1, 64, 64, 3)
+    prompt = pack.EncodeImagePrompt.execute(loaded, stack["clip_vision"], image).args[0]
     drawn = sample(stack, world, world.apply(stack["model"], loaded, prompt))
     assert not torch.equal(drawn, sample(stack, world, stack["model"]))
     pack.core.save_adapter(folders["ipadapter"] / options[1], own, {"more": "metadata"})

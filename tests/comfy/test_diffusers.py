@@ -1,4 +1,4 @@
-"""The same weights, latents and pictures through ComfyUI and through diffusers give the same result."""
+"""The same weights, latents and images through ComfyUI and through diffusers give the same result."""
 
 from __future__ import annotations
 

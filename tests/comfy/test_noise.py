@@ -16,14 +16,14 @@ def make(pack):
     return run
 
 
-def picture(count=1, height=90, width=130):
+def random_image(count=1, height=90, width=130):
     return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(101))
 
 
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("image", [None, 1, 2])
 def test_an_image_of_the_encoders_size(make, noise, image):
-    given = {} if image is None else {"image": picture(image)}
+    given = {} if image is None else {"image": random_image(image)}
     made = make(noise, **given)
     assert made.shape == (image or 1, 224, 224, 3) and 0 <= made.min() < made.max() <= 1
     assert make(noise, size=96, **given).shape[1:3] == (96, 96)
@@ -33,16 +33,16 @@ def test_an_image_of_the_encoders_size(make, noise, image):
 def test_the_seed_and_nothing_else(make, noise):
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    one = make(noise, image=picture())
+    one = make(noise, image=random_image())
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(6)
-    assert torch.equal(make(noise, image=picture()), one)
-    assert not torch.allclose(make(noise, image=picture(), seed=2), one, atol=0.1)
-    assert make(noise, image=picture(), seed=2**64 - 1).shape == one.shape
+    assert torch.equal(make(noise, image=random_image()), one)
+    assert not torch.allclose(make(noise, image=random_image(), seed=2), one, atol=0.1)
+    assert make(noise, image=random_image(), seed=2**64 - 1).shape == one.shape
 
 
 def test_strength(pack, make):
-    image = picture()
+    image = random_image()
     square = pack.image_prompt.crop_image(image, 224)
     for noise in ("fade", "dissolve", "gaussian"):
         assert torch.equal(make(noise, 0.0, image=image), square)
@@ -70,8 +70,8 @@ def test_blur(make):
 
 def test_as_a_negative_image(pack, world, encoder, make):
     noise = make("fade", 1.0)
-    prompt = pack.EncodeImagePrompt.execute(world.adapter, encoder, picture(), image_negative=noise).args[0]
-    plain = pack.EncodeImagePrompt.execute(world.adapter, encoder, picture()).args[0]
+    prompt = pack.EncodeImagePrompt.execute(world.adapter, encoder, random_image(), image_negative=noise).args[0]
+    plain = pack.EncodeImagePrompt.execute(world.adapter, encoder, random_image()).args[0]
     drawn, base = (world.sample(world.apply(world.model, world.adapter, p)) for p in (prompt, plain))
     assert torch.isfinite(drawn).all() and not torch.allclose(drawn, base, atol=1e-3)
 
@@ -79,7 +79,7 @@ def test_as_a_negative_image(pack, world, encoder, make):
 def test_refusals(pack, make):
     for words, options in (
         ("noise is 'static'. Choose one of: fade, dissolve", {"noise": "static"}),
-        ("image holds NaN", {"image": picture() * torch.nan}),
+        ("image holds NaN", {"image": random_image() * torch.nan}),
         ("image has the shape (9, 9, 3)", {"image": torch.zeros(9, 9, 3)}),
     ):
         with pytest.raises(pack.core.AdapterError) as error:
@@ -92,7 +92,7 @@ def test_refusals(pack, make):
 def test_shuffle_is_torchvisions_elastic_transform(pack, strength, count):
     """Same numbers from the same seed: torchvision draws from the global generator."""
     transforms = pytest.importorskip("torchvision.transforms")
-    image = picture(count, 64, 64)
+    image = random_image(count, 64, 64)
     torch.manual_seed(11)
     tear = transforms.Compose(
         [

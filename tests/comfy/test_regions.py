@@ -14,7 +14,7 @@ RIGHT[..., 8:] = 1.0
 
 @pytest.fixture
 def terms(pack, monkeypatch):
-    """(key of the adapter, block, what it adds [B, h, w]) of every attention to the picture."""
+    """(key of the adapter, block, what it adds [B, h, w]) of every attention to the image."""
     found = []
     original = pack.patch.SitePatch.image_term
 
@@ -149,7 +149,7 @@ def test_context_windows_take_their_own_masks(world):
         "dim": 0,
     }
     if "freenoise" not in inspect.signature(node.execute).parameters:
-        pytest.skip("the windows of this ComfyUI do not run over a batch of pictures")
+        pytest.skip("the windows of this ComfyUI do not run over a batch of images")
     arguments["freenoise"] = False
 
     def windowed(model):
@@ -163,7 +163,7 @@ def test_context_windows_take_their_own_masks(world):
 
 
 def test_a_context_window_in_the_options(world):
-    """A window of the batch's dimension says which pictures it has; one of another dimension does not."""
+    """A window of the batch's dimension says which images it has; one of another dimension does not."""
     from comfy.context_windows import IndexListContextWindow
 
     masks = torch.cat([LEFT, torch.ones(1, 16, 16)])

@@ -64,7 +64,7 @@ def test_the_snapshot_is_current(schema, snapshot):
 
 
 def test_nothing_breaks(schema, snapshot):
-    """Old workflows load and give the same pictures."""
+    """Old workflows load and give the same images."""
     for node, old in snapshot.items():
         assert node in schema, f"{node} is gone"
         new = schema[node]

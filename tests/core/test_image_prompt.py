@@ -20,7 +20,7 @@ from ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, combine_features, c
 
 
 def ramp(height, width):
-    """A picture whose red channel is the row and whose green channel the column, in 0..1."""
+    """An image whose red channel is the row and whose green channel the column, in 0..1."""
     rows = torch.linspace(0, 1, height).view(1, height, 1).expand(1, height, width)
     columns = torch.linspace(0, 1, width).view(1, 1, width).expand(1, height, width)
     return torch.stack([rows, columns, torch.zeros_like(rows)], dim=-1)
@@ -30,7 +30,7 @@ def ramp(height, width):
     ("crop", "row", "column"),
     [("center", 0.5, 0.5), ("top", 0.25, 0.5), ("bottom", 0.75, 0.5), ("left", 0.5, 0.5), ("right", 0.5, 0.5)],
 )
-def test_crops_of_a_tall_picture(crop, row, column):
+def test_crops_of_a_tall_image(crop, row, column):
     seen = crop_image(ramp(128, 64), 32, crop)
     assert seen.shape == (1, 32, 32, 3)
     assert seen[..., 0].mean().item() == pytest.approx(row, abs=0.02)
@@ -38,7 +38,7 @@ def test_crops_of_a_tall_picture(crop, row, column):
 
 
 @pytest.mark.parametrize(("crop", "column"), [("left", 0.25), ("right", 0.75), ("top", 0.5)])
-def test_crops_of_a_wide_picture(crop, column):
+def test_crops_of_a_wide_image(crop, column):
     assert crop_image(ramp(64, 128), 32, crop)[..., 1].mean().item() == pytest.approx(column, abs=0.02)
 
 
@@ -50,8 +50,8 @@ def test_pad_and_stretch():
 
 
 def test_alpha_is_dropped_and_the_range_kept():
-    picture = torch.rand(2, 50, 40, 4)
-    seen = crop_image(picture, 24)
+    image = torch.rand(2, 50, 40, 4)
+    seen = crop_image(image, 24)
     assert seen.shape == (2, 24, 24, 3)
     assert seen.min() >= 0.0 and seen.max() <= 1.0
     same = torch.rand(1, 24, 24, 3)
@@ -59,15 +59,15 @@ def test_alpha_is_dropped_and_the_range_kept():
 
 
 def test_mask_hides_behind_the_mean_colour():
-    picture = torch.rand(2, 32, 32, 3)
+    image = torch.rand(2, 32, 32, 3)
     mask = torch.zeros(1, 8, 8)
     mask[..., :4] = 1.0
-    seen = crop_image(picture, 32, mask=mask)
-    assert torch.equal(seen[:, :, :12], picture[:, :, :12])
+    seen = crop_image(image, 32, mask=mask)
+    assert torch.equal(seen[:, :, :12], image[:, :, :12])
     torch.testing.assert_close(seen[:, :, 20:], torch.tensor(CLIP_MEAN).expand(2, 32, 12, 3))
 
 
-def test_bad_pictures_and_methods_are_refused():
+def test_bad_images_and_methods_are_refused():
     with pytest.raises(AdapterError, match="Unknown crop"):
         crop_image(torch.rand(1, 8, 8, 3), 4, "middle")
     with pytest.raises(AdapterError, match="3 channels"):

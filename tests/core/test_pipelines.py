@@ -69,7 +69,7 @@ def call(pipeline: Any, prompts: int, images_per_prompt: int = 1, **arguments: A
 def ours(
     pipeline: Any, adapter: ic.IPAdapter, embeds: Tensor, positive: Sequence[int], *shape: int, **arguments: Any
 ) -> Tensor:
-    """With `inject`; `positive` names the image of all pictures, or of each, from 1 on."""
+    """With `inject`; `positive` names the image of all images, or of each, from 1 on."""
     tokens = torch.cat([adapter.negative_tokens(), adapter.encode(embeds)])
     with ic.inject(pipeline.unet, ic.AdapterApplication(adapter.keys_values(tokens), weight=0.8)):
         return call(pipeline, *shape, ip_adapter_image_embeds=ic.pipeline_rows(positive), **arguments)
@@ -85,7 +85,7 @@ def theirs(
     guidance: bool = True,
     **arguments: Any,
 ) -> Tensor:
-    """With diffusers' own IP-Adapter. It takes one image for all pictures of a call, so several are one call each."""
+    """With diffusers' own IP-Adapter. It takes one image for all images of a call, so several are one call each."""
     state = {"image_proj": dict(adapter.projector.state_dict()), "ip_adapter": dict(adapter.layers.state_dict())}
     pipeline.unet._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
     for processor in pipeline.unet.attn_processors.values():
@@ -99,14 +99,14 @@ def theirs(
     if len(positive) == 1:
         out = call(pipeline, prompts, images_per_prompt, ip_adapter_image_embeds=embedding(positive[0]), **arguments)
     else:
-        pictures = prompts * images_per_prompt
-        arguments = {"prompt_embeds": texts(prompts), "latents": noise(pictures), **arguments}
+        images = prompts * images_per_prompt
+        arguments = {"prompt_embeds": texts(prompts), "latents": noise(images), **arguments}
         outs: list[Tensor] = []
-        for picture, number in enumerate(positive):
+        for image, number in enumerate(positive):
             one = dict(arguments)
             for name, value in arguments.items():
-                if isinstance(value, (Tensor, list)):  # of each prompt, or of each picture
-                    place = picture * len(value) // pictures
+                if isinstance(value, (Tensor, list)):  # of each prompt, or of each image
+                    place = image * len(value) // images
                     one[name] = value[place : place + 1]
             outs.append(call(pipeline, 1, ip_adapter_image_embeds=embedding(number), **one))
         out = torch.cat(outs)
@@ -126,10 +126,10 @@ def assert_close(mine: Tensor, reference: Tensor) -> None:
 
 
 def assert_equal_and_not_blind(mine: Tensor, reference: Tensor, *others: Tensor) -> None:
-    """Equal to 1e-5 of their scale (unguided latents of a random UNet reach 20), and no picture like another's."""
+    """Equal to 1e-5 of their scale (unguided latents of a random UNet reach 20), and no image like another's."""
     assert_close(mine, reference)
     for other in others:
-        assert (mine - other).abs().amax(dim=(1, 2, 3)).min() > 1e-3  # in every picture
+        assert (mine - other).abs().amax(dim=(1, 2, 3)).min() > 1e-3  # in every image
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
@@ -145,7 +145,7 @@ def test_text_to_image(
     prompts: int,
     images_per_prompt: int,
 ) -> None:
-    """One prompt and two, one picture of each and two, one image for all and one each, with and without guidance."""
+    """One prompt and two, one image of each and two, one image for all and one each, with and without guidance."""
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline(**parts)
@@ -176,7 +176,7 @@ def test_guidance_rescale(parts: Any, new_adapter: Any) -> None:
 def test_perturbed_attention_guidance(
     parts: Any, new_adapter: Any, guidance_scale: float, positive: tuple[int, ...]
 ) -> None:
-    """[negative, positive, perturbed], or without guidance [positive, perturbed]: a batch of two for one picture."""
+    """[negative, positive, perturbed], or without guidance [positive, perturbed]: a batch of two for one image."""
     from diffusers import StableDiffusionPAGPipeline
 
     pipeline = StableDiffusionPAGPipeline(**parts, pag_applied_layers=["down_blocks.0", "up_blocks.3"])
@@ -298,14 +298,12 @@ def test_what_no_one_tells_is_refused(parts: Any, new_adapter: Any) -> None:
     }
 
     with ic.inject(pipeline.unet, application):
-        for count in (1, 2):  # one picture with guidance and two without have the same batch
+        for count in (1, 2):  # one image with guidance and two without have the same batch
             for guidance_scale in (1.0, 5.0):
                 with pytest.raises(ic.AdapterError, match=r"cat.safetensors: 2 rows of image keys, and nothing tells"):
                     call(pipeline, count, guidance_scale=guidance_scale)
         for positive, count in ((1, 1), 1), ((1, 1), 4), ((1, 1, 1), 2):
-            with pytest.raises(
-                ic.AdapterError, match=rf"has {len(positive)} rows, the pipeline makes {count} pictures"
-            ):
+            with pytest.raises(ic.AdapterError, match=rf"has {len(positive)} rows, the pipeline makes {count} images"):
                 call(pipeline, count, ip_adapter_image_embeds=ic.pipeline_rows(positive))
         with pytest.raises(ic.AdapterError, match=r"the rows are \[0, 2\]; expected 2 numbers below 2"):
             call(pipeline, 1, ip_adapter_image_embeds=ic.pipeline_rows([2]))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ipadapter_trainer.emoji.pictures import load_pictures
+from ipadapter_trainer.emoji.images import load_images
 from PIL import Image
 
 from ipadapter_core.assets import MODEL, emoji_folder
@@ -28,7 +28,7 @@ def models(tmp_path: Path) -> Path:
     shutil.copytree(FOLDER / MODEL / "image_encoder", adapters / "image_encoder")
     shutil.copy(FOLDER / "adapter.safetensors", adapters / "ip-adapter_sd15.safetensors")
     (tmp_path / "models" / "stable-diffusion-v1-5" / "tokenizer" / "special_tokens_map.json").write_text("{}")
-    held_out = load_pictures(FOLDER / "pictures.zip", "held_out")
+    held_out = load_images(FOLDER / "pictures.zip", "held_out")
     Image.fromarray(held_out.images[0].permute(1, 2, 0).numpy()).save(tmp_path / "cat.jpg")
     shutil.copy(tmp_path / "cat.jpg", tmp_path / "dog.jpg")
     return tmp_path
@@ -39,16 +39,16 @@ def test_the_python_examples_run(models: Path) -> None:
     example = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     done = subprocess.run([sys.executable, "-c", example], cwd=models, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    with Image.open(models / "moon.png") as picture:
-        assert picture.size == (64, 64)
+    with Image.open(models / "moon.png") as image:
+        assert image.size == (64, 64)
 
 
 def test_train_inspect_generate_as_written(models: Path) -> None:
     (block,) = (b for b in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "ipadapter train" in b)
-    (models / "pictures").mkdir()
+    (models / "images").mkdir()
     for name in ("a", "b"):
-        shutil.copy(models / "cat.jpg", models / "pictures" / f"{name}.jpg")
-        (models / "pictures" / f"{name}.txt").write_text("a cat", encoding="utf-8")
+        shutil.copy(models / "cat.jpg", models / "images" / f"{name}.jpg")
+        (models / "images" / f"{name}.txt").write_text("a cat", encoding="utf-8")
     commands = block.replace("\\\n", " ").strip().splitlines()
     small = " resolution=64 batch_size=2 steps=2 save_every=2 num_workers=0 mixed_precision=no"
     assert [command.split()[1] for command in commands] == ["models", "data", "train", "inspect", "generate"]

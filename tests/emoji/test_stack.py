@@ -10,8 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from ipadapter_trainer.demo import COLUMNS, ROWS, demo, train_demo_adapter
 from ipadapter_trainer.emoji.adapter import draw_batch, encode_emoji
+from ipadapter_trainer.emoji.images import STYLE_NAMES, load_images, to_pixels
 from ipadapter_trainer.emoji.loop import fit, progress
-from ipadapter_trainer.emoji.pictures import STYLE_NAMES, load_pictures, to_pixels
 from ipadapter_trainer.emoji.quality import Judges, choose_references, judge_the_judges, load_judges
 from ipadapter_trainer.emoji.stack import load_clip, load_unet, load_vae, unpack
 from ipadapter_trainer.emoji.unet import new_unet, unet_losses
@@ -50,7 +50,7 @@ def test_diffusers_loads_the_model_and_the_adapter_and_draws() -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(FOLDER / MODEL, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_ip_adapter(str(FOLDER), subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
-    held_out = load_pictures(FOLDER / "pictures.zip", "held_out")
+    held_out = load_images(FOLDER / "pictures.zip", "held_out")
     prompt = Image.fromarray(held_out.images[0].permute(1, 2, 0).numpy())
     generator = torch.Generator().manual_seed(0)
     image = pipeline(
@@ -61,14 +61,14 @@ def test_diffusers_loads_the_model_and_the_adapter_and_draws() -> None:
 
 
 @torch.no_grad()
-def test_the_autoencoder_gives_pictures_back(base_model: BaseModel) -> None:
-    held_out = load_pictures(FOLDER / "pictures.zip", "held_out")
+def test_the_autoencoder_gives_images_back(base_model: BaseModel) -> None:
+    held_out = load_images(FOLDER / "pictures.zip", "held_out")
     pixels = to_pixels(held_out.images[::20])
     latents = encode_pixels(base_model, pixels)
     assert latents.shape[1:] == (4, 8, 8)
     assert 0.8 < latents.std() < 1.2
     output = base_model.vae.decode(latents / base_model.vae.config["scaling_factor"]).sample
-    assert (output - pixels).abs().mean() < 0.15  # the mean picture is at 0.5
+    assert (output - pixels).abs().mean() < 0.15  # the mean image is at 0.5
 
 
 def test_the_bundled_adapter_is_of_the_base_kind() -> None:
@@ -77,23 +77,23 @@ def test_the_bundled_adapter_is_of_the_base_kind() -> None:
     assert adapter.metadata["ipadapter.base_model"] == MODEL
 
 
-def test_the_judges_know_real_pictures(judges: Judges) -> None:
-    held_out, train = (load_pictures(FOLDER / "pictures.zip", split) for split in ("held_out", "train"))
+def test_the_judges_know_real_images(judges: Judges) -> None:
+    held_out, train = (load_images(FOLDER / "pictures.zip", split) for split in ("held_out", "train"))
     published = json.loads((FOLDER / "quality.json").read_text(encoding="utf-8"))["judges"]
     measured = judge_the_judges(judges, held_out, train)
     assert measured == pytest.approx(published, abs=0.005)
 
 
 def test_references_are_distinct_held_out_concepts_and_fixed() -> None:
-    held_out = load_pictures(FOLDER / "pictures.zip", "held_out")
+    held_out = load_images(FOLDER / "pictures.zip", "held_out")
     rows = choose_references(held_out)
     assert rows == choose_references(held_out)
     assert rows != choose_references(held_out, seed=1)
     assert len({held_out.concepts[row] for row in rows}) == 64
 
 
-def test_batches_pair_a_picture_with_itself_or_with_its_style(base_model: BaseModel) -> None:
-    some = load_pictures(FOLDER / "pictures.zip", "train").subset(range(0, 40))
+def test_batches_pair_a_image_with_itself_or_with_its_style(base_model: BaseModel) -> None:
+    some = load_images(FOLDER / "pictures.zip", "train").subset(range(0, 40))
     features = encode_emoji(base_model, some, views=1)
     drawn = draw_batch(features, 512, torch.Generator().manual_seed(0))
     batch, drop_image = drawn.features, drawn.drop_image_embeds
@@ -115,7 +115,7 @@ def test_batches_pair_a_picture_with_itself_or_with_its_style(base_model: BaseMo
 
 def test_demo_training_lowers_the_loss_and_ends_in_time(base_model: BaseModel) -> None:
     before = list(base_model.unet.attn_processors.values())
-    some = load_pictures(FOLDER / "pictures.zip", "train").subset(range(0, 64))
+    some = load_images(FOLDER / "pictures.zip", "train").subset(range(0, 64))
     trained = train_demo_adapter(base_model, some, minutes=0.1, seed=0)
     assert trained.steps >= 1
     assert trained.images == 32 * trained.steps
@@ -127,14 +127,14 @@ def test_demo_with_the_bundled_adapter(tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "with adapter" in printed
     assert str(tmp_path / "demo.png") in printed
-    with Image.open(tmp_path / "demo.png") as picture:
+    with Image.open(tmp_path / "demo.png") as image:
         side = 128 + 8
-        assert picture.size == ((len(COLUMNS) + 1) * side + 8, 28 + ROWS * side)
+        assert image.size == ((len(COLUMNS) + 1) * side + 8, 28 + ROWS * side)
 
 
 def test_unpacked_weights_are_the_shipped_ones_and_train_on(tmp_path: Path) -> None:
     unpack(FOLDER, tmp_path)
-    some = load_pictures(FOLDER / "pictures.zip", "train").subset(range(0, 64))
+    some = load_images(FOLDER / "pictures.zip", "train").subset(range(0, 64))
     shipped = load_base_model(FOLDER / MODEL)
     unet, vae, (clip, tokenizer) = load_unet(tmp_path), load_vae(tmp_path, some), load_clip(tmp_path)
     for ours, theirs in zip(unet.parameters(), shipped.unet.parameters(), strict=True):

@@ -26,8 +26,8 @@ def test_images_of_every_split() -> None:
         assert of.count("held_out") <= 1  # known from at least four styles
         assert of.count("unseen") in (0, 5)
     assert all(splits[concept, s.name] == "train" for concept in concepts.TEXT_CONCEPTS for s in build.STYLES)
-    assert all(splits[prompt] == "held_out" for prompt in concepts.PROMPT_PICTURES)
-    assert len({style for _, style in concepts.PROMPT_PICTURES}) == len(build.STYLES)
+    assert all(splits[prompt] == "held_out" for prompt in concepts.PROMPT_IMAGES)
+    assert len({style for _, style in concepts.PROMPT_IMAGES}) == len(build.STYLES)
     counts = {split: list(splits.values()).count(split) for split in ("train", "held_out", "unseen")}
     assert counts["held_out"] > 128
     assert counts["unseen"] > 100
@@ -51,10 +51,10 @@ def test_views_keep_the_white_background_and_the_grid_of_pixel_art() -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pictures.zip of some concepts, drawn by rules: every concept a colour, every style a shape."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An images.zip of some concepts, drawn by rules: every concept a colour, every style a shape."""
     file = tmp_path_factory.mktemp("emoji") / "pictures.zip"
-    known = [concept for concept, _ in concepts.PROMPT_PICTURES] + list(concepts.TEXT_CONCEPTS[:2])
+    known = [concept for concept, _ in concepts.PROMPT_IMAGES] + list(concepts.TEXT_CONCEPTS[:2])
     unseen = [c for c in concepts.CONCEPTS if build.split_of(c, "noto") == "unseen"][:2]
     rows = []
     with zipfile.ZipFile(file, "w") as archive:
@@ -74,17 +74,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_part_trains_and_the_result_is_measured(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, quality = (importlib.import_module(f"tools.emoji.{name}") for name in ("train", "quality"))
     model = tmp_path / "model"
-    where = ["--pictures", str(pictures), "--work", str(tmp_path / "work"), "--output", str(model)]
+    where = ["--images", str(images), "--work", str(tmp_path / "work"), "--output", str(model)]
     parts = ["vae", "clip", "concepts", "styles", "unet", "export", "plus", "base", "decoder", "vision", "export"]
     monkeypatch.setattr(sys, "argv", ["train", *parts, *where, "--steps", "1", "--batch-size", "2", "--views", "1"])
     train.main()
     monkeypatch.setattr(quality, "STEPS", 2)
     output, sheet = tmp_path / "quality.json", tmp_path / "sheet.png"
-    files = ["--folder", str(model), "--pictures", str(pictures), "--output", str(output), "--sheet", str(sheet)]
+    files = ["--folder", str(model), "--images", str(images), "--output", str(output), "--sheet", str(sheet)]
     monkeypatch.setattr(sys, "argv", ["quality", *files, "--prompts", "3"])
     quality.main()
     found = json.loads(output.read_text(encoding="utf-8"))
@@ -95,8 +95,6 @@ def test_every_part_trains_and_the_result_is_measured(
             assert all(0 <= share <= 1 for share in found[asked][who].values())
     with Image.open(sheet) as image:
         assert image.width > 6 * build.SIZE
-    assert len(list((model / "prompts").glob("*.png"))) == len(concepts.PROMPT_PICTURES)
-    train.PARTS["unpack"](
-        train.Run(pictures, train.load_pictures(pictures, "train"), tmp_path / "again", model, 1, 1.0)
-    )
+    assert len(list((model / "prompts").glob("*.png"))) == len(concepts.PROMPT_IMAGES)
+    train.PARTS["unpack"](train.Run(images, train.load_images(images, "train"), tmp_path / "again", model, 1, 1.0))
     assert (tmp_path / "again" / "unet.pt").is_file()

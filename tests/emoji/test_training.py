@@ -16,6 +16,7 @@ from ipadapter_trainer.emoji.clip import (
     tokenize,
     train_tokenizer,
 )
+from ipadapter_trainer.emoji.images import EmojiImages, load_images, to_pixels
 from ipadapter_trainer.emoji.judges import (
     StyleClassifier,
     classifier_losses,
@@ -25,7 +26,6 @@ from ipadapter_trainer.emoji.judges import (
     style_features,
 )
 from ipadapter_trainer.emoji.loop import Progress, fit, load_ema, progress
-from ipadapter_trainer.emoji.pictures import EmojiPictures, load_pictures, to_pixels
 from ipadapter_trainer.emoji.train import PARTS, Run, main
 from ipadapter_trainer.emoji.vae import (
     POSTERIOR_STD,
@@ -44,8 +44,8 @@ from ipadapter_core.assets import emoji_folder
 
 
 @pytest.fixture(scope="module")
-def some() -> EmojiPictures:
-    return load_pictures(emoji_folder() / "pictures.zip", "train").subset(range(0, 60))
+def some() -> EmojiImages:
+    return load_images(emoji_folder() / "pictures.zip", "train").subset(range(0, 60))
 
 
 def _toy(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -72,13 +72,13 @@ def test_fit_stops_after_its_minutes(tmp_path: Path) -> None:
     assert 0 < torch.load(tmp_path / "x.pt", weights_only=True)["step"] < 10**6
 
 
-def test_a_checkpoint_counts_the_pictures_of_every_batch_size(tmp_path: Path) -> None:
+def test_a_checkpoint_counts_the_images_of_every_batch_size(tmp_path: Path) -> None:
     fit(nn.Linear(4, 1), _toy, checkpoint=tmp_path / "x.pt", steps=3, batch_size=8, learning_rate=1e-2)
     fit(nn.Linear(4, 1), _toy, checkpoint=tmp_path / "x.pt", steps=5, batch_size=32, learning_rate=1e-2)
     assert progress(tmp_path / "x.pt") == Progress(step=5, images=3 * 8 + 2 * 32)
 
 
-def test_a_larger_batch_has_a_larger_learning_rate(some: EmojiPictures, tmp_path: Path) -> None:
+def test_a_larger_batch_has_a_larger_learning_rate(some: EmojiImages, tmp_path: Path) -> None:
     def run(batch_size: int | None) -> Run:
         return Run(tmp_path, some, tmp_path, tmp_path, steps=1, minutes=1.0, batch_size=batch_size)
 
@@ -86,20 +86,20 @@ def test_a_larger_batch_has_a_larger_learning_rate(some: EmojiPictures, tmp_path
     assert run(256).sized(64, 5e-4) == {"batch_size": 256, "learning_rate": pytest.approx(1e-3)}
 
 
-def test_parts_take_the_batch_size_that_was_asked_for(some: EmojiPictures, tmp_path: Path) -> None:
+def test_parts_take_the_batch_size_that_was_asked_for(some: EmojiImages, tmp_path: Path) -> None:
     run = Run(tmp_path, some, tmp_path, tmp_path, steps=2, minutes=1.0, batch_size=5)
     for part in ("vae", "decoder"):
         PARTS[part](run)
         assert progress(tmp_path / f"{part}.pt") == Progress(step=2, images=10)
 
 
-def test_a_checkpoint_without_a_count_of_pictures_is_named(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_count_of_images_is_named(tmp_path: Path) -> None:
     file = tmp_path / "x.pt"
     fit(nn.Linear(4, 1), _toy, checkpoint=file, steps=3, learning_rate=1e-2)
     state = torch.load(file, weights_only=True)
     del state["images"]
     torch.save(state, file)
-    with pytest.raises(ValueError, match=r"x\.pt holds 3 steps and no count of pictures.*train this part anew"):
+    with pytest.raises(ValueError, match=r"x\.pt holds 3 steps and no count of images.*train this part anew"):
         fit(nn.Linear(4, 1), _toy, checkpoint=file, steps=4, learning_rate=1e-2)
 
 
@@ -118,7 +118,7 @@ def test_load_ema_names_the_missing_checkpoint(tmp_path: Path) -> None:
         load_ema(nn.Linear(1, 1), tmp_path / "vae.pt")
 
 
-def test_the_autoencoder_learns(some: EmojiPictures, tmp_path: Path) -> None:
+def test_the_autoencoder_learns(some: EmojiImages, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae, losses = new_vae(), vae_losses(some, batch_size=4)
 
@@ -132,7 +132,7 @@ def test_the_autoencoder_learns(some: EmojiPictures, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_folding_the_scale_changes_latents_not_pictures(some: EmojiPictures) -> None:
+def test_folding_the_scale_changes_latents_not_images(some: EmojiImages) -> None:
     torch.manual_seed(0)
     vae = new_vae().eval()
     before = vae.decode(vae.encode(some.images[:4].float() / 127.5 - 1).latent_dist.mean).sample
@@ -145,7 +145,7 @@ def test_folding_the_scale_changes_latents_not_pictures(some: EmojiPictures) -> 
     torch.testing.assert_close(posterior.std, std)
 
 
-def test_augment_keeps_white_outside_and_is_seeded(some: EmojiPictures) -> None:
+def test_augment_keeps_white_outside_and_is_seeded(some: EmojiImages) -> None:
     pixels = torch.full((16, 3, 64, 64), -1.0)
     once, again = (augment(pixels, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(once, again)
@@ -162,7 +162,7 @@ def test_any_ascii_prompt_has_tokens(tmp_path: Path) -> None:
     assert tokenizer.unk_token not in words
 
 
-def test_clip_learns_to_match(some: EmojiPictures, tmp_path: Path) -> None:
+def test_clip_learns_to_match(some: EmojiImages, tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(list(some.captions), tmp_path / "tokenizer")
     clip, losses = new_clip(tokenizer), clip_losses(some, tokenizer, concepts=6)
@@ -172,7 +172,7 @@ def test_clip_learns_to_match(some: EmojiPictures, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_all_patches_are_the_model_itself_and_half_are_not(some: EmojiPictures, tmp_path: Path) -> None:
+def test_all_patches_are_the_model_itself_and_half_are_not(some: EmojiImages, tmp_path: Path) -> None:
     torch.manual_seed(0)
     clip = new_clip(train_tokenizer(list(some.captions), tmp_path / "tokenizer")).eval()
     pixel_values = normalize(to_pixels(some.images[:6]))
@@ -185,14 +185,14 @@ def test_all_patches_are_the_model_itself_and_half_are_not(some: EmojiPictures, 
     assert not torch.allclose(half, whole, atol=1e-3)
 
 
-def test_a_patchwork_is_of_both_pictures() -> None:
+def test_a_patchwork_is_of_both_images() -> None:
     one, other = torch.zeros(9, 3, 64, 64), torch.ones(9, 3, 64, 64)
     mixed = patchwork(one, other, torch.Generator().manual_seed(0))
     assert (mixed[..., :16] == 0).all() and (mixed[..., 48:] == 1).all()
     assert len(mixed.mean(dim=(1, 2, 3)).unique()) > 3
 
 
-def test_the_decoder_alone_leaves_the_latents(some: EmojiPictures, tmp_path: Path) -> None:
+def test_the_decoder_alone_leaves_the_latents(some: EmojiImages, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = new_vae().eval()
     before = encode(vae, some.images)
@@ -203,7 +203,7 @@ def test_the_decoder_alone_leaves_the_latents(some: EmojiPictures, tmp_path: Pat
     assert losses(vae, torch.Generator().manual_seed(5))["loss"].item() < 0.8 * first
 
 
-def test_the_classifier_learns_styles(some: EmojiPictures, tmp_path: Path) -> None:
+def test_the_classifier_learns_styles(some: EmojiImages, tmp_path: Path) -> None:
     torch.manual_seed(0)
     classifier, losses = StyleClassifier(), classifier_losses(some, new_vae().eval(), batch_size=32)
     first = losses(classifier, torch.Generator().manual_seed(5))["loss"].item()

@@ -74,14 +74,14 @@ def test_the_first_commands_run_as_written(tmp_path: Path) -> None:
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     unpack, *rest = block.replace("\\\n", " ").strip().splitlines()
     run(unpack.replace("python ", f"{sys.executable} ", 1), tmp_path)
-    rows = (tmp_path / "pictures" / "metadata.jsonl").read_text().splitlines()
-    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(rows[::150]))  # minutes become seconds
+    rows = (tmp_path / "images" / "metadata.jsonl").read_text().splitlines()
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(rows[::150]))  # minutes become seconds
     for command in rest:
         small = " steps=2 num_workers=0" if command.split()[1] in ("train", "cache") else ""
         run(f"{sys.executable} -m ipadapter_trainer.cli {command.removeprefix('ipadapter ')}{small}", tmp_path)
     assert (tmp_path / "runs" / "emoji" / "report.html").is_file()
-    with Image.open(tmp_path / "cat.png") as picture:
-        assert picture.size == (64, 64)
+    with Image.open(tmp_path / "cat.png") as image:
+        assert image.size == (64, 64)
 
 
 INSIGHTFACE = {
@@ -131,5 +131,5 @@ def test_the_adapter_goes_into_diffusers_as_written(tmp_path: Path) -> None:
     Image.new("RGB", (80, 64), "orange").save(tmp_path / "cat.jpg")
     (tmp_path / "example.py").write_text(example)
     run(f"{sys.executable} example.py", tmp_path)
-    with Image.open(tmp_path / "moon.png") as picture:
-        assert picture.size == (64, 64)
+    with Image.open(tmp_path / "moon.png") as image:
+        assert image.size == (64, 64)

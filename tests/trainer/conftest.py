@@ -23,10 +23,10 @@ from .published_bases import write_published_base
 from .tiny_models import COLOURS, write_model
 
 
-def draw_picture(colour: str, size: tuple[int, int] = (80, 64)) -> Image.Image:
-    picture = Image.new("RGB", size, "white")
-    ImageDraw.SampleIndex(picture).rectangle((20, 14, 56, 50), fill=colour)
-    return picture
+def draw_image(colour: str, size: tuple[int, int] = (80, 64)) -> Image.Image:
+    image = Image.new("RGB", size, "white")
+    ImageDraw.SampleIndex(image).rectangle((20, 14, 56, 50), fill=colour)
+    return image
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,22 +98,22 @@ def v_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bas
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Six pictures with captions beside them."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """Six images with captions beside them."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for colour in COLOURS:
-        draw_picture(colour).save(folder / f"{colour}.png")
+        draw_image(colour).save(folder / f"{colour}.png")
         (folder / f"{colour}.txt").write_text(f"a {colour} square\n")
     return folder
 
 
 @pytest.fixture
-def settings(model_folder: Path, pictures: Path, tmp_path: Path) -> dict[str, Any]:
+def settings(model_folder: Path, images: Path, tmp_path: Path) -> dict[str, Any]:
     """A training of seconds."""
     return {
         "base_model": str(model_folder),
-        "data": str(pictures),
+        "data": str(images),
         "output": str(tmp_path / "run"),
         "resolution": 64,
         "batch_size": 2,

@@ -14,7 +14,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
     "resolution": 64,
-    "picture": (80, 64),
+    "image": (80, 64),
     "unet": (8, 16, 32, 32),
     "vae": (8, 8, 8, 8),
     "text": (16, 1, 2),
@@ -56,7 +56,7 @@ def test_tiny_computes_in_the_proportions_of_sd15():
     assert shares["tiny"] == pytest.approx(shares["sd15"], abs=0.025)
 
 
-def test_the_written_model_and_pictures_are_a_training(tmp_path, small):
+def test_the_written_model_and_images_are_a_training(tmp_path, small):
     """Through the real command's function, on both sides of the clock."""
     from training_child import Clock, run_ours
     from training_models import write_base_model, write_data

@@ -45,7 +45,7 @@ def test_a_resolution_below_a_step_is_refused() -> None:
         make_buckets(32)
 
 
-def test_pictures_go_into_the_bucket_of_the_nearest_shape() -> None:
+def test_images_go_into_the_bucket_of_the_nearest_shape() -> None:
     buckets = ((32, 64), (64, 64), (64, 32))
     sizes = [(640, 640), (300, 600), (600, 300), (100, 2000), (66, 64), None, (80, 60), (90, 60)]
     found = assign(sizes, buckets)
@@ -81,7 +81,7 @@ def test_sizes_are_read_from_lists_headers_and_memory(tmp_path: Path) -> None:
     Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=turned)
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[:50])  # the header is there, the pixels are not
-    (tmp_path / "none.png").write_text("no picture")
+    (tmp_path / "none.png").write_text("no image")
     examples = [Example(tmp_path / name, "") for name in ("a.png", "turned.jpg", "cut.png", "none.png", "absent.png")]
     examples += [Example(Image.new("RGB", (7, 9)), ""), Example(tmp_path / "absent.png", "", size=(3, 4))]
     assert read_sizes(examples) == [(30, 20), (20, 30), (30, 20), None, None, (7, 9), (3, 4)]

@@ -37,7 +37,7 @@ from .tiny_data import assert_same, write_shard
 
 @pytest.fixture
 def settings(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """Twelve pictures more, of three shapes, and a cache."""
+    """Twelve images more, of three shapes, and a cache."""
     for number in range(12):
         shape = (70, 90 + 30 * (number // 5), 3)
         pixels = np.random.default_rng(number).integers(0, 255, shape, dtype=np.uint8)
@@ -75,11 +75,11 @@ def test_cache_and_train(settings: dict[str, Any], tmp_path: Path) -> None:
     folder = Path(settings["cache"])
     code, out, err = ipadapter("cache", file, f"cache={folder}")
     assert code == 0, err
-    assert "18 pictures" in out
+    assert "18 images" in out
     assert "11 distinct captions" in out
     assert "free" in out
     assert f"Train with cache={folder}" in out
-    assert sorted(p.name for p in folder.iterdir()) == [MANIFEST, "pictures", "texts"]
+    assert sorted(p.name for p in folder.iterdir()) == [MANIFEST, "images", "texts"]
     code, out, err = ipadapter("train", file, f"cache={folder}", "steps=2", "validation_images=0")
     assert code == 0, err
     assert "features from the cache" in out
@@ -92,7 +92,7 @@ def test_cache_and_train(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_shards_are_cached_as_the_folder_that_they_were_made_of(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Same pictures in the same order: the same tensors, and a training that knows its pictures, with epochs, buckets
+    """Same images in the same order: the same tensors, and a training that knows its images, with epochs, buckets
     and a validation.
     """
     files = sorted(p for p in Path(settings["data"]).iterdir() if p.suffix in (".png", ".txt"))
@@ -108,7 +108,7 @@ def test_shards_are_cached_as_the_folder_that_they_were_made_of(settings: dict[s
     code, _, err = ipadapter("cache", *keys({**settings, **changes}, data=settings["data"], cache=tmp_path / "other"))
     assert code == 0, err
     caches = [Path(settings["cache"]), tmp_path / "other"]
-    found = [sorted((folder / "pictures").iterdir()) for folder in caches]
+    found = [sorted((folder / "images").iterdir()) for folder in caches]
     assert len(found[0]) == len(found[1]) > 1  # more than one bucket
     for one, other in zip(*found, strict=True):
         assert_same(load_file(one), load_file(other))
@@ -126,7 +126,7 @@ def test_the_manifest_says_what_made_it(settings: dict[str, Any]) -> None:
     assert manifest["buckets"] == [[64, 64]]
     expected = {"resolution": 64, "flip": True, "cache_image_features": "int8", "crop": "center", "seed": None}
     assert expected.items() <= manifest["settings"].items()
-    (entry,) = manifest["shards"]["pictures"]
+    (entry,) = manifest["shards"]["images"]
     assert (entry["start"], entry["stop"]) == (0, 18)
     assert entry["bytes"] == (folder / entry["file"]).stat().st_size
     # What sha256sum says too.
@@ -229,7 +229,7 @@ def test_only_missing_shards_are_made_again(settings: dict[str, Any], small_shar
     config, lines = make_config(settings), []
     folder = write_cache(config)
     before = contents(folder)
-    files = sorted((folder / "pictures").iterdir())
+    files = sorted((folder / "images").iterdir())
     assert len(files) > 3
     times = {file: file.stat().st_mtime_ns for file in files}
     files[0].unlink()
@@ -248,7 +248,7 @@ def test_another_batch_size_keeps_the_buckets(settings: dict[str, Any], small_sh
     lines: list[str] = []
     write_cache(make_config({**settings, "batch_size": 1}), say=lines.append)
     assert "is complete" in lines[0]
-    (folder / "pictures" / "shard-00002.safetensors").unlink()
+    (folder / "images" / "shard-00002.safetensors").unlink()
     write_cache(make_config({**settings, "batch_size": 1}))
     assert contents(folder).keys() == before.keys()
     check_hashes(folder)
@@ -257,14 +257,14 @@ def test_another_batch_size_keeps_the_buckets(settings: dict[str, Any], small_sh
 def test_a_changed_byte_is_found_by_check(settings: dict[str, Any], small_shards: None) -> None:
     folder = write_cache(make_config(settings))
     good = contents(folder)
-    file = folder / "pictures" / "shard-00001.safetensors"
+    file = folder / "images" / "shard-00001.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     (folder / "texts" / "shard-00000.safetensors").unlink()
     with pytest.raises(CacheError) as error:
         check_hashes(folder)
-    assert "pictures/shard-00001.safetensors has other content" in str(error.value)
+    assert "images/shard-00001.safetensors has other content" in str(error.value)
     assert "texts/shard-00000.safetensors is missing" in str(error.value)
     code, _, err = ipadapter("cache", "--check", folder)
     assert code == 2
@@ -341,7 +341,7 @@ def test_two_processes_write_what_one_does(settings: dict[str, Any], tmp_path: P
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert "2 processes share the work" in launched.stdout
-    assert launched.stdout.count("Cached 18 pictures") == 1
+    assert launched.stdout.count("Cached 18 images") == 1
     one = contents(write_cache(make_config({**settings, "cache": tmp_path / "one"})))
     assert len(one) > 6
     assert one == contents(tmp_path / "two")
@@ -376,7 +376,7 @@ def test_values_that_float16_cannot_hold_are_refused(settings: dict[str, Any], m
 
     encode = cache_encoding.encode_moments
     monkeypatch.setattr(cache_encoding, "encode_moments", lambda *a: tuple(m * 1e6 for m in encode(*a)))
-    with pytest.raises(CacheError, match=r"latents_mean of pictures/shard-00000.* not finite in float16"):
+    with pytest.raises(CacheError, match=r"latents_mean of images/shard-00000.* not finite in float16"):
         write_cache(make_config(settings))
 
 

@@ -1,4 +1,4 @@
-"""Training from a cache is the training from pictures."""
+"""Training from a cache is the training from images."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from .tiny_models import COLOURS
 
 @pytest.fixture
 def many(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """Pictures of several shapes whose every pixel differs; some share a caption, some have other references."""
+    """Images of several shapes whose every pixel differs; some share a caption, some have other references."""
     folder = tmp_path / "many"
     (folder / "faces").mkdir(parents=True)
     rows = []
@@ -111,8 +111,8 @@ def features(config: TrainConfig, base_model: BaseModel, drawn: list[Batch]) -> 
     return Features.cat([encode_batch(base_model, batch, spec) for batch in drawn])
 
 
-def test_the_losses_are_those_of_the_pictures(many: dict[str, Any], base_model: BaseModel, tmp_path: Path) -> None:
-    """Bit for bit when nothing is rounded. (One picture a batch, so that the encoders' sums have one order.)"""
+def test_the_losses_are_those_of_the_images(many: dict[str, Any], base_model: BaseModel, tmp_path: Path) -> None:
+    """Bit for bit when nothing is rounded. (One image a batch, so that the encoders' sums have one order.)"""
     config = make_config({**many, "kind": "plus", "batch_size": 1})
     expected = losses(config, base_model, batches(uncached(config, base_model), config))
     write_cache(config, _dtype=torch.float32)
@@ -136,10 +136,10 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_features_are_those_of_the_pictures(
+def test_the_features_are_those_of_the_images(
     many: dict[str, Any], case: dict[str, Any], base_model: BaseModel
 ) -> None:
-    """Eight pictures in batches of two: with variants, for as many epochs as there are."""
+    """Eight images in batches of two: with variants, for as many epochs as there are."""
     config = make_config({**many, **case})
     count = 4 * config.cache_variants
     plain = batches(uncached(config, base_model), config, count)
@@ -211,7 +211,7 @@ def test_with_variants_the_epochs_take_turns(many: dict[str, Any], base_model: B
     config = make_config({**many, "crop": "random", "flip": True, "cache_variants": 3})
     write_cache(config)
     dataset = cached(config, base_model)
-    tables = dataset.cache.pictures.shard(0)
+    tables = dataset.cache.images.shard(0)
     assert tables["latents_mean"].shape[1] == 6
     crops = [dataset[SampleIndex(epoch, 0)]["latents_mean"] for epoch in range(6)]
     assert len({tuple(crop.flatten().tolist()) for crop in crops}) > 3  # crops and mirror images
@@ -221,7 +221,7 @@ def test_shared_captions_and_references_are_kept_once(many: dict[str, Any]) -> N
     config = make_config({**many, "kind": "plus"})
     write_cache(config)
     manifest = read_manifest(Path(many["cache"]) / MANIFEST)
-    assert manifest.counts == {"texts": 3 + 1, "references": 3, "pictures": 8}
+    assert manifest.counts == {"texts": 3 + 1, "references": 3, "images": 8}
 
 
 def test_the_forecast_is_what_is_written(many: dict[str, Any], base_model: BaseModel, sdxl_folder: Path) -> None:
@@ -229,7 +229,7 @@ def test_the_forecast_is_what_is_written(many: dict[str, Any], base_model: BaseM
         ({}, {"kind": "plus", "cache_image_features": "int8", "flip": True}, {"base_model": sdxl_folder})
     ):
         config = make_config({**many, **case, "cache": f"{many['cache']}{number}"})
-        forecast = cache_size(config, base_model_from_config(config), pictures=8, captions=4, references=3, own=5)
+        forecast = cache_size(config, base_model_from_config(config), images=8, captions=4, references=3, own=5)
         assert config.cache is not None
         folder = write_cache(config)
         found = 0
@@ -240,20 +240,20 @@ def test_the_forecast_is_what_is_written(many: dict[str, Any], base_model: BaseM
         assert plan_training(config).cache == found
 
 
-# --- Broken pictures
+# --- Broken images
 
 
-def test_broken_pictures_are_replaced_and_named_as_without_cache(many: dict[str, Any], base_model: BaseModel) -> None:
+def test_broken_images_are_replaced_and_named_as_without_cache(many: dict[str, Any], base_model: BaseModel) -> None:
     folder = Path(many["data"])
-    (folder / "2.png").write_bytes(b"not a picture")
+    (folder / "2.png").write_bytes(b"not an image")
     (folder / "faces" / "2.png").write_bytes(b"neither")
     config = make_config(many)
     lines: list[str] = []
     write_cache(config, say=lines.append)
     assert any("Could not be read and are left out: 2, such as" in line for line in lines)
     manifest = read_manifest(Path(many["cache"]) / MANIFEST)
-    assert list(manifest.broken["pictures"]) == ["2"]
-    assert "2.png: a text file that begins with 'not a picture'" in manifest.broken["pictures"]["2"]
+    assert list(manifest.broken["images"]) == ["2"]
+    assert "2.png: a text file that begins with 'not an image'" in manifest.broken["images"]["2"]
     plain, kept = uncached(config, base_model), cached(config, base_model)
     for epoch in range(3):
         for row in range(8):
@@ -263,14 +263,14 @@ def test_broken_pictures_are_replaced_and_named_as_without_cache(many: dict[str,
             assert torch.equal(one["noise"], other["noise"])
 
 
-def test_no_picture_can_be_read(many: dict[str, Any]) -> None:
+def test_no_image_can_be_read(many: dict[str, Any]) -> None:
     for file in Path(many["data"]).glob("*.png"):
-        file.write_bytes(b"not a picture")
-    with pytest.raises(DataError, match="None of the 8 pictures can be read"):
+        file.write_bytes(b"not an image")
+    with pytest.raises(DataError, match="None of the 8 images can be read"):
         write_cache(make_config(many))
 
 
-def test_a_bucket_of_broken_pictures_is_left_out(many: dict[str, Any], base_model: BaseModel) -> None:
+def test_a_bucket_of_broken_images_is_left_out(many: dict[str, Any], base_model: BaseModel) -> None:
     config = make_config({**many, "buckets": True, "bucket_step": 8})
     examples = examples_from_config(config)
     sizes = buckets_from_config(config, examples)
@@ -355,16 +355,16 @@ def test_damaged_caches_are_refused(many: dict[str, Any], base_model: BaseModel)
     with pytest.raises(CacheError, match=r"holds no cache\. Run `ipadapter cache`"):
         cached(config, base_model)
     write_cache(config)
-    shard = folder / "pictures" / "shard-00000.safetensors"
+    shard = folder / "images" / "shard-00000.safetensors"
     content = shard.read_bytes()
     shard.write_bytes(content[:-100])
-    with pytest.raises(CacheError, match=r"pictures/shard-00000.safetensors has [\d,]+ bytes instead of [\d,]+"):
+    with pytest.raises(CacheError, match=r"images/shard-00000.safetensors has [\d,]+ bytes instead of [\d,]+"):
         cached(config, base_model)
     shard.unlink()
-    with pytest.raises(CacheError, match=r"pictures/shard-00000.safetensors is missing"):
+    with pytest.raises(CacheError, match=r"images/shard-00000.safetensors is missing"):
         cached(config, base_model)
     shard.write_bytes(b"\xff" * len(content))
-    with pytest.raises(CacheError, match=r"pictures/shard-00000.safetensors is damaged"):
+    with pytest.raises(CacheError, match=r"images/shard-00000.safetensors is damaged"):
         cached(config, base_model)
     shard.write_bytes(content)
     manifest = folder / MANIFEST
@@ -377,7 +377,7 @@ def test_damaged_caches_are_refused(many: dict[str, Any], base_model: BaseModel)
         cached(config, base_model)
 
 
-def test_a_shard_that_breaks_while_training_is_no_broken_picture(many: dict[str, Any], base_model: BaseModel) -> None:
+def test_a_shard_that_breaks_while_training_is_no_broken_image(many: dict[str, Any], base_model: BaseModel) -> None:
     """Else a training would go on with what is left."""
     config = make_config({**many, "num_workers": 1, "validation_images": 0})
     write_cache(config)
@@ -409,7 +409,7 @@ def test_a_row_of_another_bucket_stands_in_for_none(many: dict[str, Any], base_m
     write_cache(config)
     dataset = cached(config, base_model)
     first, second = (rows[0] for rows in dataset.buckets.rows[:2])
-    dataset.cache = replace(dataset.cache, broken={"pictures": dict.fromkeys(dataset.buckets.rows[0], "gone")})
-    with pytest.raises(DataError, match="None of the 8 pictures can be read"):
+    dataset.cache = replace(dataset.cache, broken={"images": dict.fromkeys(dataset.buckets.rows[0], "gone")})
+    with pytest.raises(DataError, match="None of the 8 images can be read"):
         dataset[first]
     assert dataset[second]["latents_mean"].shape == dataset.preprocessor.latent_shape(dataset.buckets.sizes[1])

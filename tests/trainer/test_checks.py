@@ -68,7 +68,7 @@ Wrong = Callable[[dict[str, Any], Path], dict[str, Any]]
     [
         (no_file, AdapterError, "nothing.safetensors"),
         (a_damaged_checkpoint, CheckpointError, "damaged.*Delete"),
-        (no_readable_image, DataError, "None of the 6 pictures can be read"),
+        (no_readable_image, DataError, "None of the 6 images can be read"),
         (no_cache, CacheError, "holds no cache. Run `ipadapter cache`"),
         (too_few_shards, DataError, "Set num_workers=1"),
         (no_shard, DataError, "0.tar"),

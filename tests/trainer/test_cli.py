@@ -68,7 +68,7 @@ def test_train_with_a_file_and_overrides(settings: dict[str, Any], tmp_path: Pat
     code, out, err = ipadapter("train", file, "steps=2")
     assert code == 0, err
     assert "M parameters" in out
-    assert "6 pictures" in out
+    assert "6 images" in out
     assert f"Saved {Path(settings['output']) / 'ip-adapter_context-32.safetensors'}" in out
     assert f"Report: {Path(settings['output']) / 'report.html'}" in out
     code, out, _ = ipadapter("train", file, "steps=3")
@@ -79,7 +79,7 @@ def test_train_with_a_file_and_overrides(settings: dict[str, Any], tmp_path: Pat
 def test_a_dry_run_says_what_it_needs_and_writes_nothing(settings: dict[str, Any]) -> None:
     code, out, err = ipadapter("train", "--dry-run", *(f"{key}={value}" for key, value in settings.items()))
     assert code == 0, err
-    for words in ("0.05 M trained", "6 pictures to train on", "GFLOPs a step", "memory", "6 of 2 pictures"):
+    for words in ("0.05 M trained", "6 images to train on", "GFLOPs a step", "memory", "6 of 2 images"):
         assert words in out
     assert not Path(settings["output"]).exists()
     code, _, err = ipadapter("train", "--dry-run", *(f"{k}={v}" for k, v in {**settings, "data": "nowhere"}.items()))
@@ -121,7 +121,7 @@ def test_a_mistake_is_one_line_and_status_2(settings: dict[str, Any], changes: d
     [
         (
             "",
-            "Write `ipadapter train CONFIG key=value ...`, such as `ipadapter train sd15-base data=pictures "
+            "Write `ipadapter train CONFIG key=value ...`, such as `ipadapter train sd15-base data=images "
             "output=runs/mine`. `ipadapter new` lists the configs, `ipadapter train --options` the keys.",
         ),
         ("--learning_rate 1e-4", "Write learning_rate=1e-4 instead of --learning_rate 1e-4."),
@@ -142,7 +142,7 @@ def test_a_mistake_is_one_line_and_status_2(settings: dict[str, Any], changes: d
         ("sd15-bse", "sd15-bse: no such config. Did you mean sd15-base?"),
         ("configs/sdxl-plu.toml", "configs/sdxl-plu.toml: no such config. Did you mean sdxl-plus?"),
         ("steps=3 a.toml", "a.toml: no such config. `ipadapter new` lists the configs that come with this package."),
-        ("/", "/ is a folder, not a config. If it holds the pictures, write data=/."),
+        ("/", "/ is a folder, not a config. If it holds the images, write data=/."),
         ("sd15-base steps=3 steps=4", "steps is given twice, '3' and '4'. Leave one out."),
         (
             "sd15-base stepz=3 batchsize=4",
@@ -197,9 +197,9 @@ def test_without_arguments_there_is_help() -> None:
         assert "Usage:" in out + err
 
 
-def test_generate_writes_pictures(model_folder: Path, adapter_file: Path, pictures: Path, tmp_path: Path) -> None:
+def test_generate_writes_images(model_folder: Path, adapter_file: Path, images: Path, tmp_path: Path) -> None:
     common = ["generate", "--base-model", model_folder, "--steps", "2"]
-    prompt = ["--adapter", adapter_file, "--image", pictures / "red.png", "--prompt", "a red square"]
+    prompt = ["--adapter", adapter_file, "--image", images / "red.png", "--prompt", "a red square"]
     code, _, err = ipadapter(*common, *prompt, "--count", "2", "--output", tmp_path / "new" / "o.png")
     assert code == 0, err
     assert [Image.open(tmp_path / "new" / f"o-{i}.png").size for i in (1, 2)] == [(64, 64)] * 2
@@ -207,16 +207,16 @@ def test_generate_writes_pictures(model_folder: Path, adapter_file: Path, pictur
     assert (code, out.strip()) == (0, f"Saved {tmp_path / 'plain.png'}")
 
 
-def test_generate_names_what_is_wrong(model_folder: Path, adapter_file: Path, pictures: Path, tmp_path: Path) -> None:
+def test_generate_names_what_is_wrong(model_folder: Path, adapter_file: Path, images: Path, tmp_path: Path) -> None:
     common, output = ["generate", "--base-model", model_folder], ["--output", tmp_path / "o.png"]
-    image = ["--image", pictures / "red.png"]
+    image = ["--image", images / "red.png"]
     cases: list[tuple[list[Any], str]] = [
         (["--adapter", adapter_file], "--image is missing"),
         (image, "--adapter is missing"),
-        (["--adapter", pictures / "red.png", *image], "PNG image"),
+        (["--adapter", images / "red.png", *image], "PNG image"),
         (["--adapter", adapter_file, "--image", adapter_file], "a safetensors file; expected JPEG, PNG"),
-        (["--adapter", adapter_file, "--image", "/nowhere.png"], "/nowhere.png: no such picture"),
-        (["--output", tmp_path / "o.xyz"], "unknown picture suffix"),
+        (["--adapter", adapter_file, "--image", "/nowhere.png"], "/nowhere.png: no such image"),
+        (["--output", tmp_path / "o.xyz"], "unknown image suffix"),
         (["--size", "60"], "multiple of 8"),
     ]
     for arguments, words in cases:
@@ -225,7 +225,7 @@ def test_generate_names_what_is_wrong(model_folder: Path, adapter_file: Path, pi
         assert words in err
 
 
-def test_inspect(adapter_file: Path, pictures: Path) -> None:
+def test_inspect(adapter_file: Path, images: Path) -> None:
     code, out, _ = ipadapter("inspect", adapter_file)
     assert code == 0
     for words in ("base", "16 cross-attention layers", "tokens", "float32", "ipadapter.kind"):
@@ -234,7 +234,7 @@ def test_inspect(adapter_file: Path, pictures: Path) -> None:
     described = json.loads(out)
     assert (described["kind"], described["num_tokens"], described["layers"]) == ("base", 4, 16)
     assert described["parameters"] == sum(4 * 32 * n for n in (24, 1)) + 2 * 32 + 2 * 32 * sum(described["layer_dims"])
-    for wrong in (pictures / "red.png", Path("/nowhere.safetensors")):
+    for wrong in (images / "red.png", Path("/nowhere.safetensors")):
         code, _, err = ipadapter("inspect", wrong)
         assert code == 2
         assert str(wrong) in err
@@ -251,8 +251,8 @@ def test_inspect_and_the_loader_agree_on_other_adapters(adapter_file: Path, tmp_
     assert str(error.value) in " ".join(err.split())
 
 
-def test_an_option_given_twice_is_refused(adapter_file: Path, pictures: Path) -> None:
-    image = pictures / "red.png"
+def test_an_option_given_twice_is_refused(adapter_file: Path, images: Path) -> None:
+    image = images / "red.png"
     given = ["generate", "--base-model", "x", "--output", "o.png", f"--image={image}", "--image", image]
     code, _, err = ipadapter(*given)
     assert code == 2

@@ -58,7 +58,7 @@ def test_each_tokenizer_pads_in_its_own_way(sdxl_model: BaseModel) -> None:
 
 @torch.no_grad()
 def test_the_unet_gets_what_the_pipeline_gives_it(sdxl_model: BaseModel) -> None:
-    """One call for two pictures of another size and crop."""
+    """One call for two images of another size and crop."""
     original, crop, target = torch.tensor([[96, 80.0]]), torch.tensor([[8, 0.0]]), torch.tensor([[64, 72.0]])
     text = encode_prompts(sdxl_model, ["a red square", "a blue square"])
     ids = time_ids(*(part.expand(2, -1) for part in (original, crop, target)))

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from ipadapter_core import infer_spec, load_adapter, read_checkpoint, save_adapter
 
-from .conftest import draw_picture
+from .conftest import draw_image
 from .tiny_models import COLOURS
 
 ROOT = Path(__file__).parents[2]
@@ -48,12 +48,12 @@ GOLDEN_KINDS = {
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures with captions, a table of face embeddings, and crops as references."""
+    """Images with captions, a table of face embeddings, and crops as references."""
     folder = tmp_path_factory.mktemp("faces")
     rows, table = [], {}
     for number, colour in enumerate(COLOURS):
-        draw_picture(colour).save(folder / f"{colour}.png")
-        draw_picture(colour, (40, 40)).save(folder / f"{colour}-face.png")
+        draw_image(colour).save(folder / f"{colour}.png")
+        draw_image(colour, (40, 40)).save(folder / f"{colour}-face.png")
         rows.append({"file_name": f"{colour}.png", "text": f"a {colour} square", "reference": f"{colour}-face.png"})
         table[f"{colour}.png"] = torch.nn.functional.one_hot(torch.tensor(number), 512).float()
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -94,7 +94,7 @@ def test_its_head_says_the_command_and_what_it_needs(file: Path, published: dict
     family = family_of(file)
     config = load_config(file, overrides(file, published[family], faces))
     plan = plan_training(config)
-    pictures = config.steps * config.batch_size * config.gradient_accumulation_steps
+    images = config.steps * config.batch_size * config.gradient_accumulation_steps
     cached, whole = (
         flops / config.batch_size for flops in (plan.cost.flops, plan.cost.flops + plan.cost.encoder_flops)
     )
@@ -102,13 +102,13 @@ def test_its_head_says_the_command_and_what_it_needs(file: Path, published: dict
     said = numbers(head, r"Trains ([\d.]+) M parameters.* needs (\d+) GB on a GPU.* the ([\d,]+) steps below")
     assert said == pytest.approx([plan.trained / 1e6, plan.memory / 1e9, config.steps], rel=0.05, abs=0.51)
     said = numbers(
-        head, r"are (\d+) .FLOP \(([\d.]+) TFLOP a picture\), ([\d,]+) (?:hours|minutes) for every 100 TFLOP/s"
+        head, r"are (\d+) .FLOP \(([\d.]+) TFLOP an image\), ([\d,]+) (?:hours|minutes) for every 100 TFLOP/s"
     )
-    expected = [whole * pictures / unit, whole / 1e12, whole * pictures / 1e14 / seconds]
+    expected = [whole * images / unit, whole / 1e12, whole * images / 1e14 / seconds]
     assert said == pytest.approx(expected, rel=0.05, abs=0.51)
     if file != FINETUNE:
         said = numbers(head, r"With a cache they are (\d+) EFLOP \(([\d.]+)\)")
-        assert said == pytest.approx([cached * pictures / unit, cached / 1e12], rel=0.05, abs=0.51)
+        assert said == pytest.approx([cached * images / unit, cached / 1e12], rel=0.05, abs=0.51)
 
     golden = WEIGHT_KEYS[GOLDEN_FAMILIES[family]][GOLDEN_KINDS[kind_of(file)]]
     assert plan.trained == sum(math.prod(shape) for part in PARTS for shape in golden[part].values())
@@ -148,9 +148,9 @@ def test_the_fine_tune_goes_on_from_its_file(
     assert 0 < moved.max() < 1e-3
 
 
-def test_the_emoji_config_runs_in_a_checkout(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_emoji_config_runs_in_a_checkout(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    more = (f"data={pictures}", f"output={tmp_path / 'run'}", "log_with=none")
+    more = (f"data={images}", f"output={tmp_path / 'run'}", "log_with=none")
     plan, config = plan_training(load_config(EMOJI, more)), load_config(EMOJI)
     work = (plan.cost.flops + plan.cost.encoder_flops) * config.steps
     head = re.sub(r"\n# ", " ", EMOJI.read_text().split("\n\n")[0])

@@ -128,8 +128,8 @@ def test_an_archive_of_other_things(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = 5
             tar.addfile(info, io.BytesIO(b"hello"))
-    assert_refused("none of the 2 pictures can be used", "data", "check", tmp_path / "code.tar", "--no-sheet")
-    with pytest.raises(DataError, match=r"The shards hold no sample. code.tar/a: no picture .*among its files \(py\)"):
+    assert_refused("none of the 2 images can be used", "data", "check", tmp_path / "code.tar", "--no-sheet")
+    with pytest.raises(DataError, match=r"The shards hold no sample. code.tar/a: no image .*among its files \(py\)"):
         index_shards([str(tmp_path / "code.tar")])
 
 
@@ -162,7 +162,7 @@ def test_a_pattern_with_wildcards(shards: list[Path], monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        ("pictures-*.tar", "pictures-*.tar: no file matches. {0} holds s0.tar, s1.tar."),
+        ("images-*.tar", "images-*.tar: no file matches. {0} holds s0.tar, s1.tar."),
         ("s{{0..3}}.tar", "s2.tar: no such file (2 of 4 shards do not exist). {0} holds s0.tar, s1.tar."),
         ("sub/*.tar", "sub/*.tar: no file matches. {0}/sub holds no .tar file."),
         ("no/*.tar", "no/*.tar: no file matches. There is no folder {0}/no."),
@@ -182,7 +182,7 @@ def test_a_pattern_of_many_shards_is_cut(shards: list[Path]) -> None:
 
 
 def test_addresses_have_no_wildcards() -> None:
-    with pytest.raises(DataError, match=r"cannot hold a \*. Write pictures-\{000..099\}.tar"):
+    with pytest.raises(DataError, match=r"cannot hold a \*. Write images-\{000..099\}.tar"):
         expand_shards("https://host/a-*.tar?token=1")
 
 
@@ -197,8 +197,8 @@ LISTS = {
 
 @pytest.mark.parametrize("name", LISTS)
 @pytest.mark.parametrize("damage", ["a Git LFS pointer, not the file itself", "a web page, not the file itself"])
-def test_a_list_that_is_another_file(pictures: Path, name: str, damage: str) -> None:
-    file = pictures / name
+def test_a_list_that_is_another_file(images: Path, name: str, damage: str) -> None:
+    file = images / name
     file.write_bytes(DAMAGE[damage](b""))
     words = f"{file}: {damage}; expected a list of images and captions. "
     assert_refused(words, "data", "check", file, "--no-sheet")
@@ -229,12 +229,12 @@ def test_a_list_that_is_another_file(pictures: Path, name: str, damage: str) -> 
         ),
     ],
 )
-def test_a_damaged_list_is_named(pictures: Path, name: str, data: bytes, words: str) -> None:
-    (pictures / name).write_bytes(data)
+def test_a_damaged_list_is_named(images: Path, name: str, data: bytes, words: str) -> None:
+    (images / name).write_bytes(data)
     with pytest.raises(DataError) as error:
-        find_examples(pictures / name)
+        find_examples(images / name)
     assert words in str(error.value) and "\n" not in str(error.value)
-    assert ipadapter("data", "check", pictures / name, "--no-sheet")[0] == 2
+    assert ipadapter("data", "check", images / name, "--no-sheet")[0] == 2
 
 
 # --- Face embeddings
@@ -334,8 +334,8 @@ def keys(settings: dict[str, Any], **changes: object) -> list[str]:
 
 def test_damaged_shards_of_a_cache_are_named_and_made_again(cache: dict[str, Any]) -> None:
     folder = Path(cache["cache"])
-    texts, pictures = (folder / name / "shard-00000.safetensors" for name in ("texts", "pictures"))
-    whole = {shard: shard.read_bytes() for shard in (texts, pictures)}
+    texts, images = (folder / name / "shard-00000.safetensors" for name in ("texts", "images"))
+    whole = {shard: shard.read_bytes() for shard in (texts, images)}
     missing = {
         "has {0:,} bytes instead of {1:,}": CUT["cut off"],
         "ends in zeros": CUT["zeros at the end"],
@@ -355,18 +355,18 @@ def test_damaged_shards_of_a_cache_are_named_and_made_again(cache: dict[str, Any
         check_hashes(folder)
 
 
-def test_a_shard_of_another_cache_is_named(cache: dict[str, Any], tmp_path: Path, pictures: Path) -> None:
+def test_a_shard_of_another_cache_is_named(cache: dict[str, Any], tmp_path: Path, images: Path) -> None:
     """Of the same size and shape."""
     folder, other = Path(cache["cache"]), tmp_path / "other"
-    for file in pictures.glob("*.txt"):
+    for file in images.glob("*.txt"):
         file.write_text(file.read_text().replace("square", "circle"))
     write_cache(make_config({**cache, "cache": str(other)}))
-    for name in ("texts", "pictures"):
+    for name in ("texts", "images"):
         shard = folder / name / "shard-00000.safetensors"
         shard.write_bytes((other / name / shard.name).read_bytes())
-    for file in pictures.glob("*.txt"):
+    for file in images.glob("*.txt"):
         file.write_text(file.read_text().replace("circle", "square"))
-    named = "texts/shard-00000.safetensors belongs to another cache; pictures/shard-00000.safetensors belongs"
+    named = "texts/shard-00000.safetensors belongs to another cache; images/shard-00000.safetensors belongs"
     assert_refused(named, "train", *keys(cache))
 
 
@@ -374,7 +374,7 @@ def test_a_shard_of_another_cache_is_named(cache: dict[str, Any], tmp_path: Path
 def test_a_damaged_manifest_is_named(cache: dict[str, Any], damage: str) -> None:
     manifest = Path(cache["cache"]) / MANIFEST
     content = json.loads(manifest.read_text())
-    del content["shards"]["pictures"]
+    del content["shards"]["images"]
     others = {"no table": lambda whole: json.dumps(content).encode(), "a list": lambda whole: b"[1, 2]"}
     manifest.write_bytes({**DAMAGE, **CUT, **others}[damage](manifest.read_bytes()))
     found = damage if damage in DAMAGE else "it is damaged"
@@ -383,9 +383,9 @@ def test_a_damaged_manifest_is_named(cache: dict[str, Any], damage: str) -> None
     assert_refused(f"{manifest}: not a cache's manifest ({found}). Make the cache again.", "train", *keys(cache))
 
 
-def test_what_is_no_cache_is_named(cache: dict[str, Any], pictures: Path, tmp_path: Path) -> None:
+def test_what_is_no_cache_is_named(cache: dict[str, Any], images: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for folder in (pictures, tmp_path / "nowhere", tmp_path / "file"):
+    for folder in (images, tmp_path / "nowhere", tmp_path / "file"):
         words = f"{folder} holds no cache. Run `ipadapter cache` with these settings."
         assert_refused(words, "train", *keys(cache, cache=folder))
 

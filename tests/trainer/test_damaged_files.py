@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from ipadapter_core import save_adapter
 from ipadapter_core.assets import emoji_folder
 
-from .conftest import draw_picture
+from .conftest import draw_image
 from .ldm import write_single_file
 from .tiny_models import adapter_of
 
@@ -119,7 +119,7 @@ def refused(file: Path, words: str, *arguments: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def whole(sdxl_folder: Path, sdxl_model: BaseModel, clip_folder: Path, tmp_path_factory: Any) -> Path:
-    """An SDXL model with both kinds of weight files and of tokenizers, an adapter, a picture, and a measuring CLIP."""
+    """An SDXL model with both kinds of weight files and of tokenizers, an adapter, an image, and a measuring CLIP."""
     folder = tmp_path_factory.mktemp("whole")
     model = Path(shutil.copytree(sdxl_folder, folder / "model"))
     for part, name in (("unet", UNET), ("image_encoder", "pytorch_model")):
@@ -133,7 +133,7 @@ def whole(sdxl_folder: Path, sdxl_model: BaseModel, clip_folder: Path, tmp_path_
     shutil.copytree(clip_folder, folder / "clip")
     save_adapter(folder / "adapter.safetensors", adapter_of(sdxl_model, "base"))
     write_single_file(sdxl_folder, folder / "single.safetensors", "sdxl")
-    draw_picture("red").save(folder / "red.png")
+    draw_image("red").save(folder / "red.png")
     (folder / "red.txt").write_text("a red square")
     return folder
 

@@ -37,7 +37,7 @@ def plain(resolution: int = 64, **changes: Any) -> Augmentation:
     return Augmentation(resolution, **{"image_dropout": 0.0, "text_dropout": 0.0, "both_dropout": 0.0, **changes})
 
 
-def picture(size: tuple[int, int] = (80, 64)) -> Image.Image:
+def image(size: tuple[int, int] = (80, 64)) -> Image.Image:
     """Every pixel and both directions differ."""
     width, height = size
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
@@ -70,20 +70,20 @@ def test_an_item_has_the_originals_names_and_ranges(preprocessor: Preprocessor) 
 def test_sdxl_has_a_second_text_and_its_sizes(preprocessor: Preprocessor, base_model: BaseModel) -> None:
     tokenizer = base_model.tokenizers[0]
     two = replace(preprocessor, tokenizers=(tokenizer, lambda text, **options: tokenizer(f"the {text}", **options)))
-    dataset = ImageDataset([Example(picture((300, 100)), "blue")], two, plain(), Buckets(((96, 64),), ((0,),)))
+    dataset = ImageDataset([Example(image((300, 100)), "blue")], two, plain(), Buckets(((96, 64),), ((0,),)))
     batch = collate([dataset[0]])
     assert not torch.equal(batch["text_input_ids"], batch["text_input_ids_2"])
     assert batch["original_size"].tolist() == [[100, 300]]
     assert batch["target_size"].tolist() == [[64, 96]]
-    assert batch["crop_coords_top_left"].tolist() == [[0, (192 - 96) / 2]]  # of the picture scaled to 192x64
+    assert batch["crop_coords_top_left"].tolist() == [[0, (192 - 96) / 2]]  # of the image scaled to 192x64
     assert batch["images"].shape == (1, 3, 64, 96)
     assert batch["noise"].shape == (1, 4, 8, 12)
     assert batch["original_size"].dtype == torch.float32
 
 
-def test_a_kind_without_pictures_opens_no_reference(preprocessor: Preprocessor, tmp_path: Path) -> None:
+def test_a_kind_without_images_opens_no_reference(preprocessor: Preprocessor, tmp_path: Path) -> None:
     np.save(tmp_path / "face.npy", np.eye(1, 512, dtype=np.float32))
-    example = Example(picture(), "a", (tmp_path / "absent.png",), tmp_path / "face.npy")
+    example = Example(image(), "a", (tmp_path / "absent.png",), tmp_path / "face.npy")
     faces = replace(preprocessor, image_processor=None, takes_face=True)
     batch = collate([ImageDataset([example], faces, plain())[0]])
     assert "clip_images" not in batch
@@ -94,7 +94,7 @@ def test_a_kind_without_pictures_opens_no_reference(preprocessor: Preprocessor, 
 def test_a_row_without_its_face_is_replaced(preprocessor: Preprocessor, tmp_path: Path) -> None:
     np.save(tmp_path / "face.npy", np.eye(1, 512, dtype=np.float32))
     np.save(tmp_path / "narrow.npy", np.eye(1, 128, dtype=np.float32))
-    examples = [Example(picture(), name, (), tmp_path / name) for name in ("narrow.npy", "face.npy")]
+    examples = [Example(image(), name, (), tmp_path / name) for name in ("narrow.npy", "face.npy")]
     dataset = ImageDataset(with_faces(examples), replace(preprocessor, takes_face=True), plain())
     item = dataset[0]
     assert item["face_id_embed"][0] == 1
@@ -103,7 +103,7 @@ def test_a_row_without_its_face_is_replaced(preprocessor: Preprocessor, tmp_path
 
 def test_a_size_that_makes_no_whole_latent_is_refused(preprocessor: Preprocessor) -> None:
     with pytest.raises(ConfigError, match="60x60 pixels: both sides must be multiples of 8"):
-        ImageDataset([Example(picture(), "a")], preprocessor, plain(60))
+        ImageDataset([Example(image(), "a")], preprocessor, plain(60))
     with pytest.raises(DataError, match="empty"):
         ImageDataset([], preprocessor, plain())
 
@@ -111,20 +111,20 @@ def test_a_size_that_makes_no_whole_latent_is_refused(preprocessor: Preprocessor
 # --- Pixels
 
 
-def test_a_picture_covers_its_size_and_is_cut_in_the_centre() -> None:
+def test_a_image_covers_its_size_and_is_cut_in_the_centre() -> None:
     wide = Image.new("RGB", (300, 100), "white")
     wide.paste("red", (100, 0, 200, 100))
     cut = resize_and_crop(wide, (50, 50))
-    assert (cut.picture.size, cut.top_left, cut.box) == ((50, 50), (0, 50), (100, 0, 200, 100))
-    assert cut.picture.getpixel((25, 25)) == (255, 0, 0)
-    assert resize_and_crop(Image.new("RGB", (7, 1000)), (64, 128)).picture.size == (64, 128)
-    assert resize_and_crop(wide, (50, 50), left=0).picture.getpixel((25, 25)) == (255, 255, 255)
+    assert (cut.image.size, cut.top_left, cut.box) == ((50, 50), (0, 50), (100, 0, 200, 100))
+    assert cut.image.getpixel((25, 25)) == (255, 0, 0)
+    assert resize_and_crop(Image.new("RGB", (7, 1000)), (64, 128)).image.size == (64, 128)
+    assert resize_and_crop(wide, (50, 50), left=0).image.getpixel((25, 25)) == (255, 255, 255)
     assert resize_and_crop(wide, (50, 50), left=1).top_left == (0, 100)
 
 
 def test_a_square_is_cut_as_the_original_does(preprocessor: Preprocessor) -> None:
     """torchvision's Resize, CenterCrop, ToTensor and Normalize of tutorial_train.py."""
-    full = picture((101, 64 * 3))
+    full = image((101, 64 * 3))
     resized = full.resize((64, int(64 * 192 / 101)), Image.Resampling.BILINEAR)
     top = round((resized.height - 64) / 2)
     pixels = np.array(resized.crop((0, top, 64, top + 64)), dtype=np.float32)
@@ -133,10 +133,10 @@ def test_a_square_is_cut_as_the_original_does(preprocessor: Preprocessor) -> Non
     assert torch.allclose(item["images"], expected, atol=1e-6)
 
 
-def test_a_share_of_a_picture_has_its_shape() -> None:
-    part = crop_to_area(picture((200, 100)), 0.25, left=1, top=0)
+def test_a_share_of_a_image_has_its_shape() -> None:
+    part = crop_to_area(image((200, 100)), 0.25, left=1, top=0)
     assert part.size == (100, 50)
-    assert part.getpixel((99, 0)) == picture((200, 100)).getpixel((199, 0))
+    assert part.getpixel((99, 0)) == image((200, 100)).getpixel((199, 0))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_every_mode_becomes_rgb(given: Image.Image, expected: tuple[int, ...]) -
 def test_a_large_jpeg_is_decoded_smaller_but_keeps_its_size(tmp_path: Path) -> None:
     turned = Image.Exif()
     turned[0x0112] = 6
-    picture((1200, 800)).save(tmp_path / "a.jpg", quality=95, exif=turned)
+    image((1200, 800)).save(tmp_path / "a.jpg", quality=95, exif=turned)
     small, size = open_rgb(tmp_path / "a.jpg", at_least=128)
     assert (small.size, size) == ((200, 300), (800, 1200))
     full, same = open_rgb(tmp_path / "a.jpg")
@@ -166,8 +166,8 @@ def test_a_large_jpeg_is_decoded_smaller_but_keeps_its_size(tmp_path: Path) -> N
 # --- Geometry and randomness
 
 
-def test_flips_mirror_picture_and_reference(preprocessor: Preprocessor) -> None:
-    examples = [Example(picture((64, 64)), "a"), Example(picture((64, 64)), "a", (picture((32, 32)),))]
+def test_flips_mirror_image_and_reference(preprocessor: Preprocessor) -> None:
+    examples = [Example(image((64, 64)), "a"), Example(image((64, 64)), "a", (image((32, 32)),))]
     flipped = ImageDataset(examples, preprocessor, plain(flip=True))
     straight = ImageDataset(examples, preprocessor, plain())
     seen: Counter[bool] = Counter()
@@ -182,13 +182,13 @@ def test_flips_mirror_picture_and_reference(preprocessor: Preprocessor) -> None:
 
 
 def test_a_random_cut_moves_and_its_own_reference_with_it(preprocessor: Preprocessor) -> None:
-    dataset = ImageDataset([Example(picture((192, 64)), "a")], preprocessor, plain(crop="random"))
+    dataset = ImageDataset([Example(image((192, 64)), "a")], preprocessor, plain(crop="random"))
     lefts = []
     for epoch in range(20):
         item = dataset[SampleIndex(epoch, 0)]
         left = item["crop_coords_top_left"][1]
         lefts.append(left)
-        window = picture((192, 64)).crop((int(left), 0, int(left) + 64, 64))
+        window = image((192, 64)).crop((int(left), 0, int(left) + 64, 64))
         seen = preprocessor.image_processor(images=window, return_tensors="pt").pixel_values[0]
         assert torch.equal(item["clip_images"], seen)
         assert torch.allclose(item["images"][0], torch.tensor(np.array(window)[..., 0] / 127.5 - 1).float(), atol=1e-6)
@@ -196,12 +196,12 @@ def test_a_random_cut_moves_and_its_own_reference_with_it(preprocessor: Preproce
 
 
 def test_the_centre_of_a_bucket_leaves_the_reference_whole(preprocessor: Preprocessor) -> None:
-    dataset = ImageDataset([Example(picture((192, 64)), "a")], preprocessor, plain())
-    seen = preprocessor.image_processor(images=picture((192, 64)), return_tensors="pt").pixel_values[0]
+    dataset = ImageDataset([Example(image((192, 64)), "a")], preprocessor, plain())
+    seen = preprocessor.image_processor(images=image((192, 64)), return_tensors="pt").pixel_values[0]
     assert torch.equal(dataset[0]["clip_images"], seen)
 
 
-def test_references_are_drawn_and_sometimes_the_picture_itself(preprocessor: Preprocessor) -> None:
+def test_references_are_drawn_and_sometimes_the_image_itself(preprocessor: Preprocessor) -> None:
     references = tuple(Image.new("RGB", (32, 32), colour) for colour in ("red", "lime"))
     own = Image.new("RGB", (64, 64), "blue")
     dataset = ImageDataset([Example(own, "a", references)], preprocessor, plain(self_reference=0.25))
@@ -211,7 +211,7 @@ def test_references_are_drawn_and_sometimes_the_picture_itself(preprocessor: Pre
 
 
 def test_only_the_reference_is_cropped(preprocessor: Preprocessor) -> None:
-    example = Example(picture((64, 64)), "a")
+    example = Example(image((64, 64)), "a")
     whole, cropped = (ImageDataset([example], preprocessor, plain(reference_crop=share)) for share in (1.0, 0.25))
     spans = []
     for epoch in range(20):
@@ -231,7 +231,7 @@ def test_dropout_shares_and_the_originals_order(preprocessor: Preprocessor) -> N
     for dropped in ((True, False), (False, True), (True, True)):
         assert 0.038 < seen[dropped] / 4000 < 0.062
     everything = ImageDataset(
-        [Example(picture(), "blue")], preprocessor, Augmentation(64, text_dropout=1, image_dropout=0)
+        [Example(image(), "blue")], preprocessor, Augmentation(64, text_dropout=1, image_dropout=0)
     )
     empty = preprocessor.tokenizers[0]("", padding="max_length", max_length=16, return_tensors="pt").input_ids[0]
     assert torch.equal(everything[0]["text_input_ids"], empty)
@@ -270,14 +270,14 @@ def test_every_part_of_an_address_counts() -> None:
     assert torch.equal(drawn[0].noise, noise_params(augmentation, (0, 0, 0), LATENT).noise)
 
 
-# --- Broken pictures
+# --- Broken images
 
 
-def test_a_broken_picture_is_replaced_and_named(preprocessor: Preprocessor, pictures: Path) -> None:
-    data = (pictures / "red.png").read_bytes()
-    (pictures / "red.png").write_bytes(data[: len(data) // 2])
-    (pictures / "blue.png").write_text("not a picture")
-    dataset = ImageDataset(find_examples(pictures), preprocessor, Augmentation(64))
+def test_a_broken_image_is_replaced_and_named(preprocessor: Preprocessor, images: Path) -> None:
+    data = (images / "red.png").read_bytes()
+    (images / "red.png").write_bytes(data[: len(data) // 2])
+    (images / "blue.png").write_text("not an image")
+    dataset = ImageDataset(find_examples(images), preprocessor, Augmentation(64))
     items = [dataset[i] for i in range(6)]
     assert sum(bool(item["broken"]) for item in items) == 2
     assert any("red.png" in line for item in items for line in item["broken"])
@@ -302,20 +302,20 @@ def test_a_replacement_is_of_the_same_bucket_if_there_is_one(preprocessor: Prepr
 
 
 def test_a_broken_reference_is_named(preprocessor: Preprocessor, tmp_path: Path) -> None:
-    examples = [Example(picture(), "a", (tmp_path / "absent.png",)), Example(picture(), "b")]
+    examples = [Example(image(), "a", (tmp_path / "absent.png",)), Example(image(), "b")]
     item = ImageDataset(examples, preprocessor, plain())[0]
     assert "absent.png" in item["broken"][0]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_nothing_but_broken_pictures_is_one_clear_error(
-    preprocessor: Preprocessor, pictures: Path, num_workers: int
+def test_nothing_but_broken_images_is_one_clear_error(
+    preprocessor: Preprocessor, images: Path, num_workers: int
 ) -> None:
-    for file in pictures.glob("*.png"):
-        file.write_text("not a picture")
-    dataset = ImageDataset(find_examples(pictures), preprocessor, Augmentation(64))
+    for file in images.glob("*.png"):
+        file.write_text("not an image")
+    dataset = ImageDataset(find_examples(images), preprocessor, Augmentation(64))
     batches = loader(dataset, BucketBatchSampler([range(6)], 2, 0), batch_size=2, num_workers=num_workers)
-    with pytest.raises(DataError, match="None of the 6 pictures can be read"):
+    with pytest.raises(DataError, match="None of the 6 images can be read"):
         next(iter(batches))
 
 
@@ -323,9 +323,9 @@ def test_nothing_but_broken_pictures_is_one_clear_error(
 
 
 @pytest.fixture
-def batches_of(preprocessor: Preprocessor, pictures: Path) -> Callable[..., list[dict[str, Any]]]:
+def batches_of(preprocessor: Preprocessor, images: Path) -> Callable[..., list[dict[str, Any]]]:
     """The first batches of two buckets under everything random."""
-    examples = find_examples(pictures)
+    examples = find_examples(images)
     augmentation = Augmentation(64, seed=5, flip=True, crop="random", noise_offset=0.1, reference_crop=0.5)
     dataset = ImageDataset(examples, preprocessor, augmentation, Buckets(((64, 64), (80, 64)), ((0, 2, 4), (1, 3, 5))))
 
@@ -363,12 +363,12 @@ def test_two_processes_share_what_one_has_alone(batches_of: Callable[..., list[A
 def test_processes_must_make_up_a_global_batch(
     batches_of: Callable[..., list[Any]], preprocessor: Preprocessor
 ) -> None:
-    dataset = ImageDataset([Example(picture(), "a")], preprocessor, plain())
+    dataset = ImageDataset([Example(image(), "a")], preprocessor, plain())
     with pytest.raises(ValueError, match="2 x 3 rows are not a global batch of 4"):
         loader(dataset, BucketBatchSampler([[0]], 4, 0), batch_size=3, processes=2)
 
 
 def test_an_encoding_can_be_sent_to_workers(preprocessor: Preprocessor) -> None:
     """Where processes are spawned and not forked, as on macOS and Windows."""
-    dataset = ImageDataset([Example(picture(), "a red square")], preprocessor, Augmentation(64))
+    dataset = ImageDataset([Example(image(), "a red square")], preprocessor, Augmentation(64))
     assert_same(collate([dataset[0]]), collate([pickle.loads(pickle.dumps(dataset))[0]]))

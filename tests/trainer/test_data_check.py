@@ -14,24 +14,24 @@ from ipadapter_trainer.errors import DataError
 from PIL import Image
 from typer.testing import CliRunner
 
-from .tiny_data import encoded_picture, sample, write_shard
+from .tiny_data import encoded_image, sample, write_shard
 
 
 def painting(seed: int, size: tuple[int, int] = (120, 80)) -> Image.Image:
-    """A picture like no other."""
+    """An image like no other."""
     blots = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(blots).resize(size, Image.Resampling.BICUBIC)
 
 
-def add(folder: Path, name: str, picture: Image.Image, caption: str | None = None, **options: int) -> None:
-    picture.save(folder / name, **options)
+def add(folder: Path, name: str, image: Image.Image, caption: str | None = None, **options: int) -> None:
+    image.save(folder / name, **options)
     if caption is not None:
         (folder / name).with_suffix(".txt").write_text(caption)
 
 
 @pytest.fixture
 def flawed(tmp_path: Path) -> Path:
-    """Ten pictures, each with one fault or none."""
+    """Ten images, each with one fault or none."""
     folder = tmp_path / "flawed"
     folder.mkdir()
     for i in range(3):
@@ -54,7 +54,7 @@ def names(found: list[str]) -> list[str]:
 
 def test_every_fault_is_found_and_nothing_else(flawed: Path) -> None:
     report = check_data(flawed, min_side=64)
-    assert (report.pictures, report.usable) == (10, 8)
+    assert (report.images, report.usable) == (10, 8)
     assert names(report.broken) == ["broken.png"]
     assert names(report.without_caption) == ["silent.png"]
     assert names(report.tiny) == ["tiny.png"]
@@ -69,18 +69,18 @@ def test_every_fault_is_found_and_nothing_else(flawed: Path) -> None:
     assert (report.short_side.least, report.short_side.middle, report.short_side.greatest) == (40, 80, 120)
 
 
-def test_a_list_names_what_is_missing(pictures: Path) -> None:
+def test_a_list_names_what_is_missing(images: Path) -> None:
     rows = [
         {"file_name": "red.png", "text": "one", "reference": "blue.png"},
         {"file_name": "gone.png", "text": "two"},
         {"file_name": "teal.png", "text": "three", "reference": "green.png"},
     ]
-    (pictures / "green.png").write_text("not a picture")
-    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report = check_data(pictures)
-    assert (report.pictures, report.usable, report.references) == (2, 1, 2)
+    (images / "green.png").write_text("not an image")
+    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = check_data(images)
+    assert (report.images, report.usable, report.references) == (2, 1, 2)
     assert "gone.png" in report.missing[0] and "line 2" in report.missing[0]
-    assert "teal.png: a text file that begins with 'not a picture'" in report.broken[0]  # its reference cannot be read
+    assert "teal.png: a text file that begins with 'not an image'" in report.broken[0]  # its reference cannot be read
 
 
 def test_shards_are_checked_too(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_shards_are_checked_too(tmp_path: Path) -> None:
     (tmp_path / "s1.tar").write_bytes(whole.read_bytes()[:3000])
     report = check_data(f"{tmp_path}/s{{0..1}}.tar")
     assert report.usable >= 6
-    assert any("s0.tar/5: no picture" in line for line in report.broken)
+    assert any("s0.tar/5: no image" in line for line in report.broken)
     assert any("s0.tar/6: its face embedding cannot be read" in line for line in report.broken)
     assert "s1.tar" in report.missing[0]
     assert ["s0.tar/0", "s1.tar/0"] in report.duplicates
@@ -182,9 +182,9 @@ def test_the_command_reports_and_draws(flawed: Path, tmp_path: Path) -> None:
         assert line in out
     assert f"samples           {sheet}" in out
     assert "10/10" in err  # the progress bar
-    with Image.open(sheet) as picture:
-        assert picture.size == (6 * 204 + 12, 2 * 283 + 12)  # nine pictures that can be read
-        columns = np.array(picture.convert("L"))[12:204, 12:].reshape(192, -1)
+    with Image.open(sheet) as image:
+        assert image.size == (6 * 204 + 12, 2 * 283 + 12)  # nine images that can be read
+        columns = np.array(image.convert("L"))[12:204, 12:].reshape(192, -1)
         assert (columns < 200).mean() > 0.2
 
 
@@ -195,15 +195,15 @@ def test_a_sheet_has_a_bounded_number_of_samples(tmp_path: Path) -> None:
         add(folder, f"{i:02}.png", painting(i, (30, 30)), "a")
     sheet = tmp_path / "sheet.png"
     check_data(folder, sheet=sheet)
-    with Image.open(sheet) as picture:
-        assert picture.height == 4 * 283 + 12
+    with Image.open(sheet) as image:
+        assert image.height == 4 * 283 + 12
     before = sheet.read_bytes()
     sheet.unlink()
     check_data(folder, sheet=sheet)
     assert sheet.read_bytes() == before  # the same samples each time
 
 
-def test_every_picture_may_be_a_sample() -> None:
+def test_every_image_may_be_a_sample() -> None:
     chosen: dict[int, ImageFacts] = {}
     for seen in range(1000):
         _sample(chosen, ImageFacts(str(seen), "a", thumbnail=painting(0, (8, 8))), seen)
@@ -218,7 +218,7 @@ def test_json_is_json(flawed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     code, out, _ = check(flawed, "--json")
     report = json.loads(out)
     assert code == 0
-    assert (report["pictures"], report["usable"], report["sheet"]) == (10, 8, "sheet.png")
+    assert (report["images"], report["usable"], report["sheet"]) == (10, 8, "sheet.png")
     assert len(report["tiny"]) == 9  # below 512
     assert Path("sheet.png").is_file()
 
@@ -236,15 +236,15 @@ def test_a_clean_data_set_is_told_so(tmp_path: Path) -> None:
     [
         (("absent",), "absent: no such file or folder"),
         (("pipe:cat x.tar",), "not by 'pipe'"),
-        ((".", "--sheet", "a.xyz"), "unknown picture suffix '.xyz'"),
-        ((".",), "none of the 1 pictures can be used"),
+        ((".", "--sheet", "a.xyz"), "unknown image suffix '.xyz'"),
+        ((".",), "none of the 1 images can be used"),
     ],
 )
 def test_what_cannot_be_checked_is_one_line(
     arguments: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("a.png").write_bytes(encoded_picture(painting(0))[:100])
+    Path("a.png").write_bytes(encoded_image(painting(0))[:100])
     Path("a.txt").write_text("a")
     code, _, err = check(*arguments)
     assert code == 2

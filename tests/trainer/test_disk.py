@@ -117,16 +117,16 @@ def test_an_export_leaves_what_was_there(suffix: str, disk: Path, random_adapter
 
 
 def test_a_shard_of_a_cache(disk: Path) -> None:
-    (disk / "pictures").mkdir()
+    (disk / "images").mkdir()
     filler = fill(disk, 8192)
-    file = disk / "pictures" / "shard-00000.safetensors"
+    file = disk / "images" / "shard-00000.safetensors"
     with pytest.raises(DiskError, match=f"^{file}: {FULL} the same command again; the shards that") as raised:
         write_shard(file, {"a": torch.zeros(10**5)}, ShardHeader("key", {}))
     assert "needs 400.1 KB" in str(raised.value)
     assert [p for p in disk.rglob("*") if p.is_file()] == [filler]
 
 
-def test_a_generated_picture(model_folder: Path, disk: Path) -> None:
+def test_a_generated_image(model_folder: Path, disk: Path) -> None:
     filler = fill(disk)
     common = ["generate", "--base-model", model_folder, "--steps", "1", "--output", disk / "o.png"]
     code, _, err = ipadapter(*common)

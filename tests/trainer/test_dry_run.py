@@ -104,7 +104,7 @@ def test_a_real_step_takes_what_was_counted(model_folder: Path, kind: str, check
 def test_the_work_is_that_of_the_original(
     family: str, resolution: int, forward: float, both: float, encoders: float, published: dict[str, Path]
 ) -> None:
-    """TFLOPs a picture, as PyTorch's counter has them for the original's code on the published shapes; the encoders
+    """TFLOPs an image, as PyTorch's counter has them for the original's code on the published shapes; the encoders
     are VAE, image and text.
     """
     config = settings_of(published[family], resolution=resolution, batch_size=2)
@@ -163,7 +163,7 @@ def test_memory_follows_the_settings(plans: dict[str, Plan]) -> None:
     assert plans["no cache"].frozen - plans["half"].frozen == pytest.approx(encoders, rel=0.01)
 
 
-def test_steps_follow_the_pictures_and_the_processes(published: dict[str, Path], tmp_path: Path) -> None:
+def test_steps_follow_the_images_and_the_processes(published: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' * 20)
     (tmp_path / "a.png").touch()
     config = settings_of(
@@ -178,19 +178,19 @@ def test_steps_follow_the_pictures_and_the_processes(published: dict[str, Path],
 
 
 def test_the_command_prints_and_writes_nothing(
-    published: dict[str, Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    published: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     base = published["sdxl"]
-    given = [f"base_model={base}", f"image_encoder={base / 'image_encoder'}", f"data={pictures}", "output=runs/mine"]
+    given = [f"base_model={base}", f"image_encoder={base / 'image_encoder'}", f"data={images}", "output=runs/mine"]
     result = CliRunner().invoke(app, ["train", str(CONFIGS / "sdxl-plus.toml"), *given, "--dry-run"])
     assert result.exit_code == 0, result.output
     for words in (
         "423.75 M trained",
-        "6 pictures to train on",
-        "200,000 of 64 pictures a process",
-        "GFLOPs a picture forward and backward",
+        "6 images to train on",
+        "200,000 of 64 images a process",
+        "GFLOPs an image forward and backward",
         "memory      about",
         "runs/mine",
     ):
@@ -198,9 +198,9 @@ def test_the_command_prints_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_command_refuses_as_training_would(published: dict[str, Path], pictures: Path) -> None:
+def test_the_command_refuses_as_training_would(published: dict[str, Path], images: Path) -> None:
     base = published["sd15"]
-    given = [f"base_model={base}", f"data={pictures}", "output=unused", "steps=1"]
+    given = [f"base_model={base}", f"data={images}", "output=unused", "steps=1"]
     for wrong, words in (
         ("kind=faceid", "face"),
         ("resolution=100", "expected a multiple of 8"),

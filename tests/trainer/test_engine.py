@@ -251,7 +251,7 @@ def test_one_pair_can_be_overfitted_and_the_unet_stays_as_it_was(base_model: Bas
     assert base_model.unet.attn_processors == processors
 
 
-def test_pictures_may_be_made_between_steps(base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch) -> None:
+def test_images_may_be_made_between_steps(base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch) -> None:
     from ipadapter_trainer.models.generate import generate
 
     plain = generate(base_model, None, prompts=["a red square"], image_features=None, steps=2)

@@ -66,7 +66,7 @@ class Killed(torch.utils.data.Dataset[int]):
 
 def test_a_worker_that_is_killed(capsys: pytest.CaptureFixture[str]) -> None:
     message = message_of(lambda: list(DataLoader(Killed(), num_workers=1)), capsys)
-    assert message.startswith("ipadapter: A process that decodes pictures ended (")
+    assert message.startswith("ipadapter: A process that decodes images ended (")
     assert message.endswith("/dev/shm is full. Lower workers (0 decodes in the main process) or batch_size.\n")
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from .conftest import draw_picture
+from .conftest import draw_image
 from .tiny_models import COLOURS
 
 
@@ -46,24 +46,24 @@ def test_the_scores_are_the_papers() -> None:
 
 def test_the_cosines_are_those_of_transformers_own_clip(clip: ClipModel, clip_folder: Path) -> None:
     """Against CLIPModel.forward: its logits are cosines times a scale."""
-    pictures, texts = [draw_picture(c) for c in COLOURS], [f"a {c} square" for c in COLOURS]
+    images, texts = [draw_image(c) for c in COLOURS], [f"a {c} square" for c in COLOURS]
     model, tokenizer = CLIPModel.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
     with torch.no_grad():
         said = model(
             **tokenizer(texts, padding=True, return_tensors="pt"),
-            pixel_values=clip._encoder.processor(images=pictures, return_tensors="pt").pixel_values,
+            pixel_values=clip._encoder.processor(images=images, return_tensors="pt").pixel_values,
         )
     cosines = (said.logits_per_image / model.logit_scale.exp()).diagonal()
     torch.testing.assert_close(
-        clip_t(clip.embed_pictures(pictures), clip.embed_texts(texts)), 2.5 * cosines.clamp(min=0), atol=1e-5, rtol=1e-4
+        clip_t(clip.embed_images(images), clip.embed_texts(texts)), 2.5 * cosines.clamp(min=0), atol=1e-5, rtol=1e-4
     )
 
 
-def test_a_picture_is_as_like_itself_as_can_be(clip: ClipModel, pictures: Path) -> None:
-    opened = [open_rgb(file)[0] for file in sorted(pictures.glob("*.png"))]
-    embeds = clip.embed_pictures(opened)
+def test_a_image_is_as_like_itself_as_can_be(clip: ClipModel, images: Path) -> None:
+    opened = [open_rgb(file)[0] for file in sorted(images.glob("*.png"))]
+    embeds = clip.embed_images(opened)
     torch.testing.assert_close(clip_i(embeds, embeds), torch.ones(len(opened)))
-    torch.testing.assert_close(clip.embed_pictures(opened[2:3]), embeds[2:3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(clip.embed_images(opened[2:3]), embeds[2:3], atol=1e-5, rtol=1e-5)
     texts = clip.embed_texts(["a red square", "a very long text " * 50])
     torch.testing.assert_close(texts.norm(dim=-1), torch.ones(2))
 
@@ -108,8 +108,8 @@ def test_another_clip_has_another_fingerprint(clip: ClipModel, clip_folder: Path
 # --- The prompts
 
 
-def test_a_lower_limit_is_a_beginning_and_changes_no_other_prompt(clip: ClipModel, pictures: Path) -> None:
-    examples = read_examples(pictures)
+def test_a_lower_limit_is_a_beginning_and_changes_no_other_prompt(clip: ClipModel, images: Path) -> None:
+    examples = read_examples(images)
     whole = open_prompts(examples, clip)
     assert sorted(whole.chosen) == list(range(6))
     for limit in range(1, 6):
@@ -121,35 +121,35 @@ def test_a_lower_limit_is_a_beginning_and_changes_no_other_prompt(clip: ClipMode
     assert list(open_prompts(examples, clip, seed=1).chosen) != list(whole.chosen)
 
 
-def test_the_other_prompt_shows_another_picture(clip: ClipModel) -> None:
-    same = [Example(draw_picture("red"), f"{n}") for n in range(4)]
+def test_the_other_prompt_shows_another_image(clip: ClipModel) -> None:
+    same = [Example(draw_image("red"), f"{n}") for n in range(4)]
     assert set(open_prompts(same, clip).others.values()) == {None}
-    prompts = open_prompts([*same, Example(draw_picture("blue"), "blue")], clip)
+    prompts = open_prompts([*same, Example(draw_image("blue"), "blue")], clip)
     for index, other in prompts.others.items():
         assert other is not None and (other.index == 4) == (index != 4)
 
 
-def test_a_reference_is_the_prompt(clip: ClipModel, pictures: Path) -> None:
+def test_a_reference_is_the_prompt(clip: ClipModel, images: Path) -> None:
     row = {"file_name": "red.png", "text": "a red square", "reference": ["blue.png", "teal.png"]}
-    (pictures / "metadata.jsonl").write_text(json.dumps(row))
-    (prompt,) = open_prompts(read_examples(pictures), clip).chosen.values()
+    (images / "metadata.jsonl").write_text(json.dumps(row))
+    (prompt,) = open_prompts(read_examples(images), clip).chosen.values()
     assert Path(prompt.name).name == "blue.png"
-    blue = clip.embed_pictures([open_rgb(pictures / "blue.png")[0]])[0]
+    blue = clip.embed_images([open_rgb(images / "blue.png")[0]])[0]
     torch.testing.assert_close(prompt.image_embed, blue, atol=1e-5, rtol=1e-5)
 
 
-def test_a_prefix_goes_before_the_caption(clip: ClipModel, pictures: Path) -> None:
-    examples = read_examples(pictures)[:1]
+def test_a_prefix_goes_before_the_caption(clip: ClipModel, images: Path) -> None:
+    examples = read_examples(images)[:1]
     (prompt,) = open_prompts(examples, clip, caption_prefix="A photo depicts ").chosen.values()
     expected = clip.embed_texts([f"A photo depicts {examples[0].text}"])[0]
     torch.testing.assert_close(prompt.text_embed, expected)
 
 
-def test_nothing_to_read_is_an_error(clip: ClipModel, pictures: Path, tmp_path: Path) -> None:
-    for file in pictures.glob("*.png"):
-        file.write_text("not a picture")
-    with pytest.raises(DataError, match=r"None of the 6 prompts can be read. The first: .*not a picture"):
-        open_prompts(read_examples(pictures), clip)
+def test_nothing_to_read_is_an_error(clip: ClipModel, images: Path, tmp_path: Path) -> None:
+    for file in images.glob("*.png"):
+        file.write_text("not an image")
+    with pytest.raises(DataError, match=r"None of the 6 prompts can be read. The first: .*not an image"):
+        open_prompts(read_examples(images), clip)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: an empty folder\. Put images into it"):
         read_examples(tmp_path / "empty")
@@ -171,7 +171,7 @@ def test_cocos_annotations(tmp_path: Path, place: str) -> None:
     }
     file.write_text(json.dumps(content))
     if place == "elsewhere":
-        with pytest.raises(DataError, match=r"none of its 3 pictures is in .*--root"):
+        with pytest.raises(DataError, match=r"none of its 3 images is in .*--root"):
             read_examples(file)
     examples = read_examples(file, folder if place == "elsewhere" else None)
     assert [(e.image, e.text) for e in examples] == [
@@ -189,7 +189,7 @@ def score(index: int, number: int, clip_i: float) -> Score:
     return Score(index, number, 1.0, 0, "p", clip_i, None, None, None)
 
 
-def test_the_error_counts_prompts_and_not_pictures() -> None:
+def test_the_error_counts_prompts_and_not_images() -> None:
     scores = [score(i, n, value) for i, value in enumerate((0.2, 0.4, 0.9)) for n in range(4)]
     mean = mean_over_prompts(scores, lambda s: s.clip_i)
     assert mean is not None and mean.error is not None

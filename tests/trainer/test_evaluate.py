@@ -35,19 +35,19 @@ from .tiny_models import adapter_of
 
 @pytest.fixture
 def settings(
-    base_model: BaseModel, model_folder: Path, pictures: Path, clip_folder: Path, tmp_path: Path
+    base_model: BaseModel, model_folder: Path, images: Path, clip_folder: Path, tmp_path: Path
 ) -> EvalSettings:
     torch.manual_seed(1)
     save_adapter(tmp_path / "a.safetensors", adapter_of(base_model, "base"))
     return EvalSettings(
         base_model=model_folder,
         adapter=tmp_path / "a.safetensors",
-        data=pictures,
+        data=images,
         clip=clip_folder,
         output=tmp_path / "evaluation",
         images_per_caption=2,
         steps=2,
-        pictures=2,
+        images=2,
         controls=True,
     )
 
@@ -58,7 +58,7 @@ def run(settings: EvalSettings) -> Evaluation:
 
 def test_an_evaluation_says_what_it_measured(settings: EvalSettings) -> None:
     evaluation = run(settings)
-    assert (evaluation.prompts, evaluation.pictures) == (6, 12)
+    assert (evaluation.prompts, evaluation.images) == (6, 12)
     methods = [row.method for row in evaluation.rows]
     assert methods == [
         "the prompts themselves",
@@ -77,11 +77,11 @@ def test_an_evaluation_says_what_it_measured(settings: EvalSettings) -> None:
     assert (settings.output / "grid.png").is_file()
 
 
-def test_the_seed_of_a_score_makes_its_picture_again(settings: EvalSettings, base_model: BaseModel) -> None:
+def test_the_seed_of_a_score_makes_its_image_again(settings: EvalSettings, base_model: BaseModel) -> None:
     run(replace(settings, limit=1, images_per_caption=1))
     lines = [json.loads(line) for line in (settings.output / "scores.jsonl").open()]
     (line,) = (line for line in lines if line["weight"] == 0)
-    (kept,) = (settings.output / "pictures").rglob(f"{line['index']:05}-0-0.png")
+    (kept,) = (settings.output / "images").rglob(f"{line['index']:05}-0-0.png")
     pixels = generate(
         base_model, None, prompts=[""], image_features=None, seed=line["seed"], steps=settings.steps, guidance=7.5
     )
@@ -89,7 +89,7 @@ def test_the_seed_of_a_score_makes_its_picture_again(settings: EvalSettings, bas
     assert max(high for _, high in difference.getextrema()) <= 1
 
 
-def test_captions_as_prompts_give_other_pictures(settings: EvalSettings) -> None:
+def test_captions_as_prompts_give_other_images(settings: EvalSettings) -> None:
     without, with_text = run(settings), run(replace(settings, text="caption", output=settings.output / "c"))
     assert without.rows[1].clip_i != with_text.rows[1].clip_i  # at weight 0 as well
     assert "with their captions" in with_text.as_text()
@@ -102,7 +102,7 @@ def test_captions_are_needed_as_prompts_only(settings: EvalSettings) -> None:
     evaluation = run(settings)
     assert {row.clip_t for row in evaluation.rows} == {None}
     assert evaluation.rows[2].clip_i is not None
-    with pytest.raises(DataError, match="no picture with a caption"):
+    with pytest.raises(DataError, match="no image with a caption"):
         run(replace(settings, text="caption"))
 
 
@@ -168,11 +168,11 @@ def test_it_goes_on_where_it_was_stopped(settings: EvalSettings) -> None:
     assert [row.clip_i.value for row in again.rows] == pytest.approx([row.clip_i.value for row in first.rows], abs=1e-6)
     more = evaluate(replace(settings, images_per_caption=3), say=said.append)
     assert "24 are measured already" in said[1]
-    assert more.pictures == 18
+    assert more.images == 18
 
 
-def test_a_broken_picture_is_skipped_and_counted(settings: EvalSettings) -> None:
-    (settings.data / "red.png").write_text("not a picture")
+def test_a_broken_image_is_skipped_and_counted(settings: EvalSettings) -> None:
+    (settings.data / "red.png").write_text("not an image")
     evaluation = run(settings)
     assert evaluation.prompts == 5
     assert re.search(r"cannot be read: 1, such as .*red\.png", evaluation.as_text())
@@ -264,7 +264,7 @@ def test_ctrl_c_keeps_what_is_measured(times: int, settings: EvalSettings, run_i
     lines = file.read_text().splitlines()
     assert len(lines) % 3 == 0
     said: list[str] = []
-    # All of them are of the first prompt; the same settings with a few pictures more than that find them.
+    # All of them are of the first prompt; the same settings with a few images more than that find them.
     evaluate(replace(settings, images_per_caption=len(lines) // 2 + 1, limit=1), say=said.append)
     assert f"; {len(lines)} are measured already." in said[0]
 

@@ -18,41 +18,41 @@ def write_rows(file: Path, *rows: object) -> Path:
     return file
 
 
-def test_a_folder_with_captions_beside(pictures: Path) -> None:
-    assert texts(find_examples(pictures))[:2] == ["a blue square", "a green square"]
+def test_a_folder_with_captions_beside(images: Path) -> None:
+    assert texts(find_examples(images))[:2] == ["a blue square", "a green square"]
 
 
-def test_a_folder_with_metadata(pictures: Path) -> None:
+def test_a_folder_with_metadata(images: Path) -> None:
     write_rows(
-        pictures / "metadata.jsonl",
+        images / "metadata.jsonl",
         {"file_name": "red.png", "text": "one"},
         {"file_name": "blue.png", "text": "two", "reference": "red.png", "width": 80, "height": 64},
         {"file_name": "teal.png", "text": "three", "reference": ["red.png", "blue.png"]},
     )
-    one, two, three = find_examples(pictures)
+    one, two, three = find_examples(images)
     assert (one.text, one.references, one.size) == ("one", (), None)
-    assert (two.text, two.references, two.size) == ("two", (pictures / "red.png",), (80, 64))
-    assert three.references == (pictures / "red.png", pictures / "blue.png")
+    assert (two.text, two.references, two.size) == ("two", (images / "red.png",), (80, 64))
+    assert three.references == (images / "red.png", images / "blue.png")
 
 
-def test_a_line_separator_in_a_caption_ends_no_row(pictures: Path) -> None:
+def test_a_line_separator_in_a_caption_ends_no_row(images: Path) -> None:
     """json.dumps(ensure_ascii=False) writes U+2028 as it is."""
-    write_rows(pictures / "metadata.jsonl", {"file_name": "red.png", "text": "one\u2028two"})
-    assert texts(find_examples(pictures)) == ["one\u2028two"]
+    write_rows(images / "metadata.jsonl", {"file_name": "red.png", "text": "one\u2028two"})
+    assert texts(find_examples(images)) == ["one\u2028two"]
 
 
-def test_the_originals_json_list(pictures: Path, tmp_path: Path) -> None:
+def test_the_originals_json_list(images: Path, tmp_path: Path) -> None:
     file = tmp_path / "data.json"
     file.write_text(json.dumps([{"image_file": "red.png", "text": "one"}]))
-    assert texts(find_examples(file, pictures)) == ["one"]
-    with pytest.raises(DataError, match=r"none of its 1 pictures exists.*data_root"):
+    assert texts(find_examples(file, images)) == ["one"]
+    with pytest.raises(DataError, match=r"none of its 1 images exists.*data_root"):
         find_examples(file)
 
 
-def test_face_files_are_beside_the_pictures_or_as_the_original_opens_them(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_face_files_are_beside_the_images_or_as_the_original_opens_them(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in (pictures / "beside.npy", tmp_path / "elsewhere.bin"):
+    for place in (images / "beside.npy", tmp_path / "elsewhere.bin"):
         place.write_bytes(b"")
     rows = [
         {"image_file": "red.png", "text": "", "id_embed_file": name}
@@ -61,31 +61,31 @@ def test_face_files_are_beside_the_pictures_or_as_the_original_opens_them(
     file = tmp_path / "data.json"
     file.write_text(json.dumps(rows))
     monkeypatch.chdir(tmp_path)
-    found = [example.face_id_embed for example in find_examples(file, pictures)]
-    assert found == [pictures / "beside.npy", Path("elsewhere.bin"), tmp_path / "elsewhere.bin"]
+    found = [example.face_id_embed for example in find_examples(file, images)]
+    assert found == [images / "beside.npy", Path("elsewhere.bin"), tmp_path / "elsewhere.bin"]
 
 
-def test_partial_data_is_reported(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (pictures / "red.txt").unlink()
-    assert len(find_examples(pictures)) == 5
-    assert "1 of 6 pictures have no caption" in caplog.text
+def test_partial_data_is_reported(images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (images / "red.txt").unlink()
+    assert len(find_examples(images)) == 5
+    assert "1 of 6 images have no caption" in caplog.text
 
 
-def test_captions_may_be_optional(pictures: Path) -> None:
-    (pictures / "orange.txt").unlink()
-    found = find_examples(pictures, require_caption=False)
+def test_captions_may_be_optional(images: Path) -> None:
+    (images / "orange.txt").unlink()
+    found = find_examples(images, require_caption=False)
     assert [example.text for example in found[:4]] == ["a blue square", "a green square", "", "a purple square"]
-    assert found[2].image == pictures / "orange.png"
+    assert found[2].image == images / "orange.png"
 
 
-def test_rows_with_missing_files_are_reported(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_with_missing_files_are_reported(images: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_rows(
-        pictures / "metadata.jsonl",
+        images / "metadata.jsonl",
         {"file_name": "red.png", "text": "one"},
         {"file_name": "red.png", "text": "two", "reference": ["blue.png", "absent.png"]},
         {"file_name": "gone.png", "text": "three"},
     )
-    assert texts(find_examples(pictures)) == ["one"]
+    assert texts(find_examples(images)) == ["one"]
     assert "2 of 3 rows name a file that does not exist" in caplog.text
     assert "absent.png" in caplog.text and "line 2" in caplog.text
 
@@ -115,25 +115,25 @@ def test_a_folder_without_captions_says_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         find_examples(tmp_path / "absent")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match="found 1 pictures and 0 captions"):
+    with pytest.raises(DataError, match="found 1 images and 0 captions"):
         find_examples(tmp_path)
 
 
-def test_the_fingerprint_knows_captions_but_not_the_place(pictures: Path, tmp_path: Path) -> None:
-    before = fingerprint(find_examples(pictures), pictures)
-    moved = pictures.rename(tmp_path / "moved")
+def test_the_fingerprint_knows_captions_but_not_the_place(images: Path, tmp_path: Path) -> None:
+    before = fingerprint(find_examples(images), images)
+    moved = images.rename(tmp_path / "moved")
     assert fingerprint(find_examples(moved), moved) == before
     (moved / "red.txt").write_text("another")
     assert fingerprint(find_examples(moved), moved) != before
 
 
 def test_the_fingerprint_knows_references_and_faces() -> None:
-    picture, other = Path("a.png"), Path("b.png")
+    image, other = Path("a.png"), Path("b.png")
     variants = [
-        [Example(picture, "a")],
-        [Example(picture, "a", (other,))],
-        [Example(picture, "a", (other, other))],
-        [Example(picture, "a", (), other)],
-        [Example(picture, "a"), Example(other, "")],
+        [Example(image, "a")],
+        [Example(image, "a", (other,))],
+        [Example(image, "a", (other, other))],
+        [Example(image, "a", (), other)],
+        [Example(image, "a"), Example(other, "")],
     ]
     assert len({fingerprint(examples) for examples in variants}) == len(variants)

@@ -26,29 +26,29 @@ def table_of(path: Path, **tensors: torch.Tensor) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
-def test_a_table_by_bare_and_by_relative_names(pictures: Path, tmp_path: Path, suffix: str) -> None:
-    (pictures / "sub").mkdir()
-    (pictures / "red.png").rename(pictures / "sub" / "red.png")
-    (pictures / "red.txt").rename(pictures / "sub" / "red.txt")
+def test_a_table_by_bare_and_by_relative_names(images: Path, tmp_path: Path, suffix: str) -> None:
+    (images / "sub").mkdir()
+    (images / "red.png").rename(images / "sub" / "red.png")
+    (images / "red.txt").rename(images / "sub" / "red.txt")
     names = {"blue.png": embed(1), "sub/red.png": embed(2)[None], "teal.png": embed(3).half()}
     table = table_of(tmp_path / f"faces{suffix}", **names)
-    found = with_faces(find_examples(pictures), table, pictures)
+    found = with_faces(find_examples(images), table, images)
     by_text = {example.text.split()[1]: face_id_embed(example) for example in found}
     assert {text: int(face.argmax()) for text, face in by_text.items()} == {"blue": 1, "red": 2, "teal": 3}
     assert {(face.dtype, face.shape) for face in by_text.values()} == {(torch.float32, (512,))}
 
 
-def test_pictures_without_a_face_are_left_out(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_without_a_face_are_left_out(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = table_of(tmp_path / "faces.safetensors", **{"red.png": embed(0), "unused.png": embed(1)})
-    assert [e.text for e in with_faces(find_examples(pictures), table, pictures)] == ["a red square"]
-    assert "5 of 6 pictures have no face embedding" in caplog.text
-    with pytest.raises(DataError, match=r"None of the 6 pictures has a face embedding.*has none of their names"):
-        with_faces(find_examples(pictures), table_of(tmp_path / "x.npz", other=embed(0)), pictures)
+    assert [e.text for e in with_faces(find_examples(images), table, images)] == ["a red square"]
+    assert "5 of 6 images have no face embedding" in caplog.text
+    with pytest.raises(DataError, match=r"None of the 6 images has a face embedding.*has none of their names"):
+        with_faces(find_examples(images), table_of(tmp_path / "x.npz", other=embed(0)), images)
     with pytest.raises(DataError, match=r"id_embed_file"):
-        with_faces(find_examples(pictures))
+        with_faces(find_examples(images))
 
 
-def test_a_name_of_two_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_name_of_two_images_is_refused(tmp_path: Path) -> None:
     examples = [Example(tmp_path / folder / "a.png", "") for folder in ("one", "two")]
     table = table_of(tmp_path / "faces.npz", **{"a.png": embed(0)})
     with pytest.raises(DataError, match=r"the key 'a.png' fits both .*one/a.png and .*two/a.png"):

@@ -130,7 +130,7 @@ def test_a_report_that_fails_costs_nothing(settings: dict[str, Any], monkeypatch
     assert out.splitlines()[-2:] == [warning, f"Saved {Path(output) / FILE}"]
 
 
-def more_pictures(settings: dict[str, Any]) -> None:
+def more_images(settings: dict[str, Any]) -> None:
     folder = Path(settings["data"])
     for file in list(folder.glob("*.png")):
         for copy in ("a", "b", "c"):
@@ -139,7 +139,7 @@ def more_pictures(settings: dict[str, Any]) -> None:
 
 
 def test_the_terminal_shows_what_counts(settings: dict[str, Any]) -> None:
-    more_pictures(settings)
+    more_images(settings)
     code, out, err = ipadapter("train", *keys(settings, steps=4, validate_every=2, sample_images=0))
     assert code == 0, err
     lines = [json.loads(line) for line in (Path(settings["output"]) / "log.jsonl").read_text().splitlines()]
@@ -164,7 +164,7 @@ def test_no_validation_says_why(case: str, settings: dict[str, Any], tmp_path: P
     folder = Path(settings["data"])
     changes: dict[str, Any] = {"steps": 1}
     if case != "few":
-        more_pictures(settings)
+        more_images(settings)
     if case == "off":
         changes["validation_images"] = 0
     elif case == "broken":
@@ -175,7 +175,7 @@ def test_no_validation_says_why(case: str, settings: dict[str, Any], tmp_path: P
         config = make_config(settings)
         examples = examples_from_config(config)
         (row,) = held_out_rows(examples, 1, image_root(config))
-        Path(str(examples[row].image)).write_bytes(b"not a picture")
+        Path(str(examples[row].image)).write_bytes(b"not an image")
     elif case == "stream":
         from .tiny_data import sample, write_shard
 
@@ -185,8 +185,8 @@ def test_no_validation_says_why(case: str, settings: dict[str, Any], tmp_path: P
     assert code == 0, err
     reasons = {
         "off": r"validation_images is 0\.",
-        "few": r"a tenth of the data is held out at most, and there are 6 pictures; 10 would do\.",
-        "broken": r"no held-out picture can be read, such as .*\.png: .*",
+        "few": r"a tenth of the data is held out at most, and there are 6 images; 10 would do\.",
+        "broken": r"no held-out image can be read, such as .*\.png: .*",
         "stream": r"the shards are a stream\. Cache them \(`ipadapter cache`\) to have some of .*",
     }
     (line,) = [line for line in out.splitlines() if line.startswith("No validation: ")]

@@ -14,12 +14,12 @@ from ipadapter_trainer.errors import DataError
 from PIL import Image
 from typer.testing import CliRunner
 
-from .conftest import draw_picture
+from .conftest import draw_image
 
 
 def add(file: Path, caption: str | bytes | None = "a caption", suffix: str = ".txt") -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    draw_picture("red").save(file, "PNG")  # decoders go by the content
+    draw_image("red").save(file, "PNG")  # decoders go by the content
     if caption is not None:
         file.with_suffix(suffix).write_bytes(caption.encode() if isinstance(caption, str) else caption)
     return file
@@ -46,7 +46,7 @@ def test_names_that_are_read(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.skipif(not READS_AVIF, reason="this Pillow reads no AVIF")
 def test_avif_is_read(tmp_path: Path) -> None:
-    draw_picture("red").save(tmp_path / "a.avif")
+    draw_image("red").save(tmp_path / "a.avif")
     (tmp_path / "a.txt").write_text("a red square")
     code, out, err = check(tmp_path)
     assert (code, "1, of which 1 can be used" in out) == (0, True), err
@@ -55,7 +55,7 @@ def test_avif_is_read(tmp_path: Path) -> None:
 def test_without_avif_its_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ipadapter_trainer.data import folders
 
-    monkeypatch.setattr(folders, "PICTURE_SUFFIXES", tuple(s for s in IMAGE_SUFFIXES if s != ".avif"))
+    monkeypatch.setattr(folders, "IMAGE_SUFFIXES", tuple(s for s in IMAGE_SUFFIXES if s != ".avif"))
     for name in ("a.avif", "b.AVIF"):
         (tmp_path / name).touch()
     assert scan(tmp_path).ignored == ["2 .avif files are ignored: Pillow 11.3 or newer reads it."]
@@ -185,7 +185,7 @@ def test_a_caption_may_begin_as_a_tag(tmp_path: Path) -> None:
     assert [example.text for example in find_examples(tmp_path)] == ["<sks> dog"]
 
 
-def test_bad_rows_are_named_at_once(pictures: Path) -> None:
+def test_bad_rows_are_named_at_once(images: Path) -> None:
     good = json.dumps({"file_name": "red.png", "text": "one"})
     lines = [
         good,
@@ -195,35 +195,35 @@ def test_bad_rows_are_named_at_once(pictures: Path) -> None:
         good,
         '{"file_name": "red.png", "text": "x", "reference": 1}',
     ]
-    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    (images / "metadata.jsonl").write_text("\n".join(lines))
     assert_all_named(
-        pictures,
+        images,
         "metadata.jsonl line 2: not valid JSON",
         "line 3: 'text' must be text, found None (keys: file_name)",
         "line 4: expected an object with 'file_name' and 'text', found [1]",
         "line 6: 'reference' must be a file name or a list of them, found 1",
     )
     rows = [{"image_file": "red.png", "text": "one"}, {"image_file": "red.png"}, 3]
-    (pictures / "list.json").write_text(json.dumps(rows))
-    assert_all_named(pictures / "list.json", "entry 2: 'text' must be text", "entry 3: expected an object")
+    (images / "list.json").write_text(json.dumps(rows))
+    assert_all_named(images / "list.json", "entry 2: 'text' must be text", "entry 3: expected an object")
 
 
-def test_the_rest_of_many_faults_is_counted(pictures: Path) -> None:
-    (pictures / "metadata.jsonl").write_text("{\n" * 12)
+def test_the_rest_of_many_faults_is_counted(images: Path) -> None:
+    (images / "metadata.jsonl").write_text("{\n" * 12)
     with pytest.raises(DataError, match=r"12 captions or rows are unreadable.*line 5: .*And 7 more: `ipadapter data"):
-        find_examples(pictures)
+        find_examples(images)
 
 
 # --- Lists
 
 
-def test_a_csv_is_read_as_imagefolder_does(pictures: Path) -> None:
+def test_a_csv_is_read_as_imagefolder_does(images: Path) -> None:
     rows = 'file_name,text,reference,width,height\nred.png,"one, ""two""",,80,64\nblue.png,"two\nlines",teal.png,,\n\n'
-    (pictures / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
-    one, two = find_examples(pictures)
+    (images / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
+    one, two = find_examples(images)
     assert (one.text, one.references, one.size) == ('one, "two"', (), (80, 64))
-    assert (two.text, two.references, two.size) == ("two\nlines", (pictures / "teal.png",), None)
-    assert len(find_examples(pictures / "metadata.csv")) == 2
+    assert (two.text, two.references, two.size) == ("two\nlines", (images / "teal.png",), None)
+    assert len(find_examples(images / "metadata.csv")) == 2
 
 
 @pytest.mark.parametrize(
@@ -243,41 +243,41 @@ def test_a_csv_is_read_as_imagefolder_does(pictures: Path) -> None:
         ("file_name,text\n", "it is empty"),
     ],
 )
-def test_a_bad_csv_is_named(pictures: Path, rows: str, words: str) -> None:
-    (pictures / "metadata.csv").write_text(rows)
+def test_a_bad_csv_is_named(images: Path, rows: str, words: str) -> None:
+    (images / "metadata.csv").write_text(rows)
     with pytest.raises(DataError, match=words):
-        find_examples(pictures)
+        find_examples(images)
 
 
-def test_two_lists_in_a_folder_are_refused(pictures: Path) -> None:
-    (pictures / "metadata.jsonl").write_text('{"file_name": "red.png", "text": "one"}')
-    (pictures / "metadata.csv").write_text("file_name,text\nred.png,two\n")
-    code, _, err = check(pictures)
+def test_two_lists_in_a_folder_are_refused(images: Path) -> None:
+    (images / "metadata.jsonl").write_text('{"file_name": "red.png", "text": "one"}')
+    (images / "metadata.csv").write_text("file_name,text\nred.png,two\n")
+    code, _, err = check(images)
     assert code == 2
-    assert f"{pictures} holds metadata.jsonl and metadata.csv. Keep one, or set data to one of the files." in err
-    assert [example.text for example in find_examples(pictures / "metadata.csv")] == ["two"]
+    assert f"{images} holds metadata.jsonl and metadata.csv. Keep one, or set data to one of the files." in err
+    assert [example.text for example in find_examples(images / "metadata.csv")] == ["two"]
 
 
-def test_what_lies_beside_a_list_is_named(pictures: Path) -> None:
-    (pictures / "red.npy").touch()
-    (pictures / "other.npy").touch()
+def test_what_lies_beside_a_list_is_named(images: Path) -> None:
+    (images / "red.npy").touch()
+    (images / "other.npy").touch()
     row = {"file_name": "red.png", "text": "one", "reference": "blue.png", "id_embed_file": "red.npy"}
-    (pictures / "metadata.jsonl").write_text(json.dumps(row))
-    assert scan(pictures).ignored == [
+    (images / "metadata.jsonl").write_text(json.dumps(row))
+    assert scan(images).ignored == [
         "1 .npy file is ignored.",
-        f"Not in metadata.jsonl: 4 images, such as {pictures / 'green.png'}.",
+        f"Not in metadata.jsonl: 4 images, such as {images / 'green.png'}.",
         "Caption files are ignored, 6 of them: captions come from metadata.jsonl.",
     ]
 
 
-def test_lists_one_folder_down_are_named(pictures: Path) -> None:
+def test_lists_one_folder_down_are_named(images: Path) -> None:
     for folder, name in (("one", "metadata.jsonl"), ("two", "metadata.csv")):
-        (pictures / folder).mkdir()
-        (pictures / folder / name).touch()
+        (images / folder).mkdir()
+        (images / folder / name).touch()
     advice = "to read it, or move it to the top of the folder."
-    assert scan(pictures).ignored == [
-        f"{pictures}/one/metadata.jsonl is not read. Set data={pictures}/one {advice}",
-        f"{pictures}/two/metadata.csv is not read. Set data={pictures}/two {advice}",
+    assert scan(images).ignored == [
+        f"{images}/one/metadata.jsonl is not read. Set data={images}/one {advice}",
+        f"{images}/two/metadata.csv is not read. Set data={images}/two {advice}",
     ]
 
 
@@ -310,7 +310,7 @@ def heic_only(folder: Path) -> None:
         (shards_only, "{0}: found no images but 2 .tar files. To read shards, set data='{0}/*.tar'."),
         (
             heic_only,
-            "found 0 pictures and 0 captions, but no picture with a caption. 2 .heic files are ignored: convert",
+            "found 0 images and 0 captions, but no image with a caption. 2 .heic files are ignored: convert",
         ),
     ],
 )
@@ -328,27 +328,27 @@ def test_a_pattern_that_is_none_is_told_so(tmp_path: Path) -> None:
         find_examples(tmp_path / "*")
 
 
-def test_the_check_leaves_nothing_in_the_data(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = sorted(pictures.iterdir())
-    monkeypatch.chdir(pictures)
-    for folder in (".", pictures):
+def test_the_check_leaves_nothing_in_the_data(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(images.iterdir())
+    monkeypatch.chdir(images)
+    for folder in (".", images):
         result = CliRunner().invoke(app, ["data", "check", str(folder)])
         assert result.exit_code == 0, result.stderr
         assert "No samples were written, as this is the data set's folder; --sheet ../sheet.png does." in result.stderr
     result = CliRunner().invoke(app, ["data", "check", ".", "--sheet", "sub/sheet.png"])
     assert result.exit_code == 2
     assert "sub/sheet.png would be in the data set, and in the next training. Choose a place outside ." in result.stderr
-    assert sorted(pictures.iterdir()) == before
+    assert sorted(images.iterdir()) == before
     result = CliRunner().invoke(app, ["data", "check", ".", "--sheet", "../sheet.png"])
-    assert (result.exit_code, Image.open(pictures.parent / "sheet.png").format) == (0, "PNG")
+    assert (result.exit_code, Image.open(images.parent / "sheet.png").format) == (0, "PNG")
 
 
-def test_two_of_a_fault_are_both_named(pictures: Path) -> None:
+def test_two_of_a_fault_are_both_named(images: Path) -> None:
     for name in ("red", "blue"):
-        (pictures / f"{name}.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        (images / f"{name}.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     for name in ("teal", "green"):
-        (pictures / f"{name}.txt").unlink()
-    code, out, _ = check(pictures)
+        (images / f"{name}.txt").unlink()
+    code, out, _ = check(images)
     assert code == 0
     assert "broken            2" in out and "without caption   2" in out
     assert (

@@ -38,9 +38,9 @@ def loadable_adapter(model: BaseModel, kind: str) -> IPAdapter:
 def prompt_for(model: BaseModel, adapter: IPAdapter, count: int = 3) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randint(256, (count, 40, 48, 3), generator=generator, dtype=torch.uint8).numpy()
-    pictures = [Image.fromarray(rows) for rows in noise]
+    images = [Image.fromarray(rows) for rows in noise]
     faces = torch.randn(count, 512, generator=generator) if adapter.spec.face_dim else None
-    return encode_images(model, adapter.spec, pictures, faces)
+    return encode_images(model, adapter.spec, images, faces)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_every_kind_draws_with_every_family(name: str, kind: str, request: pytes
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize(("name", "kind"), [("base_model", "base"), ("sdxl_model", "plus"), ("sd2_model", "faceid")])
-def test_a_batch_is_its_pictures_one_by_one(
+def test_a_batch_is_its_images_one_by_one(
     name: str, kind: str, guidance: float, request: pytest.FixtureRequest
 ) -> None:
     model: BaseModel = request.getfixturevalue(name)
@@ -111,11 +111,11 @@ def test_the_negative_image_is_that_of_a_dropped_one(base_model: BaseModel) -> N
         else:
             pixels = torch.zeros(1, 3, 32, 32)
             features.append(base_model.image_encoder(pixels, output_hidden_states=True).hidden_states[-2])
-        pictures = [
+        images = [
             generate(base_model, adapter, prompts=[""], image_features=features, steps=2, guidance=g)
             for g in (1.0, 5.0)
         ]
-        torch.testing.assert_close(*pictures, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(*images, atol=1e-4, rtol=1e-4)
 
 
 def test_several_faces_bring_the_tokens_of_each(base_model: BaseModel) -> None:
@@ -141,8 +141,8 @@ def test_the_lora_follows_the_weight(base_model: BaseModel) -> None:
 def test_half_precision(sdxl_folder: Path) -> None:
     model = load_base_model(sdxl_folder, torch.bfloat16)
     adapter = adapter_of(model, "faceid-plus")
-    picture = generate(model, adapter, prompts=[""], image_features=prompt_for(model, adapter, 1), steps=1)
-    assert picture.dtype == torch.float32 and picture.isfinite().all()
+    image = generate(model, adapter, prompts=[""], image_features=prompt_for(model, adapter, 1), steps=1)
+    assert image.dtype == torch.float32 and image.isfinite().all()
     assert next(adapter.lora.parameters()).dtype == torch.float32  # type: ignore[union-attr]
 
 
@@ -164,7 +164,7 @@ def pipeline_of(model: BaseModel) -> Any:
 
 @pytest.mark.parametrize("kind", [None, "base", "plus"])
 @pytest.mark.parametrize("folder", ["model_folder", "sd2_folder", "sdxl_folder"])
-def test_diffusers_pipeline_makes_the_same_picture(
+def test_diffusers_pipeline_makes_the_same_image(
     folder: str, kind: str | None, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Two texts, guidance, an image and its negative, another height than width: our short loop against theirs."""
@@ -213,16 +213,16 @@ def encode_none(model: BaseModel, adapter: IPAdapter) -> Tensor:
 
 
 def test_v_prediction_differs_from_epsilon(base_model: BaseModel, v_model: BaseModel) -> None:
-    pictures = [generate(m, None, prompts=[""], image_features=None, steps=2) for m in (base_model, v_model)]
-    assert not torch.equal(*pictures)
+    images = [generate(m, None, prompts=[""], image_features=None, steps=2) for m in (base_model, v_model)]
+    assert not torch.equal(*images)
 
 
 def test_another_noise_schedule_can_be_given(v_model: BaseModel) -> None:
     rescaled = type(v_model.scheduler).from_config(v_model.scheduler.config, rescale_betas_zero_snr=True)
     options: dict[str, Any] = {"prompts": [""], "image_features": None, "steps": 2}
-    pictures = [generate(v_model, None, **options), generate(v_model, None, scheduler=rescaled, **options)]
-    assert pictures[1].isfinite().all()
-    assert not torch.equal(*pictures)
+    images = [generate(v_model, None, **options), generate(v_model, None, scheduler=rescaled, **options)]
+    assert images[1].isfinite().all()
+    assert not torch.equal(*images)
 
 
 def test_one_prompt_serves_many_weights(base_model: BaseModel, adapter: IPAdapter) -> None:
@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_refused(base_model: BaseModel, sdxl_model: BaseMod
             generate(base_model, None, prompts=[""], image_features=None, size=size)
 
 
-def test_pictures_of_any_mode_are_encoded(base_model: BaseModel, adapter: IPAdapter) -> None:
-    pictures = [Image.new(mode, (50, 40)) for mode in ("RGB", "L", "RGBA", "P", "CMYK")]
-    (embeds,) = encode_images(base_model, adapter.spec, pictures)
+def test_images_of_any_mode_are_encoded(base_model: BaseModel, adapter: IPAdapter) -> None:
+    images = [Image.new(mode, (50, 40)) for mode in ("RGB", "L", "RGBA", "P", "CMYK")]
+    (embeds,) = encode_images(base_model, adapter.spec, images)
     assert embeds.shape == (5, 24)

@@ -8,7 +8,7 @@ from PIL import Image, ImageFont
 FONT = ImageFont.load_default(size=14)
 
 
-def test_pictures_stand_in_their_columns_and_rows() -> None:
+def test_images_stand_in_their_columns_and_rows() -> None:
     colours = ("red", "lime", "blue", "yellow")
     columns = [
         (title, [Image.new("RGB", (10, 10), c) for c in pair])
@@ -20,7 +20,7 @@ def test_pictures_stand_in_their_columns_and_rows() -> None:
     assert at == {(0, 0): (255, 0, 0), (0, 1): (0, 255, 0), (1, 0): (0, 0, 255), (1, 1): (255, 255, 0)}
 
 
-def test_a_picture_of_another_shape_is_fitted_in() -> None:
+def test_a_image_of_another_shape_is_fitted_in() -> None:
     grid = np.asarray(draw_grid([("", [Image.new("RGB", (80, 40), "blue")])], side=40))
     cell = grid[28:68, GAP : GAP + 40]
     assert (cell[10:30] == (0, 0, 255)).all() and (cell[:10] == 255).all() and (cell[30:] == 255).all()

@@ -95,8 +95,8 @@ def run(hub: HubServer, tmp_path: Path) -> Run:
     return commands
 
 
-def test_models_downloads_what_the_config_names_and_no_more(run: Run, hub: HubServer, pictures: Path) -> None:
-    train = ["train", "sd15-base", f"data={pictures}", "mixed_precision=no", "validation_images=0", *SMALL]
+def test_models_downloads_what_the_config_names_and_no_more(run: Run, hub: HubServer, images: Path) -> None:
+    train = ["train", "sd15-base", f"data={images}", "mixed_precision=no", "validation_images=0", *SMALL]
     download = "models sd15-base --download"
     before, done, trained, listed, again = run(train, download, train, "models sd15-base", download)
     assert before == (
@@ -113,8 +113,8 @@ def test_models_downloads_what_the_config_names_and_no_more(run: Run, hub: HubSe
     assert hub.downloaded == {file for model in models_of(["sd15-base"]) for file in model.files}
 
 
-def test_hub_ids_train_and_then_need_no_network(run: Run, hub: HubServer, pictures: Path) -> None:
-    models = [f"base_model={SD15}", f"image_encoder={ENCODER}", f"data={pictures}", *SMALL]
+def test_hub_ids_train_and_then_need_no_network(run: Run, hub: HubServer, images: Path) -> None:
+    models = [f"base_model={SD15}", f"image_encoder={ENCODER}", f"data={images}", *SMALL]
     dry, trained = run(["train", *models, "--dry-run"], ["train", *models])
     assert dry.code == 0, dry.err
     assert f"Downloading {SD15} from the Hugging Face Hub into its cache." in dry.err
@@ -129,13 +129,13 @@ def test_hub_ids_train_and_then_need_no_network(run: Run, hub: HubServer, pictur
     reads = len(hub.requests)
     for result in run(
         ["cache", *models, "cache=cached"],
-        ["generate", *named, "--image", pictures / "red.png", "--output", "o.png"],
+        ["generate", *named, "--image", images / "red.png", "--output", "o.png"],
         HF_HUB_OFFLINE="1",
     ):
         assert result.code == 0, result.err
     assert len(hub.requests) == reads
     few = ["--limit", "2", "--images-per-caption", "1"]
-    (measured,) = run(["eval", *named, "--data", pictures, "--clip", "openai/clip-vit-large-patch14", *few])
+    (measured,) = run(["eval", *named, "--data", images, "--clip", "openai/clip-vit-large-patch14", *few])
     assert measured.code == 0, measured.err
 
 

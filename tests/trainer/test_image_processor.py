@@ -1,4 +1,4 @@
-"""Pictures for the image encoder are prepared as transformers' CLIPImageProcessor does, strips in no time."""
+"""Images for the image encoder are prepared as transformers' CLIPImageProcessor does, strips in no time."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def theirs() -> object:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (300, 200), (200, 301), (20, 33), (1, 8), (400, 50), (57, 113)])
-def test_ordinary_pictures_have_the_very_values_of_transformers(theirs, size) -> None:
+def test_ordinary_images_have_the_very_values_of_transformers(theirs, size) -> None:
     ours = CLIPImageProcessor(**SIZES)
-    for pictures in (noise(*size), [noise(*size), noise(80, 80)], np.asarray(noise(*size))):
-        seen = [p(images=pictures, return_tensors="pt").pixel_values for p in (ours, theirs)]
+    for images in (noise(*size), [noise(*size), noise(80, 80)], np.asarray(noise(*size))):
+        seen = [p(images=images, return_tensors="pt").pixel_values for p in (ours, theirs)]
         assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize("size", [(900, 100), (100, 901), (701, 80), (75, 1000), (1000, 41)])
 def test_of_a_strip_the_middle_is_seen(theirs, size) -> None:
     """Within a level of eight bits and half a pixel of the source, which transformers rounds away."""
-    picture = smooth(*size)
-    ours, full = (p(images=picture, return_tensors="pt").pixel_values for p in (CLIPImageProcessor(**SIZES), theirs))
+    image = smooth(*size)
+    ours, full = (p(images=image, return_tensors="pt").pixel_values for p in (CLIPImageProcessor(**SIZES), theirs))
     assert ours.shape == full.shape == (1, 3, 56, 56)
     assert (ours - full).abs().max() < 0.1
     assert (ours - full.flip(-1)).abs().max() > 0.1  # what else would differ by

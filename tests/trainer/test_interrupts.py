@@ -15,7 +15,7 @@ import pytest
 from ipadapter_trainer.files.run_folder import checkpoint_folders
 
 from .test_cli import keys
-from .test_finish import more_pictures
+from .test_finish import more_images
 
 # A process in the background ignores Ctrl-C, and so would its children: the test may run there. `moment` is a line of
 # Python that prints MOMENT when the command is where the signal shall meet it.
@@ -80,7 +80,7 @@ class Command:
 
 
 def long(settings: dict[str, Any], **changes: Any) -> list[str]:
-    more_pictures(settings)
+    more_images(settings)
     return keys(settings, steps=100_000, num_workers=2, sample_images=0, validate_every=10**6, **changes)
 
 
@@ -187,7 +187,7 @@ def test_ctrl_c_while_a_cache_is_written(settings: dict[str, Any], tmp_path: Pat
     assert list(cache.glob("texts/*.safetensors"))
 
 
-def test_ctrl_c_while_a_picture_is_generated(model_folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_a_image_is_generated(model_folder: Path, tmp_path: Path) -> None:
     moment = AT.format(module="ipadapter_trainer.evaluation.generate_images", name="load_base_model", seconds=1)
     arguments = ["generate", "--base-model", model_folder, "--output", tmp_path / "o.png", "--steps", 1000]
     command = Command(arguments, moment)
@@ -200,7 +200,7 @@ def test_ctrl_c_while_a_picture_is_generated(model_folder: Path, tmp_path: Path)
 
 
 def test_ctrl_c_in_the_demo(tmp_path: Path) -> None:
-    moment = AT.format(module="ipadapter_trainer.demo", name="load_pictures", seconds=0.5)
+    moment = AT.format(module="ipadapter_trainer.demo", name="load_images", seconds=0.5)
     command = Command(["demo", "--output", tmp_path / "o.png"], moment)
     command.wait_for_moment()
     command.interrupt()

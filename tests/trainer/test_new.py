@@ -26,7 +26,7 @@ def test_without_a_name_the_configs_are_listed() -> None:
     assert code == 0
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert list(lines) == config_names() and len(lines) == 23
-    assert lines["sd15-plus"] == "IP-Adapter Plus for SD1.5: 16 tokens from the picture's patches through a resampler"
+    assert lines["sd15-plus"] == "IP-Adapter Plus for SD1.5: 16 tokens from the image's patches through a resampler"
     assert all(lines.values())
 
 
@@ -34,10 +34,10 @@ def test_a_copy_is_the_config_with_its_own_name() -> None:
     code, out, _ = new("sd15-plus", "my/plus.toml")
     assert (code, out) == (
         0,
-        "Saved my/plus.toml. Train with: ipadapter train my/plus.toml data=pictures output=runs/mine\n",
+        "Saved my/plus.toml. Train with: ipadapter train my/plus.toml data=images output=runs/mine\n",
     )
     text = Path("my/plus.toml").read_text()
-    assert "#     ipadapter train my/plus.toml data=pictures output=runs/mine\n" in text
+    assert "#     ipadapter train my/plus.toml data=images output=runs/mine\n" in text
     original = (config_folder() / "sd15-plus.toml").read_text()
     assert text == original.replace("ipadapter train sd15-plus ", "ipadapter train my/plus.toml ")
     assert config_of_arguments("train", ["my/plus.toml"]) == config_of_arguments("train", ["sd15-plus"])

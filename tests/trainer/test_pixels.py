@@ -1,4 +1,4 @@
-"""Every kind of picture file shows what its 8-bit RGB version shows, or is refused with a sentence."""
+"""Every kind of image file shows what its 8-bit RGB version shows, or is refused with a sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from ipadapter_trainer.data.images import READS_AVIF, open_rgb, resize_and_crop, to_rgb, why_unreadable
 from PIL import Image
 
-from .tiny_data import encoded_picture
+from .tiny_data import encoded_image
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOURS = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
@@ -27,14 +27,14 @@ def grey() -> Image.Image:
 
 def with_alpha(mode: str) -> Image.Image:
     alpha = Image.fromarray(np.where(GREY < 128, 0, 255).astype(np.uint8))
-    picture = grey() if mode == "LA" else COLOURS.copy()
-    picture.putalpha(alpha)
-    return picture
+    image = grey() if mode == "LA" else COLOURS.copy()
+    image.putalpha(alpha)
+    return image
 
 
-def saved(picture: Image.Image, kind: str, **options: Any) -> Image.Image:
+def saved(image: Image.Image, kind: str, **options: Any) -> Image.Image:
     data = io.BytesIO()
-    picture.save(data, kind, **options)
+    image.save(data, kind, **options)
     return open_rgb(io.BytesIO(data.getvalue()))[0]
 
 
@@ -60,15 +60,15 @@ DEPTHS: list[tuple[str, Callable[[], Image.Image]]] = [
 
 @pytest.mark.parametrize("make", [make for _, make in DEPTHS], ids=[name for name, _ in DEPTHS])
 def test_grey_of_any_depth_is_its_8_bit_version(make: Callable[[], Image.Image]) -> None:
-    picture = make()
-    assert picture.mode == "RGB"
-    assert np.array_equal(np.array(picture), np.array(grey().convert("RGB")))
+    image = make()
+    assert image.mode == "RGB"
+    assert np.array_equal(np.array(image), np.array(grey().convert("RGB")))
 
 
 @pytest.mark.parametrize("high", [0.2, 1.0, 1.0005])
-def test_a_dark_float_picture_stays_as_dark(high: float) -> None:
-    picture = to_rgb(Image.fromarray(np.array([[0, high]], dtype=np.float32)))
-    assert [picture.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (round(min(high, 1) * 255),) * 3]
+def test_a_dark_float_image_stays_as_dark(high: float) -> None:
+    image = to_rgb(Image.fromarray(np.array([[0, high]], dtype=np.float32)))
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (round(min(high, 1) * 255),) * 3]
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def test_other_colour_models_are_right() -> None:
     "kind",
     ["gif", "webp", "png", "tiff", pytest.param("avif", marks=pytest.mark.skipif(not READS_AVIF, reason="no AVIF"))],
 )
-def test_of_a_moving_picture_the_first_is_taken(kind: str) -> None:
+def test_of_a_moving_image_the_first_is_taken(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "green")]
-    picture = saved(frames[0], kind, save_all=True, append_images=frames[1:])
-    red, green, blue = (int(value) for value in np.array(picture).reshape(-1, 3).mean(axis=0))
+    image = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    red, green, blue = (int(value) for value in np.array(image).reshape(-1, 3).mean(axis=0))
     assert red > 245 and green < 10 and blue < 10
 
 
@@ -145,7 +145,7 @@ def reason(data: bytes | Path | Image.Image) -> str:
     return why_unreadable(error.value)
 
 
-def test_a_picture_without_pixels_is_named() -> None:
+def test_a_image_without_pixels_is_named() -> None:
     assert reason(Image.new("RGB", (0, 5))) == "an image of 0x5 pixels holds nothing."
     assert reason(png_header(0, 5)) == "cannot be read as JPEG, PNG, WebP or the like. Download or make it again."
 
@@ -161,7 +161,7 @@ def test_a_strip_is_cut_before_it_is_scaled(size: tuple[int, int]) -> None:
     """Scaled first it would be 1,048,576 x 512 pixels: 10 seconds and 2 GB."""
     strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     started = time.perf_counter()
-    cut = resize_and_crop(strip, (512, 512)).picture
+    cut = resize_and_crop(strip, (512, 512)).image
     assert time.perf_counter() - started < 1
     assert cut.size == (512, 512)
 
@@ -176,12 +176,12 @@ def test_the_cut_of_a_strip_is_that_of_the_scaled_strip(place: float) -> None:
         expected = np.array(whole.crop((x, y, x + 64, y + 64)), dtype=int)
         cut = resize_and_crop(strip, (64, 64), place, place)
         assert cut.top_left == (y, x)
-        assert np.abs(np.array(cut.picture, dtype=int) - expected).max() <= 1
+        assert np.abs(np.array(cut.image, dtype=int) - expected).max() <= 1
 
 
 # --- Damage
 
-WHOLE = {kind: encoded_picture(COLOURS.resize((200, 200)), kind) for kind in ("png", "jpeg", "webp", "gif")}
+WHOLE = {kind: encoded_image(COLOURS.resize((200, 200)), kind) for kind in ("png", "jpeg", "webp", "gif")}
 ALIEN = {
     b"": "an empty file (0 bytes); expected JPEG, PNG, WebP or the like. Download or make it again.",
     bytes(4000): "a file of zero bytes; expected JPEG, PNG, WebP or the like.",
@@ -202,7 +202,7 @@ def test_another_file_is_named_as_what_it_is(data: bytes, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", WHOLE)
 @pytest.mark.parametrize("damage", ["cut off", "zeros at the end"])
-def test_half_a_picture_is_refused(kind: str, damage: str) -> None:
+def test_half_a_image_is_refused(kind: str, damage: str) -> None:
     """Never half grey or half black: Pillow's decoders accept a PNG or a WebP file that ends in zeros."""
     whole = WHOLE[kind]
     half = whole[: len(whole) // 2]

@@ -26,13 +26,13 @@ LAUNCHERS = {
 def test_two_processes_are_one_with_the_same_global_batch(
     launcher: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The same pictures, noise and timesteps, whoever draws them; sums differ in their order only."""
+    """The same images, noise and timesteps, whoever draws them; sums differ in their order only."""
     settings |= {"steps": 5, "flip": True, "gradient_accumulation_steps": 2, "ema_decay": 0.5, "kind": "faceid-plusv2"}
     folder = Path(settings["data"])
     rows = []
-    for number, picture in enumerate(sorted(folder.glob("*.png"))):
-        torch.save(torch.nn.functional.one_hot(torch.tensor(number), 512).float(), folder / f"{picture.stem}.pt")
-        rows.append({"file_name": picture.name, "text": picture.stem, "id_embed_file": f"{picture.stem}.pt"})
+    for number, image in enumerate(sorted(folder.glob("*.png"))):
+        torch.save(torch.nn.functional.one_hot(torch.tensor(number), 512).float(), folder / f"{image.stem}.pt")
+        rows.append({"file_name": image.name, "text": image.stem, "id_embed_file": f"{image.stem}.pt"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     one = load_file(train(make_config({**settings, "batch_size": 4, "output": tmp_path / "one"})))

@@ -50,25 +50,25 @@ def run(tmp_path: Path) -> Path:
     (output / "samples").mkdir(parents=True)
     lines = [trained(step) for step in range(1, 31)] + [validated(step, step / 100) for step in (0, 10, 20, 30)]
     (output / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (output / "config.toml").write_text('data = "pictures/<cats>"\n')
+    (output / "config.toml").write_text('data = "images/<cats>"\n')
     for step in (0, 10, 20, 30):
         Image.new("RGB", (40, 30), (200, step, 0)).save(output / "samples" / f"step-{step:06d}.png")
     return output
 
 
 class Page(HTMLParser):
-    """The texts and the pictures of a page."""
+    """The texts and the images of a page."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        self.text, self.pictures, self.references = "", {}, list[str]()
+        self.text, self.images, self.references = "", {}, list[str]()
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values: dict[str, Any] = dict(attrs)
         self.references += [values[name] for name in ("src", "href") if name in values]
         if tag == "img":
-            self.pictures[values["alt"]] = base64.b64decode(values["src"].partition("base64,")[2])
+            self.images[values["alt"]] = base64.b64decode(values["src"].partition("base64,")[2])
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -79,15 +79,15 @@ def test_the_page_has_it_all_and_needs_nothing(run: Path) -> None:
     for words in (
         "cats & dogs",
         "base for <SD1.5>, 4 tokens",
-        'data = "pictures/<cats>"',
+        'data = "images/<cats>"',
         "The adapter reads its image",
     ):
         assert words in page.text
     assert all(reference.startswith("data:") for reference in page.references)
-    assert {chart.title for chart in CHARTS} <= page.pictures.keys()
+    assert {chart.title for chart in CHARTS} <= page.images.keys()
     for chart in CHARTS:
-        assert ET.fromstring(page.pictures[chart.title]).tag == f"{SVG}svg"
-    grids = {title: grid for title, grid in page.pictures.items() if title.startswith("samples")}
+        assert ET.fromstring(page.images[chart.title]).tag == f"{SVG}svg"
+    grids = {title: grid for title, grid in page.images.items() if title.startswith("samples")}
     assert list(grids) == ["samples at step 0", "samples at step 20", "samples at step 30"]
     for title, grid in grids.items():
         red, green, _ = Image.open(io.BytesIO(grid)).getpixel((20, 15))  # type: ignore[misc]
@@ -100,7 +100,7 @@ def test_a_run_without_validation_or_samples_is_reported_too(run: Path) -> None:
     (run / "config.toml").unlink()
     (run / LOG_FILE).write_text(json.dumps(trained(1)) + "\n" + '{"step": 2, "lo')
     page = Page(write_report(run, ""))
-    assert list(page.pictures) == ["Training loss", "Gradient norm", "Learning rate", "Images a second"]
+    assert list(page.images) == ["Training loss", "Gradient norm", "Learning rate", "Images a second"]
     assert "There was no validation" in page.text
 
 
@@ -172,15 +172,15 @@ def test_a_curve_goes_through_its_points() -> None:
     assert draw(chart, [{"step": 1}], []) is None
 
 
-def test_a_long_log_stays_a_small_picture() -> None:
+def test_a_long_log_stays_a_small_image() -> None:
     lines = [trained(step) for step in range(1, 50_001)]
     drawn = [draw(chart, lines, []) for chart in CHARTS if not chart.of_validation]
-    assert all(picture is not None and len(picture) < 150_000 for picture in drawn)
+    assert all(image is not None and len(image) < 150_000 for image in drawn)
     (chart,) = (chart for chart in CHARTS if chart.title == "Learning rate")
     lines[-1]["learning_rate"] = 1.0
-    picture = draw(chart, lines, [])
-    assert picture is not None
-    (curve,) = curves(picture)  # the last point is drawn whatever is left out
+    image = draw(chart, lines, [])
+    assert image is not None
+    (curve,) = curves(image)  # the last point is drawn whatever is left out
     assert curve[-1][1] == min(y for _, y in curve) < curve[0][1]
     assert len(curve) <= POINTS
 

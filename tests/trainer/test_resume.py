@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from ipadapter_core import load_adapter
 
-from .conftest import draw_picture
+from .conftest import draw_image
 from .tiny_models import COLOURS, write_model
 
 STEPS = 4
@@ -30,13 +30,13 @@ STEPS = 4
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The settings of a run of four steps that kept its checkpoints 2 and 4, in a folder of its own."""
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for number in range(12):
-        draw_picture(list(COLOURS)[number % 6]).save(folder / "pictures" / f"{number}.png")
-        (folder / "pictures" / f"{number}.txt").write_text(f"number {number}")
+        draw_image(list(COLOURS)[number % 6]).save(folder / "images" / f"{number}.png")
+        (folder / "images" / f"{number}.txt").write_text(f"number {number}")
     settings = {
         "base_model": str(write_model(folder / "model")),
-        "data": str(folder / "pictures"),
+        "data": str(folder / "images"),
         "output": str(folder / "run"),
         "resolution": 64,
         "batch_size": 2,
@@ -54,10 +54,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture
 def settings(finished: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """The same run, whose output and pictures may be changed."""
-    for name in ("run", "pictures"):
+    """The same run, whose output and images may be changed."""
+    for name in ("run", "images"):
         shutil.copytree(Path(finished["output"]).parent / name, tmp_path / name)
-    return {**finished, "output": str(tmp_path / "run"), "data": str(tmp_path / "pictures")}
+    return {**finished, "output": str(tmp_path / "run"), "data": str(tmp_path / "images")}
 
 
 def told(settings: dict[str, Any], **changes: Any) -> list[str]:
@@ -66,8 +66,8 @@ def told(settings: dict[str, Any], **changes: Any) -> list[str]:
     return [line for line in lines if not line.startswith("Warning: ")]
 
 
-def add_picture(settings: dict[str, Any]) -> None:
-    draw_picture("red").save(Path(settings["data"]) / "more.png")
+def add_image(settings: dict[str, Any]) -> None:
+    draw_image("red").save(Path(settings["data"]) / "more.png")
     (Path(settings["data"]) / "more.txt").write_text("one more")
 
 
@@ -119,7 +119,7 @@ def test_other_draws_are_resumed_on_request_only(settings: dict[str, Any], chang
 
 def test_added_images_are_counted_and_may_be_accepted(settings: dict[str, Any]) -> None:
     """The adapter, the optimizer and the step count stay; the new checkpoints belong to the new data."""
-    add_picture(settings)
+    add_image(settings)
     with pytest.raises(CheckpointError, match="11 images to train on, now 12"):
         told(settings)
     more, said, steps = {"steps": STEPS + 2, "accept_changes": True}, list[str](), list[int]()

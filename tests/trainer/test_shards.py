@@ -33,7 +33,7 @@ from ipadapter_trainer.errors import DataError
 from ipadapter_trainer.models.base_model import BaseModel
 from PIL import Image, UnidentifiedImageError
 
-from .tiny_data import assert_same, encoded_picture, preprocessor_from_config, sample, write_shard
+from .tiny_data import assert_same, encoded_image, preprocessor_from_config, sample, write_shard
 
 PLACE = ShardWorker(0, 1, 0, 1)
 
@@ -98,10 +98,10 @@ def test_other_names_are_refused(data: Any, words: str) -> None:
         expand_shards(data)
 
 
-def test_shards_are_told_from_pictures() -> None:
+def test_shards_are_told_from_images() -> None:
     for data in ("a.tar", "a-{0..3}.tar", "https://host/a.tar?download=true", ["a.tar"], Path("a.tgz")):
         assert is_shards(data)
-    for data in ("pictures", "a.json", Path("a.jsonl")):
+    for data in ("images", "a.json", Path("a.jsonl")):
         assert not is_shards(data)
 
 
@@ -115,14 +115,14 @@ def test_the_fingerprint_knows_names_and_sizes(four: list[str], tmp_path: Path) 
 # --- Samples
 
 
-def test_a_sample_has_a_picture_a_caption_a_reference_and_a_face(tmp_path: Path) -> None:
+def test_a_sample_has_a_image_a_caption_a_reference_and_a_face(tmp_path: Path) -> None:
     face = io.BytesIO()
     np.save(face, np.ones(512, dtype=np.float32))
-    picture, other = (encoded_picture(Image.new("RGB", (8, 8), colour), "jpeg") for colour in ("red", "blue"))
-    files = {"JPG": picture, "txt": b" a caption\n", "reference.jpg": other, "face.npy": face.getvalue()}
+    image, other = (encoded_image(Image.new("RGB", (8, 8), colour), "jpeg") for colour in ("red", "blue"))
+    files = {"JPG": image, "txt": b" a caption\n", "reference.jpg": other, "face.npy": face.getvalue()}
     shard = write_shard(tmp_path / "a.tar", {"sub/01": files, "sub/02": {"webp": b"", "json": b'{"caption": "two"}'}})
     one, two = (parse_sample(raw) for raw in raw_samples(str(shard), print))
-    assert (one.name, one.text, one.picture, one.references) == ("a.tar/sub/01", "a caption", picture, (other,))
+    assert (one.name, one.text, one.image, one.references) == ("a.tar/sub/01", "a caption", image, (other,))
     assert one.face_id_embed is not None and one.face_id_embed.shape == (512,)
     assert (two.text, two.references, two.face_id_embed) == ("two", (), None)
 
@@ -130,7 +130,7 @@ def test_a_sample_has_a_picture_a_caption_a_reference_and_a_face(tmp_path: Path)
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"txt": b"a"}, r"a.tar/1: no picture .*among its files \(txt\)"),
+        ({"txt": b"a"}, r"a.tar/1: no image .*among its files \(txt\)"),
         ({"png": b""}, "a.tar/1: no caption"),
         ({"png": b"", "json": json.dumps({"title": "a"}).encode()}, "a.tar/1: no caption"),
         ({"png": b"", "json": b"{"}, "its caption cannot be read"),
@@ -147,7 +147,7 @@ def test_what_a_sample_lacks_is_named(tmp_path: Path, files: dict[str, bytes], w
 def test_references_and_faces_reach_the_batch(preprocessor: Preprocessor, tmp_path: Path) -> None:
     face = io.BytesIO()
     np.save(face, np.eye(1, 512, dtype=np.float32))
-    blue = encoded_picture(Image.new("RGB", (40, 40), "blue"))
+    blue = encoded_image(Image.new("RGB", (40, 40), "blue"))
     files = {**sample(1), "reference.png": blue, "face.npy": face.getvalue()}
     shard = write_shard(tmp_path / "a.tar", {"1": files, "2": sample(2)})
     loader = shard_loader([str(shard)], replace(preprocessor, takes_face=True), plain(), batch_size=2, num_workers=0)
@@ -256,7 +256,7 @@ def test_too_few_shards_say_what_to_do(four: list[str], preprocessor: Preprocess
 def test_a_broken_sample_is_replaced_and_named(tmp_path: Path, preprocessor: Preprocessor) -> None:
     samples = {f"{n}": sample(n) for n in range(6)}
     for n in (0, 2):
-        samples[f"{n}"]["png"] = b"no picture"
+        samples[f"{n}"]["png"] = b"no image"
     del samples["4"]["txt"]
     shard = str(write_shard(tmp_path / "a.tar", samples))
     batches = list(islice(shard_loader([shard], preprocessor, plain(), batch_size=3, num_workers=0), 4))
@@ -391,12 +391,12 @@ def test_indexed_samples_are_those_of_the_stream(tmp_path: Path) -> None:
     """Every file of a sample, read at its place in the shard, is what webdataset gives."""
     face = io.BytesIO()
     np.save(face, np.arange(512, dtype=np.float32))
-    prompt = encoded_picture(Image.new("RGB", (9, 9), "blue"), "jpeg")
+    prompt = encoded_image(Image.new("RGB", (9, 9), "blue"), "jpeg")
     first = write_shard(
         tmp_path / "a.tar",
         {
             "cats/one": {**sample(1), "json": b'{"text": "not this"}'},
-            "no picture": {"txt": b"nothing"},
+            "no image": {"txt": b"nothing"},
             "last": {
                 "JPG": prompt,
                 "json": b'{"caption": " said "}',
@@ -408,11 +408,11 @@ def test_indexed_samples_are_those_of_the_stream(tmp_path: Path) -> None:
     second = write_shard(tmp_path / "b.tar", {"0": sample(2), "1": sample(3)})
     shards = [str(first), str(second)]
     raw = [row for shard in shards for row in raw_samples(shard, pytest.fail)]
-    streamed = [parse_sample(row) for row in raw if row["__key__"] != "no picture"]
+    streamed = [parse_sample(row) for row in raw if row["__key__"] != "no image"]
     indexed = index_shards(shards)
     assert [example.text for example in indexed] == [row.text for row in streamed]
     for example, row in zip(indexed, streamed, strict=True):
-        assert open_rgb(example.image)[0].tobytes() == open_rgb(io.BytesIO(row.picture))[0].tobytes()
+        assert open_rgb(example.image)[0].tobytes() == open_rgb(io.BytesIO(row.image))[0].tobytes()
         assert [reference.read() for reference in example.references] == list(row.references)
     assert torch.equal(face_id_embed(indexed[1]), torch.arange(512.0))
     assert indexed[1].name == f"{first}/last.JPG"
@@ -439,7 +439,7 @@ def test_index_leaves_out_what_cannot_be_used(tmp_path: Path, caplog: pytest.Log
         open_rgb(indexed[2].image)
 
 
-def test_what_is_no_picture_is_named_as_a_file_is(tmp_path: Path) -> None:
+def test_what_is_no_image_is_named_as_a_file_is(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "a.tar", {"0": {"png": b"\xfe\xfebc", "txt": b"text"}})
     with pytest.raises(UnidentifiedImageError, match=r"cannot identify image file '.*a\.tar/0\.png'"):
         open_rgb(index_shards([str(shard)])[0].image)

@@ -23,7 +23,7 @@ def test_what_is_scaled_up_is_counted() -> None:
 
 
 def test_a_bucket_is_another_target_than_the_square() -> None:
-    """A wide picture is lower than the square, and its bucket is too."""
+    """A wide image is lower than the square, and its bucket is too."""
     assert size_notes([(900, 480)], 1, 512) != []
     assert size_notes([(900, 480)], 1, 512, 64) == []
     assert size_notes([(600, 320)], 1, 512, 64) == [
@@ -43,7 +43,7 @@ def test_buckets_that_cannot_fill_a_batch_are_counted() -> None:
     assert size_notes(sizes[:8], 8, 512, 64, batch_size=100) == []  # nowhere else to go
 
 
-def test_of_many_pictures_a_sample_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_images_a_sample_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     from ipadapter_trainer.data import sizes as module
 
     read: list[int] = []
@@ -64,24 +64,24 @@ def test_of_many_pictures_a_sample_is_looked_at(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_headers_alone_are_read(tmp_path: Path) -> None:
-    """Broken behind its header, a picture still has a size; one that is missing has none."""
+    """Broken behind its header, an image still has a size; one that is missing has none."""
     Image.effect_noise((300, 200), 50).save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
     assert sample_sizes([Example(tmp_path / "a.png", ""), Example(tmp_path / "no.png", "")]) == [(300, 200), None]
 
 
 def test_a_training_and_the_check_say_it(
-    settings: dict[str, Any], pictures: Path, caplog: pytest.LogCaptureFixture
+    settings: dict[str, Any], images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("red", "blue"):
-        Image.new("RGB", (60, 90)).save(pictures / f"{name}.png")
+        Image.new("RGB", (60, 90)).save(images / f"{name}.png")
     config = make_config({**settings, "steps": 1})
     line = "Smaller than 64x64 pixels, so scaled up and blurred: 2 of 6 images."
-    assert size_notes_from_config(config, find_examples(pictures)) == [line]
+    assert size_notes_from_config(config, find_examples(images)) == [line]
     with caplog.at_level(logging.WARNING):
         train(config)
     assert caplog.messages.count(line) == 1
-    report = check_data(pictures, min_side=128)
+    report = check_data(images, min_side=128)
     assert report.size_notes[0] == "Smaller than their bucket, so scaled up and blurred: 6 of 6 images."
     assert f"at 128 px         {report.size_notes[0]}" in report.as_text()
     assert json.dumps(report.as_json())

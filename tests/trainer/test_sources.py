@@ -1,4 +1,4 @@
-"""The pictures that are held out of a training."""
+"""The images that are held out of a training."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
 from ipadapter_trainer.training.training_data import held_out_rows
 
-from .conftest import draw_picture
+from .conftest import draw_image
 
 
 def write_folder(folder: Path, styles: int, names: int) -> list[Example]:
     for style in range(styles):
         (folder / f"style-{style}").mkdir(parents=True)
         for name in range(names):
-            draw_picture("red").save(folder / f"style-{style}" / f"{name:04}.png")
+            draw_image("red").save(folder / f"style-{style}" / f"{name:04}.png")
             (folder / f"style-{style}" / f"{name:04}.txt").write_text(f"number {name}")
     return find_examples(folder)
 
@@ -44,10 +44,10 @@ def test_the_same_name_in_every_folder_is_no_group(tmp_path: Path) -> None:
     assert len(captions) >= 6
 
 
-def test_one_that_is_broken_does_not_stop_the_training(settings: dict[str, Any], pictures: Path) -> None:
-    examples = write_folder(pictures, styles=1, names=20)
-    for row in held_out_rows(examples, 16, pictures):
-        Path(examples[row].name).write_bytes(b"no picture")
+def test_one_that_is_broken_does_not_stop_the_training(settings: dict[str, Any], images: Path) -> None:
+    examples = write_folder(images, styles=1, names=20)
+    for row in held_out_rows(examples, 16, images):
+        Path(examples[row].name).write_bytes(b"no image")
     said: list[str] = []
     train(make_config(settings | {"steps": 1}), say=said.append)
     assert any("could not be read" in line for line in said)

@@ -205,7 +205,7 @@ connect, socket.socket.connect = socket.socket.connect, refused
 output, tracker = Path(sys.argv[1]), sys.argv[2]
 for start in (0, 2):
     accelerator = Accelerator(cpu=True, **tracker_arguments(tracker, output))
-    log = RunLog(accelerator, output, {"steps": 4, "data": "pictures", "init_from": None}, tracker, start)
+    log = RunLog(accelerator, output, {"steps": 4, "data": "images", "init_from": None}, tracker, start)
     for step in range(start + 1, 5):
         log.add(Progress(step, torch.tensor(step / 10), 8))
         log.write(1e-4)

@@ -115,9 +115,9 @@ def test_a_log_is_cut_back_to_the_checkpoint(settings: dict[str, Any]) -> None:
     assert lines[2]["loss"] != 9.0
 
 
-def test_epochs_are_counted_in_pictures(settings: dict[str, Any]) -> None:
+def test_epochs_are_counted_in_images(settings: dict[str, Any]) -> None:
     _, losses = run(settings, steps=None, epochs=0.5)
-    assert [step for step, _ in losses] == [1, 2]  # 3 of 6 pictures, 2 a step
+    assert [step for step, _ in losses] == [1, 2]  # 3 of 6 images, 2 a step
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_the_learning_rate_may_change_at_a_resume(settings: dict[str, Any], tmp_
 
 
 def test_a_resume_may_turn_to_a_cache_and_says_so(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Its features are the pictures' rounded, so the training is the same one, though not bit for bit."""
+    """Its features are the images' rounded, so the training is the same one, though not bit for bit."""
     cache = write_cache(make_config({**settings, "cache": tmp_path / "cache"}))
     run(settings, steps=2)
     said: list[str] = []
@@ -193,11 +193,11 @@ def test_unfit_settings_are_refused_before_the_weights_are_read(settings: dict[s
         run(settings, output=tmp_path / "file")
 
 
-def test_broken_pictures_are_counted_and_reported(settings: dict[str, Any]) -> None:
-    (Path(settings["data"]) / "red.png").write_text("not a picture")
+def test_broken_images_are_counted_and_reported(settings: dict[str, Any]) -> None:
+    (Path(settings["data"]) / "red.png").write_text("not an image")
     said: list[str] = []
     train(make_config(settings), say=said.append)
-    assert any(line.startswith("1 pictures could not be read") and "red.png" in line for line in said)
+    assert any(line.startswith("1 images could not be read") and "red.png" in line for line in said)
 
 
 KILLED_WHILE_SAVING = """
@@ -332,7 +332,7 @@ def test_diffusers_loads_the_export_and_says_the_same(trained: Path, model_folde
     assert not torch.allclose(ours, plain, atol=1e-3)
 
 
-def test_diffusers_pipeline_makes_the_same_picture(trained: Path, model_folder: Path, base_model: BaseModel) -> None:
+def test_diffusers_pipeline_makes_the_same_image(trained: Path, model_folder: Path, base_model: BaseModel) -> None:
     """Text and image prompt, guidance and its zero image, four steps: our short loop against the pipeline."""
     from diffusers import DDIMScheduler
 

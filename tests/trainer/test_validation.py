@@ -25,7 +25,7 @@ from ipadapter_trainer.training.validation import QUARTERS, SEED, Samples, Valid
 
 from ipadapter_core import IPAdapter
 
-from .conftest import draw_picture
+from .conftest import draw_image
 from .tiny_models import COLOURS
 
 
@@ -228,7 +228,7 @@ def test_a_compiled_unet_is_not_compiled_again(model_folder: Path) -> None:
     model = load_base_model(model_folder)
     adapter = new_adapter(model)
     batch = examples(model, adapter, rows=2)
-    sample = Samples([(draw_picture("red"), "a red square")], steps=1)
+    sample = Samples([(draw_image("red"), "a red square")], steps=1)
     compiled: list[str] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -246,13 +246,13 @@ def test_a_compiled_unet_is_not_compiled_again(model_folder: Path) -> None:
 
 @pytest.mark.parametrize(("model", "kind"), [("base_model", "base"), ("sdxl_model", "plus"), ("sd2_model", "faceid")])
 def test_samples(model: str, kind: str, request: pytest.FixtureRequest) -> None:
-    """A grid of fixed pictures; the training beside it goes on undisturbed, and encoders leave the memory."""
+    """A grid of fixed images; the training beside it goes on undisturbed, and encoders leave the memory."""
     base: BaseModel = request.getfixturevalue(model)
     torch.manual_seed(0)
     adapter = new_adapter(base, TRAIN_KINDS[kind])
     batch = examples(base, adapter, rows=3)
-    pictures = [(draw_picture(colour), f"a {colour} square") for colour in COLOURS[:2]]
-    validation = Validation(base, batch.features, sample=Samples(pictures, "a blue square", steps=2), chunk=1)
+    images = [(draw_image(colour), f"a {colour} square") for colour in COLOURS[:2]]
+    validation = Validation(base, batch.features, sample=Samples(images, "a blue square", steps=2), chunk=1)
     base.release("vae", "text_encoders", "image_encoder")
     loaded = set(base._loaded)
     with adapt_unet(base, adapter) as denoising:
@@ -265,7 +265,7 @@ def test_samples(model: str, kind: str, request: pytest.FixtureRequest) -> None:
         assert torch.equal(torch.get_rng_state(), state)
         assert all(base.unet.attn_processors[name] is processor for name, processor in processors.items())
         assert set(base._loaded) == loaded
-        one_go = Validation(base, batch.features, sample=Samples(pictures, "a blue square", steps=2), chunk=8).samples(
+        one_go = Validation(base, batch.features, sample=Samples(images, "a blue square", steps=2), chunk=8).samples(
             adapter
         )
         difference = np.abs(np.asarray(grid, np.int16) - np.asarray(one_go, np.int16))
@@ -281,16 +281,16 @@ def test_samples(model: str, kind: str, request: pytest.FixtureRequest) -> None:
 def test_samples_may_be_off_or_without_a_text(base_model: BaseModel, adapter: IPAdapter, batch: TrainBatch) -> None:
     assert Validation(base_model, batch.features).samples(adapter) is None
     assert Validation(base_model, batch.features, sample=Samples([])).samples(adapter) is None
-    grid = Validation(base_model, batch.features, sample=Samples([(draw_picture("red"), "")], steps=1)).samples(adapter)
+    grid = Validation(base_model, batch.features, sample=Samples([(draw_image("red"), "")], steps=1)).samples(adapter)
     assert grid is not None and grid.width == 16 + 4 * 136
 
 
 def test_samples_follow_the_noise_schedule_of_the_training(v_model: BaseModel) -> None:
     adapter = new_adapter(v_model)
-    batch, picture = examples(v_model, adapter, rows=1), [(draw_picture("red"), "a red square")]
+    batch, image = examples(v_model, adapter, rows=1), [(draw_image("red"), "a red square")]
     scheduler = new_objective(v_model.scheduler, zero_terminal_snr=True).scheduler
     usual, rescaled = (
-        Validation(v_model, batch.features, sample=Samples(picture, steps=2, scheduler=s)).samples(adapter)
+        Validation(v_model, batch.features, sample=Samples(image, steps=2, scheduler=s)).samples(adapter)
         for s in (None, scheduler)
     )
     assert np.asarray(usual).shape == np.asarray(rescaled).shape

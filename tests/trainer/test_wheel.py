@@ -60,9 +60,9 @@ def test_an_installed_wheel_has_every_config(installed: Path, tmp_path: Path) ->
     assert {line.split()[0] for line in out.splitlines()} == names
 
 
-def test_an_installed_wheel_trains_by_name(installed: Path, pictures: Path, tmp_path: Path) -> None:
+def test_an_installed_wheel_trains_by_name(installed: Path, images: Path, tmp_path: Path) -> None:
     """The emoji config, whose model comes with the package; a new config of it; and a file that wins over the name."""
-    small = (f"data={pictures}", "steps=1", "batch_size=2", "num_workers=0", "log_with=none", "sample_images=0")
+    small = (f"data={images}", "steps=1", "batch_size=2", "num_workers=0", "log_with=none", "sample_images=0")
     code, _, err = ipadapter(installed, tmp_path, "train", "emoji-base", *small)
     assert code == 0, err
     assert (tmp_path / "runs" / "emoji").is_dir()

@@ -24,16 +24,16 @@ def preprocessor_from_config(base_model: BaseModel, **changes: Any) -> Preproces
     return Preprocessor(**values)
 
 
-def encoded_picture(picture: Image.Image, kind: str = "png") -> bytes:
+def encoded_image(image: Image.Image, kind: str = "png") -> bytes:
     data = io.BytesIO()
-    picture.save(data, kind)
+    image.save(data, kind)
     return data.getvalue()
 
 
 def sample(number: int, size: tuple[int, int] = (40, 40)) -> dict[str, bytes]:
     """A sample that its colour and its caption tell from others."""
     colour = (number * 5 % 256, 255 - number * 5 % 256, 90)
-    return {"png": encoded_picture(Image.new("RGB", size, colour)), "txt": f"caption {number}".encode()}
+    return {"png": encoded_image(Image.new("RGB", size, colour)), "txt": f"caption {number}".encode()}
 
 
 def write_shard(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from ipadapter_trainer.emoji.clip import normalize
-from ipadapter_trainer.emoji.pictures import to_pixels
+from ipadapter_trainer.emoji.images import to_pixels
 from ipadapter_trainer.models.base_model import BaseModel
 from ipadapter_trainer.models.conditioning import TextStates, encode_prompts
 from ipadapter_trainer.models.features import Features, encode_pixels
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ipadapter_core import Feature, IPAdapter
 
+from .images import STYLE_NAMES, EmojiImages
 from .loop import fit
-from .pictures import STYLE_NAMES, EmojiPictures
 from .views import LATENT, PERMUTATIONS, mirror, recolour, shift
 
 BATCH, LEARNING_RATE = 64, 5e-4
@@ -62,7 +62,7 @@ class EmojiFeatures:
 
 
 def encode_emoji(
-    base_model: BaseModel, pictures: EmojiPictures, feature: Feature, seed: int = 0, own: int = 2, recoloured: int = 0
+    base_model: BaseModel, images: EmojiImages, feature: Feature, seed: int = 0, own: int = 2, recoloured: int = 0
 ) -> EmojiFeatures:
     """Run the frozen models over all images once: ``own`` views (the image, its mirror image, shifted ones) and as
     many ``recoloured`` ones.
@@ -71,7 +71,7 @@ def encode_emoji(
     generator = torch.Generator(device).manual_seed(seed)
     latents, features = [], []
     for view in range(own + recoloured):
-        pixels = to_pixels(pictures.images.to(device))
+        pixels = to_pixels(images.images.to(device))
         if view < 2:
             pixels = pixels.flip(-1) if view else pixels
         else:
@@ -84,10 +84,10 @@ def encode_emoji(
         features.append(torch.cat(list(chunks)))
     return EmojiFeatures(
         latents=torch.stack(latents),
-        text_states=encode_prompts(base_model, pictures.captions).states,
+        text_states=encode_prompts(base_model, images.captions).states,
         no_text=encode_prompts(base_model, [""]).states,
         image_features=torch.stack(features),
-        styles=pictures.style_ids.to(device),
+        styles=images.style_ids.to(device),
         own=own,
         timesteps=base_model.num_train_timesteps,
     )
@@ -133,7 +133,7 @@ def emoji_batches(features: EmojiFeatures, batch_size: int, generator: torch.Gen
 
 def fit_adapter(
     base_model: BaseModel,
-    pictures: EmojiPictures,
+    images: EmojiImages,
     kind: str,
     *,
     checkpoint: Path,
@@ -147,7 +147,7 @@ def fit_adapter(
     """Train an adapter, keys and values starting from the UNet's own; resumes from ``checkpoint``."""
     torch.manual_seed(seed)
     adapter = new_adapter(base_model, TRAIN_KINDS[kind])
-    features = encode_emoji(base_model, pictures, adapter.spec.feature, seed, views, views)
+    features = encode_emoji(base_model, images, adapter.spec.feature, seed, views, views)
     with adapt_unet(base_model, adapter) as denoising:
 
         def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Build the emoji pictures from the Iconify packages: render, caption, split, write one zip.
+"""Build the emoji images from the Iconify packages: render, caption, split, write one zip.
 
     npm install --prefix icons @iconify-json/fluent-emoji @iconify-json/noto @iconify-json/twemoji \
         @iconify-json/noto-v1 @iconify-json/emojione

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 from ipadapter_trainer.emoji.clip import MAX_TOKENS, WIDTH, contrast, normalize, styled_caption, tokenize
+from ipadapter_trainer.emoji.images import to_pixels
 from ipadapter_trainer.emoji.loop import training_device
-from ipadapter_trainer.emoji.pictures import to_pixels
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from .build import SIZE
+from .images import STYLE_NAMES, EmojiImages
 from .loop import LossFunction
-from .pictures import STYLE_NAMES, EmojiPictures
 from .views import any_colours, mirror, patchwork, shift, zoom
 
 PATCH = 16  # pixels
@@ -44,7 +44,7 @@ def new_clip(tokenizer: CLIPTokenizer) -> EmojiCLIP:
     return EmojiCLIP(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
 
-def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int = 32, pairs: int = 64) -> LossFunction:
+def clip_losses(images: EmojiImages, tokenizer: CLIPTokenizer, concepts: int = 32, pairs: int = 64) -> LossFunction:
     """Four losses, each for something that an image prompt has to carry.
 
     ``text``: image against caption (CLIP, arXiv 2103.00020); a batch holds each drawn concept in all its styles,
@@ -55,12 +55,12 @@ def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int
     Only the last two see recoloured images.
     """
     device = training_device()
-    captions = [styled_caption(c, s) for c, s in zip(pictures.captions, pictures.styles, strict=True)]
+    captions = [styled_caption(c, s) for c, s in zip(images.captions, images.styles, strict=True)]
     styled = tokenize(tokenizer, captions).to(device)
     style_only = tokenize(tokenizer, [f"{style} style" for style in STYLE_NAMES]).to(device)
-    styles, everything = pictures.style_ids.to(device), pictures.images.to(device)
+    styles, everything = images.style_ids.to(device), images.images.to(device)
     rows_of: dict[str, list[int]] = {}
-    for row, concept in enumerate(pictures.concepts):
+    for row, concept in enumerate(images.concepts):
         rows_of.setdefault(concept, []).append(row)
     groups = list(rows_of.values())
     most = max(map(len, groups))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipadapter_trainer.emoji.concepts import TEXT_CONCEPTS
 
-__all__ = ["CONCEPTS", "PROMPT_PICTURES", "TEXT_CONCEPTS"]
+__all__ = ["CONCEPTS", "PROMPT_IMAGES", "TEXT_CONCEPTS"]
 
 # Chosen by hand among the icons that all five packages have: distinct in shape or colour, each drawn in every style.
 # People, flags, clocks and signs are left out, and of look-alikes (a cat and a cat's face) one is kept.
@@ -24,7 +24,7 @@ _NAMES = """
     dollar-banknote dolphin door double-exclamation-mark doughnut dragon-face dress droplet drum duck dvd eagle
     ear ear-of-corn egg eggplant electric-plug elephant envelope eye factory fallen-leaf ferris-wheel ferry
     film-projector fire fire-engine fireworks fish fishing-pole flag-in-hole flashlight fleur-de-lis
-    flexed-biceps floppy-disk footprints fountain fountain-pen four-leaf-clover fox framed-picture french-fries
+    flexed-biceps floppy-disk footprints fountain fountain-pen four-leaf-clover fox framed-image french-fries
     fried-shrimp fuel-pump full-moon game-die gear gem-stone ghost glass-of-milk glasses
     globe-showing-europe-africa goal-net goblin gorilla graduation-cap grapes green-heart grinning-face guard
     guitar hamburger hammer headphone heart-with-arrow helicopter high-heeled-shoe high-voltage honey-pot
@@ -57,8 +57,8 @@ _NAMES = """
 """
 CONCEPTS = tuple(_NAMES.split())
 
-# (concept, style) of the held-out pictures that the nodes and the demo offer: no model has seen them.
-PROMPT_PICTURES = (
+# (concept, style) of the held-out images that the nodes and the demo offer: no model has seen them.
+PROMPT_IMAGES = (
     ("butterfly", "twemoji"),
     ("fox", "pixel"),
     ("ghost", "noto"),

@@ -10,15 +10,15 @@ from functools import partial
 
 import torch
 from diffusers import AutoencoderKL
+from ipadapter_trainer.emoji.images import to_pixels
 from ipadapter_trainer.emoji.judges import StyleClassifier, round_trip, style_features
 from ipadapter_trainer.emoji.loop import device_of, training_device
-from ipadapter_trainer.emoji.pictures import to_pixels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .concepts import CONCEPTS
+from .images import EmojiImages
 from .loop import LossFunction
-from .pictures import EmojiPictures
 from .views import mirror, shift, zoom
 
 PALETTES = ((6, "ink"), (12, "ink"), (8, "outlines"), (8, "surfaces"))  # bins a channel, of which pixels
@@ -43,17 +43,17 @@ class ConceptClassifier(nn.Module):
         return self.head(self.body(pixels))
 
 
-def style_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int = 128) -> LossFunction:
+def style_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int = 128) -> LossFunction:
     """Cross-entropy on real images and on their round trips through the autoencoder, half each.
 
     The round trips keep the classifier from reading the autoencoder's softness, which every generated image has,
     as a style.
     """
     device = device_of(vae)
-    real = to_pixels(pictures.images)
+    real = to_pixels(images.images)
     chunks = (chunk.to(device) for chunk in (*real.split(64), *round_trip(vae, real).split(64)))
     features = torch.cat([style_features(chunk, PALETTES) for chunk in chunks])
-    labels = pictures.style_ids.repeat(2).to(device)
+    labels = images.style_ids.repeat(2).to(device)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, StyleClassifier)
@@ -63,18 +63,18 @@ def style_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int = 
     return losses
 
 
-def concept_losses(pictures: EmojiPictures, batch_size: int = 128) -> LossFunction:
-    """Cross-entropy on shifted, zoomed, recoloured and softened images."""
+def concept_losses(images: EmojiImages, batch_size: int = 128) -> LossFunction:
+    """Cross-entropy on shifted, zoomed, recoloured and softened pixels_of."""
     device = training_device()
-    images = pictures.images.to(device)
-    labels = concept_ids(pictures).to(device)
+    pixels_of = images.images.to(device)
+    labels = concept_ids(images).to(device)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         def draw() -> Tensor:
             return torch.rand(batch_size, 1, 1, 1, generator=generator, device=device)
 
-        rows = torch.randint(len(images), (batch_size,), generator=generator, device=device)
-        pixels = zoom(shift(mirror(to_pixels(images[rows]), generator), generator), generator)
+        rows = torch.randint(len(pixels_of), (batch_size,), generator=generator, device=device)
+        pixels = zoom(shift(mirror(to_pixels(pixels_of[rows]), generator), generator), generator)
         soft = F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
         pixels = torch.lerp(pixels, soft, draw())  # the autoencoder's softness
         tint = 0.6 + 0.4 * torch.rand(batch_size, 3, 1, 1, generator=generator, device=device)
@@ -87,10 +87,10 @@ def _cross_entropy(logits: Tensor, truth: Tensor) -> dict[str, Tensor]:
     return {"loss": F.cross_entropy(logits.float(), truth), "accuracy": (logits.argmax(-1) == truth).float().mean()}
 
 
-def concept_ids(pictures: EmojiPictures) -> Tensor:
+def concept_ids(images: EmojiImages) -> Tensor:
     """int64 [N]: the index of each image's concept in ``CONCEPTS``."""
     index = {concept: number for number, concept in enumerate(CONCEPTS)}
-    return torch.tensor([index[concept] for concept in pictures.concepts])
+    return torch.tensor([index[concept] for concept in images.concepts])
 
 
 @torch.no_grad()

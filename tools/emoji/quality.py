@@ -1,6 +1,6 @@
 """Measure how well an adapter steers the emoji model, on held-out images with fixed seeds, and write a JSON.
 
-    python -m tools.emoji.quality --folder work/emoji/model --pictures pictures.zip --output quality.json
+    python -m tools.emoji.quality --folder work/emoji/model --images pictures.zip --output quality.json
 
 Four situations: an image alone, an image with the text of another concept, an image with its own name, and an image of
 a concept that no training saw. Each is generated with the adapter and without (weight 0), from the same noise; the
@@ -19,9 +19,9 @@ import torch
 from diffusers import DDIMScheduler
 from ipadapter_trainer.data.images import to_pil_images
 from ipadapter_trainer.emoji.clip import normalize, styled_caption
+from ipadapter_trainer.emoji.images import to_pixels
 from ipadapter_trainer.emoji.judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity
 from ipadapter_trainer.emoji.loop import training_device
-from ipadapter_trainer.emoji.pictures import to_pixels
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.generate import generate
 from ipadapter_trainer.models.image_features import encode_clip_images
@@ -35,8 +35,8 @@ from ipadapter_core.assets import MODEL
 
 from .build import SIZE, caption
 from .concepts import CONCEPTS, TEXT_CONCEPTS
+from .images import EmojiImages, load_images
 from .judges import ConceptClassifier, choose_among, concept_ids, judge, new_style_classifier
-from .pictures import EmojiPictures, load_pictures
 from .stack import part_of, read_judges
 
 PROMPTS = 128
@@ -84,12 +84,12 @@ def load_judges(base_model: BaseModel, file: Path) -> Judges:
     return Judges(base_model, styles.eval().to(device), concepts.eval().to(device))
 
 
-def choose_references(pictures: EmojiPictures, count: int = PROMPTS, seed: int = 0) -> list[int]:
+def choose_references(images: EmojiImages, count: int = PROMPTS, seed: int = 0) -> list[int]:
     """Images of distinct concepts in a seeded order."""
     generator = torch.Generator().manual_seed(seed)
     chosen: dict[str, int] = {}
-    for row in torch.randperm(len(pictures), generator=generator).tolist():
-        chosen.setdefault(pictures.concepts[row], row)
+    for row in torch.randperm(len(images), generator=generator).tolist():
+        chosen.setdefault(images.concepts[row], row)
     return list(chosen.values())[:count]
 
 
@@ -109,8 +109,8 @@ def evaluate(
     base_model: BaseModel,
     adapter: IPAdapter,
     judges: Judges,
-    held_out: EmojiPictures,
-    unseen: EmojiPictures,
+    held_out: EmojiImages,
+    unseen: EmojiImages,
     prompts: int = PROMPTS,
     seed: int = 0,
 ) -> dict[str, object]:
@@ -125,7 +125,7 @@ def evaluate(
     in_words = [styled_caption(c, s) for c, s in zip(some.captions, some.styles, strict=True)]
     new = unseen.subset(choose_references(unseen, prompts, seed))
 
-    def run(of: EmojiPictures, texts: list[str], weight: float) -> Tensor:
+    def run(of: EmojiImages, texts: list[str], weight: float) -> Tensor:
         pixels = to_pixels(of.images).to(base_model.device)
         features = encode_clip_images(base_model, normalize(pixels), adapter.spec.feature)
         return generate(
@@ -139,7 +139,7 @@ def evaluate(
             seed=seed,
         )
 
-    def answers(pixels: Tensor, of: EmojiPictures, order: Tensor, asked: str) -> dict[str, float]:
+    def answers(pixels: Tensor, of: EmojiImages, order: Tensor, asked: str) -> dict[str, float]:
         references = to_pixels(of.images[order]).to(pixels.device)
         found = {"style": judges.style(pixels, of.style_ids[order])}
         if asked != "image_and_text":
@@ -170,9 +170,9 @@ def evaluate(
     return result
 
 
-def draw_sheet(base_model: BaseModel, adapter: IPAdapter, pictures: EmojiPictures, rows: int = 16) -> Image.Image:
+def draw_sheet(base_model: BaseModel, adapter: IPAdapter, images: EmojiImages, rows: int = 16) -> Image.Image:
     """A row for each of the first references: the image prompt, and what it becomes alone and beside two texts."""
-    some = pictures.subset(choose_references(pictures, rows))
+    some = images.subset(choose_references(images, rows))
     pixels = to_pixels(some.images)
     features = encode_clip_images(base_model, normalize(pixels.to(base_model.device)), adapter.spec.feature)
     others = [caption(TEXT_CONCEPTS[row % len(TEXT_CONCEPTS)]) for row in range(len(some))]
@@ -197,7 +197,7 @@ def draw_sheet(base_model: BaseModel, adapter: IPAdapter, pictures: EmojiPicture
     return draw_grid([(title, to_pil_images(images)) for title, images in columns], side=SIZE)
 
 
-def judge_the_judges(judges: Judges, held_out: EmojiPictures, seed: int = 0) -> dict[str, float]:
+def judge_the_judges(judges: Judges, held_out: EmojiImages, seed: int = 0) -> dict[str, float]:
     """How often the judges are right on the real held-out images."""
     pixels = to_pixels(held_out.images).to(judges.base_model.device)
     concepts = concept_ids(held_out)
@@ -212,13 +212,11 @@ def _share(hits: Tensor) -> float:
     return hits.float().mean().item()
 
 
-def measure(
-    folder: Path, adapter_file: Path, pictures: Path, prompts: int = PROMPTS, seed: int = 0
-) -> dict[str, object]:
+def measure(folder: Path, adapter_file: Path, images: Path, prompts: int = PROMPTS, seed: int = 0) -> dict[str, object]:
     """The whole table for one adapter file over the model of this folder."""
     base_model = load_base_model(folder / MODEL, device=training_device())
     judges = load_judges(base_model, folder / "judges.safetensors")
-    held_out, unseen = load_pictures(pictures, "held_out"), load_pictures(pictures, "unseen")
+    held_out, unseen = load_images(images, "held_out"), load_images(images, "unseen")
     adapter = load_adapter(adapter_file, dtype=torch.float32).to(base_model.device)
     return {
         "seed": seed,
@@ -232,7 +230,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="the model, its judges and its adapters")
-    parser.add_argument("--pictures", type=Path, required=True, help="pictures.zip of tools.emoji.build")
+    parser.add_argument("--images", type=Path, required=True, help="pictures.zip of tools.emoji.build")
     parser.add_argument("--adapter", type=Path, help="adapter file (default: adapter.safetensors in the folder)")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--seed", type=int, default=0)
@@ -243,10 +241,10 @@ def main() -> None:
     adapter = arguments.adapter or folder / "adapter.safetensors"
     if arguments.sheet:
         base_model = load_base_model(folder / MODEL, device=training_device())
-        held_out = load_pictures(arguments.pictures, "held_out")
+        held_out = load_images(arguments.images, "held_out")
         shown = load_adapter(adapter, dtype=torch.float32).to(base_model.device)
         draw_sheet(base_model, shown, held_out, min(16, arguments.prompts)).save(arguments.sheet)
-    result = measure(folder, adapter, arguments.pictures, arguments.prompts, arguments.seed)
+    result = measure(folder, adapter, arguments.images, arguments.prompts, arguments.seed)
     text = json.dumps(result, indent=2) + "\n"
     arguments.output.write_text(text, encoding="utf-8")
     print(text)

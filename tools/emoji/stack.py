@@ -32,21 +32,21 @@ from ipadapter_core.tensors import check_weights
 
 from .build import SIZE
 from .clip import new_clip
+from .images import EmojiImages
 from .judges import ConceptClassifier, new_style_classifier
 from .loop import start_from
-from .pictures import EmojiPictures
 from .unet import new_unet
 from .vae import new_vae
 
 CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"styles": new_style_classifier, "concepts": ConceptClassifier}
 
 
-def load_vae(work: Path, pictures: EmojiPictures, with_decoder: bool = True) -> AutoencoderKL:
+def load_vae(work: Path, images: EmojiImages, with_decoder: bool = True) -> AutoencoderKL:
     """The trained autoencoder with SD1.5's scaling factor folded in; with the decoder that was trained on alone, when
     there is one. It is on the training device."""
     vae = load_ema(new_vae(), work / "vae.pt").to(training_device())
     assert isinstance(vae, AutoencoderKL)
-    fold_scaling(vae, pictures)
+    fold_scaling(vae, images)
     if with_decoder and (work / "decoder.pt").is_file():
         load_ema(only_decoder(vae), work / "decoder.pt")
     return vae.requires_grad_(False)
@@ -69,7 +69,7 @@ def load_unet(work: Path) -> UNet2DConditionModel:
     return unet.requires_grad_(False)
 
 
-def export(work: Path, pictures: EmojiPictures, folder: Path) -> None:
+def export(work: Path, images: EmojiImages, folder: Path) -> None:
     """Write ``folder``/emoji-model as diffusers loads it (fp16) and ``folder``/judges.safetensors beside it."""
     clip, tokenizer = load_clip(work)
     text_encoder = CLIPTextModel(clip.config.text_config)
@@ -78,7 +78,7 @@ def export(work: Path, pictures: EmojiPictures, folder: Path) -> None:
     image_encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
     image_encoder.visual_projection.load_state_dict(clip.visual_projection.state_dict())
     pipeline = StableDiffusionPipeline(
-        vae=load_vae(work, pictures).cpu(),
+        vae=load_vae(work, images).cpu(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=load_unet(work).to(memory_format=torch.contiguous_format),

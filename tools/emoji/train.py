@@ -1,10 +1,10 @@
 """Train the next emoji model (128 px), part by part, from the images alone; every part resumes where it was.
 
-    paths="--pictures pictures.zip --work work/emoji --output work/emoji/model"
+    paths="--images pictures.zip --work work/emoji --output work/emoji/model"
     python -m tools.emoji.train vae clip concepts $paths --minutes 20
     python -m tools.emoji.train styles unet export $paths --minutes 60
     python -m tools.emoji.train plus base decoder export $paths --minutes 15
-    python -m tools.emoji.quality --folder work/emoji/model --pictures pictures.zip --output quality.json
+    python -m tools.emoji.quality --folder work/emoji/model --images pictures.zip --output quality.json
 
 The package still brings the model of 64 px that `trainer/emoji` trained; this one takes its place when its figures are
 better. `benchmarks/emoji.py` runs all of it on one GPU.
@@ -29,17 +29,17 @@ import torch
 
 from ipadapter_core.assets import MODEL, PROMPTS
 
-from .pictures import EmojiPictures, load_pictures, save_prompts
+from .images import EmojiImages, load_images, save_prompts
 
 ADAPTERS = {"plus": "adapter.safetensors", "base": "adapter_base.safetensors"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the command line asked for; ``train`` are the images of the file ``pictures`` to train on."""
+    """What the command line asked for; ``train`` are the images of the file ``images`` to train on."""
 
-    pictures: Path
-    train: EmojiPictures
+    images: Path
+    train: EmojiImages
     work: Path
     output: Path
     steps: int
@@ -167,7 +167,7 @@ def export_stack(run: Run) -> None:
     from .stack import export
 
     export(run.work, run.train, run.output)
-    save_prompts(run.pictures, run.output / PROMPTS)
+    save_prompts(run.images, run.output / PROMPTS)
 
 
 def unpack_stack(run: Run) -> None:
@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS, help="what to do, in this order")
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
-    parser.add_argument("--pictures", type=Path, required=True, help="pictures.zip of tools.emoji.build")
+    parser.add_argument("--images", type=Path, required=True, help="pictures.zip of tools.emoji.build")
     parser.add_argument("--output", type=Path, required=True, help="folder of the model and its adapters")
     parser.add_argument("--steps", type=int, default=1_000_000, help="steps of a part in all, earlier runs counted in")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop a part after this long")
@@ -207,8 +207,8 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1; leave it out for the default.")
     torch.set_float32_matmul_precision("high")  # small models in float32, for which TF32 is precise enough
     run = Run(
-        pictures=arguments.pictures,
-        train=load_pictures(arguments.pictures, "train"),
+        images=arguments.images,
+        train=load_images(arguments.images, "train"),
         work=arguments.work,
         output=arguments.output,
         steps=arguments.steps,

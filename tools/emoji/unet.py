@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from ipadapter_trainer.emoji.clip import WIDTH, styled_caption, tokenize
+from ipadapter_trainer.emoji.images import to_pixels
 from ipadapter_trainer.emoji.loop import device_of, training_device
-from ipadapter_trainer.emoji.pictures import to_pixels
 from ipadapter_trainer.emoji.unet import new_scheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .build import SIZE
+from .images import EmojiImages
 from .loop import LossFunction
-from .pictures import EmojiPictures
 from .vae import encode
 from .views import LATENT, PERMUTATIONS, mirror, recolour, shift
 
@@ -42,14 +42,14 @@ def text_states(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: li
     return torch.cat([text_encoder(chunk).last_hidden_state for chunk in ids.split(256)])
 
 
-def encode_views(vae: AutoencoderKL, pictures: EmojiPictures, views: int, generator: torch.Generator) -> Tensor:
+def encode_views(vae: AutoencoderKL, images: EmojiImages, views: int, generator: torch.Generator) -> Tensor:
     """[2, views, N, 4, 16, 16], scaled: the images in their own colours and recoloured; the first view of each is the
     image itself, the second its mirror image, the others are mirrored and shifted at random.
     """
     device = generator.device
     own, recoloured = [], []
     for view in range(views):
-        pixels = to_pixels(pictures.images.to(device))
+        pixels = to_pixels(images.images.to(device))
         if view < 2:
             pixels = pixels.flip(-1) if view else pixels
         else:
@@ -61,7 +61,7 @@ def encode_views(vae: AutoencoderKL, pictures: EmojiPictures, views: int, genera
 
 
 def unet_losses(
-    pictures: EmojiPictures,
+    images: EmojiImages,
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
@@ -74,12 +74,12 @@ def unet_losses(
     concept usually has.
     """
     device = training_device()
-    latents = encode_views(vae, pictures, views, torch.Generator(device).manual_seed(0))
-    plain = list(pictures.captions)
-    styled = [styled_caption(c, s) for c, s in zip(pictures.captions, pictures.styles, strict=True)]
+    latents = encode_views(vae, images, views, torch.Generator(device).manual_seed(0))
+    plain = list(images.captions)
+    styled = [styled_caption(c, s) for c, s in zip(images.captions, images.styles, strict=True)]
     states = torch.stack(
         [
-            text_states(text_encoder, tokenizer, [""]).expand(len(pictures), -1, -1),
+            text_states(text_encoder, tokenizer, [""]).expand(len(images), -1, -1),
             text_states(text_encoder, tokenizer, plain),
             text_states(text_encoder, tokenizer, styled),
             text_states(text_encoder, tokenizer, [f"{text}, recoloured" for text in plain]),
@@ -92,7 +92,7 @@ def unet_losses(
         def draw() -> Tensor:
             return torch.rand(batch_size, generator=generator, device=device)
 
-        rows = torch.randint(len(pictures), (batch_size,), generator=generator, device=device)
+        rows = torch.randint(len(images), (batch_size,), generator=generator, device=device)
         recoloured = (draw() < RECOLOURED).long()
         clean = latents[recoloured, torch.randint(views, (batch_size,), generator=generator, device=device), rows]
         text = (draw() > NO_TEXT).long()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL
+from ipadapter_trainer.emoji.images import to_pixels
 from ipadapter_trainer.emoji.loop import device_of
-from ipadapter_trainer.emoji.pictures import to_pixels
 from ipadapter_trainer.emoji.vae import MOST_NOISE, SD15_SCALING, SIZE_WEIGHT, open_identity_path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .build import SIZE
+from .images import EmojiImages
 from .loop import LossFunction
-from .pictures import EmojiPictures
 from .views import any_colours, mirror, shift
 
 BATCH = 32
@@ -34,14 +34,14 @@ def new_vae() -> AutoencoderKL:
     return vae
 
 
-def vae_losses(pictures: EmojiPictures, batch_size: int, device: torch.device) -> LossFunction:
+def vae_losses(images: EmojiImages, batch_size: int, device: torch.device) -> LossFunction:
     """Absolute errors of the pixels, of their edges, and of the mean colour of each latent's 8x8 cell, through noise.
 
     The edges keep outlines sharp; the cells make the latents carry colour from the start, which pixel errors alone find
     only after thousands of steps. The noise, up to ``MOST_NOISE`` of the latents' spread, takes the place of a KL term:
     what a style is, exact colours and edges, must survive the errors that a UNet of this size makes.
     """
-    images = pictures.images.to(device)
+    images = images.images.to(device)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(images), (batch_size,), generator=generator, device=device)
@@ -64,9 +64,9 @@ def _reconstruction(output: Tensor, pixels: Tensor) -> dict[str, Tensor]:
     return {"loss": pixel + 2 * cell + edge, "l1": pixel.detach(), "cell": cell.detach()}
 
 
-def decoder_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int, device: torch.device) -> LossFunction:
+def decoder_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int, device: torch.device) -> LossFunction:
     """The reconstruction of ``vae_losses`` alone, with half its noise, from latents that are computed once, here."""
-    pixels = torch.cat([pictures.images, pictures.images.flip(-1)]).to(device)
+    pixels = torch.cat([images.images, images.images.flip(-1)]).to(device)
     latents = encode(vae, pixels)
     spread = latents.std()
 

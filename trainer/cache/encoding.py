@@ -26,7 +26,7 @@ from ..settings.config import TrainConfig
 from .files import SCALES, ShardHeader, quantise, write_shard
 from .plan import Plan, Rows, Shard
 from .settings import Settings
-from .views import PictureViews, ReferenceViews, stack
+from .views import ImageViews, ReferenceViews, stack
 
 Encoded = tuple[Shard, dict[str, Tensor], list[str]]  # a shard, some of its rows, and why a row could not be read
 
@@ -50,12 +50,12 @@ class Caching:
     def loader(self, shards: Sequence[Shard]) -> Iterator[dict[str, Tensor | list[str]]]:
         """Batches of the rows of some shards of one table, in order; none crosses a shard."""
         settings, variants = self.settings, self.settings.reference_variants
-        dataset: PictureViews | ReferenceViews = ReferenceViews(
+        dataset: ImageViews | ReferenceViews = ReferenceViews(
             self.rows.references, self.preprocessor, self.augmentation, variants
         )
-        if shards[0].table == "pictures":
+        if shards[0].table == "images":
             variants = max(settings.latent_variants, settings.own_variants)
-            dataset = PictureViews(
+            dataset = ImageViews(
                 self.examples, self.preprocessor, self.augmentation, settings.latent_variants, settings.own_variants
             )
         each = max(1, self.config.batch_size // variants)
@@ -74,7 +74,7 @@ def write_table(caching: Caching, shards: Sequence[Shard], progress_bar: bool) -
     table = shards[0].table
     rows = sum(len(shard.items) for shard in shards)
     unit = "caption" if table == "texts" else "img"
-    encoded = _encoded_texts(caching, shards) if table == "texts" else _encoded_pictures(caching, shards)
+    encoded = _encoded_texts(caching, shards) if table == "texts" else _encoded_images(caching, shards)
     with tqdm(total=rows, desc=table, unit=unit, dynamic_ncols=True, disable=not progress_bar) as bar:
         for number, batches in groupby(encoded, key=lambda batch: batch[0].number):
             shard = next(shard for shard in shards if shard.number == number)
@@ -91,7 +91,7 @@ def write_table(caching: Caching, shards: Sequence[Shard], progress_bar: bool) -
                 broken |= {str(item): reason for item, reason in zip(items, reasons, strict=True) if reason}
                 done += count
                 bar.update(count)
-            if table == "pictures":
+            if table == "images":
                 tensors["row"] = torch.from_numpy(shard.items.astype("int32"))
             write_shard(caching.folder / shard.file, tensors, ShardHeader(shard.key, broken))
 
@@ -108,7 +108,7 @@ def _encoded_texts(caching: Caching, shards: Sequence[Shard]) -> Iterator[Encode
             yield shard, values, [""] * len(captions)
 
 
-def _encoded_pictures(caching: Caching, shards: Sequence[Shard]) -> Iterator[Encoded]:
+def _encoded_images(caching: Caching, shards: Sequence[Shard]) -> Iterator[Encoded]:
     batches = caching.loader(shards)
     for shard in shards:
         done = 0

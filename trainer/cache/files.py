@@ -2,11 +2,11 @@
 
     cache/manifest.json                          settings; shards with their sizes and SHA-256; what could not be read
           texts/shard-00000.safetensors          text_states [n, L, D], text_embeds [n, P] (SDXL)
-          references/shard-00000.safetensors     image_features [n, V, ...] of pictures that are others' references
-          pictures/shard-00000.safetensors       latents_mean, latents_std [n, V, C, h, w], sizes, and image_features
-                                                 of pictures that are their own reference
+          references/shard-00000.safetensors     image_features [n, V, ...] of images that are others' references
+          images/shard-00000.safetensors       latents_mean, latents_std [n, V, C, h, w], sizes, and image_features
+                                                 of images that are their own reference
 
-V counts variants: crops (`cache_variants`), and of each the picture and its mirror image where `flip` is set.
+V counts variants: crops (`cache_variants`), and of each the image and its mirror image where `flip` is set.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..runtime.disk import whole_file
 FORMAT = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # the manifest of a cache that is being written
-TABLES = ("texts", "references", "pictures")
+TABLES = ("texts", "references", "images")
 _HEADER = "ipadapter.cache"  # one entry of metadata: safetensors writes several in an order that changes
 SCALES = "image_features_scale"
 _TAIL = 64  # bytes

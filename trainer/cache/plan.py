@@ -31,14 +31,14 @@ class Rows:
     captions: list[str]  # the empty one first
     caption_of: np.ndarray  # int32 [N]
     references: list[StoredImage]
-    references_of: list[tuple[int, ...]]  # empty: the picture is its own reference
+    references_of: list[tuple[int, ...]]  # empty: the image is its own reference
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Rows:
         """Of the examples in their order."""
         captions = {"": 0}
-        references: dict[Path | PackedFile | int, int] = {}  # pictures in memory by their id
-        pictures: list[StoredImage] = []
+        references: dict[Path | PackedFile | int, int] = {}  # images in memory by their id
+        images: list[StoredImage] = []
         caption_of = np.empty(len(examples), dtype=np.int32)
         references_of: list[tuple[int, ...]] = []
         for row, example in enumerate(examples):
@@ -48,10 +48,10 @@ class Rows:
                 key = id(reference) if isinstance(reference, Image.Image) else reference
                 if key not in references:
                     references[key] = len(references)
-                    pictures.append(reference)
+                    images.append(reference)
                 numbers.append(references[key])
             references_of.append(tuple(numbers))
-        return cls(list(captions), caption_of, pictures, references_of)
+        return cls(list(captions), caption_of, images, references_of)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +63,8 @@ class Shard:
     start: int
     items: np.ndarray
     key: str  # of the settings and the rows: another cache's shard has another
-    size: Size | None = None  # of pictures
-    own: bool = False  # pictures that are their own reference
+    size: Size | None = None  # of images
+    own: bool = False  # images that are their own reference
 
     @property
     def stop(self) -> int:
@@ -91,7 +91,7 @@ class Plan:
 def make_plan(settings: Settings, base_model: BaseModel, rows: Rows, buckets: Buckets, dtype_bytes: int = 2) -> Plan:
     """Deal the rows of all tables to shards of at most `LARGEST_SHARD` bytes.
 
-    The pictures of a shard belong to one bucket and have the same tensors.
+    The images of a shard belong to one bucket and have the same tensors.
     """
     row = row_bytes(settings, base_model, None, dtype_bytes)
     encoded = settings.image_feature is not None
@@ -100,16 +100,16 @@ def make_plan(settings: Settings, base_model: BaseModel, rows: Rows, buckets: Bu
     references = _Dealer(settings, "references", len(rows.references) * row.reference)
     if encoded:
         references.deal(np.arange(len(rows.references)), row.reference)
-    groups = list(_picture_groups(settings, rows, buckets))
-    sizes = [_picture_bytes(row_bytes(settings, base_model, size, dtype_bytes), own) for _, size, own in groups]
-    pictures = _Dealer(settings, "pictures", sum(len(g[0]) * s for g, s in zip(groups, sizes, strict=True)))
+    groups = list(_image_groups(settings, rows, buckets))
+    sizes = [_image_bytes(row_bytes(settings, base_model, size, dtype_bytes), own) for _, size, own in groups]
+    images = _Dealer(settings, "images", sum(len(g[0]) * s for g, s in zip(groups, sizes, strict=True)))
     for (items, size, own), each in zip(groups, sizes, strict=True):
-        pictures.deal(items, each, size, own)
-    dealers = (texts, references, pictures)
+        images.deal(items, each, size, own)
+    dealers = (texts, references, images)
     return Plan({d.table: d.shards for d in dealers}, {d.table: d.bytes for d in dealers})
 
 
-def _picture_groups(settings: Settings, rows: Rows, buckets: Buckets) -> Iterator[tuple[np.ndarray, Size, bool]]:
+def _image_groups(settings: Settings, rows: Rows, buckets: Buckets) -> Iterator[tuple[np.ndarray, Size, bool]]:
     alone = np.array([not references for references in rows.references_of])
     with_own = alone | settings.own_references if settings.image_feature is not None else alone & False
     for size, bucket in zip(buckets.sizes, buckets.rows, strict=True):
@@ -120,8 +120,8 @@ def _picture_groups(settings: Settings, rows: Rows, buckets: Buckets) -> Iterato
                 yield chosen, size, own
 
 
-def _picture_bytes(row: RowBytes, own: bool) -> int:
-    return row.picture + (row.own if own else 0)
+def _image_bytes(row: RowBytes, own: bool) -> int:
+    return row.image + (row.own if own else 0)
 
 
 class _Dealer:

@@ -1,4 +1,4 @@
-"""Training from a feature cache: the same draws as from pictures, with what the frozen models said about them."""
+"""Training from a feature cache: the same draws as from images, with what the frozen models said about them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..data.buckets import Buckets
 from ..data.dataset import ImageDataset
 from ..data.examples import Example
 from ..data.images import Size
-from ..data.preprocess import Preprocessor, image_tensors, noise_tensors, open_picture, reference_tensor
+from ..data.preprocess import Preprocessor, image_tensors, noise_tensors, open_image, reference_tensor
 from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
@@ -70,8 +70,8 @@ class Cache:
     rows: Rows
     texts: Table
     references: Table
-    pictures: Table
-    place_of: np.ndarray  # int32 [N], of an example in the table of pictures
+    images: Table
+    place_of: np.ndarray  # int32 [N], of an example in the table of images
     broken: Mapping[str, Mapping[int, str]]  # table -> number -> why it could not be read
 
     def text(self, row: int, dropped: bool) -> dict[str, Tensor]:
@@ -79,26 +79,26 @@ class Cache:
         return self.texts.row(0 if dropped else int(self.rows.caption_of[row]))
 
     def latents(self, row: int, variant: int, flip: bool) -> dict[str, Tensor]:
-        """`latents_mean`, `latents_std` [C, h, w] and the sizes of an example's picture.
+        """`latents_mean`, `latents_std` [C, h, w] and the sizes of an example's image.
 
         Raises DataError when it could not be read.
         """
-        tensors = self._picture(row)
+        tensors = self._image(row)
         keys = ("latents_mean", "latents_std", *_SIZES)
         return {key: self._pick(tensors[key], variant, flip) for key in keys}
 
     def own_features(self, row: int, variant: int, flip: bool) -> Tensor:
-        """`image_features` [E] or [L, E] of an example's picture as its own reference. Raises DataError as above."""
-        return self._features(self._picture(row), variant, flip)
+        """`image_features` [E] or [L, E] of an example's image as its own reference. Raises DataError as above."""
+        return self._features(self._image(row), variant, flip)
 
     def reference_features(self, number: int, variant: int, flip: bool) -> Tensor:
-        """`image_features` of another picture. Raises DataError as above."""
+        """`image_features` of another image. Raises DataError as above."""
         self._check("references", number)
         return self._features(self.references.row(number), variant, flip)
 
-    def _picture(self, row: int) -> dict[str, Tensor]:
-        self._check("pictures", row)
-        return self.pictures.row(int(self.place_of[row]))
+    def _image(self, row: int) -> dict[str, Tensor]:
+        self._check("images", row)
+        return self.images.row(int(self.place_of[row]))
 
     def _check(self, table: str, number: int) -> None:
         if number in self.broken.get(table, {}):
@@ -117,9 +117,9 @@ class CachedDataset(ImageDataset):
     """The items of a `ImageDataset` over the same examples, from a cache: `latents_mean`, `latents_std`,
     `text_states`, `text_embeds` (SDXL) and `image_features` instead of `images`, `text_input_ids` and `clip_images`.
 
-    Order, noise, timesteps, dropout and flips are the same. The crop is that of a picture's use in epoch number
+    Order, noise, timesteps, dropout and flips are the same. The crop is that of an image's use in epoch number
     (epoch modulo `cache_variants`). A cache without image features (`cache_image_features=none`) leaves `clip_images`,
-    of the reference that the same use of the pictures would see, beside the cached crop.
+    of the reference that the same use of the images would see, beside the cached crop.
     """
 
     def __init__(
@@ -158,11 +158,11 @@ class CachedDataset(ImageDataset):
     def _clip_images(self, row: int, size: Size, variant: int, where: CropParams, chosen: int | None) -> Tensor:
         example, augmentation = self.examples[row], self.augmentation
         if chosen is not None:
-            opened, _ = open_picture(self.preprocessor, augmentation, size, example.references[chosen])
+            opened, _ = open_image(self.preprocessor, augmentation, size, example.references[chosen])
             return reference_tensor(self.preprocessor, where, opened)
         cached = crop_params(augmentation, (augmentation.seed, variant % self.cache.settings.cache_variants, row))
         where = replace(where, left=cached.left, top=cached.top)
-        opened = open_picture(self.preprocessor, augmentation, size, example.image)
+        opened = open_image(self.preprocessor, augmentation, size, example.image)
         return image_tensors(self.preprocessor, augmentation, size, where, opened)["clip_images"]
 
 
@@ -198,11 +198,11 @@ def open_cache(
     tables = {name: Table(folder, entries) for name, entries in manifest.shards.items()}
     broken = {name: {int(n): why for n, why in reasons.items()} for name, reasons in manifest.broken.items()}
     place_of = np.empty(len(examples), dtype=np.int32)
-    place_of[tables["pictures"].column("row")] = np.arange(len(examples), dtype=np.int32)
+    place_of[tables["images"].column("row")] = np.arange(len(examples), dtype=np.int32)
     return Cache(
         folder=folder,
         settings=Settings(**{key: manifest.settings[key] for key in asdict(wanted)}),
-        buckets=_buckets(tables["pictures"], broken.get("pictures", {})),
+        buckets=_buckets(tables["images"], broken.get("images", {})),
         rows=rows,
         place_of=place_of,
         broken=broken,
@@ -210,11 +210,11 @@ def open_cache(
     )
 
 
-def _buckets(pictures: Table, broken: Mapping[int, str]) -> Buckets:
-    """The buckets of the cached pictures, without those of which no picture could be read."""
+def _buckets(images: Table, broken: Mapping[int, str]) -> Buckets:
+    """The buckets of the cached images, without those of which no image could be read."""
     rows: dict[Size, list[int]] = {}
-    for number in range(len(pictures)):
-        shard = pictures.shard(number)
+    for number in range(len(images)):
+        shard = images.shard(number)
         height, width = (int(side) for side in shard["target_size"][0, 0])
         rows.setdefault((width, height), []).extend(shard["row"].tolist())
     readable = {size: sorted(part) for size, part in rows.items() if any(row not in broken for row in part)}

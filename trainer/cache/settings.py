@@ -25,7 +25,7 @@ class Settings:
     image_encoder: str | None
     image_feature: Literal["image_embeds", "penultimate_hidden_states"] | None
     cache_image_features: ImageFeatures
-    own_references: bool  # rows that name a reference also have the features of their own picture
+    own_references: bool  # rows that name a reference also have the features of their own image
     resolution: int
     buckets: bool
     bucket_step: int | None
@@ -37,17 +37,17 @@ class Settings:
 
     @property
     def latent_variants(self) -> int:
-        """Variants of a picture's latents."""
+        """Variants of an image's latents."""
         return self._variants(self.crop == "random")
 
     @property
     def own_variants(self) -> int:
-        """Variants of the image features of a picture that is its own reference."""
+        """Variants of the image features of an image that is its own reference."""
         return self._variants(self.crop == "random" or self.reference_crop < 1)
 
     @property
     def reference_variants(self) -> int:
-        """Variants of the image features of another picture that is the reference."""
+        """Variants of the image features of another image that is the reference."""
         return self._variants(self.reference_crop < 1)
 
     def differences(self, found: Mapping[str, Any]) -> list[str]:
@@ -66,7 +66,7 @@ class Settings:
 def settings_of(
     config: TrainConfig, base_model: BaseModel, data_hash: str, examples: int, *, any_reference: bool
 ) -> Settings:
-    """The settings of a cache that fits a training; `any_reference` when a row names another picture as reference."""
+    """The settings of a cache that fits a training; `any_reference` when a row names another image as reference."""
     kind = config.train_kind
     feature = "penultimate_hidden_states" if kind.takes_hidden_states else "image_embeds"
     # An embedding is small, so there is nothing to save; without image encoder there are none.
@@ -94,13 +94,13 @@ def settings_of(
 
 
 class RowBytes(NamedTuple):
-    """Bytes of a row of each table: a distinct caption, a distinct other reference, a picture of the square bucket;
-    and of the features that a picture has in addition when it is its own reference.
+    """Bytes of a row of each table: a distinct caption, a distinct other reference, an image of the square bucket;
+    and of the features that an image has in addition when it is its own reference.
     """
 
     text: int
     reference: int
-    picture: int
+    image: int
     own: int
 
 
@@ -122,7 +122,7 @@ def row_bytes(settings: Settings, base_model: BaseModel, size: Size | None = Non
     return RowBytes(
         text=text * dtype_bytes,
         reference=settings.reference_variants * feature,
-        picture=settings.latent_variants * (2 * latents * dtype_bytes + 24) + 4,
+        image=settings.latent_variants * (2 * latents * dtype_bytes + 24) + 4,
         own=settings.own_variants * feature,
     )
 
@@ -131,17 +131,17 @@ def cache_size(
     config: TrainConfig,
     base_model: BaseModel,
     *,
-    pictures: int,
+    images: int,
     captions: int,
     references: int = 0,
     own: int | None = None,
 ) -> int:
-    """Bytes of a cache of so many pictures, distinct captions (the empty one included), distinct pictures that are
-    others' references, and pictures that are their own reference (None: all).
+    """Bytes of a cache of so many images, distinct captions (the empty one included), distinct images that are
+    others' references, and images that are their own reference (None: all).
 
     Nothing is loaded. Buckets count as squares; their areas differ by a few percent.
     """
-    settings = settings_of(config, base_model, "", pictures, any_reference=references > 0)
+    settings = settings_of(config, base_model, "", images, any_reference=references > 0)
     row = row_bytes(settings, base_model)
-    own = pictures if own is None or settings.own_references else own
-    return captions * row.text + references * row.reference + pictures * row.picture + own * row.own
+    own = images if own is None or settings.own_references else own
+    return captions * row.text + references * row.reference + images * row.image + own * row.own

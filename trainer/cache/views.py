@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 from ..data.augmentation import Augmentation, CropParams, crop_params
 from ..data.examples import Example
 from ..data.images import Size, StoredImage, why_unreadable
-from ..data.preprocess import Preprocessor, image_tensors, open_picture, reference_tensor
+from ..data.preprocess import Preprocessor, image_tensors, open_image, reference_tensor
 
-Item = tuple[int, Size | None, bool]  # number, bucket, whether the picture is its own reference
+Item = tuple[int, Size | None, bool]  # number, bucket, whether the image is its own reference
 
 
 def views(augmentation: Augmentation, place: int | str, variants: int) -> Iterator[CropParams]:
@@ -32,7 +32,7 @@ def reference_place(number: int) -> str:
     return f"reference {number}"
 
 
-class PictureViews(Dataset[dict[str, Any]]):
+class ImageViews(Dataset[dict[str, Any]]):
     """`images` [V, 3, H, W] and sizes of examples and, where they are their own reference, `clip_images`."""
 
     def __init__(
@@ -59,7 +59,7 @@ class PictureViews(Dataset[dict[str, Any]]):
 
     def _tensors(self, row: int, size: Size, own: bool, instead: Image.Image | None = None) -> dict[str, Tensor]:
         preprocessor = self._preprocessor if own else replace(self._preprocessor, image_processor=None)
-        opened = open_picture(self._preprocessor, self._augmentation, size, instead or self._examples[row].image)
+        opened = open_image(self._preprocessor, self._augmentation, size, instead or self._examples[row].image)
         variants = max(self._latent_variants, self._own_variants if own else 0)
         seen = [
             image_tensors(preprocessor, self._augmentation, size, where, opened)
@@ -73,7 +73,7 @@ class PictureViews(Dataset[dict[str, Any]]):
 
 
 class ReferenceViews(Dataset[dict[str, Any]]):
-    """`clip_images` [V, 3, S, S] of pictures that are other pictures' references."""
+    """`clip_images` [V, 3, S, S] of images that are other images' references."""
 
     def __init__(
         self, references: Sequence[StoredImage], preprocessor: Preprocessor, augmentation: Augmentation, variants: int
@@ -85,22 +85,22 @@ class ReferenceViews(Dataset[dict[str, Any]]):
 
     def __getitem__(self, item: Item) -> dict[str, Any]:
         number = item[0]
-        picture = self._references[number]
+        image = self._references[number]
         try:
-            return {**self._tensors(number, picture), "broken": ""}
+            return {**self._tensors(number, image), "broken": ""}
         except Exception as error:
-            name = "a reference in memory" if isinstance(picture, Image.Image) else str(picture)
+            name = "a reference in memory" if isinstance(image, Image.Image) else str(image)
             return {**self._tensors(number, Image.new("RGB", (8, 8))), "broken": reason(name, error)}
 
-    def _tensors(self, number: int, picture: StoredImage) -> dict[str, Tensor]:
+    def _tensors(self, number: int, image: StoredImage) -> dict[str, Tensor]:
         size = (self._augmentation.resolution, self._augmentation.resolution)
-        opened, _ = open_picture(self._preprocessor, self._augmentation, size, picture)
+        opened, _ = open_image(self._preprocessor, self._augmentation, size, image)
         seen = views(self._augmentation, reference_place(number), self._variants)
         return {"clip_images": torch.stack([reference_tensor(self._preprocessor, where, opened) for where in seen])}
 
 
 def reason(name: str, error: Exception) -> str:
-    """Why a picture is left out."""
+    """Why an image is left out."""
     return f"{name}: {why_unreadable(error)}"
 
 

@@ -50,7 +50,7 @@ def write_cache(
 
     Raises ConfigError without a folder; CacheError when the folder holds something else,
     when the disk has no room, and for values that float16 cannot hold; DiskError when it refuses a file; DataError when
-    no picture can be read.
+    no image can be read.
     """
     if config.cache is None:
         raise ConfigError("Where shall the cache go? Name a folder with cache=...")
@@ -67,7 +67,7 @@ def _write_cache(
     caching = _prepare(config, state, _dtype)
     missing = [shard for shard in caching.plan if not _is_written(caching.folder, shard)]
     if not missing and (caching.folder / MANIFEST).is_file():
-        say(f"{caching.folder} is complete: {len(caching.examples):,} pictures. Train with cache={caching.folder}")
+        say(f"{caching.folder} is complete: {len(caching.examples):,} images. Train with cache={caching.folder}")
         return caching.folder
     say(_summary(caching, missing))
     if state.num_processes > 1:
@@ -89,9 +89,7 @@ def _write_cache(
         broken = [reason for reasons in manifest.broken.values() for reason in reasons.values()]
         if broken:
             say(f"Could not be read and are left out: {len(broken):,}, such as {broken[0]}")
-        say(
-            f"Cached {len(caching.examples):,} pictures: {show_bytes(manifest.size)}. Train with cache={caching.folder}"
-        )
+        say(f"Cached {len(caching.examples):,} images: {show_bytes(manifest.size)}. Train with cache={caching.folder}")
     state.wait_for_everyone()
     return caching.folder
 
@@ -153,7 +151,7 @@ def _is_written(folder: Path, shard: Shard) -> bool:
 def _summary(caching: Caching, missing: Sequence[Shard]) -> str:
     plan = caching.plan
     lines = [f"Caching what the frozen models of {caching.base_model.name} say in {caching.folder}"]
-    names = {"texts": "distinct captions", "references": "other references", "pictures": "pictures"}
+    names = {"texts": "distinct captions", "references": "other references", "images": "images"}
     for table, shards in plan.shards.items():
         rows = sum(len(shard.items) for shard in shards)
         if rows:
@@ -164,7 +162,7 @@ def _summary(caching: Caching, missing: Sequence[Shard]) -> str:
     if done:
         lines.append(f"Going on: {done} of {total} shards are written already.")
     if caching.config.crop == "random" and caching.settings.cache_variants == 1:
-        lines.append("Every picture keeps one random crop; cache_variants=4 would hold four of each.")
+        lines.append("Every image keeps one random crop; cache_variants=4 would hold four of each.")
     return "\n".join(lines)
 
 
@@ -210,9 +208,9 @@ def _finish(caching: Caching, written: set[str]) -> Manifest:
         entry = None if shard.file in written else known.get(shard.file)
         digest = sha256_of(folder / shard.file) if entry is None else entry.sha256
         manifest.shards[shard.table].append(ShardEntry(shard.file, shard.start, shard.stop, size, digest, shard.key))
-    reasons = manifest.broken.get("pictures", {})
+    reasons = manifest.broken.get("images", {})
     if len(reasons) == len(caching.examples):
-        raise DataError(f"None of the {len(reasons)} pictures can be read. The first: {reasons['0']}")
+        raise DataError(f"None of the {len(reasons)} images can be read. The first: {reasons['0']}")
     manifest.save(folder / MANIFEST)
     (folder / UNFINISHED).unlink(missing_ok=True)
     return manifest

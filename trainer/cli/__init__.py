@@ -72,7 +72,7 @@ def train_command(
 ) -> None:
     """Train an adapter; the same command again resumes it.
 
-    ipadapter train sd15-base data=pictures output=runs/cats
+    ipadapter train sd15-base data=images output=runs/cats
     """
     with user_errors():
         from ..settings.config_file import config_of_arguments, options_text
@@ -102,20 +102,20 @@ def generate_command(
     base_model: Annotated[
         Path, typer.Option(help="Base model: a diffusers folder, a Hub id, or a .safetensors checkpoint.")
     ],
-    output: Annotated[Path, typer.Option(help="Picture to write; with --count, -1, -2, ... are added.")],
+    output: Annotated[Path, typer.Option(help="Image to write; with --count, -1, -2, ... are added.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter file; without it the base model alone.")] = None,
-    image: Annotated[Path | None, typer.Option(help="The picture that is the prompt.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The image that is the prompt.")] = None,
     face_embed: Annotated[
         Path | None,
         typer.Option(help="For the faceid kinds: a .npy or .safetensors file with one face embedding."),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="What the picture shall show, in words.")] = "",
+    prompt: Annotated[str, typer.Option(help="What the image shall show, in words.")] = "",
     negative_prompt: Annotated[str, typer.Option(help="What it shall not show.")] = "",
     weight: Annotated[float, typer.Option(callback=finite, help="Strength of the image prompt; 0 ignores it.")] = 1.0,
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 20,
     guidance: Annotated[float, typer.Option(callback=finite, help="Strength of guidance; 1 turns it off.")] = 5.0,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count up.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first image; the next ones count up.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Images to make.")] = 1,
     size: Annotated[
         str | None, typer.Option(help="Side, or WIDTHxHEIGHT, in pixels; default: the model's own.")
     ] = None,
@@ -135,7 +135,7 @@ def generate_command(
         typer.Option(help="FaceID-plus v2, or v1, for an adapter file that does not say."),
     ] = None,
 ) -> None:
-    """Generate pictures with an image prompt, a text prompt or both."""
+    """Generate images with an image prompt, a text prompt or both."""
     with user_errors(memory="Lower --count or --size."):
         from ..evaluation.generate_images import generate_files
 
@@ -166,10 +166,10 @@ def generate_command(
 
 @app.command("demo")
 def demo_command(
-    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("demo.png"),
+    output: Annotated[Path, typer.Option(help="Image to write.")] = Path("demo.png"),
     adapter: Annotated[str | None, typer.Option(help='Skip the training: "bundled", or an adapter file.')] = None,
     minutes: Annotated[float, typer.Option(min=0.1, callback=finite, help="How long to train.")] = 2.0,
-    seed: Annotated[int, typer.Option(help="Another seed gives other pictures.")] = 0,
+    seed: Annotated[int, typer.Option(help="Another seed gives other images.")] = 0,
 ) -> None:
     """Train an adapter on the bundled emoji model and show it at work: no download, no GPU."""
     with user_errors(memory="Close other programs, and try again."):

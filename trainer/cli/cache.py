@@ -32,7 +32,7 @@ def cache_command(
 ) -> None:
     """Run the frozen encoders once over the data and keep what they say; train then reads it.
 
-    ipadapter cache sd15-base data=pictures cache=caches/cats
+    ipadapter cache sd15-base data=images cache=caches/cats
 
     The same command again goes on where it was stopped. Several GPUs or machines that see one folder share the work:
     accelerate launch --multi_gpu -m ipadapter_trainer.cli cache ...

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 def check_command(
     path: Annotated[
         str,
-        typer.Argument(help="A folder, a .json, .jsonl or .csv list, or shards such as 'pictures-*.tar'."),
+        typer.Argument(help="A folder, a .json, .jsonl or .csv list, or shards such as 'images-*.tar'."),
     ],
     root: Annotated[
         Path | None,
@@ -28,17 +28,17 @@ def check_command(
     ] = None,
     sheet: Annotated[
         Path | None,
-        typer.Option(help="Picture to write: samples with their captions.", show_default="sheet.png, outside the data"),
+        typer.Option(help="Image to write: samples with their captions.", show_default="sheet.png, outside the data"),
     ] = None,
     no_sheet: Annotated[bool, typer.Option("--no-sheet", help="Write no samples.")] = False,
-    min_side: Annotated[int, typer.Option(min=1, help="Name pictures with a shorter side, in pixels.")] = 512,
+    min_side: Annotated[int, typer.Option(min=1, help="Name images with a shorter side, in pixels.")] = 512,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with every name.")] = False,
 ) -> None:
-    """Count, sample, and find the broken, the tiny and the duplicate pictures.
+    """Count, sample, and find the broken, the tiny and the duplicate images.
 
-    ipadapter data check pictures
+    ipadapter data check images
 
-    Every picture is read and decoded entirely. Exit status 2 when not a single one can be used.
+    Every image is read and decoded entirely. Exit status 2 when not a single one can be used.
     """
     with user_errors():
         from json import dumps
@@ -57,7 +57,7 @@ def check_command(
                 "No samples were written, as this is the data set's folder; --sheet ../sheet.png does.", err=True
             )
         if not report.usable:
-            raise DataError(f"{path}: none of the {report.pictures} pictures can be used.")
+            raise DataError(f"{path}: none of the {report.images} images can be used.")
         if report.unreadable:
             raise DataError(
                 f"{path}: {len(report.unreadable)} captions or rows are unreadable; a training refuses them."

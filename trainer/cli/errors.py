@@ -176,7 +176,7 @@ def _memory_problem(error: Exception, memory: str) -> str | None:
         return f"Out of memory{f' ({wanted[1]} more are needed)' if wanted else ''}. {memory}"
     if isinstance(error, RuntimeError) and (ended := _WORKER_ENDED.search(str(error))):
         return (
-            f"A process that decodes pictures ended ({ended[1]}), most likely because the memory or /dev/shm is full. "
+            f"A process that decodes images ended ({ended[1]}), most likely because the memory or /dev/shm is full. "
             "Lower workers (0 decodes in the main process) or batch_size."
         )
     return None

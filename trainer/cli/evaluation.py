@@ -31,10 +31,10 @@ def eval_command(
         Path | None,
         typer.Option(help="The CLIP that measures, a folder or Hub id; the paper's is openai/clip-vit-large-patch14."),
     ] = None,
-    output: Annotated[
-        Path, typer.Option(help="Folder for scores and pictures; the same command goes on there.")
-    ] = Path("evaluation"),
-    images_per_caption: Annotated[int, typer.Option(min=1, help="Pictures to generate for each image prompt.")] = 4,
+    output: Annotated[Path, typer.Option(help="Folder for scores and images; the same command goes on there.")] = Path(
+        "evaluation"
+    ),
+    images_per_caption: Annotated[int, typer.Option(min=1, help="Images to generate for each image prompt.")] = 4,
     limit: Annotated[int, typer.Option(min=1, help="Image prompts at most, drawn with the seed.")] = 5000,
     weights: Annotated[
         str, typer.Option("--weights", "--weight", help="Strength of the image prompt; several: 0,0.5,1.")
@@ -51,14 +51,14 @@ def eval_command(
     size: Annotated[
         str | None, typer.Option(help="Side, or WIDTHxHEIGHT, in pixels; default: the model's own.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once; it changes no result.")] = 8,
-    pictures: Annotated[int, typer.Option(min=0, help="Prompts whose pictures are kept and drawn in a grid.")] = 6,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once; it changes no result.")] = 8,
+    images: Annotated[int, typer.Option(min=0, help="Prompts whose images are kept and drawn in a grid.")] = 6,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
     caption_prefix: Annotated[
         str, typer.Option(help='Before each caption in CLIP-T; CLIPScore\'s authors have "A photo depicts ".')
     ] = "",
     root: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures that a list names; default: the list's folder.")
+        Path | None, typer.Option(help="Folder of the images that a list names; default: the list's folder.")
     ] = None,
     face_embeds: Annotated[
         Path | None, typer.Option(help="For the faceid kinds: a .safetensors or .npz table of face embeddings.")
@@ -107,7 +107,7 @@ def eval_command(
             seed=seed,
             size=size,
             batch_size=batch_size,
-            pictures=pictures,
+            images=images,
             caption_prefix=caption_prefix,
             root=root,
             face_embeds=face_embeds,

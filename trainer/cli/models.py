@@ -67,7 +67,7 @@ def new_command(
             typer.echo("\n".join(f"{name:22} {config_summary(name)}" for name in config_names()))
             return
         path = write_config(name, out or Path(f"{Path(name).stem}.toml"))
-        typer.echo(f"Saved {path}. Train with: ipadapter train {path} data=pictures output=runs/mine")
+        typer.echo(f"Saved {path}. Train with: ipadapter train {path} data=images output=runs/mine")
 
 
 def _row(model: PublishedModel) -> str:

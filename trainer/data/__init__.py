@@ -1,1 +1,1 @@
-"""Pictures, captions and face embeddings -> batches; and the check of a data set."""
+"""Images, captions and face embeddings -> batches; and the check of a data set."""

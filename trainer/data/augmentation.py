@@ -49,12 +49,12 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class CropParams:
-    """Which pixels are seen. Positions are shares in [0, 1], so that they fit a picture of any size."""
+    """Which pixels are seen. Positions are shares in [0, 1], so that they fit an image of any size."""
 
     left: float  # share of what is cut off that lies to the left of the cut
     top: float
     flip: bool
-    own_reference: bool  # the picture is its own reference although it has others
+    own_reference: bool  # the image is its own reference although it has others
     reference: float  # picks one of the references
     reference_area: float  # share of the reference's pixels that is kept
     reference_left: float

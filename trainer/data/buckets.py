@@ -1,6 +1,6 @@
 """Aspect-ratio buckets, and the order in which batches are drawn from them.
 
-A picture goes into the bucket nearest to its shape, and a batch holds pictures of one bucket, so that little is cut
+An image goes into the bucket nearest to its shape, and a batch holds images of one bucket, so that little is cut
 off (NovelAI, github.com/NovelAI/novelai-aspect-ratio-bucketing; SDXL, arXiv 2307.01952, section 2.3).
 """
 
@@ -29,14 +29,14 @@ _THREADS = 16  # more than cores: opening a file is waiting
 
 @dataclass(frozen=True)
 class Buckets:
-    """The buckets that hold a picture: their sizes (width, height), and the rows of each, in rising order."""
+    """The buckets that hold an image: their sizes (width, height), and the rows of each, in rising order."""
 
     sizes: tuple[Size, ...]
     rows: tuple[Sequence[int], ...]
 
     @classmethod
     def square(cls, resolution: int, length: int) -> Buckets:
-        """No buckets: every picture is cut to a square."""
+        """No buckets: every image is cut to a square."""
         return cls(((resolution, resolution),), (range(length),))
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ def find_buckets(
     at_least: int = 1,
     progress_bar: bool = False,
 ) -> Buckets:
-    """Read the size of every picture and sort them into buckets; the arguments as below."""
+    """Read the size of every image and sort them into buckets; the arguments as below."""
     buckets = make_buckets(resolution, step, max_ratio)
     return assign(read_sizes(examples, progress_bar=progress_bar), buckets, at_least)
 
@@ -73,10 +73,10 @@ def make_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) -> tup
 
 
 def read_sizes(examples: Sequence[Example], *, progress_bar: bool = False) -> list[Size | None]:
-    """The upright size of every picture from its list or its file's header; None where there is none to read."""
+    """The upright size of every image from its list or its file's header; None where there is none to read."""
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = pool.map(_read_size, examples)
-        return list(tqdm(sizes, "picture sizes", len(examples), disable=not progress_bar))
+        return list(tqdm(sizes, "image sizes", len(examples), disable=not progress_bar))
 
 
 def _read_size(example: Example) -> Size | None:
@@ -85,20 +85,20 @@ def _read_size(example: Example) -> Size | None:
     if isinstance(example.image, Image.Image):
         return upright_size(example.image)
     try:
-        with open_lazily(example.image) as picture:
-            return upright_size(picture)
+        with open_lazily(example.image) as image:
+            return upright_size(image)
     except Exception:  # Pillow raises nearly anything on damaged files; the data set names them when it reads them
         return None
 
 
 def assign(sizes: Sequence[Size | None], buckets: Sequence[Size], at_least: int = 1) -> Buckets:
-    """Sort pictures into the buckets nearest to their shape (the ratio of the sides); None goes into the fullest.
+    """Sort images into the buckets nearest to their shape (the ratio of the sides); None goes into the fullest.
 
-    Buckets with fewer than `at_least` pictures are given up, the emptiest first, and their pictures go to the next
-    nearest: a batch's size is a good value, since a bucket that cannot fill a batch repeats its pictures.
+    Buckets with fewer than `at_least` images are given up, the emptiest first, and their images go to the next
+    nearest: a batch's size is a good value, since a bucket that cannot fill a batch repeats its images.
     """
     if not sizes:
-        raise DataError("No pictures to sort into buckets.")
+        raise DataError("No images to sort into buckets.")
     if all(size is None for size in sizes):
         sizes = [(1, 1)] * len(sizes)
     known = np.array([size is not None for size in sizes])

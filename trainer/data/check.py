@@ -26,7 +26,7 @@ from .shard_files import expand_shards, is_shards, parse_sample, raw_samples, sh
 
 SAMPLES = 24  # on the contact sheet
 _THUMBNAIL = 256
-_WAITING = 64  # pictures that are read ahead
+_WAITING = 64  # images that are read ahead
 
 Thing = TypeVar("Thing")
 Result = TypeVar("Result")
@@ -35,7 +35,7 @@ Read = Callable[[], bytes]
 
 @dataclass(frozen=True, eq=False)
 class DataEntry:
-    """A picture of a data set, not yet read."""
+    """An image of a data set, not yet read."""
 
     name: str
     read: Read
@@ -53,14 +53,14 @@ def check_data(
     threads: int | None = None,
     progress_bar: bool = False,
 ) -> DataReport:
-    """Read every picture of a data set (a folder, a list, or shards, as for a training) and report on it; write a
+    """Read every image of a data set (a folder, a list, or shards, as for a training) and report on it; write a
     contact sheet of up to 24 samples, drawn with a fixed seed, to `sheet`.
 
-    A picture is tiny when its short side has fewer pixels than `min_side`. Raises DataError for a data set that cannot
-    be found or listed, and for a sheet of an unknown suffix; broken pictures are in the report.
+    An image is tiny when its short side has fewer pixels than `min_side`. Raises DataError for a data set that cannot
+    be found or listed, and for a sheet of an unknown suffix; broken images are in the report.
     """
     if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
-        raise DataError(f"{sheet}: unknown picture suffix {sheet.suffix!r} for the samples. Use .png.")
+        raise DataError(f"{sheet}: unknown image suffix {sheet.suffix!r} for the samples. Use .png.")
     if sheet is not None and is_inside(sheet, data):
         raise DataError(f"{sheet} would be in the data set, and in the next training. Choose a place outside {data}.")
     missing: list[str] = []
@@ -79,8 +79,8 @@ def check_data(
     facts: list[ImageFacts] = []
     samples: dict[int, ImageFacts] = {}
     with ThreadPoolExecutor(threads) as pool:  # Pillow's decoders run beside each other
-        results = _in_turn(pool, inspect_picture, entries)
-        for fact in tqdm(results, "pictures", total, disable=not progress_bar):
+        results = _in_turn(pool, inspect_image, entries)
+        for fact in tqdm(results, "images", total, disable=not progress_bar):
             _sample(samples, fact, len(facts))
             facts.append(dataclasses.replace(fact, thumbnail=None, reference=None))
     if sheet is not None and samples:
@@ -95,8 +95,8 @@ def is_inside(path: Path, data: str | Path) -> bool:
     return Path(data).is_dir() and path.resolve().is_relative_to(Path(data).resolve())
 
 
-def inspect_picture(entry: DataEntry | DataError) -> ImageFacts:
-    """Read and decode a picture, and its references, entirely."""
+def inspect_image(entry: DataEntry | DataError) -> ImageFacts:
+    """Read and decode an image, and its references, entirely."""
     if isinstance(entry, DataError):
         return ImageFacts("", None, error=str(entry))
     facts = ImageFacts(entry.name, entry.text, has_reference=bool(entry.references), has_face=entry.has_face)
@@ -117,9 +117,9 @@ def inspect_picture(entry: DataEntry | DataError) -> ImageFacts:
 
 
 def _decode(data: bytes) -> tuple[tuple[int, int], Image.Image]:
-    picture, size = open_rgb(io.BytesIO(data))
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return size, picture
+    image, size = open_rgb(io.BytesIO(data))
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return size, image
 
 
 def _file_entry(example: Example, text: str | None) -> DataEntry:
@@ -143,7 +143,7 @@ def _shard_entries(shards: Sequence[str], missing: list[str]) -> Iterator[DataEn
                 continue
             yield DataEntry(
                 f"{shard_name(shard)}/{raw['__key__']}",
-                _giving(sample.picture),
+                _giving(sample.image),
                 sample.text,
                 tuple(_giving(reference) for reference in sample.references),
                 sample.face_id_embed is not None,

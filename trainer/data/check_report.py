@@ -18,7 +18,7 @@ from .images import Size
 from .sizes import size_notes
 
 TOKENS = 77  # that CLIP's text encoders take, the two ends included
-_NAMED = 5  # of the pictures in a list
+_NAMED = 5  # of the images in a list
 _BUCKET_STEP, _BATCH = 64, 8  # of a usual training
 _BAR = 40  # characters of the longest one
 _SHAPES = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")
@@ -26,7 +26,7 @@ _SHAPES = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")
 
 @dataclass(frozen=True, eq=False)
 class ImageFacts:
-    """What was seen of one picture."""
+    """What was seen of one image."""
 
     name: str
     text: str | None  # None: no caption
@@ -51,13 +51,13 @@ class Range:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The contents and the faults of a data set. `usable` pictures can be read and have a caption."""
+    """The contents and the faults of a data set. `usable` images can be read and have a caption."""
 
     data: str
-    pictures: int
+    images: int
     usable: int
-    references: int  # pictures with another picture as the prompt
-    faces: int  # pictures with a face embedding of their own
+    references: int  # images with another image as the prompt
+    faces: int  # images with a face embedding of their own
     missing: list[str]  # files that are listed, or shards that end early
     unreadable: list[str]  # captions and rows of a list
     ignored: list[str]  # a sentence for each kind of file that is not read
@@ -69,12 +69,12 @@ class DataReport:
     duplicates: list[list[str]]
     near_duplicates: list[list[str]] | None  # None: not looked for
     repeated_captions: dict[str, int]  # how often each comes, where more than once
-    long_captions: list[str]  # names of pictures with more tokens than the text encoder takes, roughly
+    long_captions: list[str]  # names of images with more tokens than the text encoder takes, roughly
     caption_tokens: Range | None
     short_side: Range | None
     min_side: int
     size_notes: list[str]  # about a training at `min_side` pixels
-    shapes: dict[str, int]  # pictures by the nearest ratio of width to height
+    shapes: dict[str, int]  # images by the nearest ratio of width to height
     sheet: str | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -83,11 +83,11 @@ class DataReport:
 
     def as_text(self) -> str:
         """For people; long lists are cut."""
-        lines = [("pictures", f"{self.pictures:,}, of which {self.usable:,} can be used")]
+        lines = [("images", f"{self.images:,}, of which {self.usable:,} can be used")]
         if self.references:
-            lines.append(("references", f"{self.references:,} pictures have another one as the prompt"))
+            lines.append(("references", f"{self.references:,} images have another one as the prompt"))
         if self.faces:
-            lines.append(("faces", f"{self.faces:,} pictures name a face embedding"))
+            lines.append(("faces", f"{self.faces:,} images name a face embedding"))
         if self.short_side is not None:
             side = self.short_side
             lines.append(
@@ -141,7 +141,7 @@ def make_report(
     sheet: str | None = None,
     found: ScanResult | None = None,
 ) -> DataReport:
-    """Sum up the facts of all pictures, and what was `found` beside them."""
+    """Sum up the facts of all images, and what was `found` beside them."""
     read = [fact for fact in facts if fact.size is not None]
     sizes = [fact.size for fact in read if fact.size is not None]
     texts = [(fact.name, fact.text) for fact in facts if fact.text is not None]
@@ -153,7 +153,7 @@ def make_report(
     shapes = Counter(_shape(size) for size in sizes)
     return DataReport(
         data=data,
-        pictures=len(facts),
+        images=len(facts),
         usable=sum(fact.text is not None for fact in read),
         references=sum(fact.has_reference for fact in facts),
         faces=sum(fact.has_face for fact in facts),

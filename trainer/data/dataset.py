@@ -1,4 +1,4 @@
-"""Pictures and captions -> batches, in worker processes.
+"""Images and captions -> batches, in worker processes.
 
 What a draw holds is a function of (seed, epoch, row) and of nothing else (`draws`), so neither the number of workers
 and processes nor a resume changes a training.
@@ -29,12 +29,12 @@ class Batch(TypedDict, total=False):
     """A batch under the original trainer's names, and the files that could not be read for it."""
 
     images: Tensor  # [B, 3, H, W] in [-1, 1]
-    clip_images: Tensor  # [B, 3, S, S], normalised for the image encoder; only for kinds that take a picture
+    clip_images: Tensor  # [B, 3, S, S], normalised for the image encoder; only for kinds that take an image
     face_id_embed: Tensor  # [B, F]; only for kinds that take a face
     text_input_ids: Tensor  # int64 [B, L]
     text_input_ids_2: Tensor  # int64 [B, L]; only for a base model with a second tokenizer (SDXL)
-    original_size: Tensor  # float32 [B, 2], (height, width) of the file's picture
-    crop_coords_top_left: Tensor  # float32 [B, 2], (top, left) of the cut in the resized picture
+    original_size: Tensor  # float32 [B, 2], (height, width) of the file's image
+    crop_coords_top_left: Tensor  # float32 [B, 2], (top, left) of the cut in the resized image
     target_size: Tensor  # float32 [B, 2], (height, width) of `images`
     drop_image_embeds: Tensor  # int64 [B], 1 drops
     noise: Tensor  # float32 [B, C, h, w], to be predicted; noise offset included
@@ -52,11 +52,11 @@ class Batch(TypedDict, total=False):
 class ImageDataset(Dataset[dict[str, Any]]):
     """Items of a sequence of examples, asked for by `SampleIndex`; `loader` makes batches of them.
 
-    A picture that cannot be read is replaced by the next readable one of its bucket, and named in the item's
+    An image that cannot be read is replaced by the next readable one of its bucket, and named in the item's
     `broken`. So is one without a face embedding (`face_embeds.with_faces`), if the encoding takes one.
 
     Raises ConfigError for a size that is no multiple of the pixels per latent, DataError without examples and, from
-    an item, when not a single picture can be read.
+    an item, when not a single image can be read.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         buckets: Buckets | None = None,
     ) -> None:
         if not examples:
-            raise DataError("No pictures: the data set is empty.")
+            raise DataError("No images: the data set is empty.")
         self.examples = examples
         self.preprocessor = preprocessor
         self.augmentation = augmentation
@@ -96,7 +96,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 broken.append(f"{example.name}: {why_unreadable(error)}")
                 continue
             return {**item, "broken": broken}
-        raise DataError(f"None of the {len(self)} pictures can be read. The first: {broken[0]}")
+        raise DataError(f"None of the {len(self)} images can be read. The first: {broken[0]}")
 
     def _item(self, row: int, size: Size, draw: SampleIndex) -> dict[str, Any]:
         example, address = self.examples[row], draw.address(self.augmentation.seed)

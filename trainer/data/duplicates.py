@@ -1,4 +1,4 @@
-"""Pictures that are in a data set more than once: the same bytes, or nearly the same pixels."""
+"""Images that are in a data set more than once: the same bytes, or nearly the same pixels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class ImageHash:
-    """What a picture looks like: a perceptual hash of 64 bits, which is blind to colour, and the mean colour."""
+    """What an image looks like: a perceptual hash of 64 bits, which is blind to colour, and the mean colour."""
 
     hash: int
     colour: tuple[int, ...]
@@ -36,13 +36,13 @@ def can_hash_images() -> bool:
     return find_spec("imagehash") is not None
 
 
-def image_hash(picture: Image.Image) -> ImageHash:
-    """The look of an RGB picture, or of its thumbnail, with imagehash's pHash."""
+def image_hash(image: Image.Image) -> ImageHash:
+    """The look of an RGB image, or of its thumbnail, with imagehash's pHash."""
     import imagehash
 
     return ImageHash(
-        int(str(imagehash.phash(picture)), 16),
-        tuple(int(mean) // _COLOUR_STEP for mean in ImageStat.Stat(picture).mean),
+        int(str(imagehash.phash(image)), 16),
+        tuple(int(mean) // _COLOUR_STEP for mean in ImageStat.Stat(image).mean),
     )
 
 
@@ -55,7 +55,7 @@ def same(keys: Iterable[tuple[str, Hashable]]) -> list[list[str]]:
 
 
 def near_duplicates(looks: Iterable[tuple[str, ImageHash]]) -> list[list[str]]:
-    """Names of pictures that look alike, in groups of at least two; each is like some other one of its group."""
+    """Names of images that look alike, in groups of at least two; each is like some other one of its group."""
     names: dict[ImageHash, list[str]] = defaultdict(list)
     for name, look in looks:
         names[look].append(name)

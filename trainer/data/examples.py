@@ -1,4 +1,4 @@
-"""Find pictures and captions on disk, in the layouts that people have."""
+"""Find images and captions on disk, in the layouts that people have."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class TableEntry:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A picture to learn, its caption, and what its image prompt is made of.
+    """An image to learn, its caption, and what its image prompt is made of.
 
-    `references` are other pictures that show the same, of which each use draws one; none: the picture itself.
+    `references` are other images that show the same, of which each use draws one; none: the image itself.
     `face_id_embed` is where a face embedding is. `size` is (width, height) where the data set says it.
     """
 
@@ -49,12 +49,12 @@ class Example:
     @property
     def name(self) -> str:
         """For messages."""
-        return f"a picture in memory ({self.text!r})" if isinstance(self.image, Image.Image) else str(self.image)
+        return f"an image in memory ({self.text!r})" if isinstance(self.image, Image.Image) else str(self.image)
 
 
 @dataclass(frozen=True, eq=False)
 class ScanResult:
-    """A data set: its examples, and what keeps other pictures out of it."""
+    """A data set: its examples, and what keeps other images out of it."""
 
     examples: list[Example]
     without_caption: list[Example]
@@ -74,15 +74,15 @@ class ScanResult:
 
 
 def find_examples(path: Path, root: Path | None = None, require_caption: bool = True) -> list[Example]:
-    """List the examples of a data set, in a fixed order, without opening a picture.
+    """List the examples of a data set, in a fixed order, without opening an image.
 
-    `path` is one of: a folder of pictures, each with its caption beside it (`cat.png`, `cat.txt` or `cat.caption`),
+    `path` is one of: a folder of images, each with its caption beside it (`cat.png`, `cat.txt` or `cat.caption`),
     sub folders included; a folder with a `metadata.jsonl` or `metadata.csv`, or such a file: one `{"file_name": ...,
     "text": ...}` a line; the original trainer's JSON list `[{"image_file": ..., "text": ...}]`. Rows of a list may name
-    another prompt picture, or several, under "reference", the file of a face embedding under "id_embed_file", and the
-    picture's "width" and "height". File names are relative to `root`, by default the list's folder.
+    another prompt image, or several, under "reference", the file of a face embedding under "id_embed_file", and the
+    image's "width" and "height". File names are relative to `root`, by default the list's folder.
 
-    Pictures without a caption, unless `require_caption` is off, and rows of which a file does not exist are left out
+    Images without a caption, unless `require_caption` is off, and rows of which a file does not exist are left out
     with a warning; another one names the files that are not read. Raises DataError when nothing is left, and for all
     rows and captions that cannot be read.
     """
@@ -96,7 +96,7 @@ def find_examples(path: Path, root: Path | None = None, require_caption: bool = 
     if require_caption and found.without_caption:
         count, without = len(found.without_caption), found.without_caption[0].name
         log.warning(
-            "%d of %d pictures have no caption and are left out, such as %s", count, len(examples) + count, without
+            "%d of %d images have no caption and are left out, such as %s", count, len(examples) + count, without
         )
     if found.missing:
         count = len(found.missing)
@@ -122,7 +122,7 @@ def scan(path: Path, root: Path | None = None) -> ScanResult:
     """What `find_examples` chooses from. Raises DataError for a path or a list that cannot be read."""
     path = Path(path)
     if not path.exists():
-        shards = "A pattern of shards ends in .tar." if set("*?[{") & set(path.name) else "Set data to your pictures."
+        shards = "A pattern of shards ends in .tar." if set("*?[{") & set(path.name) else "Set data to your images."
         raise DataError(f"{path}: no such file or folder. {shards}")
     if path.is_dir():
         return _from_folder(path, root)
@@ -149,7 +149,7 @@ def fingerprint(examples: Iterable[Example], root: Path | None = None) -> str:
 
 
 def relative_name(image: StoredImage | TableEntry | None, root: Path | None) -> str:
-    """A file's name relative to `root`, so that the data set may move; "" for a picture in memory."""
+    """A file's name relative to `root`, so that the data set may move; "" for an image in memory."""
     if isinstance(image, TableEntry):
         return f"{relative_name(image.table, root)}:{image.key}"
     if isinstance(image, PackedFile):
@@ -187,7 +187,7 @@ def _nothing_in(folder: Path, listing: FolderListing, found: ScanResult) -> str:
         return f"{folder}: an empty folder. Put images into it, each with a caption: cat.png and cat.txt."
     return " ".join(
         [
-            f"{folder}: found {images} pictures and {captions} captions, but no picture with a caption.",
+            f"{folder}: found {images} images and {captions} captions, but no image with a caption.",
             *found.ignored[:_NAMED],
             "Put cat.txt beside cat.png, or a metadata.jsonl into the folder.",
         ]
@@ -224,7 +224,7 @@ def _from_list(file: Path, root: Path | None) -> ScanResult:
             found.examples.append(example)
         else:
             found.missing.append(f"{absent} ({row.where})")
-    what = f"none of its {len(rows)} pictures exists, such as {found.missing[0]}" if found.missing else "it is empty"
+    what = f"none of its {len(rows)} images exists, such as {found.missing[0]}" if found.missing else "it is empty"
     nothing = f"{file}: {what}. File names are relative to {folder}; data_root changes that."
     return dataclasses.replace(found, nothing=nothing)
 
@@ -247,7 +247,7 @@ def _from_row(row: Row, folder: Path) -> Example:
 
 
 def _face_file(folder: Path, name: str) -> Path:
-    """Relative to the pictures' folder; or as it stands, as tutorial_train_faceid.py opens it."""
+    """Relative to the images' folder; or as it stands, as tutorial_train_faceid.py opens it."""
     return folder / name if (folder / name).is_file() or not Path(name).is_file() else Path(name)
 
 

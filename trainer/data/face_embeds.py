@@ -36,11 +36,11 @@ def with_faces(
 ) -> list[Example]:
     """The examples that have a face embedding, each saying where it is.
 
-    `table` is a .safetensors or .npz file with one tensor [F] or [1, F] a picture, under its file name: relative to
+    `table` is a .safetensors or .npz file with one tensor [F] or [1, F] an image, under its file name: relative to
     `root`, the data set's folder, or bare. A file that an example names itself goes first.
 
     Examples without one are left out with a warning. Raises DataError when none has one, for a table that cannot be
-    read, a key that fits several pictures, and when none of the first embeddings can be read or has `width`
+    read, a key that fits several images, and when none of the first embeddings can be read or has `width`
     values.
     """
     found = examples if table is None else _from_table(examples, table, root)
@@ -51,13 +51,12 @@ def with_faces(
             keys = list(_open_table(table, os.getpid()).keys())
             where = f"{table} has none of their names but {len(keys):,} others, such as {', '.join(keys[:3])}"
         raise DataError(
-            f"None of the {len(examples)} pictures has a face embedding: {where}. The first picture is "
-            f"{examples[0].name}."
+            f"None of the {len(examples)} images has a face embedding: {where}. The first image is {examples[0].name}."
         )
     if len(having) < len(examples):
         without = next(example for example in found if example.face_id_embed is None)
         log.warning(
-            "%d of %d pictures have no face embedding and are left out, such as %s",
+            "%d of %d images have no face embedding and are left out, such as %s",
             len(examples) - len(having),
             len(examples),
             without.name,
@@ -166,7 +165,7 @@ def _from_table(examples: Iterable[Example], table: Path, root: Path | None) -> 
     """The examples, with their entry of the table where there is one and they name no file."""
     known = set(_open_table(table, os.getpid()).keys())
     found: list[Example] = []
-    users: dict[str, Path] = {}  # a bare name -> the picture that took it
+    users: dict[str, Path] = {}  # a bare name -> the image that took it
     for example in examples:
         image = example.image
         if example.face_id_embed is not None or not isinstance(image, Path):

@@ -39,7 +39,7 @@ def data_fingerprint(config: TrainConfig, examples: Sequence[Example]) -> str:
 
 
 def buckets_from_config(config: TrainConfig, examples: Sequence[Example]) -> Buckets:
-    """The shapes that pictures are cut to; a bucket that cannot fill a batch is given up."""
+    """The shapes that images are cut to; a bucket that cannot fill a batch is given up."""
     if not config.buckets:
         return Buckets.square(config.resolution, len(examples))
     return find_buckets(examples, config.resolution, config.bucket_step, at_least=config.batch_size)

@@ -1,4 +1,4 @@
-"""An example and a draw -> an item: what a batch holds of one picture, in the original trainer's names."""
+"""An example and a draw -> an item: what a batch holds of one image, in the original trainer's names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Preprocessor:
 
     tokenizers: tuple[Any, ...]  # one, or two for SDXL
     text_length: int
-    image_processor: Any | None = None  # None: the kind takes no picture
+    image_processor: Any | None = None  # None: the kind takes no image
     latent_scale: int = 8
     latent_channels: int = 4
     num_train_timesteps: int = 1000
@@ -29,7 +29,7 @@ class Preprocessor:
     face_dim: int = 512
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
-        """[C, h, w] of a picture's latents."""
+        """[C, h, w] of an image's latents."""
         return self.latent_channels, size[1] // self.latent_scale, size[0] // self.latent_scale
 
 
@@ -51,7 +51,7 @@ def preprocess(
             augmentation,
             size,
             crop_params(augmentation, address),
-            open_picture(preprocessor, augmentation, size, image),
+            open_image(preprocessor, augmentation, size, image),
             references,
         ),
         **noise_tensors(drawn),
@@ -63,13 +63,13 @@ def preprocess(
     return item
 
 
-def open_picture(
-    preprocessor: Preprocessor, augmentation: Augmentation, size: Size, picture: ImageSource
+def open_image(
+    preprocessor: Preprocessor, augmentation: Augmentation, size: Size, image: ImageSource
 ) -> tuple[Image.Image, Size]:
-    """The picture, upright, with as many pixels as targets of `size` and the image encoder can use, and the size of
-    the file's picture.
+    """The image, upright, with as many pixels as targets of `size` and the image encoder can use, and the size of
+    the file's image.
     """
-    return open_rgb(picture, _enough_pixels(preprocessor, augmentation, size))
+    return open_rgb(image, _enough_pixels(preprocessor, augmentation, size))
 
 
 def image_tensors(
@@ -81,12 +81,12 @@ def image_tensors(
     references: Sequence[ImageSource] = (),
 ) -> dict[str, Tensor]:
     """What a row shows: `images` of the given size (width, height), the sizes, and `clip_images` of its reference."""
-    picture, (width, height) = opened
+    image, (width, height) = opened
     if where.flip:
-        picture = ImageOps.mirror(picture)
-    cut = resize_and_crop(picture, size, where.left, where.top)
+        image = ImageOps.mirror(image)
+    cut = resize_and_crop(image, size, where.left, where.top)
     tensors = {
-        "images": to_tensor(cut.picture),
+        "images": to_tensor(cut.image),
         "original_size": torch.tensor([height, width], dtype=torch.float32),
         "crop_coords_top_left": torch.tensor(cut.top_left, dtype=torch.float32),
         "target_size": torch.tensor(size[::-1], dtype=torch.float32),
@@ -94,15 +94,15 @@ def image_tensors(
     if preprocessor.image_processor is None:
         return tensors
     if not references or where.own_reference:
-        # A picture that is its own reference shows what the target shows; the encoder cuts the centre by itself.
-        own = picture.crop(cut.box) if augmentation.crop == "random" else picture
+        # An image that is its own reference shows what the target shows; the encoder cuts the centre by itself.
+        own = image.crop(cut.box) if augmentation.crop == "random" else image
         return {**tensors, "clip_images": _clip_image(preprocessor, own, where)}
-    reference, _ = open_picture(preprocessor, augmentation, size, references[int(where.reference * len(references))])
+    reference, _ = open_image(preprocessor, augmentation, size, references[int(where.reference * len(references))])
     return {**tensors, "clip_images": reference_tensor(preprocessor, where, reference)}
 
 
 def reference_tensor(preprocessor: Preprocessor, where: CropParams, reference: Image.Image) -> Tensor:
-    """`clip_images` of a row whose reference is another picture."""
+    """`clip_images` of a row whose reference is another image."""
     return _clip_image(preprocessor, ImageOps.mirror(reference) if where.flip else reference, where)
 
 
@@ -129,7 +129,7 @@ def _clip_image(preprocessor: Preprocessor, reference: Image.Image, where: CropP
 
 
 def _enough_pixels(preprocessor: Preprocessor, augmentation: Augmentation, size: Size) -> int:
-    """The short side from which a picture is still scaled down to half, by target and image encoder."""
+    """The short side from which an image is still scaled down to half, by target and image encoder."""
     side = max(size)
     if preprocessor.image_processor is not None:
         crop = preprocessor.image_processor.crop_size
@@ -138,9 +138,9 @@ def _enough_pixels(preprocessor: Preprocessor, augmentation: Augmentation, size:
 
 
 def check_image_size(size: Size, preprocessor: Preprocessor) -> None:
-    """Raises ConfigError for a picture whose latents would have a fraction of a row."""
+    """Raises ConfigError for an image whose latents would have a fraction of a row."""
     if size[0] % preprocessor.latent_scale or size[1] % preprocessor.latent_scale:
         raise ConfigError(
-            f"Pictures of {size[0]}x{size[1]} pixels: both sides must be multiples of {preprocessor.latent_scale}, the "
+            f"Images of {size[0]}x{size[1]} pixels: both sides must be multiples of {preprocessor.latent_scale}, the "
             "pixels per latent. Change resolution or bucket_step."
         )

@@ -1,7 +1,7 @@
 """WebDataset shards: tar files, local or by URL, whose files with one name and several suffixes are a sample.
 
-A sample is a picture (.jpg, .png, .webp, ...) with its caption (.txt, or "text" or "caption" in .json), and
-optionally another prompt picture (.reference.jpg and so on) and a face embedding (.face.npy).
+A sample is an image (.jpg, .png, .webp, ...) with its caption (.txt, or "text" or "caption" in .json), and
+optionally another prompt image (.reference.jpg and so on) and a face embedding (.face.npy).
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ RawSample = dict[str, Any]  # "__key__", "__url__", and the bytes of each file b
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A sample with its pictures still encoded."""
+    """A sample with its images still encoded."""
 
     name: str  # shard/key
-    picture: bytes
+    image: bytes
     text: str
     references: tuple[bytes, ...] = ()
     face_id_embed: Tensor | None = None
 
 
 def is_shards(data: str | Path | Sequence[str]) -> bool:
-    """Whether a data set is given as shards, and not as a folder or a list of pictures."""
+    """Whether a data set is given as shards, and not as a folder or a list of images."""
     return not isinstance(data, str | Path) or _suffix(str(data)).endswith(SHARD_SUFFIXES)
 
 
 def expand_shards(data: str | Path | Sequence[str]) -> list[str]:
-    """The shards that a pattern names: "pictures-{000..099}.tar", a path or an http(s) URL, "pictures-*.tar", several
+    """The shards that a pattern names: "images-{000..099}.tar", a path or an http(s) URL, "images-*.tar", several
     of them joined by "::", or a list of such.
 
     Raises DataError for another scheme ("pipe:" would run a program), for names without a shard's suffix, and for local
@@ -74,9 +74,9 @@ def expand_shards(data: str | Path | Sequence[str]) -> list[str]:
     try:
         shards = [shard for pattern in patterns for shard in wds.shardlists.expand_urls(pattern)]
     except (ValueError, AssertionError) as error:  # unbalanced braces, an unknown variable
-        raise DataError(f"{data}: not a pattern of shards ({error}). Write pictures-{{000..099}}.tar.") from error
+        raise DataError(f"{data}: not a pattern of shards ({error}). Write images-{{000..099}}.tar.") from error
     if not shards:
-        raise DataError("No shards are given. Set data to something like pictures-{000..099}.tar.")
+        raise DataError("No shards are given. Set data to something like images-{000..099}.tar.")
     for shard in shards:
         scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", shard)  # one letter is a drive
         if scheme and scheme[1] not in ("http", "https"):
@@ -103,7 +103,7 @@ def _matches(shard: str) -> list[str]:
     """The files of a pattern with wildcards, in the order of their names; another name is left alone."""
     if is_url(shard):
         if "*" in _suffix(shard):
-            raise DataError(f"{shard}: a pattern of addresses cannot hold a *. Write pictures-{{000..099}}.tar.")
+            raise DataError(f"{shard}: a pattern of addresses cannot hold a *. Write images-{{000..099}}.tar.")
         return [shard]
     if not glob.has_magic(shard) or Path(shard).is_file():
         return [shard]
@@ -224,23 +224,23 @@ def _why_early(shard: Path, end: int) -> str | None:
 
 
 def parse_sample(raw: RawSample) -> Sample:
-    """Raises DataError for a sample without a picture or a caption, or with a face embedding that cannot be read."""
+    """Raises DataError for a sample without an image or a caption, or with a face embedding that cannot be read."""
     name = f"{shard_name(raw['__url__'])}/{raw['__key__']}"
-    picture = picture_of(raw, name)
-    return Sample(name, picture, caption_of(raw, name), references_of(raw), _face(raw, name))
+    image = image_of(raw, name)
+    return Sample(name, image, caption_of(raw, name), references_of(raw), _face(raw, name))
 
 
-def picture_of(files: Mapping[str, T], name: str) -> T:
-    """The picture among a sample's files by suffix. Raises DataError when there is none."""
-    picture = next((files[key] for key in IMAGE_KEYS if key in files), None)
-    if picture is None:
+def image_of(files: Mapping[str, T], name: str) -> T:
+    """The image among a sample's files by suffix. Raises DataError when there is none."""
+    image = next((files[key] for key in IMAGE_KEYS if key in files), None)
+    if image is None:
         found = ", ".join(key for key in files if not key.startswith("__"))
-        raise DataError(f"{name}: no picture (jpg, png, webp, ...) among its files ({found}).")
-    return picture
+        raise DataError(f"{name}: no image (jpg, png, webp, ...) among its files ({found}).")
+    return image
 
 
 def references_of(files: Mapping[str, T]) -> tuple[T, ...]:
-    """The other prompt pictures among a sample's files by suffix."""
+    """The other prompt images among a sample's files by suffix."""
     return tuple(files[f"reference.{key}"] for key in IMAGE_KEYS if f"reference.{key}" in files)
 
 

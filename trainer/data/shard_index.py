@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from .examples import Example
-from .shard_files import FACE_KEY, caption_of, is_plain, is_url, picture_of, references_of, shard_name, tar_headers
+from .shard_files import FACE_KEY, caption_of, image_of, is_plain, is_url, references_of, shard_name, tar_headers
 from .tar_member import PackedFile
 
 log = logging.getLogger(__name__)
@@ -22,9 +22,9 @@ Files = dict[str, PackedFile]  # of a sample, by their suffixes
 
 
 def index_shards(shards: Sequence[str]) -> list[Example]:
-    """The samples of local .tar files, in their order, as examples; captions are read, pictures are not.
+    """The samples of local .tar files, in their order, as examples; captions are read, images are not.
 
-    Samples without a picture or a caption, and what lies behind a damaged place of a shard, are left out with a
+    Samples without an image or a caption, and what lies behind a damaged place of a shard, are left out with a
     warning. Raises DataError for a URL and a compressed shard, in which nothing can be opened alone, and when nothing
     is left.
     """
@@ -68,7 +68,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, Files]]:
 def _example(name: str, files: Files) -> Example:
     texts = {suffix: files[suffix].read() for suffix in ("txt", "json") if suffix in files}
     return Example(
-        picture_of(files, name),
+        image_of(files, name),
         caption_of(texts, name),
         references_of(files),
         files.get(FACE_KEY),

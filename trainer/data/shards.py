@@ -140,7 +140,7 @@ class ShardBatches(IterableDataset[Batch]):
             self.augmentation,
             self.size,
             address,
-            io.BytesIO(sample.picture),
+            io.BytesIO(sample.image),
             sample.text,
             references,
             face,

@@ -1,4 +1,4 @@
-"""What the sizes of the pictures mean for a training: which are scaled up, and which buckets hold too few."""
+"""What the sizes of the images mean for a training: which are scaled up, and which buckets hold too few."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def sample_sizes(examples: Sequence[Example], count: int = SAMPLE) -> list[Size 
 
 
 def size_notes(
-    sizes: Sequence[Size | None], pictures: int, resolution: int, bucket_step: int | None = None, batch_size: int = 1
+    sizes: Sequence[Size | None], images: int, resolution: int, bucket_step: int | None = None, batch_size: int = 1
 ) -> list[str]:
-    """Sentences about pictures that are scaled up to their target, and about buckets that cannot fill a batch; none
-    where all is well. `sizes` are those of all `pictures` or of a sample; without `bucket_step` the target is a square.
+    """Sentences about images that are scaled up to their target, and about buckets that cannot fill a batch; none
+    where all is well. `sizes` are those of all `images` or of a sample; without `bucket_step` the target is a square.
     """
     known = [size for size in sizes if size is not None]
     if not known:
@@ -31,12 +31,12 @@ def size_notes(
     buckets = assign(known, targets)
     target_of = {row: target for target, rows in zip(buckets.sizes, buckets.rows, strict=True) for row in rows}
     small = sum(w < target_of[row][0] or h < target_of[row][1] for row, (w, h) in enumerate(known))
-    times = pictures / len(sizes)  # 1 unless they are a sample
+    times = images / len(sizes)  # 1 unless they are a sample
     notes: list[str] = []
     if small:
-        found = f"{small:,} of {pictures:,} images"
+        found = f"{small:,} of {images:,} images"
         if times > 1:
-            found = f"about {small * times:,.0f} of {pictures:,} images ({small:,} of a sample of {len(sizes):,})"
+            found = f"about {small * times:,.0f} of {images:,} images ({small:,} of a sample of {len(sizes):,})"
         target = "their bucket" if bucket_step is not None else f"{resolution}x{resolution} pixels"
         notes.append(f"Smaller than {target}, so scaled up and blurred: {found}.")
     few = sum(len(rows) * times < batch_size for rows in buckets.rows)

@@ -1,1 +1,1 @@
-"""The emoji world: real pictures with real names in several styles, and a tiny text-to-image stack trained on them."""
+"""The emoji world: real images with real names in several styles, and a tiny text-to-image stack trained on them."""

@@ -1,7 +1,7 @@
-"""What the emoji adapter is trained on: a picture of itself without text, or one of its style with its caption.
+"""What the emoji adapter is trained on: an image of itself without text, or one of its style with its caption.
 
-The pairs teach the division of labour that an image prompt is for: alone, the picture says everything;
-beside a text, the text says what and the picture says how. Self-pairs alone teach copying.
+The pairs teach the division of labour that an image prompt is for: alone, the image says everything;
+beside a text, the text says what and the image says how. Self-pairs alone teach copying.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from ..models.image_features import encode_clip_images
 from ..training.adapted_unet import TrainBatch, adapt_unet
 from ..training.new_adapter import new_adapter
 from .clip import normalize, zoom
+from .images import STYLE_NAMES, EmojiImages, pick, to_pixels
 from .loop import fit
-from .pictures import STYLE_NAMES, EmojiPictures, pick, to_pixels
 from .vae import augment
 
 BATCH, LEARNING_RATE = 64, 1e-3
-SELF_PAIRS = 0.5  # share of the examples whose reference is the picture itself, without text
-VIEWS = 12  # of each picture that the image encoder sees
+SELF_PAIRS = 0.5  # share of the examples whose reference is the image itself, without text
+VIEWS = 12  # of each image that the image encoder sees
 IMAGE_DROPOUT = BOTH_DROPOUT = 0.05  # the original's shares
 
 
 @dataclass(frozen=True, eq=False)
 class EmojiFeatures:
-    """The frozen models' outputs for N pictures and their mirror images, computed once.
+    """The frozen models' outputs for N images and their mirror images, computed once.
 
     ``latents`` [2, N, 4, 8, 8], ``text_states`` [N, 16, D], ``no_text`` [1, 16, D], ``image_embeds`` [V, N, E]:
-    V views of each picture, differently shifted and scaled, so that the adapter learns more than N points.
+    V views of each image, differently shifted and scaled, so that the adapter learns more than N points.
     ``styles`` [N]. ``timesteps`` are the scheduler's.
     """
 
@@ -51,23 +51,23 @@ class EmojiFeatures:
 
     @cached_property
     def rows_of_style(self) -> tuple[Tensor, ...]:
-        """The pictures of each style."""
+        """The images of each style."""
         return tuple((self.styles == style).nonzero().flatten() for style in range(len(STYLE_NAMES)))
 
 
-def encode_emoji(base_model: BaseModel, pictures: EmojiPictures, seed: int = 0, views: int = 4) -> EmojiFeatures:
-    """Run the frozen models over all pictures once."""
+def encode_emoji(base_model: BaseModel, images: EmojiImages, seed: int = 0, views: int = 4) -> EmojiFeatures:
+    """Run the frozen models over all images once."""
     generator = torch.Generator().manual_seed(seed)
-    mirrored = pictures.images.flip(-1)
-    latents = [_chunked(encode_pixels, base_model, to_pixels(images)) for images in (pictures.images, mirrored)]
-    pixels = to_pixels(pictures.images)
+    mirrored = images.images.flip(-1)
+    latents = [_chunked(encode_pixels, base_model, to_pixels(part)) for part in (images.images, mirrored)]
+    pixels = to_pixels(images.images)
     seen = [pixels] + [zoom(augment(pixels, generator), generator) for _ in range(views - 1)]
     return EmojiFeatures(
         latents=torch.stack(latents),
-        text_states=encode_prompts(base_model, pictures.captions).states.cpu(),
+        text_states=encode_prompts(base_model, images.captions).states.cpu(),
         no_text=encode_prompts(base_model, [""]).states.cpu(),
         image_embeds=torch.stack([_chunked(encode_clip_images, base_model, normalize(view)) for view in seen]),
-        styles=pictures.style_ids,
+        styles=images.style_ids,
         timesteps=base_model.num_train_timesteps,
     )
 
@@ -104,7 +104,7 @@ def emoji_batches(features: EmojiFeatures, batch_size: int, generator: torch.Gen
 
 def fit_adapter(
     base_model: BaseModel,
-    pictures: EmojiPictures,
+    images: EmojiImages,
     *,
     checkpoint: Path,
     steps: int,
@@ -114,7 +114,7 @@ def fit_adapter(
     seed: int = 0,
 ) -> IPAdapter:
     """Train an adapter of the base kind, keys and values starting from the UNet's own; resumes from ``checkpoint``."""
-    features = encode_emoji(base_model, pictures, seed, VIEWS)
+    features = encode_emoji(base_model, images, seed, VIEWS)
     torch.manual_seed(seed)
     adapter = new_adapter(base_model)
     with adapt_unet(base_model, adapter) as denoising:

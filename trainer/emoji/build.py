@@ -1,11 +1,11 @@
-"""Build the emoji pictures from the Iconify packages: render, caption, split, write one zip.
+"""Build the emoji images from the Iconify packages: render, caption, split, write one zip.
 
     npm install --prefix icons @iconify-json/fluent-emoji @iconify-json/fluent-emoji-flat \
         @iconify-json/noto @iconify-json/twemoji @iconify-json/fxemoji
     python -m ipadapter_trainer.emoji.build icons/node_modules/@iconify-json assets/emoji/pictures.zip
 
 The zip holds ``metadata.jsonl`` (imagefolder rows: file_name, text, concept, style, split) and one lossless WebP
-a picture.
+an image.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ def svg(icons: dict[str, Any], name: str) -> str:
 
 
 def render(document: str, size: int = SIZE) -> Image.Image:
-    """Render an SVG document on white, centred: a size x size RGB picture."""
+    """Render an SVG document on white, centred: a size x size RGB image."""
     import resvg_py  # only the builder needs it
 
     png = resvg_py.svg_to_bytes(
         svg_string=document, width=size, height=size, background="#ffffff", skip_system_fonts=True
     )
-    picture = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-    return ImageOps.pad(picture, (size, size), color="white")  # a few icons are not square
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    return ImageOps.pad(image, (size, size), color="white")  # a few icons are not square
 
 
 def _read_icons(packages: Path) -> dict[str, dict[str, Any]]:
@@ -122,7 +122,7 @@ def _names(icons: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Style, str]]
 
 
 def build(packages: Path, output: Path) -> dict[str, int]:
-    """Render every picture into ``output``; returns how many pictures each split got."""
+    """Render every image into ``output``; returns how many images each split got."""
     icons = _read_icons(packages)
     rows: list[dict[str, str]] = []
     counts = {"train": 0, "held_out": 0}
@@ -131,9 +131,9 @@ def build(packages: Path, output: Path) -> dict[str, int]:
         for concept, style, name in _names(icons):
             split = "held_out" if is_held_out(concept) else "train"
             file_name = f"{split}/{style.name}/{concept}.webp"
-            picture = io.BytesIO()
-            render(svg(icons[style.name], name)).save(picture, "WEBP", lossless=True, method=4)
-            archive.writestr(_entry(file_name), picture.getvalue())
+            image = io.BytesIO()
+            render(svg(icons[style.name], name)).save(image, "WEBP", lossless=True, method=4)
+            archive.writestr(_entry(file_name), image.getvalue())
             row = {"file_name": file_name, "text": caption(concept), "concept": concept}
             rows.append({**row, "style": style.name, "split": split})
             counts[split] += 1
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the zip to write")
     arguments = parser.parse_args()
     counts = build(arguments.packages, arguments.output)
-    print(f"{arguments.output}: {counts['train']} pictures to train on, {counts['held_out']} held out")
+    print(f"{arguments.output}: {counts['train']} images to train on, {counts['held_out']} held out")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from .images import STYLE_NAMES, EmojiImages, pick, to_pixels
 from .loop import LossFunction, device_of
-from .pictures import STYLE_NAMES, EmojiPictures, pick, to_pixels
 from .vae import augment
 
 MAX_TOKENS = 16
@@ -47,7 +47,7 @@ def train_tokenizer(texts: list[str], folder: Path, size: int = 2048) -> CLIPTok
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A small CLIP over 64 px pictures; random weights.
+    """A small CLIP over 64 px images; random weights.
 
     Patches of 8 px: a style is in outlines and shading, which larger patches show only to a longer training.
     """
@@ -83,22 +83,22 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
 
-def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int = 24, pairs: int = 48) -> LossFunction:
+def clip_losses(images: EmojiImages, tokenizer: CLIPTokenizer, concepts: int = 24, pairs: int = 48) -> LossFunction:
     """Three contrasts, each for something that an image prompt has to carry.
 
-    ``text``: picture against caption (CLIP, arXiv 2103.00020); a batch holds each drawn concept in all its styles,
-    so the concept alone does not win. ``style``: pictures, parts of pictures and patchworks of one style against the
-    five captions that name only a style, so that the concept cannot stand for it. ``image``: some of the pictures
+    ``text``: image against caption (CLIP, arXiv 2103.00020); a batch holds each drawn concept in all its styles,
+    so the concept alone does not win. ``style``: images, parts of images and patchworks of one style against the
+    five captions that name only a style, so that the concept cannot stand for it. ``image``: some of the images
     against a part of themselves (SLIP, arXiv 2112.12750), which keeps what captions do not say, colours and shapes
     above all. No colour is ever changed.
     """
-    captions = [styled_caption(c, s) for c, s in zip(pictures.captions, pictures.styles, strict=True)]
+    captions = [styled_caption(c, s) for c, s in zip(images.captions, images.styles, strict=True)]
     styled = tokenize(tokenizer, captions)
     style_only = tokenize(tokenizer, [f"{style} style" for style in STYLE_NAMES])
-    styles = pictures.style_ids
-    pixels = to_pixels(pictures.images)
+    styles = images.style_ids
+    pixels = to_pixels(images.images)
     rows_of: dict[str, list[int]] = {}
-    for row, concept in enumerate(pictures.concepts):
+    for row, concept in enumerate(images.concepts):
         rows_of.setdefault(concept, []).append(row)
     groups = list(rows_of.values())
     same_style = [(styles == style).nonzero().flatten() for style in range(len(STYLE_NAMES))]
@@ -116,14 +116,14 @@ def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int
         ]
         device = device_of(model)
         ids = torch.cat([styled[rows], style_only]).to(device)
-        images = embed_some_patches(model, normalize(torch.cat(views).to(device)), generator)
+        image_embeds = embed_some_patches(model, normalize(torch.cat(views).to(device)), generator)
         pooled = model.text_model(ids).pooler_output
         texts, named = F.normalize(model.text_projection(pooled), dim=-1).split([len(rows), len(style_only)])
         scale = model.logit_scale.exp().clamp(max=50)
-        whole, parts, _ = images.split([len(rows), len(again), len(again)])
+        whole, parts, _ = image_embeds.split([len(rows), len(again), len(again)])
         text = contrast(whole, texts, scale)
         truth = styles[torch.cat([rows, rows[again], rows[again]])].to(device)
-        style = F.cross_entropy(scale * images @ named.T, truth)
+        style = F.cross_entropy(scale * image_embeds @ named.T, truth)
         image = contrast(whole[again], parts, 10.0)
         return {
             "loss": text + style + 0.5 * image,
@@ -138,7 +138,7 @@ def clip_losses(pictures: EmojiPictures, tokenizer: CLIPTokenizer, concepts: int
 def embed_some_patches(
     model: CLIPModel, pixel_values: Tensor, generator: torch.Generator, share: float = 0.5
 ) -> Tensor:
-    """Unit image embeddings [B, D] from the class token and a random ``share`` of each picture's patches.
+    """Unit image embeddings [B, D] from the class token and a random ``share`` of each image's patches.
 
     Half the work, and a small data set is learned by heart much later (FLIP, arXiv 2212.00794).
     """
@@ -160,7 +160,7 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def zoom(pixels: Tensor, generator: torch.Generator, smallest: float = 0.8) -> Tensor:
-    """Show a window of ``smallest`` to 1.25 times each picture's sides, near its centre; white outside."""
+    """Show a window of ``smallest`` to 1.25 times each image's sides, near its centre; white outside."""
     side = smallest + (1.25 - smallest) * torch.rand(len(pixels), 1, generator=generator)
     room = (1 - side).clamp(min=0.1)
     theta = torch.zeros(len(pixels), 2, 3)
@@ -171,7 +171,7 @@ def zoom(pixels: Tensor, generator: torch.Generator, smallest: float = 0.8) -> T
 
 
 def patchwork(pixels: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
-    """The left or right part of each picture, and the rest from another (CutMix, arXiv 1905.04899)."""
+    """The left or right part of each image, and the rest from another (CutMix, arXiv 1905.04899)."""
     width = pixels.shape[-1]
     edges = torch.randint(width // 4, 3 * width // 4, (len(pixels), 1, 1, 1), generator=generator)
     return torch.where(torch.arange(width) < edges, pixels, others)

@@ -23,8 +23,8 @@ TEXT_CONCEPTS = (
     "umbrella",
 )
 
-# (concept, style) of the held-out pictures that Load IP Adapter Demo offers: no model has seen them.
-PROMPT_PICTURES = (
+# (concept, style) of the held-out images that Load IP Adapter Demo offers: no model has seen them.
+PROMPT_IMAGES = (
     ("crab", "fluent"),
     ("desert-island", "fxemoji"),
     ("exploding-head", "flat"),

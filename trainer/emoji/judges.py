@@ -1,7 +1,7 @@
-"""Who judges the generated pictures: a style classifier, colour histograms, and the stack's own CLIP.
+"""Who judges the generated images: a style classifier, colour histograms, and the stack's own CLIP.
 
-The classifier is trained on the training pictures alone and is no part of what generates; its accuracy on real held-out
-pictures is reported beside every number it gives.
+The classifier is trained on the training images alone and is no part of what generates; its accuracy on real held-out
+images is reported beside every number it gives.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .images import STYLE_NAMES, EmojiImages, to_pixels
 from .loop import LossFunction, device_of
-from .pictures import STYLE_NAMES, EmojiPictures, to_pixels
 
 WHITE = 0.94  # a pixel whose darkest channel is above is background
 Palettes = tuple[tuple[int, str], ...]
@@ -30,7 +30,7 @@ class StyleClassifier(nn.Module):
     """A small network over ``style_features``: pixels [B, 3, 64, 64] in [-1, 1] -> logits [B, 5] over ``STYLE_NAMES``.
 
     It cannot see what is drawn, only which colours and edges there are: a convolutional network of this size learns the
-    few thousand pictures by heart before it tells the styles of others as well.
+    few thousand images by heart before it tells the styles of others as well.
     """
 
     def __init__(self, hidden: int = 96, palettes: Palettes = PALETTES) -> None:
@@ -63,15 +63,15 @@ def style_features(pixels: Tensor, palettes: Palettes = PALETTES) -> Tensor:
     return torch.cat(shares, dim=-1).sqrt()
 
 
-def classifier_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int = 128) -> LossFunction:
-    """Cross-entropy on real pictures and on their round trips through the autoencoder, half each.
+def classifier_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int = 128) -> LossFunction:
+    """Cross-entropy on real images and on their round trips through the autoencoder, half each.
 
-    The round trips keep the classifier from reading the autoencoder's softness, which every generated picture has,
+    The round trips keep the classifier from reading the autoencoder's softness, which every generated image has,
     as a style.
     """
-    real = to_pixels(pictures.images)
+    real = to_pixels(images.images)
     features = torch.cat([style_features(chunk) for chunk in (*real.split(256), *round_trip(vae, real).split(256))])
-    labels = pictures.style_ids.repeat(2)
+    labels = images.style_ids.repeat(2)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, StyleClassifier)
@@ -93,14 +93,14 @@ def round_trip(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def judge_styles(classifier: StyleClassifier, pixels: Tensor) -> Tensor:
-    """int64 [N]: the style of each picture, pixels in [-1, 1]."""
+    """int64 [N]: the style of each image, pixels in [-1, 1]."""
     return torch.cat([classifier(chunk).argmax(-1) for chunk in pixels.split(64)])
 
 
 def colour_histogram(pixels: Tensor, bins: int = 4) -> Tensor:
     """Joint RGB histogram [N, bins**3] of pixels in [-1, 1], each row summing to 1; the white background is left out.
 
-    The background is the same in every picture and would only dilute the distances.
+    The background is the same in every image and would only dilute the distances.
     """
     unit = (pixels.clamp(-1, 1) + 1) / 2
     return _palette(unit, unit.amin(dim=1) < WHITE, bins)
@@ -127,7 +127,7 @@ def histogram_similarity(a: Tensor, b: Tensor) -> Tensor:
 def closer_to_own(similarity: Tensor) -> float:
     """Share of (own, other) pairs in which row i is more similar to column i than to another column; a tie counts half.
 
-    ``similarity`` [N, N]: row = generated picture, column = reference. The mean over all others is the probability that
+    ``similarity`` [N, N]: row = generated image, column = reference. The mean over all others is the probability that
     a random other one loses; 0.5 is chance.
     """
     own = similarity.diagonal()[:, None]

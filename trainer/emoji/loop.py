@@ -17,7 +17,7 @@ LossFunction = Callable[[nn.Module, torch.Generator], dict[str, Tensor]]
 
 
 class Progress(NamedTuple):
-    """How many steps, and pictures in them where they are counted, a part was trained for, all runs together."""
+    """How many steps, and images in them where they are counted, a part was trained for, all runs together."""
 
     step: int = 0
     images: int = 0
@@ -41,7 +41,7 @@ def fit(
 
     The learning rate is constant after the warm-up and the weights are averaged, so a later, longer run continues
     from the checkpoint as if it had never stopped. Only parameters that require a gradient are trained,
-    on the GPU when there is one. ``batch_size`` is that of ``losses``, for the checkpoint's count of pictures;
+    on the GPU when there is one. ``batch_size`` is that of ``losses``, for the checkpoint's count of images;
     without it they are not counted.
     """
     model.to(training_device(), memory_format=torch.channels_last)  # faster convolutions
@@ -117,7 +117,7 @@ def _load(checkpoint: Path) -> dict[str, Any]:
 def _progress(state: dict[str, Any], checkpoint: Path) -> Progress:
     if "images" not in state:
         raise ValueError(
-            f"{checkpoint} holds {state['step']} steps and no count of pictures: it was written by an older version. "
+            f"{checkpoint} holds {state['step']} steps and no count of images: it was written by an older version. "
             "Go on with that version, or move the file away and train this part anew."
         )
     return Progress(state["step"], state["images"])

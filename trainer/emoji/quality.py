@@ -2,9 +2,9 @@
 
     python -m ipadapter_trainer.emoji.quality --output quality.json
 
-Two situations: a picture alone, and a picture with the text of another concept. Each is generated with the adapter and
+Two situations: an image alone, and an image with the text of another concept. Each is generated with the adapter and
 without (weight 0), from the same noise; the control asks the same questions about references that are shuffled, so that
-nothing but the picture that was given can answer them.
+nothing but the image that was given can answer them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ..models.image_features import encode_clip_images
 from .build import caption
 from .clip import normalize, styled_caption, tokenize
 from .concepts import TEXT_CONCEPTS
+from .images import STYLE_NAMES, EmojiImages, load_images, to_pixels
 from .judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity, judge_styles
-from .pictures import STYLE_NAMES, EmojiPictures, load_pictures, to_pixels
 from .stack import read_judges, style_classifier_state
 
 PROMPTS = 64
@@ -39,7 +39,7 @@ WEIGHT_ALONE, WEIGHT_WITH_TEXT = 1.0, 1.0
 
 @dataclass(frozen=True)
 class Judges:
-    """Everything that looks at a picture and says what it sees."""
+    """Everything that looks at an image and says what it sees."""
 
     base_model: BaseModel
     classifier: StyleClassifier
@@ -52,9 +52,9 @@ class Judges:
 
     @torch.no_grad()
     def concepts(self, pixels: Tensor) -> Tensor:
-        """int64 [N]: which of the sixteen text concepts each picture shows, by CLIP against their captions.
+        """int64 [N]: which of the sixteen text concepts each image shows, by CLIP against their captions.
 
-        A concept is the mean of its captions in all styles, so that no style draws pictures to a concept.
+        A concept is the mean of its captions in all styles, so that no style draws images to a concept.
         """
         captions = [styled_caption(caption(c), style) for c in TEXT_CONCEPTS for style in STYLE_NAMES]
         pooled = self.base_model.text_encoder(tokenize(self.base_model.tokenizer, captions)).pooler_output
@@ -71,7 +71,7 @@ class Judges:
         return torch.cat([self.image_embeds(chunk) @ texts.T for chunk in pixels.split(64)]).argmax(-1)
 
     def closeness(self, generated: Tensor, references: Tensor) -> dict[str, float]:
-        """Probability that a generated picture is closer to its own reference than to a random other one."""
+        """Probability that a generated image is closer to its own reference than to a random other one."""
         histograms = histogram_similarity(colour_histogram(generated), colour_histogram(references))
         embeds = self.image_embeds(generated) @ self.image_embeds(references).T
         return {"closer_by_histogram": closer_to_own(histograms), "closer_by_clip": closer_to_own(embeds)}
@@ -85,19 +85,19 @@ def load_judges(base_model: BaseModel, file: Path) -> Judges:
     return Judges(base_model, classifier.eval(), state["text_projection.weight"].float())
 
 
-def choose_references(pictures: EmojiPictures, count: int = PROMPTS, seed: int = 0) -> list[int]:
+def choose_references(images: EmojiImages, count: int = PROMPTS, seed: int = 0) -> list[int]:
     """Distinct held-out concepts in a seeded order, each in a seeded one of its styles."""
     generator = torch.Generator().manual_seed(seed)
     chosen: dict[str, int] = {}
-    for row in torch.randperm(len(pictures), generator=generator).tolist():
-        chosen.setdefault(pictures.concepts[row], row)
+    for row in torch.randperm(len(images), generator=generator).tolist():
+        chosen.setdefault(images.concepts[row], row)
     return list(chosen.values())[:count]
 
 
-def evaluate(base_model: BaseModel, adapter: IPAdapter, judges: Judges, pictures: EmojiPictures, seed: int = 0) -> dict:
+def evaluate(base_model: BaseModel, adapter: IPAdapter, judges: Judges, images: EmojiImages, seed: int = 0) -> dict:
     """Generate both situations with and without the adapter and let the judges answer."""
-    rows = choose_references(pictures, seed=seed)
-    references, styles = to_pixels(pictures.images[rows]), pictures.style_ids[rows]
+    rows = choose_references(images, seed=seed)
+    references, styles = to_pixels(images.images[rows]), images.style_ids[rows]
     embeds = encode_clip_images(base_model, normalize(references))
     wanted = torch.arange(len(rows)) % len(TEXT_CONCEPTS)
     prompts = [caption(TEXT_CONCEPTS[i]) for i in wanted.tolist()]
@@ -125,12 +125,12 @@ def evaluate(base_model: BaseModel, adapter: IPAdapter, judges: Judges, pictures
         return {"style": style(pixels, order), "concept": _share(judges.concepts(pixels) == wanted)}
 
     own = torch.arange(len(rows))
-    in_words = [styled_caption(pictures.captions[row], pictures.styles[row]) for row in rows]
-    every = to_pixels(pictures.images)
+    in_words = [styled_caption(images.captions[row], images.styles[row]) for row in rows]
+    every = to_pixels(images.images)
     result: dict[str, object] = {
         # What an adapter can reach at most with this model: the styles its encoder sees, and those its UNet draws.
         "limits": {
-            "style_seen_by_the_image_encoder": _share(judges.styles_by_encoder(every) == pictures.style_ids),
+            "style_seen_by_the_image_encoder": _share(judges.styles_by_encoder(every) == images.style_ids),
             "style_asked_in_words": style(run(in_words, 0.0), own),
         }
     }
@@ -148,8 +148,8 @@ def evaluate(base_model: BaseModel, adapter: IPAdapter, judges: Judges, pictures
     return result
 
 
-def judge_the_judges(judges: Judges, held_out: EmojiPictures, train: EmojiPictures) -> dict[str, float]:
-    """How often the judges are right on real pictures: styles on all held-out ones, concepts on the sixteen."""
+def judge_the_judges(judges: Judges, held_out: EmojiImages, train: EmojiImages) -> dict[str, float]:
+    """How often the judges are right on real images: styles on all held-out ones, concepts on the sixteen."""
     styles = judge_styles(judges.classifier, to_pixels(held_out.images))
     rows = [i for i, concept in enumerate(train.concepts) if concept in TEXT_CONCEPTS]
     truth = torch.tensor([TEXT_CONCEPTS.index(train.concepts[i]) for i in rows])
@@ -168,8 +168,8 @@ def measure(adapter_file: Path, seed: int = 0) -> dict[str, object]:
     folder = emoji_folder()
     base_model = load_base_model(folder / MODEL)
     judges = load_judges(base_model, folder / "judges.safetensors")
-    held_out = load_pictures(folder / "pictures.zip", "held_out")
-    train = load_pictures(folder / "pictures.zip", "train")
+    held_out = load_images(folder / "pictures.zip", "held_out")
+    train = load_images(folder / "pictures.zip", "train")
     return {
         "prompts": PROMPTS,
         "seed": seed,

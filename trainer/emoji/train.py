@@ -1,4 +1,4 @@
-"""Train the emoji stack, part by part, from the pictures alone; every part resumes where it was.
+"""Train the emoji stack, part by part, from the images alone; every part resumes where it was.
 
     python -m ipadapter_trainer.emoji.train vae clip --work work/emoji --minutes 20
     python -m ipadapter_trainer.emoji.train judge unet --work work/emoji --minutes 60
@@ -24,17 +24,17 @@ import torch
 
 from ipadapter_core.assets import MODEL, PROMPTS, emoji_folder
 
-from .pictures import EmojiPictures, load_pictures, save_prompts
+from .images import EmojiImages, load_images, save_prompts
 
-JUDGE_STEPS = 1000  # after these it only learns the training pictures better
+JUDGE_STEPS = 1000  # after these it only learns the training images better
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the command line asked for; ``train`` are the pictures of the file ``pictures`` to train on."""
+    """What the command line asked for; ``train`` are the images of the file ``images`` to train on."""
 
-    pictures: Path
-    train: EmojiPictures
+    images: Path
+    train: EmojiImages
     work: Path
     output: Path
     steps: int
@@ -154,7 +154,7 @@ def export_stack(run: Run) -> None:
     from .stack import export
 
     export(run.work, run.train, run.output)
-    save_prompts(run.pictures, run.output / PROMPTS)
+    save_prompts(run.images, run.output / PROMPTS)
 
 
 def unpack_stack(run: Run) -> None:
@@ -180,23 +180,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS, help="what to do, in this order")
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
-    parser.add_argument("--pictures", type=Path, help="pictures.zip of the builder (default: the bundled one)")
+    parser.add_argument("--images", type=Path, help="pictures.zip of the builder (default: the bundled one)")
     parser.add_argument(
         "--output", type=Path, help="folder that export and adapter write to (default: the bundled one)"
     )
     parser.add_argument("--steps", type=int, default=1_000_000, help="steps of a part in all, earlier runs counted in")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop a part after this long")
     parser.add_argument(
-        "--batch-size", type=int, help="pictures a step of vae, decoder, unet and adapter (default: 8, 8, 64, 64)"
+        "--batch-size", type=int, help="images a step of vae, decoder, unet and adapter (default: 8, 8, 64, 64)"
     )
     arguments = parser.parse_args()
     if arguments.batch_size is not None and arguments.batch_size < 1:
         parser.error(f"--batch-size {arguments.batch_size}: expected at least 1; leave it out for each part's own.")
     torch.backends.cuda.matmul.allow_tf32 = True  # small models in fp32, for which that is precise enough
-    pictures = arguments.pictures or emoji_folder() / "pictures.zip"
+    images = arguments.images or emoji_folder() / "pictures.zip"
     run = Run(
-        pictures=pictures,
-        train=load_pictures(pictures, "train"),
+        images=images,
+        train=load_images(images, "train"),
         work=arguments.work,
         output=arguments.output or emoji_folder(),
         steps=arguments.steps,

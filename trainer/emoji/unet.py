@@ -9,13 +9,13 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .clip import WIDTH, styled_caption, tokenize
+from .images import EmojiImages
 from .loop import LossFunction, device_of
-from .pictures import EmojiPictures
 from .vae import encode_views
 
 BATCH = 64
 NO_TEXT, PLAIN = 0.1, 0.4  # shares of the batch without text, and with a caption that names no style
-VIEWS = 16  # of each picture, mirrored and shifted: six thousand latents alone are soon known by heart
+VIEWS = 16  # of each image, mirrored and shifted: six thousand latents alone are soon known by heart
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -51,26 +51,26 @@ def text_states(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: li
 
 
 def unet_losses(
-    pictures: EmojiPictures,
+    images: EmojiImages,
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     batch_size: int = BATCH,
 ) -> LossFunction:
     """Plain v-prediction MSE over uniform timesteps; latents and text states are computed once, here."""
-    latents = encode_views(vae, pictures, VIEWS) * vae.config.scaling_factor
-    styled = [styled_caption(c, s) for c, s in zip(pictures.captions, pictures.styles, strict=True)]
+    latents = encode_views(vae, images, VIEWS) * vae.config.scaling_factor
+    styled = [styled_caption(c, s) for c, s in zip(images.captions, images.styles, strict=True)]
     states = torch.stack(
         [
-            text_states(text_encoder, tokenizer, [""]).expand(len(pictures), -1, -1),
-            text_states(text_encoder, tokenizer, list(pictures.captions)),
+            text_states(text_encoder, tokenizer, [""]).expand(len(images), -1, -1),
+            text_states(text_encoder, tokenizer, list(images.captions)),
             text_states(text_encoder, tokenizer, styled),
         ]
     )
     scheduler = new_scheduler()
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(pictures), (batch_size,), generator=generator)
+        rows = torch.randint(len(images), (batch_size,), generator=generator)
         clean = latents[torch.randint(VIEWS, (batch_size,), generator=generator), rows]
         draw = torch.rand(batch_size, generator=generator)
         context = states[(draw > NO_TEXT).long() + (draw > NO_TEXT + (1 - NO_TEXT) * PLAIN).long(), rows]

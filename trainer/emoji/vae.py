@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .images import EmojiImages, to_pixels
 from .loop import LossFunction, device_of
-from .pictures import EmojiPictures, to_pixels
 
 BATCH = 8
 MOST_NOISE = 0.6  # of the latents' own spread: about what a small UNet leaves in them
@@ -27,7 +27,7 @@ def new_vae() -> AutoencoderKL:
         block_out_channels=(16, 32, 64, 96),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=2,  # narrow groups would normalise each picture's colours away
+        norm_num_groups=2,  # narrow groups would normalise each image's colours away
         sample_size=64,
         scaling_factor=SD15_SCALING,
     )
@@ -56,7 +56,7 @@ def _edges(image: Tensor) -> tuple[Tensor, Tensor]:
     return image.diff(dim=-1), image.diff(dim=-2)
 
 
-def vae_losses(pictures: EmojiPictures, batch_size: int = BATCH) -> LossFunction:
+def vae_losses(images: EmojiImages, batch_size: int = BATCH) -> LossFunction:
     """Absolute errors of the pixels, of their edges, and of the mean colour of each latent's 8x8 cell, through noise.
 
     The edges keep outlines sharp; the cells make the latents carry colour from the start, which pixel errors alone find
@@ -65,8 +65,8 @@ def vae_losses(pictures: EmojiPictures, batch_size: int = BATCH) -> LossFunction
     """
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(pictures), (batch_size,), generator=generator)
-        pixels = augment(to_pixels(pictures.images[rows]), generator).to(device_of(model))
+        rows = torch.randint(len(images), (batch_size,), generator=generator)
+        pixels = augment(to_pixels(images.images[rows]), generator).to(device_of(model))
         latents = model.encode(pixels).latent_dist.mean  # type: ignore[operator]
         share = MOST_NOISE * torch.rand(batch_size, 1, 1, 1, generator=generator)
         noise = (share * torch.randn(latents.shape, generator=generator)).to(latents)
@@ -90,10 +90,10 @@ def only_decoder(vae: AutoencoderKL) -> AutoencoderKL:
     return vae
 
 
-def decoder_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int = BATCH) -> LossFunction:
+def decoder_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int = BATCH) -> LossFunction:
     """The reconstruction of ``vae_losses`` alone, from latents that are computed once, here."""
-    pixels = torch.cat([to_pixels(pictures.images), to_pixels(pictures.images.flip(-1))])
-    latents = encode_views(vae, pictures, 2).flatten(0, 1)
+    pixels = torch.cat([to_pixels(images.images), to_pixels(images.images.flip(-1))])
+    latents = encode_views(vae, images, 2).flatten(0, 1)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(latents), (batch_size,), generator=generator)
@@ -104,7 +104,7 @@ def decoder_losses(pictures: EmojiPictures, vae: AutoencoderKL, batch_size: int 
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the pictures and shift each by up to 4 px over its white background."""
+    """Mirror half of the images and shift each by up to 4 px over its white background."""
     mirrored = torch.rand(len(pixels), generator=generator) < 0.5
     pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
     padded = F.pad(pixels, (4, 4, 4, 4), value=1.0)
@@ -113,13 +113,13 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def fold_scaling(vae: AutoencoderKL, pictures: EmojiPictures) -> float:
+def fold_scaling(vae: AutoencoderKL, images: EmojiImages) -> float:
     """Rescale the latent space inside the weights so that latents times 0.18215 have unit variance; returns the gain.
 
     Reconstructions do not change, and tools that assume SD1.5's constant work. The posterior's variance, which the
     losses do not train, becomes a small constant (``POSTERIOR_STD``).
     """
-    latents = encode(vae, pictures.images[:: max(1, len(pictures) // 512)])
+    latents = encode(vae, images.images[:: max(1, len(images) // 512)])
     gain = 1.0 / (latents.std().item() * SD15_SCALING)
     mean, variance = slice(0, 4), slice(4, 8)
     vae.quant_conv.weight[mean] *= gain
@@ -143,9 +143,9 @@ def _means(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> Tensor:
     return torch.cat([vae.encode(chunk.to(device)).latent_dist.mean.cpu() for chunk in pixels.split(batch_size)])
 
 
-def encode_views(vae: AutoencoderKL, pictures: EmojiPictures, views: int) -> Tensor:
-    """[views, N, 4, 8, 8]: the posterior means of the pictures, their mirror images, and some shifted at random."""
+def encode_views(vae: AutoencoderKL, images: EmojiImages, views: int) -> Tensor:
+    """[views, N, 4, 8, 8]: the posterior means of the images, their mirror images, and some shifted at random."""
     generator = torch.Generator().manual_seed(0)
-    shifted = (augment(to_pixels(pictures.images), generator) for _ in range(views - 2))
-    plain = to_pixels(pictures.images)
+    shifted = (augment(to_pixels(images.images), generator) for _ in range(views - 2))
+    plain = to_pixels(images.images)
     return torch.stack([_means(vae, pixels) for pixels in (plain, plain.flip(-1), *shifted)])

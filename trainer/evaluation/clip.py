@@ -1,4 +1,4 @@
-"""The CLIP that measures generated pictures: CLIP-I and CLIP-T."""
+"""The CLIP that measures generated images: CLIP-I and CLIP-T."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..models.parts import chosen_weights, load_part, load_tokenizer, read_json
 from ..models.weight_files import weights_fingerprint
 
 CLIP_SCORE_SCALE = 2.5
-_CHUNK = 64  # texts or pictures at once
+_CHUNK = 64  # texts or images at once
 _VIT_L = (1024, 24, 14, 224, "quick_gelu", 768)  # width, layers, patch, pixels, activation, projection
 _VIT_L_NAME = "CLIP ViT-L/14"
 _SOURCE = "its page; the paper's is https://huggingface.co/openai/clip-vit-large-patch14"
@@ -40,11 +40,11 @@ class ClipModel:
         self.is_vit_l = is_vit_l(model.config)
         self.name = encoder.name if self.is_vit_l or encoder.name != _VIT_L_NAME else f"{encoder.name} of another kind"
 
-    def embed_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """RGB pictures of any size, through CLIP's own preprocessing -> unit embeddings, float32 [B, D] on the CPU."""
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB images of any size, through CLIP's own preprocessing -> unit embeddings, float32 [B, D] on the CPU."""
         embeds = []
-        for start in range(0, len(pictures), _CHUNK):
-            chunk = list(pictures[start : start + _CHUNK])
+        for start in range(0, len(images), _CHUNK):
+            chunk = list(images[start : start + _CHUNK])
             pixels = self._encoder.processor(images=chunk, return_tensors="pt").pixel_values.to(self._device)
             embeds.append(self._unit(self._model.visual_projection(self._pooled(self._model.vision_model, pixels))))
         return torch.cat(embeds)
@@ -116,7 +116,7 @@ def load_clip(folder: Path | None, device: torch.device | str = "cpu") -> ClipMo
 
 
 def clip_i(generated: Tensor, prompts: Tensor) -> Tensor:
-    """CLIP-I of the paper (arXiv 2308.06721, section 4.2): the cosine of unit embeddings [B, D] of generated pictures
+    """CLIP-I of the paper (arXiv 2308.06721, section 4.2): the cosine of unit embeddings [B, D] of generated images
     and of their image prompts, [B] in [-1, 1].
     """
     return (generated * prompts).sum(-1)
@@ -124,7 +124,7 @@ def clip_i(generated: Tensor, prompts: Tensor) -> Tensor:
 
 def clip_t(generated: Tensor, captions: Tensor) -> Tensor:
     """CLIP-T of the paper: CLIPScore, 2.5 max(cosine, 0) (arXiv 2104.08718, section 3), of unit embeddings [B, D] of
-    generated pictures and of the captions of their image prompts, [B] in [0, 2.5].
+    generated images and of the captions of their image prompts, [B] in [0, 2.5].
 
     The factor is what brings cosines of ViT-L/14, 0.17 to 0.24, to the paper's 0.42 to 0.61.
     """

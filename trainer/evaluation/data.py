@@ -24,9 +24,9 @@ from ..data.shard_files import is_shards
 from ..errors import DataError, EvaluationError
 from .clip import ClipModel, clip_i
 
-COCO_PICTURES = 5000  # of val2017
-_CHUNK = 32  # pictures open at once
-_SAME = 0.9999  # cosine of two embeddings of one picture; batches round differently
+COCO_IMAGES = 5000  # of val2017
+_CHUNK = 32  # images open at once
+_SAME = 0.9999  # cosine of two embeddings of one image; batches round differently
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Prompt:
 
     index: int
     example: Example
-    picture: ImageSource
+    image: ImageSource
     text: str
     image_embed: Tensor  # [D]
     text_embed: Tensor | None  # [D]; None without a caption
@@ -45,13 +45,13 @@ class Prompt:
     @property
     def name(self) -> str:
         """For people."""
-        return str(self.picture) if isinstance(self.picture, Path) else self.example.name
+        return str(self.image) if isinstance(self.image, Path) else self.example.name
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """By the index of the example: the chosen ones in their order, and for each another one, which shows another
-    picture; None when all are the same picture. `broken` says of each picture that was skipped why it could not be
+    image; None when all are the same image. `broken` says of each image that was skipped why it could not be
     read.
     """
 
@@ -61,13 +61,13 @@ class Prompts:
 
 
 def read_examples(data: Path, root: Path | None = None, require_caption: bool = False) -> list[Example]:
-    """A data set as `examples.find_examples` reads it, or COCO's captions_val2017.json. Its pictures are in `root`, by
+    """A data set as `examples.find_examples` reads it, or COCO's captions_val2017.json. Its images are in `root`, by
     default the folder val2017 beside the annotations or beside their folder; each has the first of its captions.
 
     Raises DataError as `find_examples` does, EvaluationError for shards.
     """
     if is_shards(data):
-        raise EvaluationError(f"{data}: shards are read as a stream, an evaluation needs each picture. Unpack them.")
+        raise EvaluationError(f"{data}: shards are read as a stream, an evaluation needs each image. Unpack them.")
     annotations = _coco(data) if data.suffix == ".json" and data.is_file() else None
     if annotations is None:
         return find_examples(data, root, require_caption)
@@ -76,7 +76,7 @@ def read_examples(data: Path, root: Path | None = None, require_caption: bool = 
 
 def is_coco(data: Path, examples: Sequence[Example]) -> bool:
     """Whether this is, by its name and size, the whole of COCO val2017."""
-    return data.name == "captions_val2017.json" and len(examples) == COCO_PICTURES
+    return data.name == "captions_val2017.json" and len(examples) == COCO_IMAGES
 
 
 def open_prompts(
@@ -90,9 +90,9 @@ def open_prompts(
     progress_bar: bool = False,
 ) -> Prompts:
     """The first `limit` examples of an order drawn with `seed`, so that a higher limit only adds to a lower one. Their
-    prompt is their first reference, or the picture itself; and, with `face_dim`, a face embedding of so many values.
+    prompt is their first reference, or the image itself; and, with `face_dim`, a face embedding of so many values.
 
-    The other prompt of each is the next one in the same order that shows another picture. Raises DataError when none of
+    The other prompt of each is the next one in the same order that shows another image. Raises DataError when none of
     the prompts can be read.
     """
     eyes = _Eyes(examples, clip, caption_prefix, face_dim)
@@ -101,7 +101,7 @@ def open_prompts(
     broken: list[str] = []
     opened: list[Prompt] = []
     chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
-    with tqdm(total=len(chosen), desc="prompts", unit="picture", disable=not progress_bar) as bar:
+    with tqdm(total=len(chosen), desc="prompts", unit="image", disable=not progress_bar) as bar:
         for chunk in chunks:
             opened += eyes.open(chunk, broken)
             bar.update(len(chunk))
@@ -115,7 +115,7 @@ def open_prompts(
 
 
 def _others(prompts: Sequence[Prompt], rest: Iterator[Prompt]) -> dict[int, Prompt | None]:
-    """For each prompt the next one, in `rest` and then around the end, that shows another picture."""
+    """For each prompt the next one, in `rest` and then around the end, that shows another image."""
     beyond: list[Prompt] = []
 
     def following(place: int) -> Iterator[Prompt]:
@@ -143,33 +143,33 @@ class _Eyes:
 
     def open(self, indices: Sequence[int], broken: list[str]) -> list[Prompt]:
         """Those that can be read; the others are added to `broken`."""
-        pictures: dict[int, Image.Image] = {}
+        images: dict[int, Image.Image] = {}
         for index in indices:
             try:
-                pictures[index] = self._read(self.examples[index])
+                images[index] = self._read(self.examples[index])
             except DataError as error:
                 broken.append(str(error))
-        if not pictures:
+        if not images:
             return []
-        images = dict(zip(pictures, self.clip.embed_pictures(list(pictures.values())), strict=True))
-        captioned = [index for index in pictures if self.examples[index].text]
+        image_embeds = dict(zip(images, self.clip.embed_images(list(images.values())), strict=True))
+        captioned = [index for index in images if self.examples[index].text]
         captions = [self.prefix + self.examples[index].text for index in captioned]
         texts = dict(zip(captioned, self.clip.embed_texts(captions), strict=True)) if captions else {}
-        examples = [(index, self.examples[index]) for index in pictures]
-        return [Prompt(i, e, prompt_picture(e), e.text, images[i], texts.get(i)) for i, e in examples]
+        examples = [(index, self.examples[index]) for index in images]
+        return [Prompt(i, e, prompt_image(e), e.text, image_embeds[i], texts.get(i)) for i, e in examples]
 
     def _read(self, example: Example) -> Image.Image:
-        """Raises DataError for a picture or a face embedding that cannot be read."""
+        """Raises DataError for an image or a face embedding that cannot be read."""
         if self.face_dim is not None:
             face_id_embed(example, self.face_dim)
-        picture = prompt_picture(example)
+        image = prompt_image(example)
         try:
-            return open_rgb(picture)[0]
+            return open_rgb(image)[0]
         except Exception as error:  # whatever a decoder raises
-            raise DataError(f"{picture}: {why_unreadable(error)}") from error
+            raise DataError(f"{image}: {why_unreadable(error)}") from error
 
 
-def prompt_picture(example: Example) -> ImageSource:
+def prompt_image(example: Example) -> ImageSource:
     """What an example's image prompt is."""
     return example.references[0] if example.references else example.image
 
@@ -198,9 +198,9 @@ def _coco_examples(annotations: dict[str, Any], file: Path, root: Path | None) -
     there = [example for example in examples if isinstance(example.image, Path) and example.image.is_file()]
     if not there:
         raise DataError(
-            f"{file}: none of its {len(rows)} pictures is in {folder}. Download the pictures, and name their folder "
+            f"{file}: none of its {len(rows)} images is in {folder}. Download the images, and name their folder "
             "with --root."
         )
     if len(there) < len(examples):
-        log.warning("%d of %d pictures are not in %s and are left out", len(examples) - len(there), len(rows), folder)
+        log.warning("%d of %d images are not in %s and are left out", len(examples) - len(there), len(rows), folder)
     return there

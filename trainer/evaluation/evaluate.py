@@ -1,7 +1,7 @@
 """`ipadapter eval`: the protocol of the paper (arXiv 2308.06721, section 4.2) for any adapter, data set and CLIP.
 
-For each picture of the data set, several are generated with it as the image prompt. CLIP-I says how alike they are,
-CLIP-T how well they fit the prompt's caption. In the paper: COCO val2017 (5,000 pictures), 4 each, no text, weight 1,
+For each image of the data set, several are generated with it as the image prompt. CLIP-I says how alike they are,
+CLIP-T how well they fit the prompt's caption. In the paper: COCO val2017 (5,000 images), 4 each, no text, weight 1,
 DDIM with 50 steps, guidance 7.5, CLIP ViT-L/14.
 """
 
@@ -35,7 +35,7 @@ from ..models.image_features import encode_images
 from ..runtime.folder_lock import lock_folder
 from ..runtime.processes import inference_dtype
 from .clip import ClipModel, clip_i, clip_t, load_clip
-from .data import COCO_PICTURES, Prompt, Prompts, is_coco, open_prompts, read_examples
+from .data import COCO_IMAGES, Prompt, Prompts, is_coco, open_prompts, read_examples
 from .generate_images import parse_size
 from .report import Evaluation, differences, gains_of, rows_of
 from .saved_images import SavedImages
@@ -61,8 +61,8 @@ class _Parts:
 def evaluate(settings: EvalSettings, *, say: Callable[[str], None] = print, progress_bar: bool = False) -> Evaluation:
     """Generate what is not generated yet, measure it, and sum up, in the precision of `inference_dtype`.
 
-    Every score is appended to `output`/scores.jsonl, and a picture depends on its example and its number alone: the
-    same call goes on where another was stopped, also with another batch size, a higher limit, more pictures for each
+    Every score is appended to `output`/scores.jsonl, and an image depends on its example and its number alone: the
+    same call goes on where another was stopped, also with another batch size, a higher limit, more images for each
     caption or other weights. Several processes (accelerate launch) share the work if they share `output`.
 
     Raises TrainerError and AdapterError for parts that are wrong or do not fit.
@@ -87,7 +87,7 @@ def _evaluate(
     )
     digest = _digest(parts)
     file = ScoreFile(settings.output, digest, state.process_index)
-    kept = SavedImages(settings.output, digest, list(prompts.chosen.values())[: settings.pictures])
+    kept = SavedImages(settings.output, digest, list(prompts.chosen.values())[: settings.images])
     done = file.read()
     jobs = [
         Job(index, number, weight)
@@ -104,8 +104,8 @@ def _evaluate(
     with tqdm(
         total=len(mine),
         initial=len(mine) - len(missing),
-        desc="pictures",
-        unit="picture",
+        desc="images",
+        unit="image",
         disable=not (progress_bar and state.is_main_process),
     ) as bar:
         for batch in _batches(missing, settings.batch_size):
@@ -116,7 +116,7 @@ def _evaluate(
     lacking = sum(job not in scores for job in jobs)
     if lacking:
         raise EvaluationError(
-            f"{settings.output}: {lacking:,} of {len(jobs):,} pictures are not measured although all processes are "
+            f"{settings.output}: {lacking:,} of {len(jobs):,} images are not measured although all processes are "
             "done. All of them must write into one folder; run the same command again for what is missing."
         )
     grid = kept.grid(settings.all_weights, settings.images_per_caption) if state.is_main_process else None
@@ -131,7 +131,7 @@ def processes() -> PartialState:
 
 
 def seed_of(seed: int, index: int, number: int) -> int:
-    """The seed of a picture, 32 bits: of nothing but the evaluation's seed, the example and the picture's number."""
+    """The seed of an image, 32 bits: of nothing but the evaluation's seed, the example and the image's number."""
     return random.Random(f"{seed}/{index}/{number}/evaluation").getrandbits(32)
 
 
@@ -142,7 +142,7 @@ def _load(settings: EvalSettings, device: torch.device) -> _Parts:
     adapter = adapter_to_use(settings.adapter, settings.shortcut)
     spec = adapter.spec
     if spec.face_dim is not None:
-        examples = with_faces(examples, settings.face_embeds, settings.picture_folder, spec.face_dim)
+        examples = with_faces(examples, settings.face_embeds, settings.image_folder, spec.face_dim)
     elif settings.face_embeds is not None:
         raise EvaluationError(f"A {spec.kind} adapter takes no face embeddings; leave --face-embeds out.")
     base_model = load_base_model(
@@ -179,7 +179,7 @@ def _digest(parts: _Parts) -> str:
         "image_encoder": None if spec.image_dim is None else base_model.encoder_fingerprint(),
         "dtype": str(base_model.dtype),
         "clip": [parts.clip.fingerprint(), settings.caption_prefix],
-        "data": fingerprint(parts.examples, settings.picture_folder),
+        "data": fingerprint(parts.examples, settings.image_folder),
         "generation": [settings.text, settings.steps, settings.guidance, settings.seed, *parts.size],
     }
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
@@ -187,8 +187,8 @@ def _digest(parts: _Parts) -> str:
 
 def _plan(settings: EvalSettings, prompts: int, jobs: int, done: int, foreign: int) -> str:
     weights = len(settings.all_weights)
-    text = f"{prompts:,} prompts x {settings.images_per_caption} pictures"
-    text += f" x {weights} weights = {jobs:,} pictures" if weights > 1 else f" = {jobs:,} pictures"
+    text = f"{prompts:,} prompts x {settings.images_per_caption} images"
+    text += f" x {weights} weights = {jobs:,} images" if weights > 1 else f" = {jobs:,} images"
     if done:
         text += f"; {done:,} are measured already"
     if foreign:
@@ -220,14 +220,14 @@ def _measure(parts: _Parts, prompts: Prompts, jobs: Sequence[Job], kept: SavedIm
     )
     if not pixels.isfinite().all():
         raise EvaluationError(
-            f"{settings.adapter}: a generated picture has values that are not finite. The adapter or the base model "
+            f"{settings.adapter}: a generated image has values that are not finite. The adapter or the base model "
             "is broken, or overflows in this precision."
         )
-    pictures = to_pil_images(pixels)
-    for job, picture in zip(jobs, pictures, strict=True):
+    images = to_pil_images(pixels)
+    for job, image in zip(jobs, images, strict=True):
         if kept.keeps(job):
-            kept.save(job, picture)
-    embeds = parts.clip.embed_pictures(pictures)
+            kept.save(job, image)
+    embeds = parts.clip.embed_images(images)
     return [_score(prompts, *row) for row in zip(jobs, seeds, embeds, strict=True)]
 
 
@@ -238,8 +238,8 @@ def _features(parts: _Parts, prompts: Sequence[Prompt]) -> tuple[Tensor, ...]:
     width, faces = parts.adapter.spec.face_dim, None
     if width is not None:
         faces = torch.stack([face_id_embed(prompt.example, width) for prompt in distinct])
-    pictures = [open_rgb(prompt.picture)[0] for prompt in distinct]
-    features = encode_images(parts.base_model, parts.adapter.spec, pictures, faces)
+    images = [open_rgb(prompt.image)[0] for prompt in distinct]
+    features = encode_images(parts.base_model, parts.adapter.spec, images, faces)
     return tuple(feature[rows] for feature in features)
 
 
@@ -267,18 +267,18 @@ def _sum_up(parts: _Parts, prompts: Prompts, scores: Sequence[Score], grid: Path
     return Evaluation(
         title=(
             f"{settings.adapter} ({spec.kind} for {spec.family_name}) on {base_model.name}\n{count:,} prompts x "
-            f"{settings.images_per_caption} pictures of {parts.size[1]}x{parts.size[0]} with {text}, DDIM "
+            f"{settings.images_per_caption} images of {parts.size[1]}x{parts.size[0]} with {text}, DDIM "
             f"{settings.steps} steps, guidance {settings.guidance:g}, seed {settings.seed}"
         ),
         clip=f"{parts.clip.name} ({settings.clip})",
         settings={key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()},
         parameters=sum(parameter.numel() for parameter in parts.adapter.parameters()),
         prompts=count,
-        pictures=count * settings.images_per_caption,
+        images=count * settings.images_per_caption,
         rows=rows_of(prompts, scores, weights),
         gains=gains_of(scores, weights),
         differs=differences(
-            settings, parts.clip, is_coco(settings.data, parts.examples) and count == COCO_PICTURES, base_model.family
+            settings, parts.clip, is_coco(settings.data, parts.examples) and count == COCO_IMAGES, base_model.family
         ),
         notes=notes,
         skipped=prompts.broken,

@@ -1,4 +1,4 @@
-"""Picture files in and out, for `ipadapter generate`."""
+"""Image files in and out, for `ipadapter generate`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..models.image_features import encode_images
 from ..runtime.disk import whole_file
 from ..runtime.processes import inference_dtype
 
-MAX_COUNT = 1000  # pictures of one call, which are one batch
+MAX_COUNT = 1000  # images of one call, which are one batch
 
 
 def generate_files(
@@ -55,9 +55,9 @@ def generate_files(
     checked before the model is loaded.
     """
     if output.is_dir():
-        raise TrainerError(f"{output}: a folder. Name the picture too, such as {output / 'picture.png'}.")
+        raise TrainerError(f"{output}: a folder. Name the image too, such as {output / 'image.png'}.")
     if output.suffix.lower() not in Image.registered_extensions():
-        raise TrainerError(f"{output}: unknown picture suffix {output.suffix!r}. Use .png.")
+        raise TrainerError(f"{output}: unknown image suffix {output.suffix!r}. Use .png.")
     if adapter is None and (image is not None or face_embed is not None):
         given = "--image" if image is not None else "--face-embed"
         raise TrainerError(f"An image prompt needs an adapter; {given} was given, --adapter is missing.")
@@ -68,7 +68,7 @@ def generate_files(
     loaded = None if adapter is None else adapter_to_use(adapter, shortcut)
     if loaded is not None:
         check_prompt(loaded.spec, image, face_embed)
-    picture = None if image is None else open_picture(image)
+    prompt_image = None if image is None else open_image(image)
     face = None if loaded is None or face_embed is None else open_face(face_embed, loaded.spec)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = inference_dtype(device)
@@ -79,11 +79,11 @@ def generate_files(
         image_encoder,
         base_config=base_config,
         prediction_type=prediction_type,
-        needs_image_encoder=picture is not None,
+        needs_image_encoder=prompt_image is not None,
     )
     features = None
     if loaded is not None:
-        features = encode_images(model, loaded.spec, [] if picture is None else [picture], face)
+        features = encode_images(model, loaded.spec, [] if prompt_image is None else [prompt_image], face)
         model.release("image_encoder")
     pixels = generate(
         model,
@@ -104,16 +104,16 @@ def generate_files(
         )
     names = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(1, count + 1)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    for name, picture_out in zip(names, to_pil_images(pixels), strict=True):
+    for name, image_out in zip(names, to_pil_images(pixels), strict=True):
         with whole_file(name) as temporary:
-            picture_out.save(temporary)
+            image_out.save(temporary)
     return names
 
 
 def check_prompt(spec: AdapterSpec, image: Path | None, face_embed: Path | None) -> None:
     """Raises TrainerError when an adapter of this kind needs another prompt than was given."""
     options = (
-        ("--image", image, spec.image_dim, "a picture"),
+        ("--image", image, spec.image_dim, "an image"),
         ("--face-embed", face_embed, spec.face_dim, "a face embedding"),
     )
     for option, given, width, what in options:
@@ -142,11 +142,11 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[2] or width), width
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Raises DataError when the file is missing or is no picture."""
+def open_image(path: Path) -> Image.Image:
+    """Raises DataError when the file is missing or is no image."""
     if not path.is_file():
-        raise DataError(f"{path}: no such picture.")
+        raise DataError(f"{path}: no such image.")
     try:
         return open_rgb(path)[0]
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise DataError(f"{path}: cannot be read as a picture: {why_unreadable(error)}") from error
+        raise DataError(f"{path}: cannot be read as an image: {why_unreadable(error)}") from error

@@ -14,7 +14,7 @@ from .scores import Score
 from .settings import EvalSettings
 
 # Table 1 of arXiv 2308.06721: method, trainable parameters in millions, CLIP-T, CLIP-I.
-PAPER_SOURCE = "arXiv 2308.06721, table 1: COCO val2017, 4 pictures each, CLIP ViT-L/14"
+PAPER_SOURCE = "arXiv 2308.06721, table 1: COCO val2017, 4 images each, CLIP ViT-L/14"
 PAPER_TABLE = (
     ("Open unCLIP", 893, 0.608, 0.858),
     ("Kandinsky-2-1", 1229, 0.599, 0.855),
@@ -36,7 +36,7 @@ Value = Callable[[Score], float | None]
 class Mean:
     """A mean over prompts, and its standard error; None from one prompt alone.
 
-    The pictures of one prompt are alike, so the error counts prompts, not pictures.
+    The images of one prompt are alike, so the error counts prompts, not images.
     """
 
     value: float
@@ -77,7 +77,7 @@ class Evaluation:
     settings: Mapping[str, Any]
     parameters: int  # of the adapter
     prompts: int
-    pictures: int  # generated for each weight
+    images: int  # generated for each weight
     rows: Sequence[Row]
     gains: Sequence[Gain]
     differs: Sequence[str]
@@ -114,12 +114,12 @@ class Evaluation:
         if self.skipped:
             lines.append(f"Skipped, as they cannot be read: {len(self.skipped):,}, such as {self.skipped[0]}")
         if self.grid is not None:
-            lines.append(f"Pictures: {self.grid}")
+            lines.append(f"Images: {self.grid}")
         return "\n".join(lines)
 
 
 def mean_over_prompts(scores: Iterable[Score], value: Value) -> Mean | None:
-    """The mean over prompts of the means over each one's pictures, without those that have no such value."""
+    """The mean over prompts of the means over each one's images, without those that have no such value."""
     by_prompt: dict[int, list[float]] = defaultdict(list)
     for score in scores:
         measured = value(score)
@@ -137,7 +137,7 @@ def mean_of(values: Sequence[float]) -> Mean | None:
 
 
 def rows_of(prompts: Prompts, scores: Sequence[Score], weights: Sequence[float]) -> list[Row]:
-    """The prompts themselves, then each weight and, where the image counts, the same pictures beside other prompts."""
+    """The prompts themselves, then each weight and, where the image counts, the same images beside other prompts."""
     own = [
         float(clip_t(prompt.image_embed, prompt.text_embed))
         for prompt in prompts.chosen.values()

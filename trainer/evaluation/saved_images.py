@@ -1,4 +1,4 @@
-"""Generated pictures that are kept to be looked at."""
+"""Generated images that are kept to be looked at."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .data import Prompt
 from .scores import Job
 
 GRID = "grid.png"
-_COLUMNS = 4  # of generated pictures, about
+_COLUMNS = 4  # of generated images, about
 _SIDES = (128, 256)  # pixels; smaller and larger ones are scaled
 
 
 @dataclass(frozen=True, eq=False)
 class SavedImages:
-    """The pictures of the first prompts, in `output`/pictures/<settings>."""
+    """The images of the first prompts, in `output`/images/<settings>."""
 
     output: Path
     settings: str  # their digest
@@ -31,11 +31,11 @@ class SavedImages:
         """Whether this one is among them."""
         return any(prompt.index == job.index for prompt in self.prompts)
 
-    def save(self, job: Job, picture: Image.Image) -> None:
+    def save(self, job: Job, image: Image.Image) -> None:
         """Write one."""
         file = self._file(job)
         with whole_file(file) as temporary:
-            picture.save(temporary)
+            image.save(temporary)
 
     def grid(self, weights: Sequence[float], numbers: int) -> Path | None:
         """Draw and write them, one row a prompt: its image prompt, then each weight; None when a file is gone."""
@@ -50,7 +50,7 @@ class SavedImages:
                 columns.append((title, [open_rgb(file)[0] for file in files]))
         smallest, largest = _SIDES
         side = max(smallest, min(largest, max(columns[0][1][0].size)))
-        prompts = ("image prompt", [open_rgb(prompt.picture)[0] for prompt in self.prompts])
+        prompts = ("image prompt", [open_rgb(prompt.image)[0] for prompt in self.prompts])
         path = self.output / GRID
         drawn = draw_grid([prompts, *columns], side=side, labels=[prompt.text for prompt in self.prompts])
         with whole_file(path) as temporary:
@@ -58,4 +58,4 @@ class SavedImages:
         return path
 
     def _file(self, job: Job) -> Path:
-        return self.output / "pictures" / self.settings / f"{job.index:05}-{job.weight:g}-{job.number}.png"
+        return self.output / "images" / self.settings / f"{job.index:05}-{job.weight:g}-{job.number}.png"

@@ -1,4 +1,4 @@
-"""The scores of an evaluation on disk, one line a generated picture, so that it can be stopped at any moment."""
+"""The scores of an evaluation on disk, one line a generated image, so that it can be stopped at any moment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCORES = "scores.jsonl"
 
 
 class Job(NamedTuple):
-    """One picture to generate: for which example of the data set, its number among those, and the weight."""
+    """One image to generate: for which example of the data set, its number among those, and the weight."""
 
     index: int
     number: int
@@ -23,8 +23,8 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """What one generated picture scores. `seed` makes it again with `ipadapter generate`. The other_* ones are beside
-    another example's prompt and caption. None where there is no caption, or no other picture.
+    """What one generated image scores. `seed` makes it again with `ipadapter generate`. The other_* ones are beside
+    another example's prompt and caption. None where there is no caption, or no other image.
     """
 
     index: int

@@ -15,9 +15,9 @@ TEXTS = ("none", "caption")
 class EvalSettings:
     """What to evaluate, and how; the defaults are the paper's.
 
-    `data` is what `data.read_examples` takes, `root` the folder of its pictures. `clip` is the folder of the CLIP
+    `data` is what `data.read_examples` takes, `root` the folder of its images. `clip` is the folder of the CLIP
     that measures. `text` "none" generates from the image alone, "caption" from image and caption. `controls` adds
-    weight 0. `pictures` prompts keep theirs, for the grid. `caption_prefix` goes before the captions in CLIP-T.
+    weight 0. `images` prompts keep theirs, for the grid. `caption_prefix` goes before the captions in CLIP-T.
 
     Raises EvaluationError for values that make no sense.
     """
@@ -37,7 +37,7 @@ class EvalSettings:
     seed: int = 0
     size: str | None = None
     batch_size: int = 8
-    pictures: int = 6
+    images: int = 6
     caption_prefix: str = ""
     root: Path | None = None
     face_embeds: Path | None = None
@@ -62,8 +62,8 @@ class EvalSettings:
         return tuple(sorted({*self.weights, *([0.0] if self.controls else [])}))
 
     @property
-    def picture_folder(self) -> Path:
-        """What the names of pictures in a list, and in a table of face embeddings, are relative to."""
+    def image_folder(self) -> Path:
+        """What the names of images in a list, and in a table of face embeddings, are relative to."""
         return self.root or (self.data if self.data.is_dir() else self.data.parent)
 
 

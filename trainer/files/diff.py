@@ -62,7 +62,7 @@ class AdapterDifference:
     tensors: tuple[TensorDifference, ...]
 
     def equal(self, tolerance: float = 0.0) -> bool:
-        """Whether they make the same pictures: the same spec where both say it, the same keys and shapes, and no
+        """Whether they make the same images: the same spec where both say it, the same keys and shapes, and no
         tensor that differs by more than `tolerance` of its largest value. 0 asks for the same numbers in the same
         dtype. Metadata about the origin does not count.
         """

@@ -237,7 +237,7 @@ def verify_with_diffusers(file: Path, adapter: IPAdapter) -> float | str:
     except Exception as error:  # whatever its users would meet
         raise VerificationError(f"{file}: {DIFFUSERS} does not load it ({type(error).__name__}: {error}).") from error
     _check_lora(file, adapter, theirs)
-    advice = "Its users would get other pictures; do not publish it, and report this with the output of `inspect`."
+    advice = "Its users would get other images; do not publish it, and report this with the output of `inspect`."
     comparison = _Comparison(file, ("ipadapter_core", DIFFUSERS), LOADER_TOLERANCE, advice)
     return comparison.compare(_Outputs(adapter, spec), theirs, random_features(spec))
 

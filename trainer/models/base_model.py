@@ -38,7 +38,7 @@ class BaseModel(ModelShapes):
 
     Weights are read when a part is first used, and again after `release`; what the configs say needs none. The UNet
     and the encoders have `dtype`, and so has the VAE, but for SDXL's, and any in float16: its activations grow so large
-    that half precision loses the picture, so it is in float32 unless its config has `force_upcast` false, as the fixed
+    that half precision loses the image, so it is in float32 unless its config has `force_upcast` false, as the fixed
     variants have.
     """
 

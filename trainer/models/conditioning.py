@@ -105,5 +105,5 @@ def added_conditions(text: TextStates, time_ids: Tensor | None) -> dict[str, Ten
     if text.pooled is None:
         return None
     if time_ids is None:
-        raise TrainerError("SDXL needs time ids: the sizes and the crop of the pictures (conditioning.time_ids).")
+        raise TrainerError("SDXL needs time ids: the sizes and the crop of the images (conditioning.time_ids).")
     return {"text_embeds": text.pooled, "time_ids": time_ids.to(text.pooled.device, torch.float32)}

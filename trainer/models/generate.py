@@ -1,4 +1,4 @@
-"""Pictures from text and image prompts: classifier-free guidance and DDIM in one short loop."""
+"""Images from text and image prompts: classifier-free guidance and DDIM in one short loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base_model import BaseModel
 from .conditioning import TextStates, added_conditions, encode_prompts, time_ids
 from .image_features import dropped_features
 
-# Pictures, and pixels of them in all, that the VAE decodes at once; decoding needs the most memory of all.
+# Images, and pixels of them in all, that the VAE decodes at once; decoding needs the most memory of all.
 DECODE_ROWS, DECODE_PIXELS = 16, 2**20
 # Beyond these there is only noise, and beyond the last a number of pixels that no memory holds.
 MAX_WEIGHT, MAX_GUIDANCE, MAX_SIDE = 10.0, 100.0, 16384
@@ -38,15 +38,15 @@ def generate(
     size: int | tuple[int, int] | None = None,
     scheduler: DDPMScheduler | None = None,
 ) -> Tensor:
-    """Generate B pictures in one batch: float32 [B, 3, H, W] in [-1, 1], on the base model's device.
+    """Generate B images in one batch: float32 [B, 3, H, W] in [-1, 1], on the base model's device.
 
     B is the longest of `prompts` (1 or B texts, "" for none, or their states), `image_features` (what
     `IPAdapter.encode` takes, each with 1 or B rows; see `image_features.encode_images`) and `weight` (a number, or 1
     or B of them). The weight is that of the image attention and, for the faceid kinds, of the LoRA. Weight 0, no
     adapter and no features are all the same: the base model alone. `guidance` of 1 or less turns guidance off; else the
-    image of the negative rows is that of a dropped image in training. Picture i starts from the noise of seed + i, or
+    image of the negative rows is that of a dropped image in training. Image i starts from the noise of seed + i, or
     of seed[i], drawn on the CPU, so it can be made again alone and on another device. `size` is a side or (height,
-    width) in pixels; the default is what the model was made for. SDXL is told that pictures of that size were not
+    width) in pixels; the default is what the model was made for. SDXL is told that images of that size were not
     cropped. `scheduler` replaces the base model's noise schedule.
 
     DDIM (arXiv 2010.02502), deterministic. The steps are spaced "trailing" (arXiv 2305.08891): they begin at
@@ -107,7 +107,7 @@ def decode(base_model: BaseModel, latents: Tensor) -> Tensor:
 
 
 def decode_rows(pixels: int) -> int:
-    """How many pictures of so many pixels `decode` takes at once."""
+    """How many images of so many pixels `decode` takes at once."""
     return max(1, min(DECODE_ROWS, DECODE_PIXELS // pixels))
 
 
@@ -139,7 +139,7 @@ class _ImagePrompt:
 
 @dataclass(frozen=True, eq=False)
 class _Conditions:
-    """Text [B, ...], one negative text or None for no guidance, and the pictures' (height, width)."""
+    """Text [B, ...], one negative text or None for no guidance, and the images' (height, width)."""
 
     text: TextStates
     negative: TextStates | None

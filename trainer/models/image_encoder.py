@@ -162,7 +162,7 @@ def _image_processor(candidates: list[Path | None], size: int) -> CLIPImageProce
             if _side(processor) == size:
                 return processor
             log.warning(
-                "%s makes pictures of %s px, the image encoder takes %d px: ignored",
+                "%s makes images of %s px, the image encoder takes %d px: ignored",
                 candidate,
                 _side(processor),
                 size,

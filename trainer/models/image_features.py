@@ -1,4 +1,4 @@
-"""Pictures, and faces, as an adapter reads them: what the frozen image encoder says, by the adapter's kind."""
+"""Images, and faces, as an adapter reads them: what the frozen image encoder says, by the adapter's kind."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def encode_clip_images(base_model: BaseModel, clip_images: Tensor, feature: Feat
 def encode_images(
     base_model: BaseModel,
     spec: AdapterSpec,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     face_embeds: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Pictures of any size and mode, and face embeddings [B, F], -> what `IPAdapter.encode` takes.
+    """Images of any size and mode, and face embeddings [B, F], -> what `IPAdapter.encode` takes.
 
     Raises DataError when the adapter needs face embeddings and none are given, or needs none.
     """
@@ -43,7 +43,7 @@ def encode_images(
     faces = () if face_embeds is None else (face_embeds.to(base_model.device).float(),)
     if spec.image_dim is None:
         return faces
-    rgb = [to_rgb(picture) for picture in pictures]
+    rgb = [to_rgb(image) for image in images]
     pixels = base_model.image_processor(images=rgb, return_tensors="pt").pixel_values
     return (*faces, encode_clip_images(base_model, pixels, spec.feature))
 

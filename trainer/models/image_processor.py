@@ -1,4 +1,4 @@
-"""CLIP's preprocessing of pictures for the image encoder."""
+"""CLIP's preprocessing of images for the image encoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ try:  # the name without torchvision since transformers 5; before, CLIPImageProc
 except ImportError:
     from transformers import CLIPImageProcessor as _Processor
 
-_STRIP = 8  # a picture that is so many times longer than wide
+_STRIP = 8  # an image that is so many times longer than wide
 
 
 class CLIPImageProcessor(_Processor):
@@ -28,12 +28,12 @@ class CLIPImageProcessor(_Processor):
         return super().preprocess(images, *arguments, **options)
 
 
-def _middle(picture: Image.Image) -> Image.Image:
+def _middle(image: Image.Image) -> Image.Image:
     """Of a strip what the square in its centre, and the filter of the scaling around it, are made of."""
-    short, long = sorted(picture.size)
+    short, long = sorted(image.size)
     if long <= _STRIP * short:
-        return picture
+        return image
     kept = 2 * short + long % 2  # so that the centre stays where it is
     start = (long - kept) // 2
-    box = (start, 0, start + kept, short) if picture.width == long else (0, start, short, start + kept)
-    return picture.crop(box)
+    box = (start, 0, start + kept, short) if image.width == long else (0, start, short, start + kept)
+    return image.crop(box)

@@ -105,7 +105,7 @@ class ModelShapes:
 
     @property
     def sample_size(self) -> int:
-        """The side of the pictures that the UNet was made for, in pixels."""
+        """The side of the images that the UNet was made for, in pixels."""
         return int(self._parts.unet_config["sample_size"]) * self.latent_scale
 
     @cached_property
@@ -135,7 +135,7 @@ class ModelShapes:
 
     @property
     def image_tokens(self) -> int:
-        """The image encoder's hidden states of a picture: its patches and the class token (257 for ViT-H/14)."""
+        """The image encoder's hidden states of an image: its patches and the class token (257 for ViT-H/14)."""
         return self._image_encoder.num_tokens
 
     @property

@@ -1,4 +1,4 @@
-"""Many small pictures with their captions in one."""
+"""Many small images with their captions in one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..runtime.disk import whole_file
 
-SIDE = 192  # pixels of a picture's cell
+SIDE = 192  # pixels of an image's cell
 _INSET = 76  # of the reference in it
 _LINES, _LINE, _FONT, _GAP = 4, 15, 12, 12
 _COLUMNS = 6
@@ -20,14 +20,14 @@ _COLUMNS = 6
 class Cell:
     """One cell."""
 
-    picture: Image.Image
+    image: Image.Image
     title: str
     text: str
     reference: Image.Image | None = None
 
 
 def contact_sheet(cells: Sequence[Cell], path: Path) -> None:
-    """Write a sheet of pictures, each with a title and its caption below; a reference is in the lower right corner."""
+    """Write a sheet of images, each with a title and its caption below; a reference is in the lower right corner."""
     font = ImageFont.load_default(_FONT)
     columns = min(_COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
@@ -37,7 +37,7 @@ def contact_sheet(cells: Sequence[Cell], path: Path) -> None:
     for i, cell in enumerate(cells):
         x, y = _GAP + i % columns * width, _GAP + i // columns * height
         draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), fill="#e8e8e8")
-        _paste(sheet, cell.picture, (x, y), SIDE)
+        _paste(sheet, cell.image, (x, y), SIDE)
         if cell.reference is not None:
             corner = x + SIDE - _INSET, y + SIDE - _INSET
             draw.rectangle((corner[0] - 2, corner[1] - 2, x + SIDE - 1, y + SIDE - 1), fill="white")
@@ -50,8 +50,8 @@ def contact_sheet(cells: Sequence[Cell], path: Path) -> None:
         sheet.save(temporary)
 
 
-def _paste(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], side: int) -> None:
-    small = picture.copy()
+def _paste(sheet: Image.Image, image: Image.Image, corner: tuple[int, int], side: int) -> None:
+    small = image.copy()
     small.thumbnail((side, side))
     sheet.paste(small, (corner[0] + (side - small.width) // 2, corner[1] + (side - small.height) // 2))
 

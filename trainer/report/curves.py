@@ -48,7 +48,7 @@ CHARTS = (
     ),
     Chart(
         "Validation loss",
-        "Of held-out pictures, the noise and the timesteps the same each time. The lower, the better.",
+        "Of held-out images, the noise and the timesteps the same each time. The lower, the better.",
         (
             Curve("right image", "validation/loss"),
             Curve("another image", "validation/loss_shuffled", _ORANGE),

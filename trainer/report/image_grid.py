@@ -1,4 +1,4 @@
-"""A grid of pictures with titles: one row a prompt, one column a setting."""
+"""A grid of images with titles: one row a prompt, one column a setting."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ TITLE_LINES = 2
 def draw_grid(
     columns: Sequence[tuple[str, Sequence[Image.Image]]], *, side: int, labels: Sequence[str] = ()
 ) -> Image.Image:
-    """Titled columns of R pictures each, a line after the first column (the prompts), and R labels at the left.
+    """Titled columns of R images each, a line after the first column (the prompts), and R labels at the left.
 
-    A picture fills a square of `side` pixels; one of another shape is fitted into it. Text that does not fit ends
+    An image fills a square of `side` pixels; one of another shape is fitted into it. Text that does not fit ends
     in an ellipsis.
     """
     font = ImageFont.load_default(size=FONT_SIZE)
     titles = [wrap(title, font, side, TITLE_LINES) for title, _ in columns]
-    rows = max(len(pictures) for _, pictures in columns)
+    rows = max(len(images) for _, images in columns)
     header = LINE * max(len(title) for title in titles) + 11
     texts = [wrap(label, font, side, side // LINE) for label in labels]
     margin = GAP + (round(max(font.getlength(line) for text in texts for line in text)) + GAP if labels else 0)
     grid = Image.new("RGB", (margin + len(columns) * (side + GAP), header + rows * (side + GAP)), "white")
     pen = ImageDraw.SampleIndex(grid)
-    for x, (title, (_, pictures)) in enumerate(zip(titles, columns, strict=True)):
+    for x, (title, (_, images)) in enumerate(zip(titles, columns, strict=True)):
         left = margin + x * (side + GAP)
         pen.text((left + side / 2, header / 2), "\n".join(title), fill="black", font=font, anchor="mm", align="center")
-        for y, picture in enumerate(pictures):
-            fitted = ImageOps.pad(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS, "white")
+        for y, image in enumerate(images):
+            fitted = ImageOps.pad(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS, "white")
             grid.paste(fitted, (left, header + y * (side + GAP)))
     for y, text in enumerate(texts):
         middle = header + y * (side + GAP) + side / 2

@@ -63,7 +63,7 @@ def _verdict(train: Lines, validations: Lines) -> str:
 
 def _figure(chart: Chart, drawn: bytes) -> str:
     caption = f"<b>{html.escape(chart.title)}</b><small>{html.escape(chart.meaning)}</small>"
-    return f"<figure><figcaption>{caption}</figcaption>{_picture(drawn, chart.title, 'svg+xml')}</figure>"
+    return f"<figure><figcaption>{caption}</figcaption>{_image(drawn, chart.title, 'svg+xml')}</figure>"
 
 
 def _samples(output: Path) -> list[str]:
@@ -73,20 +73,19 @@ def _samples(output: Path) -> list[str]:
         return []
     chosen = [files[i] for i in sorted({0, len(files) // 2, len(files) - 1})]
     grids = (
-        f"<h3>Step {step:,}</h3>{_picture(_as_jpeg(file), f'samples at step {step:,}', 'jpeg')}"
-        for step, file in chosen
+        f"<h3>Step {step:,}</h3>{_image(_as_jpeg(file), f'samples at step {step:,}', 'jpeg')}" for step, file in chosen
     )
-    return ["<h2>Samples: held-out pictures, the same noise each time</h2>", *grids]
+    return ["<h2>Samples: held-out images, the same noise each time</h2>", *grids]
 
 
 def _as_jpeg(file: Path) -> bytes:
     """A tenth of the size of the PNG beside the page."""
     stream = io.BytesIO()
-    with Image.open(file) as picture:
-        picture.convert("RGB").save(stream, "JPEG", quality=90)
+    with Image.open(file) as image:
+        image.convert("RGB").save(stream, "JPEG", quality=90)
     return stream.getvalue()
 
 
-def _picture(content: bytes, title: str, kind: str) -> str:
+def _image(content: bytes, title: str, kind: str) -> str:
     data = base64.b64encode(content).decode()
     return f'<img alt="{html.escape(title)}" src="data:image/{kind};base64,{data}">'

@@ -69,8 +69,8 @@ def sample_files(output: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def picture_file(output: Path, name: str, step: int) -> Path:
-    """Where a run keeps a picture."""
+def image_file(output: Path, name: str, step: int) -> Path:
+    """Where a run keeps an image."""
     return output / name / f"step-{step:06d}.png"
 
 

@@ -26,29 +26,29 @@ def read_verdict(validations: Lines) -> tuple[bool | None, str]:
     if not validations:
         return None, (
             "There was no validation: validation_images is 0, the data are a stream of shards, or there are fewer "
-            "than ten pictures. The loss alone does not say whether the adapter reads its image; look at what it "
+            "than ten images. The loss alone does not say whether the adapter reads its image; look at what it "
             "generates."
         )
     last = validations[-1]
     if "validation/gap_shuffled" not in last:
-        return None, "All held-out pictures have the same image prompt, so it could not be exchanged for another one."
+        return None, "All held-out images have the same image prompt, so it could not be exchanged for another one."
     gap, error = last["validation/gap_shuffled"], last.get("validation/gap_shuffled_error", 0.0)
     numbers = f"{gap:.4f}, standard error {error:.4f}"
     reads = gap > 2 * error
     if reads:
         share = gap / (last["validation/loss"] + gap)
         first = (
-            f"The adapter reads its image: on held-out pictures the right one lowers the loss by {share:.1%} against "
+            f"The adapter reads its image: on held-out images the right one lowers the loss by {share:.1%} against "
             f"another one ({numbers})."
         )
     elif gap < -2 * error:
         first = (
-            f"Something is wrong: on held-out pictures the right image predicts worse than another one ({numbers}). "
-            "Check that the data pair each picture with its own image."
+            f"Something is wrong: on held-out images the right image predicts worse than another one ({numbers}). "
+            "Check that the data pair each image with its own image."
         )
     else:
         first = (
-            f"No gap yet: on held-out pictures the right image and another one give the same loss ({numbers}). Train "
+            f"No gap yet: on held-out images the right image and another one give the same loss ({numbers}). Train "
             "on, and judge with more validation_images if there are few."
         )
     others = (_beside_the_base(last), _strength(last), _trend(validations) if reads else None)
@@ -82,7 +82,7 @@ def _trend(validations: Lines) -> str | None:
     if risen > RISEN:
         return (
             f"The validation loss was lowest at step {int(lowest['step']):,} and is {risen:.1%} higher now: a "
-            "checkpoint from there may be the better adapter. More pictures or a lower learning rate help."
+            "checkpoint from there may be the better adapter. More images or a lower learning rate help."
         )
     widest = max(validations, key=lambda line: line.get("validation/gap_shuffled", 0.0))
     if widest is last:

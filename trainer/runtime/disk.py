@@ -42,7 +42,7 @@ def whole_file(path: Path, need: int | None = None, kept: str = "") -> Iterator[
     """A temporary file in the folder of `path` that takes its name when all of it is on the disk; after an error or an
     interruption nothing of it stays. Raises DiskError.
     """
-    # The suffix stays: it decides the format of a picture.
+    # The suffix stays: it decides the format of an image.
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp{path.suffix}")
     with disk_errors(path, need, kept):
         try:

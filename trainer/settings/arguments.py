@@ -24,7 +24,7 @@ def split_arguments(
     if not arguments:
         folder = "cache=caches/mine" if command == "cache" else "output=runs/mine"
         raise ConfigError(
-            f"Write `ipadapter {command} CONFIG key=value ...`, such as `ipadapter {command} sd15-base data=pictures "
+            f"Write `ipadapter {command} CONFIG key=value ...`, such as `ipadapter {command} sd15-base data=images "
             f"{folder}`. `ipadapter new` lists the configs, `ipadapter train --options` the keys."
         )
     configs: list[str] = []

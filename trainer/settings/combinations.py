@@ -29,7 +29,7 @@ def _data(c: TrainConfig) -> str | None:
     if c.streams and c.epochs is not None:
         return f"epochs={c.epochs} needs a data set of known length, but data is a stream of shards; give steps"
     if c.streams and c.buckets:
-        return "buckets need the size of every picture before the start; cache the shards, or set buckets=false"
+        return "buckets need the size of every image before the start; cache the shards, or set buckets=false"
     return None
 
 

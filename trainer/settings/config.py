@@ -59,9 +59,9 @@ class TrainConfig(BaseModel):
 
     # --- Data
     data: str = Field(
-        description="Pictures and captions: a folder (picture.png with picture.txt, or a metadata.jsonl or .csv), a "
+        description="Images and captions: a folder (image.png with image.txt, or a metadata.jsonl or .csv), a "
         '.jsonl or .csv, a JSON list [{"image_file": ..., "text": ...}], or WebDataset shards, local or by URL: '
-        "pictures-{000..099}.tar or pictures-*.tar."
+        "images-{000..099}.tar or images-*.tar."
     )
     output: Path = Field(description="Folder of the checkpoints, the logs and, at the end, the adapter.")
     data_root: Path | None = Field(
@@ -69,7 +69,7 @@ class TrainConfig(BaseModel):
     )
     face_embeds: Path | None = Field(
         None,
-        description="For the faceid kinds: a .safetensors or .npz file with one face embedding a picture, by file "
+        description="For the faceid kinds: a .safetensors or .npz file with one face embedding an image, by file "
         "name. Rows of a list may name a file each instead (id_embed_file).",
     )
     cache: Path | None = Field(
@@ -78,69 +78,69 @@ class TrainConfig(BaseModel):
     cache_variants: int = Field(
         1,
         ge=1,
-        description="Random crops of each picture (and of its reference, with reference_crop) that the cache holds and "
+        description="Random crops of each image (and of its reference, with reference_crop) that the cache holds and "
         "grows with; the epochs take turns with them.",
     )
     cache_image_features: Literal["float16", "int8", "none"] = Field(
         "float16",
         description="How the cache holds the patches that plus, full and the faceid-plus kinds read: float16 (658 KB a "
-        "picture with ViT-H/14), int8 (half of it), or none: the image encoder runs while training. The embedding that "
+        "image with ViT-H/14), int8 (half of it), or none: the image encoder runs while training. The embedding that "
         "base reads is small, and always float16.",
     )
     resolution: int = Field(
         512,
         ge=8,
         multiple_of=8,
-        description="Side of the training pictures in pixels; use what the base was made for.",
+        description="Side of the training images in pixels; use what the base was made for.",
     )
     buckets: bool = Field(
         False,
-        description="Keep each picture's shape: batches of one aspect ratio, with the area of resolution squared, "
+        description="Keep each image's shape: batches of one aspect ratio, with the area of resolution squared, "
         "instead of squares.",
     )
     bucket_step: int = Field(64, ge=8, multiple_of=8, description="Sides of the buckets are multiples of it.")
     crop: Literal["center", "random"] = Field(
         "center",
-        description="Where a picture that is too long is cut. A picture that is its own reference is cut alike, "
+        description="Where an image that is too long is cut. An image that is its own reference is cut alike, "
         "another reference never.",
     )
     flip: bool = Field(
-        False, description="Mirror half of the pictures: more variety, but lettering and left/right are lost."
+        False, description="Mirror half of the images: more variety, but lettering and left/right are lost."
     )
     reference_crop: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Smallest share of the reference picture that is kept by a random crop, so that copying it is no "
+        description="Smallest share of the reference image that is kept by a random crop, so that copying it is no "
         "way out; 1 keeps all.",
     )
     self_reference: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Where a row names a reference: share of the draws that take the picture itself instead.",
+        description="Where a row names a reference: share of the draws that take the image itself instead.",
     )
     text_dropout: float = Field(
         0.05,
         ge=0,
         le=1,
-        description="Share of pictures without caption; guidance and image-only prompts need it.",
+        description="Share of images without caption; guidance and image-only prompts need it.",
     )
     image_dropout: float = Field(
         0.05,
         ge=0,
         le=1,
-        description="Share of pictures whose image prompt is dropped: the negative image of guidance.",
+        description="Share of images whose image prompt is dropped: the negative image of guidance.",
     )
-    both_dropout: float = Field(0.05, ge=0, le=1, description="Share of pictures without caption and image prompt.")
-    num_workers: int = Field(4, ge=0, description="Processes that decode pictures; 0 decodes in the training process.")
+    both_dropout: float = Field(0.05, ge=0, le=1, description="Share of images without caption and image prompt.")
+    num_workers: int = Field(4, ge=0, description="Processes that decode images; 0 decodes in the training process.")
 
     # --- Training
     steps: int | None = Field(
         None, ge=1, description="Optimizer steps in all, resumed runs counted in. Or give epochs."
     )
     epochs: float | None = Field(None, gt=0, description="Passes over the data in all. Or give steps.")
-    batch_size: int = Field(8, ge=1, description="Pictures on each device at once; decides the memory.")
+    batch_size: int = Field(8, ge=1, description="Images on each device at once; decides the memory.")
     gradient_accumulation_steps: int = Field(
         1,
         ge=1,
@@ -168,7 +168,7 @@ class TrainConfig(BaseModel):
         "average; 0 turns it off.",
     )
     noise_offset: float = Field(
-        0.0, ge=0, description="Noise that shifts a whole channel, for darker and brighter pictures; SDXL used 0.05."
+        0.0, ge=0, description="Noise that shifts a whole channel, for darker and brighter images; SDXL used 0.05."
     )
     min_snr_gamma: float | None = Field(
         None, gt=0, description="Weigh easy timesteps down (min-SNR, arXiv 2303.09556), usually 5."
@@ -201,12 +201,12 @@ class TrainConfig(BaseModel):
         10, ge=1, description="Steps between lines of log.jsonl; the loss in a line is the mean over them."
     )
     log_with: Literal["tensorboard", "wandb", "trackio", "none"] = Field(
-        "tensorboard", description="Where the numbers and pictures go besides log.jsonl and the report."
+        "tensorboard", description="Where the numbers and images go besides log.jsonl and the report."
     )
     validation_images: int = Field(
         16,
         ge=0,
-        description="Pictures held out for the validation, at most a tenth of the data; 0 turns it off.",
+        description="Images held out for the validation, at most a tenth of the data; 0 turns it off.",
     )
     validate_every: int = Field(
         1000,

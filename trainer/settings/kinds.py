@@ -24,7 +24,7 @@ class TrainKind:
 
     @property
     def takes_image(self) -> bool:
-        """Whether it reads the picture through the image encoder."""
+        """Whether it reads the image through the image encoder."""
         return self.kind not in ("faceid", "portrait")
 
     @property
@@ -41,7 +41,7 @@ class TrainKind:
 TRAIN_KINDS: Mapping[str, TrainKind] = {
     kind.name: kind
     for kind in (
-        TrainKind("base", "base", "4 tokens from the picture's global embedding"),
+        TrainKind("base", "base", "4 tokens from the image's global embedding"),
         TrainKind("plus", "plus", "16 tokens from its patches through a resampler"),
         TrainKind("full", "full", "every patch as a token, through an MLP"),
         TrainKind("faceid", "faceid", "4 tokens from a face embedding, and a LoRA"),

@@ -47,7 +47,7 @@ def find_config(name: str) -> Path:
     if path.parent in (Path(), Path("configs")) and path.name.removesuffix(".toml") in config_names():
         return config_folder() / f"{path.name.removesuffix('.toml')}.toml"
     if path.is_dir():
-        raise ConfigError(f"{name} is a folder, not a config. If it holds the pictures, write data={name}.")
+        raise ConfigError(f"{name} is a folder, not a config. If it holds the images, write data={name}.")
     near = difflib.get_close_matches(path.name.removesuffix(".toml"), config_names(), n=1)
     hint = f"Did you mean {near[0]}?" if near else "`ipadapter new` lists the configs that come with this package."
     raise ConfigError(f"{name}: no such config. {hint}")

@@ -96,7 +96,7 @@ def _cache_bytes(config: TrainConfig, base_model: BaseModel, examples: Sequence[
     return cache_size(
         config,
         base_model,
-        pictures=len(examples),
+        images=len(examples),
         captions=len(rows.captions),
         references=len(rows.references),
         own=sum(not references for references in rows.references_of),
@@ -132,7 +132,7 @@ def plan_text(config: TrainConfig, plan: Plan) -> str:
     """A `Plan` for people."""
     images = config.batch_size
     per_image = (plan.cost.flops + plan.cost.encoder_flops) / images
-    found = "shards, of unknown length" if plan.examples is None else f"{plan.examples:,} pictures to train on"
+    found = "shards, of unknown length" if plan.examples is None else f"{plan.examples:,} images to train on"
     seen = plan.steps * images * config.gradient_accumulation_steps
     encoders = "read from the cache" if config.cache is not None else f"{plan.cost.encoder_flops / 1e9 / images:,.1f}"
     parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in plan.bytes.items())
@@ -142,9 +142,9 @@ def plan_text(config: TrainConfig, plan: Plan) -> str:
         ("data", found),
         (
             "steps",
-            f"{plan.steps:,} of {images * config.gradient_accumulation_steps} pictures a process: {seen:,} pictures",
+            f"{plan.steps:,} of {images * config.gradient_accumulation_steps} images a process: {seen:,} images",
         ),
-        ("work", f"{plan.cost.flops / 1e9 / images:,.1f} GFLOPs a picture forward and backward; encoders: {encoders}"),
+        ("work", f"{plan.cost.flops / 1e9 / images:,.1f} GFLOPs an image forward and backward; encoders: {encoders}"),
         ("", f"{per_image * images * config.gradient_accumulation_steps / 1e9:,.1f} GFLOPs a step and process"),
         ("memory", f"about {plan.memory / 1e9:.1f} GB a process: {parts}"),
         ("", "arithmetic: what is stored; allocators and kernels take 1 to 2 GB more on a GPU"),

@@ -34,7 +34,7 @@ def finish(training: Training, position: Position, say: Say) -> Path:
     broken = sorted({line for lines in gather_object([list(training.source.broken)]) for line in lines})
     if training.accelerator.is_main_process:
         if broken:
-            say(f"{len(broken)} pictures could not be read and were skipped, such as {broken[0]}")
+            say(f"{len(broken)} images could not be read and were skipped, such as {broken[0]}")
         _export(training, position, file)
         again = _export_command(training, file, config.export_dtype)
         try:

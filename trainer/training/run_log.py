@@ -2,7 +2,7 @@
 
 output/config.toml              the settings; `ipadapter train config.toml` repeats the run
 output/log.jsonl                one line a `RunLog.write` or `RunLog.validation`, told apart by their keys
-output/samples/step-000200.png  one picture a `RunLog.image`
+output/samples/step-000200.png  one image a `RunLog.image`
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ConfigError, DiskError
-from ..report.run_files import CONFIG_FILE, LOG_FILE, append_line, drop_past, picture_file, replace_text, to_toml
+from ..report.run_files import CONFIG_FILE, LOG_FILE, append_line, drop_past, image_file, replace_text, to_toml
 from ..runtime.disk import disk_errors, whole_file
 from .steps import Progress, check_loss
 
@@ -56,7 +56,7 @@ class RunLog:
     """What a run says about itself. The files and trackers are the main process's; `add` and `write` are called by
     all processes.
 
-    A log is not worth a training: once that runs, a line, a picture or a tracker that fails is left out, with one
+    A log is not worth a training: once that runs, a line, an image or a tracker that fails is left out, with one
     warning until it works again.
 
     Lines and samples past the step `start` are from a run that was killed after its last checkpoint, and are dropped;
@@ -96,7 +96,7 @@ class RunLog:
 
     def write(self, learning_rate: float) -> dict[str, float]:
         """Write and return a line about the steps since the one before: their mean loss and gradient norm, the
-        pictures a second of all processes, and the memory in GB of the process that has most.
+        images a second of all processes, and the memory in GB of the process that has most.
 
         Every process calls it at the same steps. Raises DivergedError when the loss is not a number.
         """
@@ -127,15 +127,15 @@ class RunLog:
         self._append({"step": step, **numbers})
         self._skip_time()
 
-    def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """Save a picture as output/<name>/step-000200.png and show it in the tracker."""
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Save an image as output/<name>/step-000200.png and show it in the tracker."""
         if self._accelerator.is_main_process:
-            file = picture_file(self._output, name, step)
+            file = image_file(self._output, name, step)
             with self._optional(str(file.parent)), whole_file(file) as temporary:
-                picture.save(temporary)
+                image.save(temporary)
             for tracker in self._accelerator.trackers:
                 with self._optional(tracker.name):
-                    _log_picture(tracker, step, name, picture)
+                    _log_image(tracker, step, name, image)
         self._skip_time()
 
     def close(self) -> None:
@@ -206,15 +206,15 @@ def _report_thread(problem: Any) -> None:
         threading.__excepthook__(problem)
 
 
-def _log_picture(tracker: Any, step: int, name: str, picture: Image.Image) -> None:
+def _log_image(tracker: Any, step: int, name: str, image: Image.Image) -> None:
     if tracker.name == "trackio":
         import trackio
 
-        tracker.log({name: trackio.Image(picture)}, step=step)
+        tracker.log({name: trackio.Image(image)}, step=step)
     elif tracker.name == TENSORBOARD:
-        tracker.log_images({name: np.asarray(picture.convert("RGB"))[None]}, step=step, dataformats="NHWC")
+        tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step=step, dataformats="NHWC")
     else:
-        tracker.log_images({name: [picture]}, step=step)
+        tracker.log_images({name: [image]}, step=step)
 
 
 def _memory(device: torch.device) -> float:

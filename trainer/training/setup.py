@@ -20,7 +20,7 @@ from .checks import Checked, check_training, notes
 from .new_adapter import adapter_spec, new_adapter
 from .objective import Objective
 from .optimizers import AveragedWeights, new_optimizer, new_schedule
-from .training_data import TrainingData, prompt_picture, validation_batches
+from .training_data import TrainingData, prompt_image, validation_batches
 from .validation import Samples, Validation
 
 Say = Callable[[str], None]
@@ -49,7 +49,7 @@ class Training:
 
     @property
     def images_per_batch(self) -> int:
-        """Pictures in one batch of all processes."""
+        """Images in one batch of all processes."""
         return self.checked.images_per_batch
 
     def position(self, step: int, batches: int) -> Position:
@@ -125,7 +125,7 @@ def summary(training: Training) -> str:
     precision = precisions[config.mixed_precision]
     precision += "" if config.mixed_precision == "no" else ", float32 adapter"
     per_step = training.images_per_batch * config.gradient_accumulation_steps
-    size = "shards" if source.size is None else f"{source.size:,} pictures"
+    size = "shards" if source.size is None else f"{source.size:,} images"
     epochs = "" if source.size is None else f" ({training.steps * per_step / source.size:.1f} epochs in all)"
     processes = training.accelerator.num_processes
     return (
@@ -142,7 +142,7 @@ def summary(training: Training) -> str:
 def _validation(
     config: TrainConfig, base_model: BaseModel, objective: Objective, source: TrainingData
 ) -> Validation | None:
-    """The held-out pictures, encoded; with a cache the encoders then leave the memory."""
+    """The held-out images, encoded; with a cache the encoders then leave the memory."""
     if not source.held_out:
         return None
     spec = adapter_spec(base_model, config.train_kind, config.num_tokens)
@@ -152,7 +152,7 @@ def _validation(
     if config.sample_images:
         shown = source.held_out[: config.sample_images]
         sample = Samples(
-            [(prompt_picture(example), example.text) for example in shown],
+            [(prompt_image(example), example.text) for example in shown],
             text=config.sample_prompt,
             steps=config.sample_steps,
             scheduler=objective.scheduler,

@@ -56,7 +56,7 @@ def train_steps(
 
     With an `accelerator`, the adapter and the optimizer are those that its `prepare` returned, and its
     `gradient_accumulation_steps` batches make a step. While the caller holds a Progress the UNet behaves as
-    without adapter, so it may generate pictures.
+    without adapter, so it may generate images.
 
     In float16 gradients may overflow. The loss scaler then skips the optimizer's step, so it is none: it is not
     counted, the schedule stays, and the next batches make it. Raises DivergedError when that does not end.

@@ -141,10 +141,10 @@ def _why_no_validation(training: Training) -> str:
     if config.validation_images == 0:
         return "validation_images is 0."
     if source.size is None:
-        return "the shards are a stream. Cache them (`ipadapter cache`) to have some of their pictures held out."
+        return "the shards are a stream. Cache them (`ipadapter cache`) to have some of their images held out."
     if source.broken:
-        return f"no held-out picture can be read, such as {min(source.broken)}"
-    return f"a tenth of the data is held out at most, and there are {source.size} pictures; 10 would do."
+        return f"no held-out image can be read, such as {min(source.broken)}"
+    return f"a tenth of the data is held out at most, and there are {source.size} images; 10 would do."
 
 
 def _open_log(training: Training, say: Say) -> RunLog:
@@ -160,7 +160,7 @@ def _open_log(training: Training, say: Say) -> RunLog:
 
 
 def _validate(training: Training, model: AdaptedUNet, log: RunLog, step: int, say: Say) -> None:
-    """Numbers and pictures of the held-out examples, by the main process; the others wait."""
+    """Numbers and images of the held-out examples, by the main process; the others wait."""
     if training.validation is not None and training.accelerator.is_main_process:
         alone = dataclasses.replace(model, adapter=training.state.adapter)  # no other process takes part
         with training.state.average.applied():

@@ -1,4 +1,4 @@
-"""Where a training's batches come from: pictures on disk, shards, or the cache; and the pictures held out of them."""
+"""Where a training's batches come from: images on disk, shards, or the cache; and the images held out of them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class TrainingData:
 
 
 def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: Accelerator) -> TrainingData:
-    """Find the data of a training; no picture is decoded but the held-out ones.
+    """Find the data of a training; no image is decoded but the held-out ones.
 
     Raises DataError when there is nothing to train on, CacheError when the cache does not fit the settings.
     """
@@ -125,7 +125,7 @@ def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: 
     rows = [[row for row in bucket if row not in held_out] for bucket in dataset.buckets.rows]
     batches = BucketBatchSampler([bucket for bucket in rows if bucket], global_batch, config.seed)
 
-    def open_pictures(start: int) -> Iterator[Batch]:
+    def open_images(start: int) -> Iterator[Batch]:
         return iter(
             loader(
                 dataset,
@@ -146,7 +146,7 @@ def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: 
     return TrainingData(
         size=len(examples) - len(held_out),
         data_hash=data_hash,
-        open=open_pictures,
+        open=open_images,
         sample=sample_images,
         examples=examples,
         held_out=shown,
@@ -174,14 +174,14 @@ def validation_batches(config: TrainConfig, base_model: BaseModel, held_out: Seq
             yield collate([dataset[row] for row in rows])
 
 
-def prompt_picture(example: Example) -> Image.Image:
-    """The picture that is an example's image prompt. Raises what Pillow raises for one that cannot be read."""
+def prompt_image(example: Example) -> Image.Image:
+    """The image that is an example's image prompt. Raises what Pillow raises for one that cannot be read."""
     return open_rgb(example.references[0] if example.references else example.image)[0]
 
 
 def held_out_rows(examples: Sequence[Example], wanted: int, root: Path | None = None) -> set[int]:
     """The rows that are kept from the training for the validation: at most a tenth, chosen by the hash of their
-    names relative to `root`, so that they stay the same when pictures are added elsewhere.
+    names relative to `root`, so that they stay the same when images are added elsewhere.
     """
 
     def order(row: int) -> bytes:
@@ -191,12 +191,12 @@ def held_out_rows(examples: Sequence[Example], wanted: int, root: Path | None = 
 
 
 def readable(examples: Sequence[Example]) -> tuple[list[Example], set[str]]:
-    """The examples whose pictures can be decoded, and a line for each that cannot."""
+    """The examples whose images can be decoded, and a line for each that cannot."""
     fine, broken = [], set[str]()
     for example in examples:
         try:
-            for picture in (example.image, *example.references):
-                open_rgb(picture)
+            for image in (example.image, *example.references):
+                open_rgb(image)
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
             broken.add(f"{example.name}: {why_unreadable(error)}")
         else:

@@ -36,11 +36,11 @@ GRID_SIDES = (128, 256)  # pixels; samples are shown no smaller and no larger
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """What the grid of samples shows. `pictures` are the image prompts and captions of the first held-out examples;
+    """What the grid of samples shows. `images` are the image prompts and captions of the first held-out examples;
     `text` is one for all, left out when empty. `scheduler` replaces the base model's noise schedule.
     """
 
-    pictures: Sequence[tuple[Image.Image, str]]
+    images: Sequence[tuple[Image.Image, str]]
     text: str = ""
     steps: int = 20
     guidance: float = 5.0
@@ -86,7 +86,7 @@ class Validation:
         - "validation/gap_no_image", "validation/gap_shuffled": those losses less the loss; above 0 the image helps
         - "validation/gap_shuffled_error": the standard error of that gap over the examples
         - "validation/loss_t0" to "_t3" and "validation/gap_shuffled_t0" to "_t3": by quarter of the noise schedule,
-          t0 nearest to the clean picture
+          t0 nearest to the clean image
         - "validation/attention_ratio": the norm of the image attention as a share of the text attention's, the mean
           over the layers (`layer_ratios` has them)
 
@@ -127,9 +127,9 @@ class Validation:
         The adapter is the plain one; the one in training rests in the UNet meanwhile.
         """
         sample = self._sample
-        if sample is None or not sample.pictures:
+        if sample is None or not sample.images:
             return None
-        prompts, captions = zip(*sample.pictures, strict=True)
+        prompts, captions = zip(*sample.images, strict=True)
         of_captions = self._examples.text.index(torch.arange(len(captions)))
         none, given = (self._texts[text].expand(len(captions)) for text in ("", sample.text))
         columns = [("image prompt", prompts)]
@@ -173,10 +173,10 @@ class Validation:
             yield
 
     def _generated(self, adapter: IPAdapter | None, texts: TextStates) -> list[Image.Image]:
-        """Pictures of the first examples beside these texts; without adapter of the texts alone."""
+        """Images of the first examples beside these texts; without adapter of the texts alone."""
         sample = self._sample
         assert sample is not None
-        pictures: list[Image.Image] = []
+        images: list[Image.Image] = []
         for rows in torch.arange(len(texts)).split(self._chunk):
             features = self._examples.image_features
             pixels = generate(
@@ -191,8 +191,8 @@ class Validation:
                 size=self._size,
                 scheduler=sample.scheduler,
             )
-            pictures += to_pil_images(pixels)
-        return pictures
+            images += to_pil_images(pixels)
+        return images
 
 
 def stratified_timesteps(count: int, timesteps: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""The emoji pictures: how they are built, split and read."""
+"""The emoji images: how they are built, split and read."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from ipadapter_trainer.data.images import to_pil_images
 from ipadapter_trainer.emoji.build import STYLES, build, caption, is_held_out, render, svg, twin_group
 from ipadapter_trainer.emoji.concepts import TEXT_CONCEPTS
-from ipadapter_trainer.emoji.pictures import STYLE_NAMES, load_pictures, save_prompts, to_pixels
+from ipadapter_trainer.emoji.images import STYLE_NAMES, load_images, save_prompts, to_pixels
 from PIL import Image
 
 from ipadapter_core.assets import PROMPTS, emoji_folder
 
-PICTURES = emoji_folder() / "pictures.zip"
+IMAGES = emoji_folder() / "pictures.zip"
 
 
 def _icons(folder: Path, package: str, colour: str, names: tuple[str, ...]) -> None:
@@ -43,7 +43,7 @@ def test_build_renders_common_concepts_in_every_style(packages: Path, tmp_path: 
     assert (
         sum(counts.values()) == 4 * 3 + 1
     )  # three concepts in four styles, skin tones left out, one more from the fifth
-    train, held_out = load_pictures(output, "train"), load_pictures(output, "held_out")
+    train, held_out = load_images(output, "train"), load_images(output, "held_out")
     assert (len(train), len(held_out)) == (counts["train"], counts["held_out"]) == (9, 4)
     heart = to_pixels(train.images[[train.find("red-heart", style) for style in STYLE_NAMES]])
     colours = heart[:, :, 32, 32]
@@ -70,16 +70,16 @@ def test_an_empty_split_is_named(packages: Path, tmp_path: Path) -> None:
         rows = archive.read("metadata.jsonl").decode().replace("held_out", "elsewhere")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("metadata.jsonl", rows)
-    with pytest.raises(ValueError, match=r"other\.zip: no pictures in split 'held_out' \(13 in all\)"):
-        load_pictures(tmp_path / "other.zip", "held_out")
+    with pytest.raises(ValueError, match=r"other\.zip: no images in split 'held_out' \(13 in all\)"):
+        load_images(tmp_path / "other.zip", "held_out")
 
 
 def test_an_icon_that_is_not_square_is_centred() -> None:
     icons = {"icons": {"bar": {"body": '<rect width="40" height="20" fill="#000"/>', "width": 40, "height": 20}}}
-    picture = render(svg(icons, "bar"))
-    assert picture.size == (64, 64)
-    assert picture.getpixel((32, 32)) == (0, 0, 0)
-    assert picture.getpixel((32, 4)) == (255, 255, 255)
+    image = render(svg(icons, "bar"))
+    assert image.size == (64, 64)
+    assert image.getpixel((32, 32)) == (0, 0, 0)
+    assert image.getpixel((32, 4)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_look_alikes_fall_on_the_same_side(one: str, other: str) -> None:
 
 
 def test_the_bundled_split_shares_no_concept_and_no_look_alike() -> None:
-    with zipfile.ZipFile(PICTURES) as archive:
+    with zipfile.ZipFile(IMAGES) as archive:
         rows = [json.loads(line) for line in archive.read("metadata.jsonl").splitlines()]
     groups = {s: {twin_group(r["concept"]) for r in rows if r["split"] == s} for s in ("train", "held_out")}
     assert not groups["train"] & groups["held_out"]
@@ -109,19 +109,19 @@ def test_the_bundled_split_shares_no_concept_and_no_look_alike() -> None:
 
 
 def test_find_names_what_is_missing() -> None:
-    held_out = load_pictures(PICTURES, "held_out")
-    with pytest.raises(KeyError, match="no picture of 'unicorn-car' in style 'noto'"):
+    held_out = load_images(IMAGES, "held_out")
+    with pytest.raises(KeyError, match="no image of 'unicorn-car' in style 'noto'"):
         held_out.find("unicorn-car", "noto")
 
 
 def test_pixels_and_bytes_round_trip() -> None:
     images = torch.arange(256, dtype=torch.uint8).repeat(48).view(1, 3, 64, 64)
-    (picture,) = to_pil_images(to_pixels(images))
-    assert torch.equal(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1), images[0])
+    (image,) = to_pil_images(to_pixels(images))
+    assert torch.equal(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1), images[0])
 
 
-def test_the_bundled_prompts_are_the_held_out_pictures(tmp_path: Path) -> None:
-    save_prompts(PICTURES, tmp_path)
+def test_the_bundled_prompts_are_the_held_out_images(tmp_path: Path) -> None:
+    save_prompts(IMAGES, tmp_path)
     made = sorted(tmp_path.iterdir())
     shipped = sorted((emoji_folder() / PROMPTS).iterdir())
     assert [file.name for file in made] == [file.name for file in shipped]

@@ -41,13 +41,13 @@ def face(tmp_path: Path) -> Path:
 
 
 def test_the_command_draws_with_a_face_and_a_single_file(
-    sdxl_folder: Path, sdxl_model: BaseModel, pictures: Path, face: Path, tmp_path: Path
+    sdxl_folder: Path, sdxl_model: BaseModel, images: Path, face: Path, tmp_path: Path
 ) -> None:
     base = write_single_file(sdxl_folder, tmp_path / "xl.safetensors", "sdxl")
     for kind, prompt in (
-        ("faceid-plusv2", ["--image", pictures / "red.png", "--face-embed", face]),
+        ("faceid-plusv2", ["--image", images / "red.png", "--face-embed", face]),
         ("portrait", ["--face-embed", face]),
-        ("plus", ["--image", pictures / "red.png"]),
+        ("plus", ["--image", images / "red.png"]),
     ):
         save_adapter(tmp_path / "a.safetensors", adapter_of(sdxl_model, kind))
         output = tmp_path / f"{kind}.png"
@@ -60,15 +60,15 @@ def test_the_command_draws_with_a_face_and_a_single_file(
 
 
 def test_the_command_says_what_a_kind_takes(
-    base_model: BaseModel, model_folder: Path, pictures: Path, face: Path, tmp_path: Path
+    base_model: BaseModel, model_folder: Path, images: Path, face: Path, tmp_path: Path
 ) -> None:
     files = {}
     for kind in ("base", "faceid", "faceid-plus"):
         files[kind] = tmp_path / f"{kind}.safetensors"
         save_adapter(files[kind], adapter_of(base_model, kind))
-    image, embed = ["--image", pictures / "red.png"], ["--face-embed", face]
+    image, embed = ["--image", images / "red.png"], ["--face-embed", face]
     cases: list[tuple[list[Any], str]] = [
-        (["--adapter", files["faceid"], *image, *embed], "This faceid adapter takes no picture; leave --image out"),
+        (["--adapter", files["faceid"], *image, *embed], "This faceid adapter takes no image; leave --image out"),
         (["--adapter", files["faceid"]], "needs a face embedding (InsightFace ArcFace (normed_embedding, 512))"),
         (["--adapter", files["faceid-plus"], *image], "--face-embed is missing"),
         (["--adapter", files["faceid-plus"], *embed], "--image is missing"),
@@ -147,9 +147,9 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:2000])
 
 
-PICTURES: dict[str, tuple[Callable[[Path], Any], str]] = {
+IMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a.png": (bomb, "pixels"),
-    "a.tga": (without_pixels, "pixels|not a picture"),
+    "a.tga": (without_pixels, "pixels|not an image"),
     "cut.png": (cut, "truncated"),
     "text.png": (lambda file: file.write_text("hello"), "begins with 'hello'; expected JPEG, PNG"),
     "empty.jpg": (lambda file: file.touch(), r"an empty file \(0 bytes\); expected JPEG, PNG"),
@@ -158,18 +158,18 @@ PICTURES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "a web page, not the file itself; expected JPEG, PNG",
     ),
     "lfs.webp": (lambda file: file.write_text("version https://git-lfs.github.com"), "a Git LFS pointer.*again"),
-    "folder.png": (lambda file: file.mkdir(), "no such picture"),
+    "folder.png": (lambda file: file.mkdir(), "no such image"),
     "model.jpg": (lambda file: save_file({"a": torch.zeros(1)}, file), "a safetensors file; expected JPEG, PNG"),
     "zeros.png": (lambda file: file.write_bytes(bytes(999)), "zero bytes"),
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_what_is_no_picture_is_named(
+@pytest.mark.parametrize("name", IMAGES)
+def test_what_is_no_image_is_named(
     base_model: BaseModel, model_folder: Path, tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     save_adapter(tmp_path / "a.safetensors", adapter_of(base_model, "base"))
-    write, words = PICTURES[name]
+    write, words = IMAGES[name]
     write(tmp_path / name)
     common = ("--base-model", model_folder, "--adapter", tmp_path / "a.safetensors", "--output", tmp_path / "o.png")
     code, _, err = ipadapter(*common, "--image", tmp_path / name)
@@ -181,12 +181,12 @@ def test_what_is_no_picture_is_named(
 
 
 def test_numbers_that_generate_nothing_are_refused(
-    base_model: BaseModel, model_folder: Path, pictures: Path, clip_folder: Path, tmp_path: Path
+    base_model: BaseModel, model_folder: Path, images: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     adapter = tmp_path / "a.safetensors"
     save_adapter(adapter, adapter_of(base_model, "base"))
-    generate = ("generate", "--image", pictures / "red.png", "--output", tmp_path / "o.png")
-    evaluate = ("eval", "--data", pictures, "--clip", clip_folder, "--output", tmp_path / "evaluation")
+    generate = ("generate", "--image", images / "red.png", "--output", tmp_path / "o.png")
+    evaluate = ("eval", "--data", images, "--clip", clip_folder, "--output", tmp_path / "evaluation")
     for option, value, words in (
         ("--weight", "nan", "nan"),
         ("--weight", "inf", "inf"),
@@ -225,7 +225,7 @@ def test_a_damaged_face_embedding_is_named(base_model: BaseModel, model_folder: 
         "empty.npy": (lambda file: file.touch(), r"an empty file \(0 bytes\)"),
         "nan.safetensors": (lambda file: save_file({"a": torch.full((512,), torch.nan)}, file), "not finite"),
         "cut.safetensors": (lambda file: file.write_bytes(b"\x80\0\0\0\0\0\0\0{"), "cannot be read as a face"),
-        "picture.npy": (lambda file: Image.new("L", (1, 1)).save(file, "PNG"), "a PNG image; expected a face"),
+        "image.npy": (lambda file: Image.new("L", (1, 1)).save(file, "PNG"), "a PNG image; expected a face"),
     }
     common = ("--base-model", model_folder, "--adapter", tmp_path / "a.safetensors", "--output", tmp_path / "o.png")
     for name, (write, words) in files.items():

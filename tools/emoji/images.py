@@ -1,4 +1,4 @@
-"""Read the bundled emoji pictures into memory: one uint8 tensor and its captions."""
+"""Read the bundled emoji images into memory: one uint8 tensor and its captions."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from .build import STYLES
-from .concepts import PROMPT_PICTURES
+from .concepts import PROMPT_IMAGES
 
-Split = Literal["train", "held_out"]
+Split = Literal["train", "held_out", "unseen"]
 STYLE_NAMES = tuple(style.name for style in STYLES)
 
 
 @dataclass(frozen=True)
-class EmojiPictures:
-    """Pictures of one split. ``images`` is uint8 [N, 3, 64, 64]; the three tuples have one entry a picture."""
+class EmojiImages:
+    """Images of one split. ``images`` is uint8 [N, 3, 128, 128]; the three tuples have one entry an image."""
 
     images: Tensor
     captions: tuple[str, ...]
@@ -36,12 +36,12 @@ class EmojiPictures:
 
     @property
     def style_ids(self) -> Tensor:
-        """int64 [N]: the index of each picture's style in ``STYLE_NAMES``."""
+        """int64 [N]: the index of each image's style in ``STYLE_NAMES``."""
         return torch.tensor([STYLE_NAMES.index(style) for style in self.styles])
 
-    def subset(self, rows: Sequence[int]) -> EmojiPictures:
-        """Only these pictures, in this order."""
-        return EmojiPictures(
+    def subset(self, rows: Sequence[int]) -> EmojiImages:
+        """Only these images, in this order."""
+        return EmojiImages(
             images=self.images[list(rows)],
             captions=tuple(self.captions[row] for row in rows),
             concepts=tuple(self.concepts[row] for row in rows),
@@ -53,11 +53,11 @@ class EmojiPictures:
         for index, pair in enumerate(zip(self.concepts, self.styles, strict=True)):
             if pair == (concept, style):
                 return index
-        raise KeyError(f"no picture of {concept!r} in style {style!r} among {len(self)} pictures")
+        raise KeyError(f"no image of {concept!r} in style {style!r} among {len(self)} images")
 
 
-def load_pictures(file: Path, split: Split) -> EmojiPictures:
-    """Decode one split of ``pictures.zip`` (about a second for 6,000 pictures).
+def load_images(file: Path, split: Split) -> EmojiImages:
+    """Decode one split of ``pictures.zip`` (about a second for 2,000 images).
 
     Raises ValueError when the split has none.
     """
@@ -65,9 +65,9 @@ def load_pictures(file: Path, split: Split) -> EmojiPictures:
         every = [json.loads(line) for line in archive.read("metadata.jsonl").splitlines()]
         rows = [row for row in every if row["split"] == split]
         if not rows:
-            raise ValueError(f"{file}: no pictures in split {split!r} ({len(every)} in all). Build the zip again.")
+            raise ValueError(f"{file}: no images in split {split!r} ({len(every)} in all). Build the zip again.")
         images = [np.asarray(Image.open(io.BytesIO(archive.read(row["file_name"]))).convert("RGB")) for row in rows]
-    return EmojiPictures(
+    return EmojiImages(
         images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
         captions=tuple(row["text"] for row in rows),
         concepts=tuple(row["concept"] for row in rows),
@@ -76,19 +76,9 @@ def load_pictures(file: Path, split: Split) -> EmojiPictures:
 
 
 def save_prompts(file: Path, folder: Path) -> None:
-    """Write the held-out ``PROMPT_PICTURES`` of ``pictures.zip`` as PNG, for hosts without the whole of it."""
-    held_out = load_pictures(file, "held_out")
+    """Write the held-out ``PROMPT_IMAGES`` of ``pictures.zip`` as PNG, for hosts without the whole of it."""
+    held_out = load_images(file, "held_out")
     folder.mkdir(parents=True, exist_ok=True)
-    for concept, style in PROMPT_PICTURES:
+    for concept, style in PROMPT_IMAGES:
         pixels = held_out.images[held_out.find(concept, style)].permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folder / f"{concept}_{style}.png", optimize=True)
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32 in [-1, 1], the range of the VAE."""
-    return images.float() / 127.5 - 1.0
-
-
-def pick(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """One of ``rows`` [N], as a 0-d tensor."""
-    return rows[torch.randint(len(rows), (), generator=generator)]
