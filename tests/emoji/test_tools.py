@@ -62,7 +62,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for size, style in enumerate(build.STYLES, 2):
                 image = Image.new("RGB", (build.SIZE, build.SIZE), "white")
                 colour = (20 * number, 255 - 20 * number, 40 * size)
-                ImageDraw.SampleIndex(image).ellipse((20, 20, 30 * size - 20, 110), fill=colour)
+                ImageDraw.Draw(image).ellipse((20, 20, 30 * size - 20, 110), fill=colour)
                 split, data = build.split_of(concept, style.name), io.BytesIO()
                 image.save(data, "PNG")
                 name = f"{split}/{style.name}/{concept}.png"

@@ -25,7 +25,7 @@ from .tiny_models import COLOURS, write_model
 
 def draw_image(colour: str, size: tuple[int, int] = (80, 64)) -> Image.Image:
     image = Image.new("RGB", size, "white")
-    ImageDraw.SampleIndex(image).rectangle((20, 14, 56, 50), fill=colour)
+    ImageDraw.Draw(image).rectangle((20, 14, 56, 50), fill=colour)
     return image
 
 

@@ -33,7 +33,7 @@ def contact_sheet(cells: Sequence[Cell], path: Path) -> None:
     rows = -(-len(cells) // columns)
     width, height = SIDE + _GAP, SIDE + (1 + _LINES) * _LINE + _GAP + 4
     sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
-    draw = ImageDraw.SampleIndex(sheet)
+    draw = ImageDraw.Draw(sheet)
     for i, cell in enumerate(cells):
         x, y = _GAP + i % columns * width, _GAP + i // columns * height
         draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), fill="#e8e8e8")

@@ -25,7 +25,7 @@ def draw_grid(
     texts = [wrap(label, font, side, side // LINE) for label in labels]
     margin = GAP + (round(max(font.getlength(line) for text in texts for line in text)) + GAP if labels else 0)
     grid = Image.new("RGB", (margin + len(columns) * (side + GAP), header + rows * (side + GAP)), "white")
-    pen = ImageDraw.SampleIndex(grid)
+    pen = ImageDraw.Draw(grid)
     for x, (title, (_, images)) in enumerate(zip(titles, columns, strict=True)):
         left = margin + x * (side + GAP)
         pen.text((left + side / 2, header / 2), "\n".join(title), fill="black", font=font, anchor="mm", align="center")
