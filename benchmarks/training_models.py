@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from ipadapter_trainer.emoji.clip import train_tokenizer
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -24,6 +23,8 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+
+from ipadapter_trainer.emoji.clip import train_tokenizer
 
 TEXT_LENGTH = 77
 ENCODER_SIDE = 224  # the original resizes every reference image to this

@@ -13,6 +13,7 @@ PROFILE = "profile"  # not a change: the measured steps are profiled
 def _contiguous() -> None:
     """The UNet's convolutions in PyTorch's own memory format instead of channels_last."""
     import torch  # noqa: PLC0415
+
     from ipadapter_trainer.training import setup  # noqa: PLC0415
 
     tune = setup.tune_unet

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from ipadapter_core import diffusers_sites, load_adapter
+from ipadapter_core.assets import MODEL, emoji_folder
 from ipadapter_trainer.demo import COLUMNS, ROWS, demo, train_demo_adapter
 from ipadapter_trainer.emoji.adapter import draw_batch, encode_emoji
 from ipadapter_trainer.emoji.images import STYLE_NAMES, load_images, to_pixels
@@ -17,10 +21,6 @@ from ipadapter_trainer.emoji.stack import load_clip, load_unet, load_vae, unpack
 from ipadapter_trainer.emoji.unet import new_unet, unet_losses
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.features import encode_pixels
-from PIL import Image
-
-from ipadapter_core import diffusers_sites, load_adapter
-from ipadapter_core.assets import MODEL, emoji_folder
 
 FOLDER = emoji_folder()
 MEGABYTE = 1_000_000

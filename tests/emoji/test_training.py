@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from ipadapter_core.assets import emoji_folder
 from ipadapter_trainer.emoji.clip import (
     MAX_TOKENS,
     clip_losses,
@@ -38,9 +41,6 @@ from ipadapter_trainer.emoji.vae import (
     only_decoder,
     vae_losses,
 )
-from torch import Tensor, nn
-
-from ipadapter_core.assets import emoji_folder
 
 
 @pytest.fixture(scope="module")

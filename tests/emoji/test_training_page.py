@@ -15,14 +15,14 @@ from typing import Any
 import click
 import pytest
 import typer.main
+from PIL import Image
+
+from ipadapter_core.assets import MODEL, emoji_folder
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.examples import find_examples
 from ipadapter_trainer.data.face_embeds import with_faces
 from ipadapter_trainer.models.published_models import models_of
 from ipadapter_trainer.settings.config_file import config_of_arguments
-from PIL import Image
-
-from ipadapter_core.assets import MODEL, emoji_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

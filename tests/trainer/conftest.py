@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from ipadapter_trainer.models.base_model import BaseModel, load_base_model
-from ipadapter_trainer.settings.config import TrainConfig
-from ipadapter_trainer.settings.config_file import make_config
 from PIL import Image, ImageDraw
 
 from ipadapter_core import IPAdapter, init_adapter, new_spec
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.settings.config import TrainConfig
+from ipadapter_trainer.settings.config_file import make_config
 
 from .published_bases import write_published_base
 from .tiny_models import COLOURS, write_model

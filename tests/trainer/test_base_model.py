@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from ipadapter_trainer.errors import BaseModelError
-from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from safetensors.torch import load_file, save_file
 
 from ipadapter_core import diffusers_sites
+from ipadapter_trainer.errors import BaseModelError
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -5,11 +5,12 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from ipadapter_trainer.data.augmentation import SampleIndex
 from ipadapter_trainer.data.buckets import BucketBatchSampler, assign, find_buckets, make_buckets, read_sizes
 from ipadapter_trainer.data.examples import Example
 from ipadapter_trainer.errors import ConfigError, DataError
-from PIL import Image
 
 # SDXL's resolutions with a ratio of at most 2.1 (arXiv 2307.01952, appendix I).
 SDXL = [

@@ -17,6 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
 from ipadapter_trainer.cache import plan as cache_plan
 from ipadapter_trainer.cache.files import MANIFEST, check_hashes, dequantise, quantise, read_manifest, write_whole
 from ipadapter_trainer.cache.read import open_cache
@@ -28,9 +32,6 @@ from ipadapter_trainer.models.from_config import base_model_from_config
 from ipadapter_trainer.runtime.disk import show_bytes
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
-from PIL import Image
-from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from .tiny_data import assert_same, write_shard
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from ipadapter_trainer.cache.files import MANIFEST, read_manifest
 from ipadapter_trainer.cache.read import CachedDataset, open_cache
 from ipadapter_trainer.cache.settings import cache_size
@@ -35,7 +37,6 @@ from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
 from ipadapter_trainer.training.dry_run import plan_training
 from ipadapter_trainer.training.new_adapter import adapter_spec, new_adapter
 from ipadapter_trainer.training.training_data import open_training_data
-from PIL import Image
 
 from .tiny_models import COLOURS
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
+
+from ipadapter_core import AdapterError, IPAdapter, export_state
 from ipadapter_trainer.errors import CacheError, CheckpointError, ConfigError, DataError
 from ipadapter_trainer.files.run_folder import ADAPTER_FILE, STATE_FILE
 from ipadapter_trainer.settings.config import TrainConfig
@@ -16,9 +19,6 @@ from ipadapter_trainer.training.checks import check_training
 from ipadapter_trainer.training.dry_run import dry_run
 from ipadapter_trainer.training.outlook import FEW_IMAGES, MANY_EPOCHS, outlook
 from ipadapter_trainer.training.train import train
-from safetensors.torch import save_file
-
-from ipadapter_core import AdapterError, IPAdapter, export_state
 
 from .tiny_data import sample, write_shard
 

@@ -16,13 +16,14 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
+
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.errors import ConfigError, DiskError, InUseError
 from ipadapter_trainer.evaluation.evaluate import evaluate
 from ipadapter_trainer.evaluation.settings import EvalSettings
 from ipadapter_trainer.runtime import folder_lock as claim_module
 from ipadapter_trainer.runtime.folder_lock import LOCK, NOTE, lock_folder
-from typer.testing import CliRunner
 
 LIFETIME, HEARTBEAT = 2.0, 0.2
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ipadapter_trainer.errors import ConfigError
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import config_of_arguments, load_config, make_config, options_text

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
+from ipadapter_core import infer_spec, load_adapter, read_checkpoint, save_adapter
 from ipadapter_trainer.files.published import published_differences
 from ipadapter_trainer.models.base_model import BaseModel
 from ipadapter_trainer.models.published_models import model_at
@@ -18,9 +21,6 @@ from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from ipadapter_trainer.training.dry_run import plan_training
 from ipadapter_trainer.training.new_adapter import new_adapter
 from ipadapter_trainer.training.train import train
-from safetensors.torch import save_file
-
-from ipadapter_core import infer_spec, load_adapter, read_checkpoint, save_adapter
 
 from .conftest import draw_image
 from .tiny_models import COLOURS

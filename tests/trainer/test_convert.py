@@ -12,6 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from ipadapter_core import AdapterError, IPAdapter, export_state, load_adapter, read_checkpoint, spec_metadata
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.errors import ExportError
 from ipadapter_trainer.files.convert import convert
@@ -19,11 +24,6 @@ from ipadapter_trainer.files.diffusers_loader import unet_config
 from ipadapter_trainer.files.opening import adapter_files, open_adapter, open_checkpoint
 from ipadapter_trainer.files.writing import write_adapter
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from typer.testing import CliRunner
-
-from ipadapter_core import AdapterError, IPAdapter, export_state, load_adapter, read_checkpoint, spec_metadata
 
 Make = Callable[..., IPAdapter]
 

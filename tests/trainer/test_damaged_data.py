@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
 from ipadapter_trainer.cache.files import MANIFEST, check_hashes
 from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.cli import app
@@ -24,8 +27,6 @@ from ipadapter_trainer.data.shard_files import expand_shards, raw_samples
 from ipadapter_trainer.data.shard_index import index_shards
 from ipadapter_trainer.errors import DataError
 from ipadapter_trainer.settings.config_file import make_config
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from .tiny_data import sample, write_shard
 

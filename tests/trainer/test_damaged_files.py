@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from ipadapter_trainer.cli import app
-from ipadapter_trainer.emoji.stack import read_judges
-from ipadapter_trainer.errors import BaseModelError
-from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ipadapter_core import save_adapter
 from ipadapter_core.assets import emoji_folder
+from ipadapter_trainer.cli import app
+from ipadapter_trainer.emoji.stack import read_judges
+from ipadapter_trainer.errors import BaseModelError
+from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 
 from .conftest import draw_image
 from .ldm import write_single_file

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from ipadapter_trainer.data.augmentation import Augmentation, SampleIndex, crop_params, noise_params
 from ipadapter_trainer.data.buckets import BucketBatchSampler, Buckets
 from ipadapter_trainer.data.dataset import ImageDataset, collate, loader
@@ -20,7 +22,6 @@ from ipadapter_trainer.data.images import crop_to_area, open_rgb, resize_and_cro
 from ipadapter_trainer.data.preprocess import Preprocessor
 from ipadapter_trainer.errors import ConfigError, DataError
 from ipadapter_trainer.models.base_model import BaseModel
-from PIL import Image
 
 from .tiny_data import assert_same, preprocessor_from_config
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.check import SAMPLES, _sample, check_data
 from ipadapter_trainer.data.check_report import TOKENS, ImageFacts, approximate_tokens
 from ipadapter_trainer.data.duplicates import ImageHash, image_hash, near_duplicates, same
 from ipadapter_trainer.errors import DataError
-from PIL import Image
-from typer.testing import CliRunner
 
 from .tiny_data import encoded_image, sample, write_shard
 

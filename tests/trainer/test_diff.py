@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
+from ipadapter_core import IPAdapter
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.files.convert import convert
 from ipadapter_trainer.files.diff import diff
 from ipadapter_trainer.files.writing import write_adapter
-from typer.testing import CliRunner
-
-from ipadapter_core import IPAdapter
 
 Make = Callable[..., IPAdapter]
 

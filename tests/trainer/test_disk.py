@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
+
 from ipadapter_trainer.cache.files import ShardHeader, write_shard
 from ipadapter_trainer.errors import DiskError, ExportError
 from ipadapter_trainer.files.run_folder import checkpoint_folders
@@ -21,7 +23,6 @@ from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.run_log import RunLog, tracker_arguments
 from ipadapter_trainer.training.steps import Progress
 from ipadapter_trainer.training.train import train
-from PIL import Image
 
 from .test_cli import ipadapter, keys
 

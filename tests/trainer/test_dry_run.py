@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import TextStates
@@ -17,9 +21,6 @@ from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
 from ipadapter_trainer.training.cost import Meter, metered, step_cost
 from ipadapter_trainer.training.dry_run import Plan, plan_training
 from ipadapter_trainer.training.new_adapter import adapter_spec, new_adapter
-from torch import nn
-from torch.nn import functional as F
-from typer.testing import CliRunner
 
 from .tiny_models import EMBEDS, LENGTH
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+
+from ipadapter_core import AdapterApplication, AdapterError, IPAdapter, diffusers_sites, inject, save_adapter
 from ipadapter_trainer.errors import DivergedError, TrainerError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import TextStates, encode_prompts
@@ -18,8 +20,6 @@ from ipadapter_trainer.training.new_adapter import new_adapter
 from ipadapter_trainer.training.objective import Objective
 from ipadapter_trainer.training.optimizers import new_optimizer
 from ipadapter_trainer.training.steps import check_loss, train_steps
-
-from ipadapter_core import AdapterApplication, AdapterError, IPAdapter, diffusers_sites, inject, save_adapter
 
 KEEP = torch.zeros(4)
 

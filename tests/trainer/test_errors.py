@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import typer
-from ipadapter_trainer.cli.errors import user_errors
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+
+from ipadapter_trainer.cli.errors import user_errors
 
 from .test_cli import ipadapter, keys
 

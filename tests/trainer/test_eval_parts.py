@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
 from ipadapter_trainer.data.examples import Example
 from ipadapter_trainer.data.images import open_rgb
 from ipadapter_trainer.errors import BaseModelError, DataError, EvaluationError
@@ -17,9 +21,6 @@ from ipadapter_trainer.evaluation.data import is_coco, open_prompts, read_exampl
 from ipadapter_trainer.evaluation.report import PAPER_TABLE, Mean, differences, mean_over_prompts
 from ipadapter_trainer.evaluation.scores import Score
 from ipadapter_trainer.evaluation.settings import EvalSettings, parse_weights
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from .conftest import draw_image
 from .tiny_models import COLOURS

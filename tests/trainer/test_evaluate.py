@@ -16,6 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image, ImageChops
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from ipadapter_core import AdapterError, IPAdapter, init_adapter, new_spec, save_adapter
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.images import to_pil_images
 from ipadapter_trainer.errors import DataError, EvaluationError
@@ -24,11 +29,6 @@ from ipadapter_trainer.evaluation.report import PAPER_TABLE, Evaluation
 from ipadapter_trainer.evaluation.settings import EvalSettings
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.generate import generate
-from PIL import Image, ImageChops
-from safetensors.torch import save_file
-from typer.testing import CliRunner
-
-from ipadapter_core import AdapterError, IPAdapter, init_adapter, new_spec, save_adapter
 
 from .tiny_models import adapter_of
 

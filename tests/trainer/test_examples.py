@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from ipadapter_trainer.data.examples import Example, find_examples, fingerprint
 from ipadapter_trainer.errors import DataError
-from PIL import Image
 
 
 def texts(examples: list[Example]) -> list[str]:

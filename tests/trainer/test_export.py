@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from ipadapter_core import FAMILIES, AdapterError, AdapterSpec, IPAdapter, export_state, load_adapter, new_spec
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.errors import DiskError, ExportError, VerificationError
 from ipadapter_trainer.files import diffusers_loader, verify, writing
@@ -21,11 +26,6 @@ from ipadapter_trainer.files.published import published_differences, published_s
 from ipadapter_trainer.files.verify import verify_export
 from ipadapter_trainer.files.writing import DTYPES, write_adapter
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
-
-from ipadapter_core import FAMILIES, AdapterError, AdapterSpec, IPAdapter, export_state, load_adapter, new_spec
 
 Make = Callable[..., IPAdapter]
 WEIGHT_KEYS = json.loads((Path(__file__).parents[1] / "core" / "golden" / "weight_keys.json").read_text())

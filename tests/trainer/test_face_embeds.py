@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from ipadapter_trainer.data.examples import Example, TableEntry, find_examples
 from ipadapter_trainer.data.face_embeds import face_id_embed, read_face_embed, with_faces
 from ipadapter_trainer.errors import DataError
-from safetensors.torch import save_file
 
 
 def embed(number: int, width: int = 512) -> torch.Tensor:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+
+from ipadapter_core import load_adapter
 from ipadapter_trainer.errors import ExportError
 from ipadapter_trainer.files.run_folder import checkpoint_folders
 from ipadapter_trainer.report.verdict import read_verdict
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
-
-from ipadapter_core import load_adapter
 
 from .test_cli import ipadapter, keys
 

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor
+
 from ipadapter_trainer.errors import ConfigError, DivergedError
 from ipadapter_trainer.files.run_folder import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
@@ -21,8 +24,6 @@ from ipadapter_trainer.training import checks
 from ipadapter_trainer.training import steps as adapt_unet
 from ipadapter_trainer.training.adapted_unet import AdaptedUNet, TrainBatch
 from ipadapter_trainer.training.train import Interrupted, train
-from safetensors.torch import load_file
-from torch import Tensor
 
 from .test_cli import ipadapter, keys
 

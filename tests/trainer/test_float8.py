@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ipadapter_trainer.models.float8 import FLOAT8, store_in_float8
 from torch import nn
+
+from ipadapter_trainer.models.float8 import FLOAT8, store_in_float8
 
 
 @pytest.mark.parametrize(

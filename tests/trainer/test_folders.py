@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.examples import Example, find_examples, scan
 from ipadapter_trainer.data.images import IMAGE_SUFFIXES, READS_AVIF
 from ipadapter_trainer.errors import DataError
-from PIL import Image
-from typer.testing import CliRunner
 
 from .conftest import draw_image
 

@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from ipadapter_trainer.models.frozen import FrozenConv2d, release_conv_inputs
 from torch import Tensor, nn
+
+from ipadapter_trainer.models.frozen import FrozenConv2d, release_conv_inputs
 
 
 def _kept(run: nn.Module, *inputs: Tensor) -> tuple[Tensor, int]:

@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+
+from ipadapter_core import AdapterError, IPAdapter, init_adapter, init_from_unet, new_spec, save_adapter
 from ipadapter_trainer.errors import TrainerError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import encode_prompts
 from ipadapter_trainer.models.generate import decode, generate, initial_latents
 from ipadapter_trainer.models.image_features import encode_images
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
-from PIL import Image
-from torch import Tensor
-
-from ipadapter_core import AdapterError, IPAdapter, init_adapter, init_from_unet, new_spec, save_adapter
 
 from .tiny_models import adapter_of
 

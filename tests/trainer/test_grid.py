@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ipadapter_trainer.report.image_grid import GAP, draw_grid, wrap
 from PIL import Image, ImageFont
+
+from ipadapter_trainer.report.image_grid import GAP, draw_grid, wrap
 
 FONT = ImageFont.load_default(size=14)
 

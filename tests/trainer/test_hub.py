@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from safetensors.torch import save_file
+
 from ipadapter_trainer.errors import BaseModelError
 from ipadapter_trainer.models.base_model import load_base_model
 from ipadapter_trainer.models.hub import is_hub_id, refuse_missing
 from ipadapter_trainer.models.published_models import PUBLISHED_MODELS, model_at, models_of
 from ipadapter_trainer.settings.config_file import load_config
 from ipadapter_trainer.settings.shipped import config_folder, config_names
-from safetensors.torch import save_file
 
 from .hub_server import HubServer, serve_hub
 

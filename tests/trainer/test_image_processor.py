@@ -8,9 +8,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from ipadapter_trainer.models import image_processor
 from ipadapter_trainer.models.image_processor import CLIPImageProcessor
-from PIL import Image
 
 SIZES = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
 

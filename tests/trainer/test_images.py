@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ipadapter_trainer.cli import app
-from ipadapter_trainer.errors import DataError, TrainerError
-from ipadapter_trainer.evaluation.generate_images import open_face, parse_size
-from ipadapter_trainer.files.opening import adapter_to_use
-from ipadapter_trainer.models.base_model import BaseModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ipadapter_core import save_adapter
 from ipadapter_core.assets import emoji_folder
+from ipadapter_trainer.cli import app
+from ipadapter_trainer.errors import DataError, TrainerError
+from ipadapter_trainer.evaluation.generate_images import open_face, parse_size
+from ipadapter_trainer.files.opening import adapter_to_use
+from ipadapter_trainer.models.base_model import BaseModel
 
 from .ldm import write_single_file
 from .tiny_models import adapter_of

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ipadapter_trainer.files.run_folder import checkpoint_folders
 
 from .test_cli import keys

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+
 from ipadapter_trainer.files.run_folder import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
-from safetensors.torch import load_file
 
 KILLS = 20
 # The trainings are forked off one process, so that twenty starts do not import everything twenty times.

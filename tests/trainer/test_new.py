@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.settings.config_file import config_of_arguments
 from ipadapter_trainer.settings.shipped import config_folder, config_names, find_config
-from typer.testing import CliRunner
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDPMScheduler
+
 from ipadapter_trainer.data.augmentation import dropout
 from ipadapter_trainer.errors import BaseModelError, ConfigError
 from ipadapter_trainer.models.base_model import BaseModel

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from torch import nn
+
 from ipadapter_trainer.errors import ConfigError
 from ipadapter_trainer.training.optimizers import AveragedWeights, new_optimizer, new_schedule
-from torch import nn
 
 
 def layer() -> nn.Linear:

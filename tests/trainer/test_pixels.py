@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ipadapter_trainer.data.images import READS_AVIF, open_rgb, resize_and_crop, to_rgb, why_unreadable
 from PIL import Image
+
+from ipadapter_trainer.data.images import READS_AVIF, open_rgb, resize_and_crop, to_rgb, why_unreadable
 
 from .tiny_data import encoded_image
 

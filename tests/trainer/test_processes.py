@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
-from safetensors.torch import load_file
 
 # Without a GPU the processes meet over gloo on the CPU.
 LAUNCHERS = {

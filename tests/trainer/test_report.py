@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
 from ipadapter_trainer.errors import DataError
 from ipadapter_trainer.report.curves import CHARTS, POINTS, draw, smoothed
 from ipadapter_trainer.report.page import write_report
 from ipadapter_trainer.report.run_files import LOG_FILE
 from ipadapter_trainer.report.verdict import read_verdict
-from PIL import Image
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -233,8 +234,9 @@ def test_a_user_reports_a_run(run: Path, run_ipadapter: Callable[..., Any]) -> N
 
 
 def test_a_folder_of_the_wrong_kind_is_refused_in_one_line(tmp_path: Path) -> None:
-    from ipadapter_trainer.cli import app
     from typer.testing import CliRunner
+
+    from ipadapter_trainer.cli import app
 
     cases = {
         (str(tmp_path),): f"{tmp_path}: no log.jsonl in it. A run is the output folder of a training",

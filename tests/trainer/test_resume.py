@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from ipadapter_core import load_adapter
 from ipadapter_trainer.errors import CheckpointError, ConfigError
 from ipadapter_trainer.files.provenance import IMAGES_SEEN
 from ipadapter_trainer.files.run_folder import ADAPTER_FILE, checkpoint_folders
@@ -16,9 +19,6 @@ from ipadapter_trainer.settings.config_file import load_config, make_config
 from ipadapter_trainer.training.checks import check_training, notes
 from ipadapter_trainer.training.steps import Progress
 from ipadapter_trainer.training.train import train
-from safetensors.torch import load_file
-
-from ipadapter_core import load_adapter
 
 from .conftest import draw_image
 from .tiny_models import COLOURS, write_model

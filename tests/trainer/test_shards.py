@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, UnidentifiedImageError
+
 from ipadapter_trainer.data import shards, url_stream
 from ipadapter_trainer.data.augmentation import Augmentation
 from ipadapter_trainer.data.face_embeds import face_id_embed
@@ -31,7 +33,6 @@ from ipadapter_trainer.data.shards import ShardWorker, sample_stream, shard_load
 from ipadapter_trainer.data.url_stream import UrlStream
 from ipadapter_trainer.errors import DataError
 from ipadapter_trainer.models.base_model import BaseModel
-from PIL import Image, UnidentifiedImageError
 
 from .tiny_data import assert_same, encoded_image, preprocessor_from_config, sample, write_shard
 

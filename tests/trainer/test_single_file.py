@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from ipadapter_trainer.errors import BaseModelError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import encode_prompts
 from ipadapter_trainer.models.single_file import hub_configs
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from .ldm import single_file_state, write_single_file
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
 from ipadapter_trainer.data.check import check_data
 from ipadapter_trainer.data.examples import Example, find_examples
 from ipadapter_trainer.data.from_config import size_notes_from_config
 from ipadapter_trainer.data.sizes import SAMPLE, sample_sizes, size_notes
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
-from PIL import Image
 
 
 def test_what_is_scaled_up_is_counted() -> None:

@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+
 from ipadapter_trainer.runtime import stopping
 from ipadapter_trainer.runtime.stopping import stop_requests
 

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
+
 from ipadapter_trainer.errors import ConfigError, DivergedError
 from ipadapter_trainer.report.run_files import read_log, sample_files
 from ipadapter_trainer.settings.config import TrainConfig
@@ -22,7 +24,6 @@ from ipadapter_trainer.settings.config_file import load_config, make_config
 from ipadapter_trainer.training import run_log as trackers
 from ipadapter_trainer.training.run_log import RunLog, progress_postfix, tracker_arguments
 from ipadapter_trainer.training.steps import Progress
-from PIL import Image
 
 CONFIG = {"base_model": "models/sd15", "steps": 100, "init_from": None, "learning_rate": 1e-05, "resume": True}
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from ipadapter_core import AdapterApplication, inject, load_adapter
 from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.errors import CheckpointError, ConfigError, DivergedError
 from ipadapter_trainer.files.provenance import BASE_MODEL, DATA_SIZE, PREDICTION_TYPE, STEPS
@@ -22,9 +25,6 @@ from ipadapter_trainer.models.generate import generate, initial_latents
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.steps import Progress
 from ipadapter_trainer.training.train import Interrupted, train
-from safetensors.torch import load_file, save_file
-
-from ipadapter_core import AdapterApplication, inject, load_adapter
 
 from .ldm import write_single_file
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from ipadapter_core import IPAdapter
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import encode_prompts
 from ipadapter_trainer.models.features import Features
@@ -22,8 +24,6 @@ from ipadapter_trainer.training.objective import new_objective
 from ipadapter_trainer.training.optimizers import new_optimizer
 from ipadapter_trainer.training.steps import train_steps
 from ipadapter_trainer.training.validation import QUARTERS, SEED, Samples, Validation, other_rows, stratified_timesteps
-
-from ipadapter_core import IPAdapter
 
 from .conftest import draw_image
 from .tiny_models import COLOURS

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("trainer", "ipadapter_core", "assets", "configs")
+PARTS = ("ipadapter_trainer", "ipadapter_core", "assets", "configs")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+
 from ipadapter_trainer.data.preprocess import Preprocessor
 from ipadapter_trainer.models.base_model import BaseModel
-from PIL import Image
 
 
 def preprocessor_from_config(base_model: BaseModel, **changes: Any) -> Preprocessor:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from ipadapter_trainer.models.base_model import BaseModel
-
     from ipadapter_core import IPAdapter
+    from ipadapter_trainer.models.base_model import BaseModel
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "teal")
 EMBEDS = 24  # channels of image_embeds
@@ -78,8 +77,9 @@ def write_model(folder: Path, family: str = "sd15", prediction_type: str | None 
 
 def write_text_encoders(folder: Path, family: str) -> None:
     """One text encoder and tokenizer, or SDXL's two, of which the second pads with "!"."""
-    from ipadapter_trainer.emoji.clip import train_tokenizer
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from ipadapter_trainer.emoji.clip import train_tokenizer
 
     texts = [f"a {c} square" for c in COLOURS]
     tokenizer = train_tokenizer(texts, folder / "tokenizer", size=300)

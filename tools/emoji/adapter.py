@@ -13,6 +13,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
+from ipadapter_core import Feature, IPAdapter
 from ipadapter_trainer.emoji.clip import normalize
 from ipadapter_trainer.emoji.images import to_pixels
 from ipadapter_trainer.models.base_model import BaseModel
@@ -22,9 +25,6 @@ from ipadapter_trainer.models.image_features import encode_clip_images
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
 from ipadapter_trainer.training.new_adapter import new_adapter
-from torch import Tensor, nn
-
-from ipadapter_core import Feature, IPAdapter
 
 from .images import STYLE_NAMES, EmojiImages
 from .loop import fit

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from ipadapter_trainer.emoji.clip import MAX_TOKENS, WIDTH, contrast, normalize, styled_caption, tokenize
-from ipadapter_trainer.emoji.images import to_pixels
-from ipadapter_trainer.emoji.loop import training_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from ipadapter_trainer.emoji.clip import MAX_TOKENS, WIDTH, contrast, normalize, styled_caption, tokenize
+from ipadapter_trainer.emoji.images import to_pixels
+from ipadapter_trainer.emoji.loop import training_device
 
 from .build import SIZE
 from .images import STYLE_NAMES, EmojiImages

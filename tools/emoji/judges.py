@@ -10,11 +10,12 @@ from functools import partial
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from ipadapter_trainer.emoji.images import to_pixels
 from ipadapter_trainer.emoji.judges import StyleClassifier, round_trip, style_features
 from ipadapter_trainer.emoji.loop import device_of, training_device
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .concepts import CONCEPTS
 from .images import EmojiImages

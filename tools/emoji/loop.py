@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from ipadapter_trainer.emoji.loop import LossFunction, Progress, training_device
 from torch import nn
 from tqdm.auto import tqdm
+
+from ipadapter_trainer.emoji.loop import LossFunction, Progress, training_device
 
 
 def fit(

@@ -17,6 +17,12 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ipadapter_core import IPAdapter, load_adapter
+from ipadapter_core.assets import MODEL
 from ipadapter_trainer.data.images import to_pil_images
 from ipadapter_trainer.emoji.clip import normalize, styled_caption
 from ipadapter_trainer.emoji.images import to_pixels
@@ -26,12 +32,6 @@ from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.generate import generate
 from ipadapter_trainer.models.image_features import encode_clip_images
 from ipadapter_trainer.report.image_grid import draw_grid
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
-
-from ipadapter_core import IPAdapter, load_adapter
-from ipadapter_core.assets import MODEL
 
 from .build import SIZE, caption
 from .concepts import CONCEPTS, TEXT_CONCEPTS

@@ -9,14 +9,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from ipadapter_trainer.emoji.clip import MAX_TOKENS
-from ipadapter_trainer.emoji.loop import load_ema, training_device
-from ipadapter_trainer.emoji.stack import only_vision
-from ipadapter_trainer.emoji.unet import new_scheduler
-from ipadapter_trainer.emoji.vae import fold_scaling, only_decoder
-from ipadapter_trainer.errors import BaseModelError
-from ipadapter_trainer.models.image_processor import CLIPImageProcessor
-from ipadapter_trainer.models.weight_files import open_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -29,6 +21,14 @@ from transformers import (
 from ipadapter_core import AdapterError, looks_like
 from ipadapter_core.assets import MODEL
 from ipadapter_core.tensors import check_weights
+from ipadapter_trainer.emoji.clip import MAX_TOKENS
+from ipadapter_trainer.emoji.loop import load_ema, training_device
+from ipadapter_trainer.emoji.stack import only_vision
+from ipadapter_trainer.emoji.unet import new_scheduler
+from ipadapter_trainer.emoji.vae import fold_scaling, only_decoder
+from ipadapter_trainer.errors import BaseModelError
+from ipadapter_trainer.models.image_processor import CLIPImageProcessor
+from ipadapter_trainer.models.weight_files import open_weights
 
 from .build import SIZE
 from .clip import new_clip

@@ -6,8 +6,8 @@
     python -m tools.emoji.train plus base decoder export $paths --minutes 15
     python -m tools.emoji.quality --folder work/emoji/model --images pictures.zip --output quality.json
 
-The package still brings the model of 64 px that `trainer/emoji` trained; this one takes its place when its figures are
-better. `benchmarks/emoji.py` runs all of it on one GPU.
+The package still brings the model of 64 px that `ipadapter_trainer/emoji` trained; this one takes its place when its
+figures are better. `benchmarks/emoji.py` runs all of it on one GPU.
 
 A GPU is used when there is one; ``--batch-size 1024 --views 16`` gives it more to do in unet, plus and base.
 Running a part again with more steps or minutes continues it; ``unpack`` makes checkpoints from the shipped weights,

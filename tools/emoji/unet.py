@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer
+
 from ipadapter_trainer.emoji.clip import WIDTH, styled_caption, tokenize
 from ipadapter_trainer.emoji.images import to_pixels
 from ipadapter_trainer.emoji.loop import device_of, training_device
 from ipadapter_trainer.emoji.unet import new_scheduler
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from .build import SIZE
 from .images import EmojiImages

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from ipadapter_trainer.emoji.images import to_pixels
 from ipadapter_trainer.emoji.loop import device_of
 from ipadapter_trainer.emoji.vae import MOST_NOISE, SD15_SCALING, SIZE_WEIGHT, open_identity_path
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .build import SIZE
 from .images import EmojiImages
