@@ -22,7 +22,8 @@ def host(server):
     folder = server.log.parent / "models" / "ipadapter"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "assets" / "emoji" / "adapter.safetensors", folder / FILE)
-    return server
+    yield server
+    (folder / FILE).unlink()  # other tests of this server find no adapter files
 
 
 def run(host, graph):
