@@ -61,7 +61,7 @@ def _training(args: argparse.Namespace, size: str, limit: int, *more: str) -> li
     scratch = ["--scratch", str(args.scratch)] if args.scratch else []
     against = ["--original", str(args.original)] if args.original and not size.endswith("sdxl") else []
     budget = str(limit - GRACE)
-    return [str(HERE / "training.py"), "--size", size, "--budget", budget, *against, *scratch, *more]
+    return [str(HERE / "training" / "speed.py"), "--size", size, "--budget", budget, *against, *scratch, *more]
 
 
 def _sd15(args: argparse.Namespace, limit: int) -> list[str]:
@@ -84,7 +84,7 @@ def _comfyui(args: argparse.Namespace, limit: int) -> list[str] | None:
     device = ["--device", "cuda"] if _gpu() else []
     few = ["--repeats", "1", "--apply-repeats", "1", "--steps", "2"] if args.check else []
     profile = ["--profile"] if device and not args.check else []
-    return [str(HERE / "comfyui_overhead.py"), "--comfyui", str(args.comfyui), *peer, *device, *few, *profile]
+    return [str(HERE / "comfyui" / "overhead.py"), "--comfyui", str(args.comfyui), *peer, *device, *few, *profile]
 
 
 # In the order in which they run. One part more is one entry more.

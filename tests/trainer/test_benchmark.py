@@ -1,4 +1,4 @@
-"""benchmarks/training.py: what it builds, what it times, and how it judges."""
+"""benchmarks/training/speed.py: what it builds, what it times, and how it judges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "training"
 SMALL = {
     "resolution": 64,
     "image": (80, 64),

@@ -33,7 +33,7 @@ from ipadapter_trainer.models.generate import generate
 from ipadapter_trainer.models.image_features import encode_clip_images
 from ipadapter_trainer.report.image_grid import draw_grid
 
-from .build import SIZE, caption
+from .build import caption
 from .concepts import CONCEPTS, TEXT_CONCEPTS
 from .images import EmojiImages, load_images
 from .judges import ConceptClassifier, choose_among, concept_ids, judge, new_style_classifier
@@ -194,7 +194,7 @@ def draw_sheet(base_model: BaseModel, adapter: IPAdapter, images: EmojiImages, r
             guidance=GUIDANCE,
         )
         columns.append((title, drawn.cpu()))
-    return draw_grid([(title, to_pil_images(images)) for title, images in columns], side=SIZE)
+    return draw_grid([(title, to_pil_images(images)) for title, images in columns], side=images.size)
 
 
 def judge_the_judges(judges: Judges, held_out: EmojiImages, seed: int = 0) -> dict[str, float]:

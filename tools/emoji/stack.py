@@ -30,7 +30,6 @@ from ipadapter_trainer.errors import BaseModelError
 from ipadapter_trainer.models.image_processor import CLIPImageProcessor
 from ipadapter_trainer.models.weight_files import open_weights
 
-from .build import SIZE
 from .clip import new_clip
 from .images import EmojiImages
 from .judges import ConceptClassifier, new_style_classifier
@@ -44,7 +43,7 @@ CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"styles": new_style_classifie
 def load_vae(work: Path, images: EmojiImages, with_decoder: bool = True) -> AutoencoderKL:
     """The trained autoencoder with SD1.5's scaling factor folded in; with the decoder that was trained on alone, when
     there is one. It is on the training device."""
-    vae = load_ema(new_vae(), work / "vae.pt").to(training_device())
+    vae = load_ema(new_vae(images.size), work / "vae.pt").to(training_device())
     assert isinstance(vae, AutoencoderKL)
     fold_scaling(vae, images)
     if with_decoder and (work / "decoder.pt").is_file():
@@ -52,26 +51,26 @@ def load_vae(work: Path, images: EmojiImages, with_decoder: bool = True) -> Auto
     return vae.requires_grad_(False)
 
 
-def load_clip(work: Path, with_vision: bool = True) -> tuple[CLIPModel, CLIPTokenizer]:
+def load_clip(work: Path, size: int, with_vision: bool = True) -> tuple[CLIPModel, CLIPTokenizer]:
     """The trained CLIP and its tokenizer; with the vision tower that was trained on alone, when there is one."""
     tokenizer = CLIPTokenizer.from_pretrained(str(work / "tokenizer"), model_max_length=MAX_TOKENS)
-    clip = load_ema(new_clip(tokenizer), work / "clip.pt")
+    clip = load_ema(new_clip(tokenizer, size), work / "clip.pt")
     assert isinstance(clip, CLIPModel)
     if with_vision and (work / "vision.pt").is_file():
         load_ema(only_vision(clip), work / "vision.pt")
     return clip.requires_grad_(False), tokenizer
 
 
-def load_unet(work: Path) -> UNet2DConditionModel:
+def load_unet(work: Path, size: int) -> UNet2DConditionModel:
     """The trained UNet."""
-    unet = load_ema(new_unet(), work / "unet.pt")
+    unet = load_ema(new_unet(size), work / "unet.pt")
     assert isinstance(unet, UNet2DConditionModel)
     return unet.requires_grad_(False)
 
 
 def export(work: Path, images: EmojiImages, folder: Path) -> None:
     """Write ``folder``/emoji-model as diffusers loads it (fp16) and ``folder``/judges.safetensors beside it."""
-    clip, tokenizer = load_clip(work)
+    clip, tokenizer = load_clip(work, images.size)
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
     image_encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
@@ -81,10 +80,10 @@ def export(work: Path, images: EmojiImages, folder: Path) -> None:
         vae=load_vae(work, images).cpu(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=load_unet(work).to(memory_format=torch.contiguous_format),
+        unet=load_unet(work, images.size).to(memory_format=torch.contiguous_format),
         scheduler=new_scheduler(),
         safety_checker=None,
-        feature_extractor=new_image_processor(),
+        feature_extractor=new_image_processor(images.size),
         image_encoder=image_encoder,
         requires_safety_checker=False,
     )
@@ -112,9 +111,9 @@ def unpack(folder: Path, work: Path) -> None:
     judges = read_judges(folder / "judges.safetensors")
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
-    clip = new_clip(tokenizer)
-    clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
     image_encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder")
+    clip = new_clip(tokenizer, image_encoder.config.image_size)
+    clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
     clip.vision_model.load_state_dict(image_encoder.vision_model.state_dict())
     clip.visual_projection.load_state_dict(image_encoder.visual_projection.state_dict())
     clip.text_projection.load_state_dict({"weight": judges["text_projection.weight"]})
@@ -165,6 +164,6 @@ def save_judges(work: Path, clip: CLIPModel, file: Path) -> None:
     save_file(state, file)
 
 
-def new_image_processor() -> CLIPImageProcessor:
+def new_image_processor(size: int) -> CLIPImageProcessor:
     """CLIP's preprocessing at the stack's own size."""
-    return CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})

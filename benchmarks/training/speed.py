@@ -1,8 +1,8 @@
 """How fast `ipadapter train` is, with the cache and without, beside the original's tutorial_train.py.
 
-    python benchmarks/training.py --original PATH/TO/IP-Adapter [--json FILE]       # minutes on a CPU
-    python benchmarks/training.py --original PATH/TO/IP-Adapter --size sd15          # on a GPU
-    python benchmarks/training.py --size sdxl                                        # on a GPU, ours alone
+    python benchmarks/training/speed.py --original PATH/TO/IP-Adapter [--json FILE]       # minutes on a CPU
+    python benchmarks/training/speed.py --original PATH/TO/IP-Adapter --size sd15          # on a GPU
+    python benchmarks/training/speed.py --size sdxl                                        # on a GPU, ours alone
 
 Needs no model files: all weights are random. The original needs torchvision and einops beside the packages of
 `ip-adapter-kit[train]`. Exit code 1 when a bar is missed or a contender fails. MB are 10^6 bytes.
