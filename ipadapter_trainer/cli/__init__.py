@@ -173,7 +173,7 @@ def demo_command(
 ) -> None:
     """Train an adapter on the bundled emoji model and show it at work: no download, no GPU."""
     with user_errors(memory="Close other programs, and try again."):
-        from ..demo import demo
+        from ..demo.run import demo
 
         quiet()
 

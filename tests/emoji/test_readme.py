@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ipadapter_core.assets import MODEL, emoji_folder
-from ipadapter_trainer.emoji.images import load_images
+from ipadapter_trainer.demo.emoji import load_images
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

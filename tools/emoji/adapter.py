@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ipadapter_core import Feature, IPAdapter
-from ipadapter_trainer.emoji.clip import normalize
-from ipadapter_trainer.emoji.images import to_pixels
+from ipadapter_trainer.demo.emoji import normalize, to_pixels
 from ipadapter_trainer.models.base_model import BaseModel
 from ipadapter_trainer.models.conditioning import TextStates, encode_prompts
 from ipadapter_trainer.models.features import Features, encode_pixels

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from ipadapter_trainer.emoji.clip import MAX_TOKENS, WIDTH, contrast, normalize, styled_caption, tokenize
-from ipadapter_trainer.emoji.images import to_pixels
-from ipadapter_trainer.emoji.loop import training_device
+from ipadapter_trainer.demo.emoji import normalize, styled_caption, to_pixels
 
+from ..shipped_emoji.clip import MAX_TOKENS, WIDTH, contrast, tokenize
+from ..shipped_emoji.loop import training_device
 from .images import STYLE_NAMES, EmojiImages
 from .loop import LossFunction
 from .views import any_colours, mirror, patchwork, shift, zoom

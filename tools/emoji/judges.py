@@ -13,10 +13,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ipadapter_trainer.emoji.images import to_pixels
-from ipadapter_trainer.emoji.judges import StyleClassifier, round_trip, style_features
-from ipadapter_trainer.emoji.loop import device_of, training_device
+from ipadapter_trainer.demo.emoji import to_pixels
+from ipadapter_trainer.demo.judges import StyleClassifier, style_features
 
+from ..shipped_emoji.judges import round_trip
+from ..shipped_emoji.loop import device_of, training_device
 from .concepts import CONCEPTS
 from .images import EmojiImages
 from .loop import LossFunction

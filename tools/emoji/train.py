@@ -8,7 +8,7 @@
 
 The images decide the size of the model: 128 px, or 64 px from ``tools.emoji.build --size 64``.
 
-The package still brings the model that `ipadapter_trainer/emoji` trained; this one takes its place when its figures are
+The package still brings the model that `tools/shipped_emoji` trained; this one takes its place when its figures are
 better. `benchmarks/training/emoji.py` runs all of it on one GPU.
 
 A GPU is used when there is one; ``--batch-size 1024 --views 16`` gives it more to do in unet, plus and base.
@@ -63,8 +63,7 @@ class Run:
 
 
 def train_vae(run: Run) -> None:
-    from ipadapter_trainer.emoji.loop import training_device
-
+    from ..shipped_emoji.loop import training_device
     from .loop import fit
     from .vae import BATCH, new_vae, vae_losses
 
@@ -75,9 +74,8 @@ def train_vae(run: Run) -> None:
 
 def train_decoder(run: Run) -> None:
     """Go on with the autoencoder's decoder alone; the latents, which the UNet knows, stay."""
-    from ipadapter_trainer.emoji.loop import training_device
-    from ipadapter_trainer.emoji.vae import only_decoder
-
+    from ..shipped_emoji.loop import training_device
+    from ..shipped_emoji.vae import only_decoder
     from .loop import fit
     from .stack import load_vae
     from .vae import BATCH, decoder_losses
@@ -89,8 +87,9 @@ def train_decoder(run: Run) -> None:
 
 
 def train_clip(run: Run) -> None:
-    from ipadapter_trainer.emoji.clip import styled_caption, train_tokenizer
+    from ipadapter_trainer.demo.emoji import styled_caption
 
+    from ..shipped_emoji.clip import train_tokenizer
     from .clip import clip_losses, new_clip
     from .loop import fit
 
@@ -105,8 +104,7 @@ def train_clip(run: Run) -> None:
 
 def train_vision(run: Run) -> None:
     """Go on with CLIP's vision tower alone; the text tower, which the UNet knows, stays (LiT, arXiv 2111.07991)."""
-    from ipadapter_trainer.emoji.stack import only_vision
-
+    from ..shipped_emoji.stack import only_vision
     from .clip import clip_losses
     from .loop import fit
     from .stack import load_clip
@@ -134,25 +132,24 @@ def train_concepts(run: Run) -> None:
 
 
 def train_unet(run: Run) -> None:
-    from ipadapter_trainer.emoji.loop import training_device
-
+    from ..shipped_emoji.loop import on_training_device
     from .loop import fit
     from .stack import load_clip, load_vae
     from .unet import BATCH, VIEWS, new_unet, unet_losses
 
     sized = run.sized(BATCH, 5e-4)
     clip, tokenizer = load_clip(run.work, run.train.size)
-    vae, text_encoder = load_vae(run.work, run.train), clip.text_model.to(training_device())
+    vae, text_encoder = load_vae(run.work, run.train), on_training_device(clip.text_model)
     losses = unet_losses(run.train, vae, text_encoder, tokenizer, sized["batch_size"], run.views or VIEWS)
     fit(new_unet(run.train.size), losses, **run.limits("unet"), **sized)
 
 
 def train_adapter(run: Run, kind: str) -> None:
     """A bundled adapter, over the exported model, by the same loss as ``ipadapter train``."""
-    from ipadapter_trainer.emoji.loop import training_device
     from ipadapter_trainer.files.provenance import export_adapter, provenance
     from ipadapter_trainer.models.base_model import load_base_model
 
+    from ..shipped_emoji.loop import training_device
     from .adapter import BATCH, LEARNING_RATE, VIEWS, fit_adapter
     from .loop import progress
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ipadapter_trainer.emoji.clip import WIDTH, styled_caption, tokenize
-from ipadapter_trainer.emoji.images import to_pixels
-from ipadapter_trainer.emoji.loop import device_of, training_device
-from ipadapter_trainer.emoji.unet import new_scheduler
+from ipadapter_trainer.demo.emoji import styled_caption, to_pixels
 
+from ..shipped_emoji.clip import WIDTH, tokenize
+from ..shipped_emoji.loop import device_of, training_device
+from ..shipped_emoji.unet import new_scheduler
 from .build import GRID
 from .images import EmojiImages
 from .loop import LossFunction
@@ -58,7 +60,7 @@ def encode_views(vae: AutoencoderKL, images: EmojiImages, views: int, generator:
         drawn = torch.randint(1, len(PERMUTATIONS), (len(pixels),), generator=generator, device=device)
         own.append(encode(vae, pixels))
         recoloured.append(encode(vae, recolour(pixels, drawn)))
-    return torch.stack([torch.stack(own), torch.stack(recoloured)]) * vae.config.scaling_factor
+    return torch.stack([torch.stack(own), torch.stack(recoloured)]) * vae.config["scaling_factor"]
 
 
 def unet_losses(
@@ -87,7 +89,7 @@ def unet_losses(
             text_states(text_encoder, tokenizer, [f"{text}, recoloured" for text in styled]),
         ]
     ).to(device)
-    scheduler = new_scheduler()
+    scheduler: Any = new_scheduler()
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         def draw() -> Tensor:

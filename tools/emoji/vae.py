@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ipadapter_trainer.emoji.images import to_pixels
-from ipadapter_trainer.emoji.loop import device_of
-from ipadapter_trainer.emoji.vae import MOST_NOISE, SD15_SCALING, SIZE_WEIGHT, open_identity_path
+from ipadapter_trainer.demo.emoji import to_pixels
 
+from ..shipped_emoji.loop import device_of
+from ..shipped_emoji.vae import MOST_NOISE, SD15_SCALING, SIZE_WEIGHT, open_identity_path
 from .images import EmojiImages
 from .loop import LossFunction
 from .views import any_colours, mirror, shift
@@ -20,15 +22,17 @@ BATCH = 32
 
 def new_vae(size: int) -> AutoencoderKL:
     """A small autoencoder; random weights around an identity path (see ``open_identity_path``)."""
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 64, 64, 96),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,  # groups of one channel would normalise each image's colours away
-        sample_size=size,
-        scaling_factor=SD15_SCALING,
+    vae: Any = AutoencoderKL.from_config(
+        {
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (32, 64, 64, 96),
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "norm_num_groups": 8,  # groups of one channel would normalise each image's colours away
+            "sample_size": size,
+            "scaling_factor": SD15_SCALING,
+        }
     )
     open_identity_path(vae)
     return vae
@@ -81,7 +85,7 @@ def decoder_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int, dev
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tensor:
+def encode(vae: Any, images: Tensor, batch_size: int = 64) -> Tensor:
     """uint8 images, or pixels in [-1, 1], [N, 3, H, W] -> posterior means [N, 4, H/8, W/8] on the VAE's device, not
     yet multiplied by the scaling factor."""
     device = device_of(vae)
