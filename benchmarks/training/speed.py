@@ -245,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="measured steps; default: 10, on a GPU 50")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contender but the extra ones")
     parser.add_argument("--budget", type=float, help="seconds for everything")
-    parser.add_argument("--workers", type=int, help="loader processes of each; default: 0, on a GPU 4")
+    parser.add_argument("--num-workers", type=int, help="loader processes of each; default: 0, on a GPU 4")
     parser.add_argument("--threads", type=int, help="of torch; default: 1, on a GPU PyTorch's own choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument(
