@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +24,6 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
-
-from tools.shipped_emoji.clip import train_tokenizer
 
 TEXT_LENGTH = 77
 ENCODER_SIDE = 224  # the original resizes every reference image to this
@@ -103,6 +102,9 @@ def tokenizer_names(size: Size) -> tuple[str, ...]:
 
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
     """CLIP's kind of tokenizer, for the words of the captions, with its length of 77."""
+    sys.path.append(str(Path(__file__).parents[2]))
+    from tools.shipped_emoji.clip import train_tokenizer  # noqa: PLC0415 - no installed package
+
     train_tokenizer(captions(), folder, size=400)
     tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=TEXT_LENGTH)
     tokenizer.save_pretrained(str(folder))
