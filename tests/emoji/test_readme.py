@@ -1,4 +1,4 @@
-"""The README and docs/python.md: the Python runs, the commands exist, the numbers are the measured ones, no link is dead."""
+"""The README and docs/python.md: the Python runs, the commands exist, the numbers are measured, no link is dead."""
 
 from __future__ import annotations
 
@@ -96,6 +96,23 @@ def test_no_link_is_dead(page: Path) -> None:
         file = (page.parent / name) if name else page
         assert file.is_file(), target
         assert not heading or heading in _anchors(file), target
+
+
+def test_the_functions_of_the_architecture_page_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+/\w+\.py):(\w+)`", page)
+    assert len(named) > 8
+    for file, name in named:
+        text = (ROOT / "ipadapter_trainer" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(?:def|class) {name}\b", text, re.MULTILINE), (file, name)
+
+
+def test_the_rooms_of_the_architecture_page_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.split("| room | contents |")[1].split("\n\n")[0]
+    rooms = {room for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE) for room in re.findall(r"`(\w+)`", row)}
+    folder = ROOT / "ipadapter_trainer"
+    assert rooms - {"errors"} == {file.parent.name for file in folder.glob("*/__init__.py")} - {"emoji"}
 
 
 def _anchors(page: Path) -> set[str]:

@@ -101,10 +101,8 @@ def test_its_head_says_the_command_and_what_it_needs(file: Path, published: dict
     unit, seconds = {"E": (1e18, 3600), "P": (1e15, 60)}["P" if file == FINETUNE else "E"]
     said = numbers(head, r"Trains ([\d.]+) M parameters and needs (\d+) GB of GPU memory.* The ([\d,]+) steps take")
     assert said == pytest.approx([plan.trained / 1e6, plan.memory / 1e9, config.steps], rel=0.05, abs=0.51)
-    said = numbers(
-        head,
-        r"take (\d+) .FLOP \(([\d.]+) TFLOP per image\): ([\d,]+) (?:hours|minutes) on GPUs that sustain 100 TFLOP/s",
-    )
+    work = r"take (\d+) .FLOP \(([\d.]+) TFLOP per image\): ([\d,]+) (?:hours|minutes) on GPUs that sustain 100 TFLOP/s"
+    said = numbers(head, work)
     expected = [whole * images / unit, whole / 1e12, whole * images / 1e14 / seconds]
     assert said == pytest.approx(expected, rel=0.05, abs=0.51)
     if file != FINETUNE:
