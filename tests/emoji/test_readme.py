@@ -79,7 +79,10 @@ def test_the_quality_table_is_the_measured_one() -> None:
     }
     for title, values in expected.items():
         assert table[title][:3] == [f"{value:.0%}" for value in values], title
-    assert f"{quality['limits']['style_asked_in_words']:.0%}" in " ".join(README.split())
+    text = " ".join(README.split())
+    assert f"draws only {quality['limits']['style_asked_in_words']:.0%}" in text
+    style, concept = (quality["judges"][name] for name in ("style_on_real_held_out", "concept_on_real"))
+    assert f"right on {style:.0%} and {concept:.0%}" in text
 
 
 def test_the_readme_is_short() -> None:
