@@ -45,11 +45,6 @@ class Buckets:
         return ", ".join(counts)
 
 
-def find_buckets(examples: Sequence[Example], resolution: int, step: int = 64, *, at_least: int = 1) -> Buckets:
-    """Read the size of every image and sort the images into buckets."""
-    return assign(read_sizes(examples), make_buckets(resolution, step), at_least)
-
-
 def make_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) -> tuple[Size, ...]:
     """Every size (width, height) with sides that are multiples of `step` in a ratio of at most `max_ratio`, and the
     largest area up to resolution^2; from tall to wide, including the square.

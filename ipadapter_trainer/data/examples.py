@@ -76,41 +76,30 @@ def find_examples(path: Path, root: Path | None = None, require_caption: bool = 
     name one or more other prompt images under "reference", the file of a face embedding under "id_embed_file", and the
     image's "width" and "height". File names are relative to `root`, by default the list's folder.
 
-    Images without a caption, unless `require_caption` is off, and rows with a missing file are left out with a
-    warning; another warning lists the files that are not read. Raises DataError when nothing is left, and for rows and
+    Images without a caption, unless `require_caption` is off, and rows with a missing file are left out. A warning
+    names them and the files that are not read. Raises DataError when nothing is left, and for rows and
     captions that cannot be read, all in one message.
     """
     result = scan(path, root)
-    if len(result.unreadable) > 1:
-        count = f"{path}: {len(result.unreadable):,} captions or rows are unreadable."
-        raise DataError(f"{count} {_first(result.unreadable)}")
     if result.unreadable:
-        raise DataError(result.unreadable[0])
+        count = len(result.unreadable)
+        many = f"{path}: {count:,} captions or rows are unreadable. " if count > 1 else ""
+        raise DataError(many + _first(result.unreadable))
     examples = result.examples
     if not require_caption:
         examples = sorted(examples + result.without_caption, key=lambda example: example.name)
     if not examples:
         raise DataError(result.empty)
-    if require_caption and result.without_caption:
-        left_out = result.without_caption
-        log.warning(
-            "%d of %d images have no caption and are left out, such as %s",
-            len(left_out),
-            len(examples) + len(left_out),
-            left_out[0].name,
-        )
-    if result.missing:
-        log.warning(
-            "%d of %d rows name a file that does not exist and are left out, such as %s",
-            len(result.missing),
-            len(examples) + len(result.missing),
-            result.missing[0],
-        )
     notes: list[str] = []
+    if require_caption and (left_out := result.without_caption):
+        count = f"{len(left_out):,} of {len(examples) + len(left_out):,} images"
+        notes.append(f"{count} have no caption and are left out, such as {left_out[0].name}.")
+    if missing := result.missing:
+        count = f"{len(missing):,} of {len(examples) + len(missing):,} rows"
+        notes.append(f"{count} name a file that does not exist and are left out, such as {missing[0]}.")
     if result.unused:
         notes.append(f"Unused caption files: {len(result.unused):,}, such as {result.unused[0]}.")
-    no_text = [example.name for example in result.examples if not example.text.strip()]
-    if no_text:
+    if no_text := [example.name for example in result.examples if not example.text.strip()]:
         notes.append(f"Empty captions: {len(no_text):,}, such as that of {no_text[0]}.")
     notes += result.ignored
     if notes:

@@ -50,12 +50,9 @@ def with_faces(
             f"None of the {len(examples)} images has a face embedding: {reason}. The first image is {examples[0].name}."
         )
     if len(with_embed) < len(found):
-        log.warning(
-            "%d of %d images have no face embedding and are left out, such as %s",
-            len(found) - len(with_embed),
-            len(found),
-            next(example.name for example in found if example.face_id_embed is None),
-        )
+        first = next(example.name for example in found if example.face_id_embed is None)
+        count = f"{len(found) - len(with_embed):,} of {len(found):,} images"
+        log.warning("%s have no face embedding and are left out, such as %s", count, first)
     _check_first(with_embed[:_CHECKED], dim)
     return with_embed
 
@@ -107,9 +104,7 @@ def read_face_embed(file: Path | TarMember) -> Tensor:
         if isinstance(error, OSError) and error.strerror is not None:
             raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
         if isinstance(error, pickle.UnpicklingError) and first_bytes(file).startswith((b"PK", b"\x80")):
-            raise DataError(
-                f"{file}: holds more than an array. Save the array alone, with numpy.save as .npy."
-            ) from error
+            raise DataError(f"{file}: holds more than an array. Save the array alone, with numpy.save.") from error
         raise wrong_file(file, "a face embedding", ARRAYS) from error
 
 
@@ -179,8 +174,6 @@ def _check_first(examples: Sequence[Example], dim: int) -> None:
         raise errors[0]
     if any(abs(norm - 1) > 0.05 for norm in norms):
         log.warning(
-            "The face embeddings have norms from %.3g to %.3g. The published faceid adapters, and the nodes and "
-            "pipelines that use them, take embeddings of norm 1 (insightface's normed_embedding).",
-            min(norms),
-            max(norms),
+            f"The face embeddings have norms from {min(norms):.3g} to {max(norms):.3g}. The published faceid adapters, "
+            "and the nodes and pipelines that use them, take embeddings of norm 1 (insightface's normed_embedding)."
         )

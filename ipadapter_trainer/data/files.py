@@ -7,28 +7,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ipadapter_core.file_types import (
-    GIF,
-    GZIP,
-    JPEG,
-    LFS_POINTER,
-    NUMPY,
-    PNG,
-    RIFF,
-    SAFETENSORS,
-    START,
-    TAR,
-    WEB_PAGE,
-    ZIP,
-    FileType,
-    type_of,
-)
+from ipadapter_core import file_types
+from ipadapter_core.file_types import START, FileType, type_of
 
 from ..errors import DataError
 
-IMAGES = (PNG, JPEG, GIF, RIFF)
-ARCHIVES = (TAR, GZIP)
-ARRAYS = (NUMPY, ZIP, SAFETENSORS)  # torch and .npz files are zip archives
+IMAGES = (file_types.PNG, file_types.JPEG, file_types.GIF, file_types.RIFF)
+ARCHIVES = (file_types.TAR, file_types.GZIP)
+ARRAYS = (file_types.NUMPY, file_types.ZIP, file_types.SAFETENSORS)  # torch and .npz files are zip archives
 
 
 @dataclass(frozen=True)
@@ -103,7 +89,7 @@ def read_text(file: Path, expected: str) -> str:
         data = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
-    if type_of(data[:START]) in (LFS_POINTER, WEB_PAGE):
+    if type_of(data[:START]) in (file_types.LFS_POINTER, file_types.WEB_PAGE):
         raise wrong_file(file, expected)
     is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:

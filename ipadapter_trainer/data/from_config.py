@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..settings.config import TrainConfig
 from .augmentation import Augmentation
-from .buckets import Buckets, find_buckets, sample_sizes, size_notes
+from .buckets import Buckets, assign, make_buckets, read_sizes, sample_sizes, size_notes
 from .examples import Example, find_examples, fingerprint
 from .face_embeds import with_faces
 from .shard_files import expand_shards
@@ -42,7 +42,7 @@ def buckets_from_config(config: TrainConfig, examples: Sequence[Example]) -> Buc
     """The buckets of the data set; each can fill a batch."""
     if not config.buckets:
         return Buckets.square(config.resolution, len(examples))
-    return find_buckets(examples, config.resolution, config.bucket_step, at_least=config.batch_size)
+    return assign(read_sizes(examples), make_buckets(config.resolution, config.bucket_step), config.batch_size)
 
 
 def warn_about_sizes(config: TrainConfig, examples: Sequence[Example]) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -27,49 +28,30 @@ from .tar_samples import TarSample, count_samples, stream_samples
 _LOOK_AHEAD = 1000  # samples that are tried in place of a broken one
 
 
-class ShardWorker(NamedTuple):
-    """Which part of the stream a worker reads."""
-
-    process: int
-    processes: int
-    worker: int
-    num_workers: int
-
-
+@dataclass(eq=False)
 class ShardBatches(IterableDataset[Batch]):
     """The batches of one process; the arguments are those of `shard_loader`."""
 
-    def __init__(
-        self,
-        shards: Sequence[str],
-        preprocessor: Preprocessor,
-        augmentation: Augmentation,
-        *,
-        batch_size: int,
-        process: int,
-        processes: int,
-        start: int,
-    ) -> None:
-        self.shards = tuple(shards)
-        self.preprocessor = preprocessor
-        self.augmentation = augmentation
-        self.batch_size = batch_size
-        self._process, self._processes, self._start = process, processes, start
-        self._size = (augmentation.resolution, augmentation.resolution)
-        check_image_size(self._size, preprocessor)
+    shards: Sequence[str]
+    preprocessor: Preprocessor
+    augmentation: Augmentation
+    batch_size: int
+    process: int
+    processes: int
+    start: int
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         number, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         # The loader asks worker 0 first, even if another worker would make this batch without the resume.
-        worker = (self._start + number) % num_workers
-        batches_before = len(range(worker, self._start, num_workers))
-        part = ShardWorker(self._process, self._processes, worker, num_workers)
+        worker = (self.start + number) % num_workers
+        batches_before = len(range(worker, self.start, num_workers))
+        part = slice(self.process + self.processes * worker, None, self.processes * num_workers)
         items = self._items(part, skip=batches_before * self.batch_size)
         while True:
             yield collate(list(islice(items, self.batch_size)))
 
-    def _items(self, part: ShardWorker, skip: int) -> Iterator[dict[str, Any]]:
+    def _items(self, part: slice, skip: int) -> Iterator[dict[str, Any]]:
         """An item for each sample. A broken sample is replaced by the next good one, which still gets its own turn."""
         broken: list[str] = []
         stream = sample_stream(self.shards, part, self.augmentation.seed, broken, skip)
@@ -90,8 +72,9 @@ class ShardBatches(IterableDataset[Batch]):
             broken.clear()
 
     def _try(self, sample: TarSample, key: RandomKey, broken: list[str]) -> dict[str, Any] | None:
+        size = (self.augmentation.resolution, self.augmentation.resolution)
         try:
-            return preprocess(sample.example(), self._size, key, self.preprocessor, self.augmentation)
+            return preprocess(sample.example(), size, key, self.preprocessor, self.augmentation)
         except DataError as error:
             broken.append(str(error))
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
@@ -100,10 +83,10 @@ class ShardBatches(IterableDataset[Batch]):
 
 
 def sample_stream(
-    shards: Sequence[str], part: ShardWorker, seed: int, broken: list[str], skip: int = 0
+    shards: Sequence[str], part: slice, seed: int, broken: list[str], skip: int = 0
 ) -> Iterator[tuple[int, TarSample]]:
-    """The epochs and samples of a worker, endlessly, without the first `skip`. Problems of a shard are added to
-    `broken`.
+    """The epochs and samples of a `part` of the shuffled shards, endlessly, without the first `skip`. Problems of a
+    shard are added to `broken`.
 
     Of local shards that are skipped whole only the headers are read; of other skipped samples nothing is decoded.
 
@@ -113,7 +96,7 @@ def sample_stream(
     for epoch in count():
         order = random.Random(f"{seed}/{epoch}/shards").sample(shards, len(shards))
         found = 0
-        for shard in order[part.process :: part.processes][part.worker :: part.num_workers]:
+        for shard in order[part]:
             if skip and shard not in lengths:
                 lengths[shard] = count_samples(shard)
             length = lengths.get(shard)
@@ -155,20 +138,11 @@ def shard_loader(
     workers = max(num_workers, 1)
     if len(shards) < processes * workers:
         most = len(shards) // processes
-        advice = (
-            f"Set num_workers={most}, or make more shards." if most else "Make more shards, or use fewer processes."
-        )
+        advice = f"Set num_workers={most}" if most else "Use fewer processes"
         raise DataError(
             f"{len(shards)} shards for {processes} processes with {workers} workers each: every worker needs at least "
-            f"one shard. {advice}"
+            f"one shard. {advice}, or make more shards."
         )
-    batches = ShardBatches(
-        shards,
-        preprocessor,
-        augmentation,
-        batch_size=batch_size,
-        process=process,
-        processes=processes,
-        start=start,
-    )
+    check_image_size((augmentation.resolution, augmentation.resolution), preprocessor)
+    batches = ShardBatches(shards, preprocessor, augmentation, batch_size, process, processes, start)
     return DataLoader(batches, batch_size=None, **worker_options(num_workers, pin))
