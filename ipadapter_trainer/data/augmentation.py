@@ -96,10 +96,7 @@ def noise_params(
     """
     rng = _generator(key, "noise")
     drop_image, drop_text = dropout(
-        rng.random(),
-        image=augmentation.image_dropout,
-        text=augmentation.text_dropout,
-        both=augmentation.both_dropout,
+        rng.random(), image=augmentation.image_dropout, text=augmentation.text_dropout, both=augmentation.both_dropout
     )
     timestep = rng.randrange(num_train_timesteps)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))

@@ -42,7 +42,6 @@ def check_data(
     *,
     min_side: int = 512,
     sheet: Path | None = None,
-    threads: int | None = None,
     progress_bar: bool = False,
 ) -> DataReport:
     """Read every image of a data set (a folder, a list, or shards, as for a training) and report on it. Write up to 24
@@ -65,7 +64,7 @@ def check_data(
         raise DataError(result.empty)
     infos: list[ImageInfo] = []
     samples: dict[int, ImageInfo] = {}
-    with ThreadPoolExecutor(threads) as pool:  # Pillow's decoders run in parallel
+    with ThreadPoolExecutor() as pool:  # Pillow's decoders run in parallel
         for info in tqdm(_map_in_order(pool, inspect_image, entries), "images", total, disable=not progress_bar):
             _sample(samples, info, len(infos))
             infos.append(replace(info, thumbnail=None))

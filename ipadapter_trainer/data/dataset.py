@@ -96,7 +96,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def _item(self, row: int, size: Size, index: SampleIndex) -> dict[str, Any]:
         key = index.key(self.augmentation.seed)
-        return preprocess(self.examples[row], size, key, self.preprocessor, self.augmentation)
+        return preprocess(self.preprocessor, self.augmentation, size, key, self.examples[row])
 
     def _candidates(self, row: int) -> Iterator[int]:
         """The row itself, the other rows of its bucket, and all other rows."""

@@ -36,7 +36,7 @@ class Preprocessor:
 
 
 def preprocess(
-    example: Example, size: Size, key: RandomKey, preprocessor: Preprocessor, augmentation: Augmentation
+    preprocessor: Preprocessor, augmentation: Augmentation, size: Size, key: RandomKey, example: Example
 ) -> dict[str, Any]:
     """One row of a `Batch`, with `images` of the given size (width, height).
 

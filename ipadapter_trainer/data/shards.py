@@ -74,7 +74,7 @@ class ShardBatches(IterableDataset[Batch]):
     def _try(self, sample: TarSample, key: RandomKey, broken: list[str]) -> dict[str, Any] | None:
         size = (self.augmentation.resolution, self.augmentation.resolution)
         try:
-            return preprocess(sample.example(), size, key, self.preprocessor, self.augmentation)
+            return preprocess(self.preprocessor, self.augmentation, size, key, sample.example())
         except DataError as error:
             broken.append(str(error))
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files

@@ -86,10 +86,12 @@ def stream_samples(shard: str, report: Callable[[str], None], seed: str | None =
 
 
 def _read_samples(shard: str, report: Callable[[str], None]) -> Iterator[TarSample]:
+    archive = Path(shard_name(shard))
+
     def read(info: tarfile.TarInfo) -> TarMember:
         content = tar.extractfile(info)
-        assert content is not None
-        return TarMember(Path(shard_name(shard)), info.name, content=content.read())
+        assert content is not None  # only for links and folders
+        return TarMember(archive, info.name, content=content.read())
 
     try:
         stream = HttpFile(shard) if is_url(shard) else Path(shard).open("rb")  # noqa: SIM115, closed below
