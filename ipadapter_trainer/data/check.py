@@ -95,12 +95,12 @@ def inspect_image(entry: Entry) -> ImageInfo:
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         return replace(info, error=f"{example.name}: {why_unreadable(error)}")
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    looks = image_hash(image) if can_hash_images() else None
+    hashed = image_hash(image) if can_hash_images() else None
     if references:
         side = 2 * max(image.size) // 5
         inset = ImageOps.expand(ImageOps.contain(references[0], (side, side)), 2, "white")
         image.paste(inset, (image.width - inset.width, image.height - inset.height))
-    return replace(info, size=size, digest=hashlib.sha256(data).hexdigest(), hash=looks, thumbnail=image)
+    return replace(info, size=size, digest=hashlib.sha256(data).hexdigest(), hash=hashed, thumbnail=image)
 
 
 def _shard_entries(shards: Sequence[str], problems: list[str]) -> Iterator[Entry]:

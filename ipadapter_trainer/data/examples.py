@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -14,7 +15,7 @@ from ..errors import DataError
 from .files import TarMember, read_text
 from .folders import ARCHIVE_SUFFIXES, FolderListing, list_folder
 from .images import StoredImage
-from .lists import LIST_SUFFIXES, METADATA_NAMES, Row, read_list, text_value
+from .lists import LIST_SUFFIXES, METADATA_NAMES, read_list
 
 _NAMED = 5  # problems in a message
 
@@ -112,7 +113,6 @@ def scan(path: Path, root: Path | None = None) -> ScanResult:
 
     Raises DataError for a path or a list that cannot be read.
     """
-    path = Path(path)
     if not path.exists():
         advice = "A pattern of shards ends in .tar." if set("*?[{") & set(path.name) else "Set data to your images."
         raise DataError(f"{path}: no such file or folder. {advice}")
@@ -120,11 +120,7 @@ def scan(path: Path, root: Path | None = None) -> ScanResult:
         return _scan_folder(path, root)
     if path.suffix.lower() in LIST_SUFFIXES:
         return _scan_list(path, root)
-    *others, last = LIST_SUFFIXES
-    raise DataError(
-        f"{path}: expected a folder, a list ({', '.join(others)} or {last}) or .tar shards, not a "
-        f"{path.suffix or 'plain'} file."
-    )
+    raise DataError(f"{path}: expected a folder, a list ({', '.join(LIST_SUFFIXES)}) or .tar shards.")
 
 
 def fingerprint(examples: Iterable[Example], root: Path | None = None) -> str:
@@ -201,43 +197,50 @@ def _not_in_list(result: ScanResult, metadata: Path, listing: FolderListing) -> 
 
 def _scan_list(file: Path, root: Path | None) -> ScanResult:
     folder = root if root is not None else file.parent
-    rows, unreadable = read_list(file)
-    result = ScanResult(unreadable=unreadable)
-    for row in rows:
+    result = ScanResult()
+    for location, values in read_list(file):
         try:
-            example = _from_row(row, folder)
+            if isinstance(values, DataError):
+                raise values
+            example = _from_row(values, "image_file" if file.suffix.lower() == ".json" else "file_name", folder)
         except DataError as error:
-            unreadable.append(str(error))
+            result.unreadable.append(f"{location}: {error}")
             continue
         missing = next((f for f in example.files if not f.is_file()), None)
         if missing is None:
             result.examples.append(example)
         else:
-            result.missing.append(f"{missing} ({row.location})")
-    what = f"none of its {len(rows)} images exists, such as {result.missing[0]}" if result.missing else "it is empty"
+            result.missing.append(f"{missing} ({location})")
+    count = len(result.missing)
+    what = f"none of its {count} images exists, such as {result.missing[0]}" if count else "it is empty"
     result.empty = f"{file}: {what}. File names are relative to {folder}; data_root changes that."
     return result
 
 
-def _from_row(row: Row, folder: Path) -> Example:
-    references = row.values.get("reference") or ()
+def _from_row(values: Any, image_key: str, folder: Path) -> Example:
+    if not isinstance(values, Mapping):
+        raise DataError(f"expected an object with {image_key!r} and 'text', found {values!r:.60}.")
+
+    def text(key: str) -> str:
+        if not isinstance(value := values.get(key), str):
+            keys = ", ".join(map(str, values))
+            raise DataError(f"{key!r} must be text, found {value!r:.60} (keys: {keys:.100}).")
+        return value
+
+    image, caption = folder / text(image_key), text("text")
+    references = values.get("reference") or ()
     if isinstance(references, str):
         references = (references,)
     if not isinstance(references, list | tuple) or not all(isinstance(reference, str) for reference in references):
-        raise DataError(f"{row.location}: 'reference' must be a file name or a list of them, found {references!r:.60}.")
+        raise DataError(f"'reference' must be a file name or a list of them, found {references!r:.60}.")
     face = None
-    if row.values.get("id_embed_file") is not None:
-        name = text_value(row.values, "id_embed_file", row.location)
+    if values.get("id_embed_file") is not None:
+        name = text("id_embed_file")
         # The original trainer opens it relative to the working directory (tutorial_train_faceid.py).
         face = Path(name) if Path(name).is_file() and not (folder / name).is_file() else folder / name
-    width, height = row.values.get("width"), row.values.get("height")
-    return Example(
-        folder / row.image,
-        row.text,
-        tuple(folder / reference for reference in references),
-        face,
-        (width, height) if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 else None,
-    )
+    width, height = values.get("width"), values.get("height")
+    size = (width, height) if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 else None
+    return Example(image, caption, tuple(folder / reference for reference in references), face, size)
 
 
 def _first(sentences: Sequence[str]) -> str:

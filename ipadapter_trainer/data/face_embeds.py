@@ -84,8 +84,7 @@ def read_face_embed(file: Path | TarMember) -> Tensor:
     Raises DataError for another suffix and for a file that cannot be read.
     """
     if file.suffix not in EMBED_SUFFIXES:
-        *others, last = EMBED_SUFFIXES
-        raise DataError(f"{file}: expected a {', '.join(others)} or {last} file with a face embedding.")
+        raise DataError(f"{file}: expected a face embedding ({', '.join(EMBED_SUFFIXES)}).")
     try:
         if file.suffix == ".safetensors":
             tensors = safetensors.torch.load(file.read_bytes())

@@ -11,7 +11,7 @@ from pathlib import Path
 from .images import IMAGE_SUFFIXES
 from .lists import METADATA_NAMES
 
-CAPTION_SUFFIXES = (".txt", ".caption")  # the first one wins
+CAPTION_SUFFIXES = (".txt", ".caption")  # in order of preference
 ARCHIVE_SUFFIXES = (".tar", ".tgz")
 _SYSTEM = ("thumbs.db", "desktop.ini", "@eadir", "__macosx")
 _ADVICE = {

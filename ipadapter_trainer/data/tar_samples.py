@@ -34,6 +34,8 @@ _PADDING = 1 << 16  # bytes; writers fill the last block, usually of 10 KB, with
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # the name of a sample and the suffix, which may hold dots
 _META = re.compile(r"__[^/]*__($|/)")  # files about the shard
 
+_DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError)
+
 log = logging.getLogger(__name__)
 
 
@@ -64,7 +66,7 @@ class TarSample(NamedTuple):
         except ValueError as error:
             raise DataError(f"{self.name}: its caption cannot be read ({error}).") from error
         for key in ("text", "caption"):
-            if isinstance(row.get(key), str):
+            if isinstance(row, dict) and isinstance(row.get(key), str):
                 return row[key].strip()
         raise DataError(f"{self.name}: no caption: no .txt, and no 'text' or 'caption' in a .json.")
 
@@ -150,7 +152,7 @@ def count_samples(shard: str) -> int | None:
 
 
 def _index(shard: str) -> Iterator[TarSample]:
-    """The samples of a local .tar file, with the places of their files."""
+    """The samples of a local .tar file, with the offsets of their files."""
     path = Path(shard)
     with tarfile.open(path, "r:") as tar:
         yield from _samples(tar, shard, lambda info: TarMember(path, info.name, info.offset_data, info.size))
@@ -176,16 +178,13 @@ def _check_end(tar: tarfile.TarFile, shard: str) -> None:
         return
     with Path(shard).open("rb") as stream:
         size = stream.seek(0, io.SEEK_END)
-        if size - tar.offset > _PADDING:  # after zeros, which readers take for the end
+        if size - tar.offset > _PADDING:  # readers stop at zeros
             raise tarfile.ReadError(
                 f"it ends after {tar.offset:,} of {size:,} bytes: an incomplete download, or several archives in one"
             )
         stream.seek(-tarfile.BLOCKSIZE, io.SEEK_END)
         if stream.read().strip(b"\0"):
             raise tarfile.ReadError("it has no end marker")
-
-
-_DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError)
 
 
 def _damaged(shard: str, error: Exception) -> str:
