@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import urllib.request
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import urllib3
 from urllib3.exceptions import HTTPError, MaxRetryError
@@ -76,5 +76,6 @@ def _pool(url: str) -> urllib3.PoolManager:
     proxy = urllib.request.getproxies().get(address.scheme)
     if proxy is None or urllib.request.proxy_bypass(address.netloc):
         return urllib3.PoolManager()
-    login = urlsplit(proxy).netloc.rpartition("@")[0]
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    login = unquote(urlsplit(proxy).netloc.rpartition("@")[0])
     return urllib3.ProxyManager(proxy, proxy_headers=urllib3.make_headers(proxy_basic_auth=login or None))

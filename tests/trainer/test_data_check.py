@@ -124,7 +124,7 @@ def test_what_is_too_large_for_a_tar_in_memory_is_not_held(tmp_path: Path) -> No
 # --- Duplicates
 
 
-def test_looks_know_shape_and_colour() -> None:
+def test_hashes_depend_on_shape_and_colour() -> None:
     one = image_hash(painting(1))
     assert one.is_near(image_hash(painting(1, (480, 320))))
     assert not one.is_near(image_hash(painting(2)))
@@ -135,23 +135,23 @@ def test_looks_know_shape_and_colour() -> None:
     assert not image_hash(red).is_near(image_hash(blue))
 
 
-def test_groups_are_chains_of_likeness() -> None:
-    def look(bits: int, colour: int = 0) -> ImageHash:
+def test_groups_are_chains_of_near_duplicates() -> None:
+    def hash_of(bits: int, colour: int = 0) -> ImageHash:
         return ImageHash(bits, (colour,) * 3)
 
     # Three bits at a time lead from a to c; d has another colour, e another hash.
-    looks = [
-        ("a", look(0)),
-        ("e", look(0xFFFF)),
-        ("b", look(0b111)),
-        ("c", look(0b111 | 0b111 << 20)),
-        ("d", look(0, 5)),
-        ("f", look(0xFFFF)),
+    hashes = [
+        ("a", hash_of(0)),
+        ("e", hash_of(0xFFFF)),
+        ("b", hash_of(0b111)),
+        ("c", hash_of(0b111 | 0b111 << 20)),
+        ("d", hash_of(0, 5)),
+        ("f", hash_of(0xFFFF)),
     ]
-    assert near_duplicates(looks) == [["a", "b", "c"], ["e", "f"]]
-    spread = [(str(bit), look(1 << bit | 1 << (bit + 21) % 64 | 1 << (bit + 42) % 64)) for bit in (0, 7, 40)]
+    assert near_duplicates(hashes) == [["a", "b", "c"], ["e", "f"]]
+    spread = [(str(bit), hash_of(1 << bit | 1 << (bit + 21) % 64 | 1 << (bit + 42) % 64)) for bit in (0, 7, 40)]
     for name, three in spread:  # three bits in three bands: the fourth agrees
-        assert near_duplicates([("zero", look(0)), (name, three)]) == [["zero", name]]
+        assert near_duplicates([("zero", hash_of(0)), (name, three)]) == [["zero", name]]
     assert duplicates([("a", 1), ("b", 2), ("c", 1)]) == [["a", "c"]]
 
 
@@ -227,7 +227,7 @@ def test_json_is_json(flawed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert Path("sheet.png").is_file()
 
 
-def test_a_clean_data_set_is_told_so(tmp_path: Path) -> None:
+def test_a_clean_data_set_has_no_faults(tmp_path: Path) -> None:
     add(tmp_path, "a.png", painting(0), "a")
     code, out, _ = check(tmp_path, "--no-sheet", "--min-side", "1")
     assert code == 0

@@ -324,7 +324,7 @@ def test_a_folder_of_nothing_says_what_it_holds(tmp_path: Path, make: Callable[[
         find_examples(tmp_path)
 
 
-def test_a_pattern_that_is_none_is_told_so(tmp_path: Path) -> None:
+def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\*: no such file or folder. A pattern of shards ends in .tar."):
         find_examples(tmp_path / "*")
 

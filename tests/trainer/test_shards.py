@@ -95,14 +95,14 @@ def test_other_names_are_refused(data: Any, words: str) -> None:
         expand_shards(data)
 
 
-def test_shards_are_told_from_images() -> None:
+def test_shards_are_recognised_by_their_names() -> None:
     for data in ("a.tar", "a-{0..3}.tar", "https://host/a.tar?download=true", ["a.tar"], Path("a.tgz")):
         assert is_shards(data)
     for data in ("images", "a.json", Path("a.jsonl")):
         assert not is_shards(data)
 
 
-def test_the_fingerprint_knows_names_and_sizes(four: list[str], tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_names_and_sizes(four: list[str], tmp_path: Path) -> None:
     before = fingerprint_shards(four)
     assert fingerprint_shards(four[:3]) != before
     write_shard(Path(four[0]), {f"{n}": sample(n) for n in range(30)})
@@ -139,7 +139,7 @@ def test_a_sample_has_a_image_a_caption_a_reference_and_a_face(tmp_path: Path) -
         ),
     ],
 )
-def test_what_a_sample_lacks_is_named(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
+def test_missing_and_broken_files_of_a_sample_are_named(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
     (raw,) = stream_samples(str(write_shard(tmp_path / "a.tar", {"1": files})), print)
     with pytest.raises(DataError, match=words):
         face_id_embed(raw.example())

@@ -71,7 +71,7 @@ def test_headers_alone_are_read(tmp_path: Path) -> None:
     assert sample_sizes([Example(tmp_path / "a.png", ""), Example(tmp_path / "no.png", "")]) == [(300, 200), None]
 
 
-def test_a_training_and_the_check_say_it(
+def test_a_training_and_the_check_warn_about_it(
     settings: dict[str, Any], images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("red", "blue"):
