@@ -54,14 +54,16 @@ def check_data(
         raise DataError(f"{sheet}: unknown image suffix {sheet.suffix!r} for the samples. Use .png.")
     if sheet is not None and is_inside(sheet, data):
         raise DataError(f"{sheet} would become part of the data set. Choose a folder outside {data}.")
-    result = ScanResult() if is_shards(data) else scan(Path(data), root)
-    entries: Iterable[Entry] = [(example, example.text) for example in result.examples]
-    entries += [(example, None) for example in result.without_caption]
-    total = len(entries)
     if is_shards(data):
-        entries, total = _shard_entries(expand_shards(data), result.missing), None
-    elif not entries and not result.unreadable:
-        raise DataError(result.empty)
+        result, total = ScanResult(), None
+        entries: Iterable[Entry] = _shard_entries(expand_shards(data), result.missing)
+    else:
+        result = scan(Path(data), root)
+        entries = [(example, example.text) for example in result.examples]
+        entries += [(example, None) for example in result.without_caption]
+        total = len(entries)
+        if not entries and not result.unreadable:
+            raise DataError(result.empty)
     infos: list[ImageInfo] = []
     samples: dict[int, ImageInfo] = {}
     with ThreadPoolExecutor() as pool:  # Pillow's decoders run in parallel
