@@ -16,10 +16,10 @@ from ..data.augmentation import Augmentation
 from ..data.buckets import Buckets
 from ..data.dataset import worker_options
 from ..data.examples import Example
-from ..data.preprocess import Preprocessor
+from ..data.preprocess import Preprocessor, tokenize
 from ..errors import CacheError
 from ..models.base_model import BaseModel
-from ..models.conditioning import encode_tokens, tokenize
+from ..models.conditioning import encode_tokens
 from ..models.features import encode_moments
 from ..models.image_features import encode_clip_images
 from ..settings.config import TrainConfig
@@ -101,7 +101,7 @@ def _encoded_texts(caching: Caching, shards: Sequence[Shard]) -> Iterator[Encode
     for shard in shards:
         for first in range(0, len(shard.items), each):
             captions = [caching.rows.captions[item] for item in shard.items[first : first + each]]
-            states = encode_tokens(base_model, *tokenize(base_model, captions))
+            states = encode_tokens(base_model, *tokenize(base_model.tokenizers, captions, base_model.text_length))
             values = {"text_states": states.states}
             if states.pooled is not None:
                 values["text_embeds"] = states.pooled

@@ -14,8 +14,8 @@ from PIL import Image
 
 from ..data.buckets import Buckets
 from ..data.examples import Example
+from ..data.files import TarMember
 from ..data.images import Size, StoredImage
-from ..data.tar_member import PackedFile
 from ..models.base_model import BaseModel
 from .settings import RowBytes, Settings, row_bytes
 
@@ -37,7 +37,7 @@ class Rows:
     def of(cls, examples: Sequence[Example]) -> Rows:
         """Of the examples in their order."""
         captions = {"": 0}
-        references: dict[Path | PackedFile | int, int] = {}  # images in memory by their id
+        references: dict[Path | TarMember | int, int] = {}  # images in memory by their id
         images: list[StoredImage] = []
         caption_of = np.empty(len(examples), dtype=np.int32)
         references_of: list[tuple[int, ...]] = []

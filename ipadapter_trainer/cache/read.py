@@ -16,6 +16,7 @@ from ..data.augmentation import Augmentation, CropParams, SampleIndex, crop_para
 from ..data.buckets import Buckets
 from ..data.dataset import ImageDataset
 from ..data.examples import Example
+from ..data.face_embeds import face_id_embed
 from ..data.images import Size
 from ..data.preprocess import Preprocessor, image_tensors, noise_tensors, open_image, reference_tensor
 from ..errors import CacheError, DataError
@@ -129,12 +130,12 @@ class CachedDataset(ImageDataset):
         super().__init__(examples, replace(preprocessor, tokenizers=()), augmentation, cache.buckets)
         self.cache = cache
 
-    def _item(self, row: int, size: Size, draw: SampleIndex) -> dict[str, Any]:
-        example, address = self.examples[row], draw.address(self.augmentation.seed)
-        where = crop_params(self.augmentation, address)
+    def _item(self, row: int, size: Size, index: SampleIndex) -> dict[str, Any]:
+        example, key = self.examples[row], index.key(self.augmentation.seed)
+        where = crop_params(self.augmentation, key)
         shape = self.preprocessor.latent_shape(size)
-        drawn = noise_params(self.augmentation, address, shape, self.preprocessor.num_train_timesteps)
-        variant = draw.epoch + draw.repeat
+        drawn = noise_params(self.augmentation, key, shape, self.preprocessor.num_train_timesteps)
+        variant = index.epoch + index.repeat
         latents = self.cache.latents(row, variant, where.flip)
         if latents["latents_mean"].shape != shape:
             raise DataError(f"of another bucket than {size[0]}x{size[1]}")
@@ -142,7 +143,7 @@ class CachedDataset(ImageDataset):
         if self.preprocessor.image_processor is not None:
             item |= self._reference(row, size, variant, where)
         if self.preprocessor.takes_face:
-            item["face_id_embed"] = self._face_id_embed(example)
+            item["face_id_embed"] = face_id_embed(example, self.preprocessor.face_dim)
         return item
 
     def _reference(self, row: int, size: Size, variant: int, where: CropParams) -> dict[str, Tensor]:

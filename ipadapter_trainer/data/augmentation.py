@@ -1,7 +1,7 @@
-"""Everything that is random about one use of an example.
+"""Random crops, flips, dropout and noise.
 
-It is a function of the use's address and of nothing else: not of the number of processes or workers, not of what was
-drawn before. So none of them, and no resume, changes a training.
+All randomness of a sample derives from its random key, as from a key in JAX. So it depends neither on the number of
+processes and workers nor on a resume.
 """
 
 from __future__ import annotations
@@ -13,27 +13,25 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-Uniform = TypeVar("Uniform", float, Tensor)  # draws from [0, 1)
-
-
 RandomKey = tuple[int, int, int | str]  # seed, epoch, and the row of an example or the name of a sample
+Uniform = TypeVar("Uniform", float, Tensor)
 
 
 class SampleIndex(NamedTuple):
-    """One use of one example. `repeat` counts its uses within the epoch, where it fills up a batch."""
+    """One use of an example. `repeat` counts its uses within the epoch, where it fills up a batch."""
 
     epoch: int
     row: int
     repeat: int = 0
 
-    def address(self, seed: int) -> RandomKey:
-        """Where the draw's randomness comes from."""
+    def key(self, seed: int) -> RandomKey:
+        """The random key of this use."""
         return seed, self.epoch, f"{self.row} again {self.repeat}" if self.repeat else self.row
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How an example becomes a training item; every field as in `TrainConfig`."""
+    """The fields of `TrainConfig` that decide how an example is cropped, flipped, dropped and made noisy."""
 
     resolution: int
     seed: int = 0
@@ -49,34 +47,34 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class CropParams:
-    """Which pixels are seen. Positions are shares in [0, 1], so that they fit an image of any size."""
+    """Which pixels are used. Positions are fractions in [0, 1] of what is cut off, so they fit any image size."""
 
-    left: float  # share of what is cut off that lies to the left of the cut
+    left: float
     top: float
     flip: bool
     own_reference: bool  # the image is its own reference although it has others
-    reference: float  # picks one of the references
-    reference_area: float  # share of the reference's pixels that is kept
+    reference: float  # in [0, 1), selects one of the references
+    reference_area: float  # fraction of the reference's pixels that is kept
     reference_left: float
     reference_top: float
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseParams:
-    """What is dropped, and the noise."""
+    """Dropout and noise of a sample."""
 
     drop_image: bool
     drop_text: bool
     noise: Tensor  # float32 [C, h, w], noise offset included
-    posterior_noise: Tensor  # float32 [C, h, w]
+    posterior_noise: Tensor  # float32 [C, h, w], to sample the VAE's posterior
     timestep: int
 
 
-def crop_params(augmentation: Augmentation, address: RandomKey) -> CropParams:
-    """The pixels that a use sees."""
-    uniform = _uniform(address, "geometry")
-    # All are always drawn, so that turning one option on changes nothing else.
-    left, top, flip, own, reference, area, reference_left, reference_top = (uniform.random() for _ in range(8))
+def crop_params(augmentation: Augmentation, key: RandomKey) -> CropParams:
+    """Crop and flip of a sample, and its reference."""
+    rng = _generator(key, "geometry")
+    # All numbers are always drawn, so that turning on one option does not change the others.
+    left, top, flip, own, reference, area, reference_left, reference_top = (rng.random() for _ in range(8))
     return CropParams(
         left=left if augmentation.crop == "random" else 0.5,
         top=top if augmentation.crop == "random" else 0.5,
@@ -90,21 +88,18 @@ def crop_params(augmentation: Augmentation, address: RandomKey) -> CropParams:
 
 
 def noise_params(
-    augmentation: Augmentation, address: RandomKey, latent_shape: tuple[int, int, int], num_train_timesteps: int = 1000
+    augmentation: Augmentation, key: RandomKey, latent_shape: tuple[int, int, int], num_train_timesteps: int = 1000
 ) -> NoiseParams:
-    """Dropout (paper, section 3.2.3), noise [C, h, w] and timestep of a use.
+    """Dropout (paper, section 3.2.3), noise [C, h, w] and timestep of a sample.
 
-    Noise offset adds a constant of its own to each channel (tutorial_train_sdxl.py).
+    The noise offset adds a random constant to each channel (tutorial_train_sdxl.py).
     """
-    uniform = _uniform(address, "noise")
+    rng = _generator(key, "noise")
     drop_image, drop_text = dropout(
-        uniform.random(),
-        image=augmentation.image_dropout,
-        text=augmentation.text_dropout,
-        both=augmentation.both_dropout,
+        rng.random(), image=augmentation.image_dropout, text=augmentation.text_dropout, both=augmentation.both_dropout
     )
-    timestep = uniform.randrange(num_train_timesteps)
-    generator = torch.Generator().manual_seed(uniform.getrandbits(63))
+    timestep = rng.randrange(num_train_timesteps)
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
     noise = torch.randn(latent_shape, generator=generator)
     posterior_noise = torch.randn(latent_shape, generator=generator)
     if augmentation.noise_offset:
@@ -112,18 +107,18 @@ def noise_params(
     return NoiseParams(bool(drop_image), bool(drop_text), noise, posterior_noise, timestep)
 
 
-def _uniform(address: RandomKey, purpose: str) -> random.Random:
-    seed, epoch, place = address
-    return random.Random(f"{seed}/{epoch}/{place}/{purpose}")
-
-
 def dropout(
-    draw: Uniform, *, image: float = 0.05, text: float = 0.05, both: float = 0.05
+    uniform: Uniform, *, image: float = 0.05, text: float = 0.05, both: float = 0.05
 ) -> tuple[bool | Tensor, bool | Tensor]:
-    """One uniform draw in [0, 1), or a tensor of them, decides: (drop the image, drop the text).
+    """Uniform random numbers in [0, 1) -> (drop the image, drop the text), with the given probabilities.
 
-    The order of the original: [0, image) image, then text, then both, the rest keeps both.
+    The intervals are in the original trainer's order: image, text, both, neither.
     """
     end = image + text
-    in_both = (draw >= end) & (draw < end + both)
-    return (draw < image) | in_both, ((draw >= image) & (draw < end)) | in_both
+    in_both = (uniform >= end) & (uniform < end + both)
+    return (uniform < image) | in_both, ((uniform >= image) & (uniform < end)) | in_both
+
+
+def _generator(key: RandomKey, purpose: str) -> random.Random:
+    seed, epoch, name = key
+    return random.Random(f"{seed}/{epoch}/{name}/{purpose}")

@@ -1,47 +1,39 @@
-"""`ipadapter data check`: what is in a data set, and what is wrong with it, before a training finds out."""
+"""`ipadapter data check`: read a whole data set and report its contents and faults before a training does."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ..errors import DataError
-from ..report.contact_sheet import Cell, contact_sheet
-from .check_report import DataReport, ImageFacts, make_report
+from ..report.image_grid import draw_grid
+from ..runtime.disk import whole_file
+from .check_report import DataReport, ImageInfo, make_report
 from .duplicates import can_hash_images, image_hash
-from .examples import Example, ScanResult, scan
+from .examples import Example, ScanResult, TableEntry, scan
+from .face_embeds import read_face_embed
 from .images import open_rgb, why_unreadable
-from .shard_files import expand_shards, is_shards, parse_sample, raw_samples, shard_name
+from .shard_files import expand_shards, is_shards
+from .tar_samples import stream_samples
 
-SAMPLES = 24  # on the contact sheet
+SAMPLES = 24  # on the sheet
+_COLUMNS, _SIDE = 6, 192  # of the sheet; pixels
 _THUMBNAIL = 256
 _WAITING = 64  # images that are read ahead
 
-Thing = TypeVar("Thing")
+Entry = tuple[Example, str | None] | DataError  # an example with its caption, or a sample that cannot be used
+T = TypeVar("T")
 Result = TypeVar("Result")
-Read = Callable[[], bytes]
-
-
-@dataclass(frozen=True, eq=False)
-class DataEntry:
-    """An image of a data set, not yet read."""
-
-    name: str
-    read: Read
-    text: str | None  # None: there is no caption
-    references: tuple[Read, ...] = ()
-    has_face: bool = False
 
 
 def check_data(
@@ -50,44 +42,37 @@ def check_data(
     *,
     min_side: int = 512,
     sheet: Path | None = None,
-    threads: int | None = None,
     progress_bar: bool = False,
 ) -> DataReport:
-    """Read every image of a data set (a folder, a list, or shards, as for a training) and report on it; write a
-    contact sheet of up to 24 samples, drawn with a fixed seed, to `sheet`.
+    """Read every image of a data set (a folder, a list, or shards, as for a training) and report on it. Write up to 24
+    random images with their captions, always the same ones, to the image file `sheet`.
 
-    An image is tiny when its short side has fewer pixels than `min_side`. Raises DataError for a data set that cannot
-    be found or listed, and for a sheet of an unknown suffix; broken images are in the report.
+    An image is too small when its short side has fewer than `min_side` pixels. Raises DataError for a data set that
+    cannot be found or listed, and for a `sheet` of an unknown type or in the data set; broken images are in the report.
     """
     if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
         raise DataError(f"{sheet}: unknown image suffix {sheet.suffix!r} for the samples. Use .png.")
     if sheet is not None and is_inside(sheet, data):
-        raise DataError(f"{sheet} would be in the data set, and in the next training. Choose a place outside {data}.")
-    missing: list[str] = []
-    total: int | None = None
-    found: ScanResult | None = None
+        raise DataError(f"{sheet} would become part of the data set. Choose a folder outside {data}.")
     if is_shards(data):
-        entries = _shard_entries(expand_shards(data), missing)
+        result, total = ScanResult(), None
+        entries: Iterable[Entry] = _shard_entries(expand_shards(data), result.missing)
     else:
-        found = scan(Path(data), root)
-        missing += found.missing
-        entries = [_file_entry(example, example.text) for example in found.examples]
-        entries += [_file_entry(example, None) for example in found.without_caption]
+        result = scan(Path(data), root)
+        entries = [(example, example.text) for example in result.examples]
+        entries += [(example, None) for example in result.without_caption]
         total = len(entries)
-        if not total and not found.unreadable:
-            raise DataError(found.nothing)
-    facts: list[ImageFacts] = []
-    samples: dict[int, ImageFacts] = {}
-    with ThreadPoolExecutor(threads) as pool:  # Pillow's decoders run beside each other
-        results = _in_turn(pool, inspect_image, entries)
-        for fact in tqdm(results, "images", total, disable=not progress_bar):
-            _sample(samples, fact, len(facts))
-            facts.append(dataclasses.replace(fact, thumbnail=None, reference=None))
+        if not entries and not result.unreadable:
+            raise DataError(result.empty)
+    infos: list[ImageInfo] = []
+    samples: dict[int, ImageInfo] = {}
+    with ThreadPoolExecutor() as pool:  # Pillow's decoders run in parallel
+        for info in tqdm(_map_in_order(pool, inspect_image, entries), "images", total, disable=not progress_bar):
+            _sample(samples, info, len(infos))
+            infos.append(replace(info, thumbnail=None))
     if sheet is not None and samples:
-        contact_sheet([_cell(samples[place]) for place in sorted(samples)], sheet)
-    return make_report(
-        str(data), facts, missing, min_side, str(sheet) if sheet is not None and samples else None, found
-    )
+        _write_sheet([samples[i] for i in sorted(samples)], sheet)
+    return make_report(str(data), infos, result, min_side, str(sheet) if sheet is not None and samples else None)
 
 
 def is_inside(path: Path, data: str | Path) -> bool:
@@ -95,86 +80,66 @@ def is_inside(path: Path, data: str | Path) -> bool:
     return Path(data).is_dir() and path.resolve().is_relative_to(Path(data).resolve())
 
 
-def inspect_image(entry: DataEntry | DataError) -> ImageFacts:
-    """Read and decode an image, and its references, entirely."""
+def inspect_image(entry: Entry) -> ImageInfo:
+    """Read and decode an image, its references and its face embedding entirely."""
     if isinstance(entry, DataError):
-        return ImageFacts("", None, error=str(entry))
-    facts = ImageFacts(entry.name, entry.text, has_reference=bool(entry.references), has_face=entry.has_face)
+        return ImageInfo("", None, error=str(entry))
+    example, text = entry
+    face = example.face_id_embed
+    info = ImageInfo(example.name, text, bool(example.references), face is not None)
+    assert not isinstance(example.image, Image.Image)
     try:
-        data = entry.read()
-        size, thumbnail = _decode(data)
-        references = [_decode(read())[1] for read in entry.references]
+        data = example.image.read_bytes()
+        image, size = open_rgb(io.BytesIO(data))
+        references = [open_rgb(reference)[0] for reference in example.references]
+        if face is not None and not isinstance(face, TableEntry):
+            read_face_embed(face)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        return dataclasses.replace(facts, error=f"{entry.name}: {why_unreadable(error)}")
-    return dataclasses.replace(
-        facts,
-        size=size,
-        digest=hashlib.sha256(data).hexdigest(),
-        look=image_hash(thumbnail) if can_hash_images() else None,
-        thumbnail=thumbnail,
-        reference=references[0] if references else None,
-    )
-
-
-def _decode(data: bytes) -> tuple[tuple[int, int], Image.Image]:
-    image, size = open_rgb(io.BytesIO(data))
+        return replace(info, error=f"{example.name}: {why_unreadable(error)}")
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return size, image
+    hashed = image_hash(image) if can_hash_images() else None
+    if references:
+        side = 2 * max(image.size) // 5
+        inset = ImageOps.expand(ImageOps.contain(references[0], (side, side)), 2, "white")
+        image.paste(inset, (image.width - inset.width, image.height - inset.height))
+    return replace(info, size=size, digest=hashlib.sha256(data).hexdigest(), hash=hashed, thumbnail=image)
 
 
-def _file_entry(example: Example, text: str | None) -> DataEntry:
-    image, *references = (file for file in (example.image, *example.references) if isinstance(file, Path))
-    return DataEntry(
-        str(image),
-        image.read_bytes,
-        text,
-        tuple(reference.read_bytes for reference in references),
-        example.face_id_embed is not None,
-    )
+def _shard_entries(shards: Sequence[str], problems: list[str]) -> Iterator[Entry]:
+    for sample in (sample for shard in shards for sample in stream_samples(shard, problems.append)):
+        try:
+            example = sample.example()
+            yield example, example.text
+        except DataError as error:
+            yield error
 
 
-def _shard_entries(shards: Sequence[str], missing: list[str]) -> Iterator[DataEntry | DataError]:
-    for shard in shards:
-        for raw in raw_samples(shard, missing.append):
-            try:
-                sample = parse_sample(raw)
-            except DataError as error:
-                yield error
-                continue
-            yield DataEntry(
-                f"{shard_name(shard)}/{raw['__key__']}",
-                _giving(sample.image),
-                sample.text,
-                tuple(_giving(reference) for reference in sample.references),
-                sample.face_id_embed is not None,
-            )
-
-
-def _giving(data: bytes) -> Read:
-    return lambda: data
-
-
-def _in_turn(
-    pool: ThreadPoolExecutor, function: Callable[[Thing], Result], things: Iterable[Thing]
-) -> Iterator[Result]:
-    """Results in the order of the things, of which only a few are taken ahead: all may not fit into memory."""
+def _map_in_order(pool: ThreadPoolExecutor, function: Callable[[T], Result], items: Iterable[T]) -> Iterator[Result]:
+    """As `pool.map`, but only a few items are taken ahead: all may not fit into memory."""
     waiting: deque[Future[Result]] = deque()
-    for thing in things:
-        waiting.append(pool.submit(function, thing))
+    for item in items:
+        waiting.append(pool.submit(function, item))
         if len(waiting) > _WAITING:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _sample(samples: dict[int, ImageFacts], fact: ImageFacts, seen: int) -> None:
-    """Keep it or not, so that in the end each had the same chance (Vitter's algorithm R)."""
-    place = seen if seen < SAMPLES else random.Random(f"sheet {seen}").randrange(seen + 1)
-    if place < SAMPLES and fact.thumbnail is not None:
-        samples[place] = fact
+def _sample(samples: dict[int, ImageInfo], info: ImageInfo, seen: int) -> None:
+    """Keep image number `seen` or not, so that all images have the same chance (Vitter's algorithm R)."""
+    slot = seen if seen < SAMPLES else random.Random(f"sheet {seen}").randrange(seen + 1)
+    if slot < SAMPLES and info.thumbnail is not None:
+        samples[slot] = info
 
 
-def _cell(fact: ImageFacts) -> Cell:
-    assert fact.thumbnail is not None and fact.size is not None
-    title = f"{fact.size[0]}x{fact.size[1]} {Path(fact.name).name}"
-    return Cell(fact.thumbnail, title, "(no caption)" if fact.text is None else fact.text, fact.reference)
+def _write_sheet(samples: Sequence[ImageInfo], sheet: Path) -> None:
+    columns = [samples[column::_COLUMNS] for column in range(min(_COLUMNS, len(samples)))]
+    images = [("", [info.thumbnail for info in column if info.thumbnail is not None]) for column in columns]
+    grid = draw_grid(images, side=_SIDE, captions=[[_caption(info) for info in column] for column in columns])
+    with whole_file(sheet) as temporary:
+        grid.save(temporary)
+
+
+def _caption(info: ImageInfo) -> str:
+    width, height = info.size or (0, 0)
+    return f"{Path(info.name).name} {width}x{height}: {'(no caption)' if info.text is None else info.text}"

@@ -1,8 +1,4 @@
-"""Images and captions -> batches, in worker processes.
-
-What a draw holds is a function of (seed, epoch, row) and of nothing else (`draws`), so neither the number of workers
-and processes nor a resume changes a training.
-"""
+"""Examples -> batches, in worker processes."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import os
 import signal
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -18,29 +14,31 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import CacheError, DataError
 from .augmentation import Augmentation, SampleIndex
-from .buckets import BucketBatchSampler, Buckets, ProcessBatchSampler
+from .buckets import BucketBatchSampler, Buckets
 from .examples import Example
-from .face_embeds import face_id_embed as read_face_id_embed
 from .images import Size, why_unreadable
 from .preprocess import Preprocessor, check_image_size, preprocess
 
 
-class Batch(TypedDict, total=False):
-    """A batch under the original trainer's names, and the files that could not be read for it."""
+class _EveryBatch(TypedDict):
+    original_size: Tensor  # float32 [B, 2], (height, width) of the image in the file
+    crop_coords_top_left: Tensor  # float32 [B, 2], (top, left) of the crop in the resized image
+    target_size: Tensor  # float32 [B, 2], (height, width) of `images`
+    drop_image_embeds: Tensor  # int64 [B], 1 drops
+    noise: Tensor  # float32 [B, C, h, w], with the noise offset
+    posterior_noise: Tensor  # float32 [B, C, h, w], to sample the VAE's posterior
+    timesteps: Tensor  # int64 [B]
+    broken: list[str]  # a line for each file that could not be read
+
+
+class Batch(_EveryBatch, total=False):
+    """A batch, with the original trainer's names."""
 
     images: Tensor  # [B, 3, H, W] in [-1, 1]
     clip_images: Tensor  # [B, 3, S, S], normalised for the image encoder; only for kinds that take an image
     face_id_embed: Tensor  # [B, F]; only for kinds that take a face
     text_input_ids: Tensor  # int64 [B, L]
     text_input_ids_2: Tensor  # int64 [B, L]; only for a base model with a second tokenizer (SDXL)
-    original_size: Tensor  # float32 [B, 2], (height, width) of the file's image
-    crop_coords_top_left: Tensor  # float32 [B, 2], (top, left) of the cut in the resized image
-    target_size: Tensor  # float32 [B, 2], (height, width) of `images`
-    drop_image_embeds: Tensor  # int64 [B], 1 drops
-    noise: Tensor  # float32 [B, C, h, w], to be predicted; noise offset included
-    posterior_noise: Tensor  # float32 [B, C, h, w], for the draw of the VAE's posterior
-    timesteps: Tensor  # int64 [B]
-    broken: list[str]
     # From a cache, instead of `images`, `text_input_ids` and `clip_images`.
     latents_mean: Tensor  # [B, C, h, w]
     latents_std: Tensor
@@ -50,13 +48,12 @@ class Batch(TypedDict, total=False):
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
-    """Items of a sequence of examples, asked for by `SampleIndex`; `loader` makes batches of them.
+    """Rows of a batch, indexed by `SampleIndex`; a number is a row in epoch 0.
 
-    An image that cannot be read is replaced by the next readable one of its bucket, and named in the item's
-    `broken`. So is one without a face embedding (`face_embeds.with_faces`), if the encoding takes one.
+    An example that cannot be read is replaced by the next readable one of its bucket and named in the item's `broken`.
 
     Raises ConfigError for a size that is no multiple of the pixels per latent, DataError without examples and, from
-    an item, when not a single image can be read.
+    an item, when no image can be read.
     """
 
     def __init__(
@@ -82,44 +79,31 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, draw: SampleIndex | int) -> dict[str, Any]:
-        draw = SampleIndex(0, draw) if isinstance(draw, int) else draw
-        size = self.buckets.sizes[self._bucket_of[draw.row]]
+    def __getitem__(self, index: SampleIndex | int) -> dict[str, Any]:
+        index = SampleIndex(0, index) if isinstance(index, int) else index
+        size = self.buckets.sizes[self._bucket_of[index.row]]
         broken: list[str] = []
-        for row in self._replacements(draw.row):
-            example = self.examples[row]
+        for row in self._candidates(index.row):
             try:
-                item = self._item(row, size, draw)
+                item = self._item(row, size, index)
             except CacheError:
                 raise
             except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-                broken.append(f"{example.name}: {why_unreadable(error)}")
-                continue
-            return {**item, "broken": broken}
+                broken.append(f"{self.examples[row].name}: {why_unreadable(error)}")
+            else:
+                return {**item, "broken": broken}
         raise DataError(f"None of the {len(self)} images can be read. The first: {broken[0]}")
 
-    def _item(self, row: int, size: Size, draw: SampleIndex) -> dict[str, Any]:
-        example, address = self.examples[row], draw.address(self.augmentation.seed)
-        return preprocess(
-            self.preprocessor,
-            self.augmentation,
-            size,
-            address,
-            example.image,
-            example.text,
-            example.references,
-            self._face_id_embed(example),
-        )
+    def _item(self, row: int, size: Size, index: SampleIndex) -> dict[str, Any]:
+        key = index.key(self.augmentation.seed)
+        return preprocess(self.preprocessor, self.augmentation, size, key, self.examples[row])
 
-    def _face_id_embed(self, example: Example) -> Tensor | None:
-        return read_face_id_embed(example, self.preprocessor.face_dim) if self.preprocessor.takes_face else None
-
-    def _replacements(self, row: int) -> Iterator[int]:
-        """The row itself, the others of its bucket, and all others."""
+    def _candidates(self, row: int) -> Iterator[int]:
+        """The row itself, the other rows of its bucket, and all other rows."""
         bucket = self._bucket_of[row]
         rows = self.buckets.rows[bucket]
-        place = bisect_left(rows, row)
-        yield from (rows[(place + i) % len(rows)] for i in range(len(rows)))
+        first = bisect_left(rows, row)
+        yield from (rows[(first + i) % len(rows)] for i in range(len(rows)))
         yield from (other for other in range(len(self)) if self._bucket_of[other] != bucket)
 
 
@@ -145,34 +129,34 @@ def loader(
     num_workers: int = 4,
     pin: bool = False,
 ) -> DataLoader[Batch]:
-    """The endless batches of one process: its `batch_size` rows of each global batch. `pin` speeds up the copy to a
-    GPU.
+    """The endless batches of one process: its `batch_size` rows of each global batch. `pin` pins memory, for faster
+    copies to a GPU.
 
     Raises ValueError when the processes' batches do not make up a global batch.
     """
     if batch_size * processes != batches.global_batch:
         raise ValueError(f"{processes} x {batch_size} rows are not a global batch of {batches.global_batch}")
+    part = slice(process * batch_size, (process + 1) * batch_size)
     return DataLoader(
-        dataset,
-        batch_sampler=ProcessBatchSampler(batches, batch_size, process),
+        cast("Dataset[Batch]", dataset),
+        batch_sampler=(indices[part] for indices in batches),
         collate_fn=collate,
         **worker_options(num_workers, pin),
     )
 
 
 def worker_options(num_workers: int, pin: bool) -> dict[str, Any]:
-    """The arguments of a `DataLoader` that have to do with its worker processes."""
-    # Set before workers are forked: a fast tokenizer complains, and may hang, when it is forked in parallel
-    # mode.
+    """The arguments of a `DataLoader` that concern its worker processes."""
+    # Set before workers are forked: a fast tokenizer that is forked after use warns, and may hang.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return {
         "num_workers": num_workers,
         "pin_memory": pin,
         "worker_init_fn": _ignore_interrupts,
-        "generator": torch.Generator().manual_seed(0),  # else a worker's seed is drawn from the global generator
+        "generator": torch.Generator().manual_seed(0),  # otherwise seeds come from the global generator
     }
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the training process alone decides what to do."""
+    """Ctrl-C reaches every process of the terminal; only the training process reacts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,25 +1,23 @@
-"""Find images and captions on disk, in the layouts that people have."""
+"""The examples of a data set: images, captions and references, from the layouts that people have."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ..errors import DataError
-from .file_kinds import read_text
-from .folders import FolderListing, list_folder
+from .files import TarMember, read_text
+from .folders import ARCHIVE_SUFFIXES, FolderListing, list_folder
 from .images import StoredImage
-from .lists import LIST_SUFFIXES, METADATA_NAMES, Row, read_list
-from .lists import field as text_field
-from .tar_member import PackedFile
+from .lists import LIST_SUFFIXES, METADATA_NAMES, read_list
 
-_NAMED = 5  # of what is wrong, in a line
+_NAMED = 5  # problems in a message
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +32,16 @@ class TableEntry:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """An image to learn, its caption, and what its image prompt is made of.
+    """An image to learn, its caption, and its image prompts.
 
-    `references` are other images that show the same, of which each use draws one; none: the image itself.
-    `face_id_embed` is where a face embedding is. `size` is (width, height) where the data set says it.
+    `references` are other images of the same subject, of which one is drawn in each epoch; without any, the image is
+    its own reference. `size` is (width, height) if the data set names it.
     """
 
     image: StoredImage
     text: str
     references: tuple[StoredImage, ...] = ()
-    face_id_embed: Path | PackedFile | TableEntry | None = None
+    face_id_embed: Path | TarMember | TableEntry | None = None
     size: tuple[int, int] | None = None
 
     @property
@@ -51,93 +49,83 @@ class Example:
         """For messages."""
         return f"an image in memory ({self.text!r})" if isinstance(self.image, Image.Image) else str(self.image)
 
+    @property
+    def files(self) -> list[Path]:
+        """All files on disk."""
+        return [f for f in (self.image, *self.references, self.face_id_embed) if isinstance(f, Path)]
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(eq=False)
 class ScanResult:
-    """A data set: its examples, and what keeps other images out of it."""
+    """The examples of a data set, and why other images are left out."""
 
-    examples: list[Example]
-    without_caption: list[Example]
-    missing: list[str]  # files that a list names, with the place in the list
-    nothing: str  # what to say when there is no example
-    unreadable: list[str] = field(default_factory=list[str])  # a sentence for each row or caption
+    examples: list[Example] = field(default_factory=list[Example])
+    without_caption: list[Example] = field(default_factory=list[Example])
+    missing: list[str] = field(default_factory=list[str])  # files that a list names, with the line
+    unreadable: list[str] = field(default_factory=list[str])  # captions and rows of a list, with the reason
     unused: list[str] = field(default_factory=list[str])  # caption files, with the reason
-    ignored: list[str] = field(default_factory=list[str])  # a sentence for each kind of other file
-
-    def check_readable(self, path: Path) -> None:
-        """Raises DataError for captions and rows that cannot be read, all in one."""
-        if len(self.unreadable) > 1:
-            count = f"{path}: {len(self.unreadable):,} captions or rows are unreadable."
-            raise DataError(f"{count} {_some(self.unreadable)}")
-        if self.unreadable:
-            raise DataError(self.unreadable[0])
+    ignored: list[str] = field(default_factory=list[str])  # a sentence for each type of other files
+    empty: str = ""  # the error message if there is no example
 
 
 def find_examples(path: Path, root: Path | None = None, require_caption: bool = True) -> list[Example]:
     """List the examples of a data set, in a fixed order, without opening an image.
 
-    `path` is one of: a folder of images, each with its caption beside it (`cat.png`, `cat.txt` or `cat.caption`),
-    sub folders included; a folder with a `metadata.jsonl` or `metadata.csv`, or such a file: one `{"file_name": ...,
-    "text": ...}` a line; the original trainer's JSON list `[{"image_file": ..., "text": ...}]`. Rows of a list may name
-    another prompt image, or several, under "reference", the file of a face embedding under "id_embed_file", and the
+    `path` is one of: a folder of images with their captions (`cat.png` and `cat.txt` or `cat.caption`), including
+    sub folders; a folder with a `metadata.jsonl` or `metadata.csv`, or such a file, with one `{"file_name": ...,
+    "text": ...}` per line; the original trainer's JSON list `[{"image_file": ..., "text": ...}]`. Rows of a list may
+    name one or more other prompt images under "reference", the file of a face embedding under "id_embed_file", and the
     image's "width" and "height". File names are relative to `root`, by default the list's folder.
 
-    Images without a caption, unless `require_caption` is off, and rows of which a file does not exist are left out
-    with a warning; another one names the files that are not read. Raises DataError when nothing is left, and for all
-    rows and captions that cannot be read.
+    Images without a caption, unless `require_caption` is off, and rows with a missing file are left out. A warning
+    names them and the files that are not read. Raises DataError when nothing is left, and for rows and
+    captions that cannot be read, all in one message.
     """
-    found = scan(path, root)
-    found.check_readable(path)
-    examples = found.examples
-    if not require_caption and found.without_caption:
-        examples = sorted(examples + found.without_caption, key=lambda example: example.name)
+    result = scan(path, root)
+    if result.unreadable:
+        count = len(result.unreadable)
+        many = f"{path}: {count:,} captions or rows are unreadable. " if count > 1 else ""
+        raise DataError(many + _first(result.unreadable))
+    examples = result.examples
+    if not require_caption:
+        examples = sorted(examples + result.without_caption, key=lambda example: example.name)
     if not examples:
-        raise DataError(found.nothing)
-    if require_caption and found.without_caption:
-        count, without = len(found.without_caption), found.without_caption[0].name
-        log.warning(
-            "%d of %d images have no caption and are left out, such as %s", count, len(examples) + count, without
-        )
-    if found.missing:
-        count = len(found.missing)
-        log.warning(
-            "%d of %d rows name a file that does not exist and are left out, such as %s",
-            count,
-            len(examples) + count,
-            found.missing[0],
-        )
-    rest: list[str] = []
-    if found.unused:
-        rest.append(f"Unused caption files: {len(found.unused):,}, such as {found.unused[0]}.")
-    empty = [example.name for example in found.examples if not example.text.strip()]
-    if empty:
-        rest.append(f"Empty captions: {len(empty):,}, such as that of {empty[0]}.")
-    rest += found.ignored
-    if rest:
-        log.warning("%s: %s", path, _some(rest))
+        raise DataError(result.empty)
+    notes: list[str] = []
+    if require_caption and (left_out := result.without_caption):
+        count = f"{len(left_out):,} of {len(examples) + len(left_out):,} images"
+        notes.append(f"{count} have no caption and are left out, such as {left_out[0].name}.")
+    if missing := result.missing:
+        count = f"{len(missing):,} of {len(examples) + len(missing):,} rows"
+        notes.append(f"{count} name a file that does not exist and are left out, such as {missing[0]}.")
+    if result.unused:
+        notes.append(f"Unused caption files: {len(result.unused):,}, such as {result.unused[0]}.")
+    if no_text := [example.name for example in result.examples if not example.text.strip()]:
+        notes.append(f"Empty captions: {len(no_text):,}, such as that of {no_text[0]}.")
+    notes += result.ignored
+    if notes:
+        log.warning("%s: %s", path, _first(notes))
     return examples
 
 
 def scan(path: Path, root: Path | None = None) -> ScanResult:
-    """What `find_examples` chooses from. Raises DataError for a path or a list that cannot be read."""
-    path = Path(path)
+    """Everything in a data set, for `find_examples` and `ipadapter data check`.
+
+    Raises DataError for a path or a list that cannot be read.
+    """
     if not path.exists():
-        shards = "A pattern of shards ends in .tar." if set("*?[{") & set(path.name) else "Set data to your images."
-        raise DataError(f"{path}: no such file or folder. {shards}")
+        advice = "A pattern of shards ends in .tar." if set("*?[{") & set(path.name) else "Set data to your images."
+        raise DataError(f"{path}: no such file or folder. {advice}")
     if path.is_dir():
-        return _from_folder(path, root)
+        return _scan_folder(path, root)
     if path.suffix.lower() in LIST_SUFFIXES:
-        return _from_list(path, root)
-    *others, last = LIST_SUFFIXES
-    raise DataError(
-        f"{path}: expected a folder, a list ({', '.join(others)} or {last}) or .tar shards, not a "
-        f"{path.suffix or 'plain'} file."
-    )
+        return _scan_list(path, root)
+    raise DataError(f"{path}: expected a folder, a list ({', '.join(LIST_SUFFIXES)}) or .tar shards.")
 
 
 def fingerprint(examples: Iterable[Example], root: Path | None = None) -> str:
-    """16 hex digits of all names (relative to `root`) and captions: it tells data sets apart, not edited
-    pixels.
+    """16 hex digits of all names (relative to `root`) and captions. They tell data sets apart, but do not notice
+    edited pixels.
     """
     digest = hashlib.sha256()
     for example in examples:
@@ -148,110 +136,114 @@ def fingerprint(examples: Iterable[Example], root: Path | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def relative_name(image: StoredImage | TableEntry | None, root: Path | None) -> str:
-    """A file's name relative to `root`, so that the data set may move; "" for an image in memory."""
-    if isinstance(image, TableEntry):
-        return f"{relative_name(image.table, root)}:{image.key}"
-    if isinstance(image, PackedFile):
-        return f"{image.archive.name}/{image.member}"
-    if not isinstance(image, Path):
+def relative_name(file: StoredImage | TableEntry | None, root: Path | None) -> str:
+    """A file's name relative to `root`, so that the data set may be moved; "" for an image in memory."""
+    if isinstance(file, TableEntry):
+        return f"{relative_name(file.table, root)}:{file.key}"
+    if isinstance(file, TarMember):
+        return f"{file.archive.name}/{file.member}"
+    if not isinstance(file, Path):
         return ""
-    return image.relative_to(root).as_posix() if root is not None and image.is_relative_to(root) else image.name
+    return file.relative_to(root).as_posix() if root is not None and file.is_relative_to(root) else file.name
 
 
-def _from_folder(folder: Path, root: Path | None) -> ScanResult:
+def _scan_folder(folder: Path, root: Path | None) -> ScanResult:
     metadata = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
     if len(metadata) > 1:
         raise DataError(f"{folder} holds {' and '.join(METADATA_NAMES)}. Keep one, or set data to one of the files.")
     listing = list_folder(folder)
     if metadata:
-        return _with_rest_of_folder(_from_list(metadata[0], root), metadata[0], listing)
+        result = _scan_list(metadata[0], root)
+        result.ignored = _not_in_list(result, metadata[0], listing)
+        return result
     pairs, unused = listing.pairs()
-    found = ScanResult([], [], [], "", unused=unused, ignored=listing.ignored())
+    result = ScanResult(unused=unused, ignored=listing.ignored())
     for image, caption in pairs:
         if caption is None:
-            found.without_caption.append(Example(image, ""))
+            result.without_caption.append(Example(image, ""))
             continue
         try:
-            found.examples.append(Example(image, read_text(caption, "a caption").strip()))
+            result.examples.append(Example(image, read_text(caption, "a caption").strip()))
         except DataError as error:
-            found.unreadable.append(str(error))
-    return dataclasses.replace(found, nothing=_nothing_in(folder, listing, found))
+            result.unreadable.append(str(error))
+    result.empty = _nothing_in(folder, listing, result.ignored)
+    return result
 
 
-def _nothing_in(folder: Path, listing: FolderListing, found: ScanResult) -> str:
-    images, captions, archives = len(listing.images), len(listing.captions), len(listing.archives)
+def _nothing_in(folder: Path, listing: FolderListing, ignored: Sequence[str]) -> str:
+    images, captions = len(listing.images), len(listing.captions)
+    archives = sum(file.suffix.lower() in ARCHIVE_SUFFIXES for file in listing.others)
     if not images + captions and archives:
         return f"{folder}: found no images but {archives} .tar files. To read shards, set data='{folder}/*.tar'."
     if not images + captions + len(listing.others):
         return f"{folder}: an empty folder. Put images into it, each with a caption: cat.png and cat.txt."
-    return " ".join(
-        [
-            f"{folder}: found {images} images and {captions} captions, but no image with a caption.",
-            *found.ignored[:_NAMED],
-            "Put cat.txt beside cat.png, or a metadata.jsonl into the folder.",
-        ]
-    )
+    found = f"{folder}: found {images} images and {captions} captions, but no image with a caption."
+    advice = "Give each image a caption (cat.txt for cat.png), or put a metadata.jsonl into the folder."
+    return " ".join([found, *ignored[:_NAMED], advice])
 
 
-def _with_rest_of_folder(found: ScanResult, metadata: Path, listing: FolderListing) -> ScanResult:
-    """Names what the folder of a list holds beside it."""
-    examples = found.examples
-    used = {metadata, *(f for e in examples for f in (e.image, *e.references, e.face_id_embed) if isinstance(f, Path))}
+def _not_in_list(result: ScanResult, metadata: Path, listing: FolderListing) -> list[str]:
+    """Sentences about the files of a folder that its list does not name."""
+    used = {metadata, *(file for example in result.examples for file in example.files)}
     unlisted = [file for file in listing.images if file not in used]
     captions = [file for file in listing.captions if file not in used]
     sentences = listing.ignored(used)
-    if unlisted and not found.unreadable:
+    if unlisted and not result.unreadable:
         sentences.append(f"Not in {metadata.name}: {len(unlisted):,} images, such as {unlisted[0]}.")
     if captions:
         sentences.append(f"Caption files are ignored, {len(captions):,} of them: captions come from {metadata.name}.")
-    return dataclasses.replace(found, ignored=sentences)
+    return sentences
 
 
-def _from_list(file: Path, root: Path | None) -> ScanResult:
+def _scan_list(file: Path, root: Path | None) -> ScanResult:
     folder = root if root is not None else file.parent
-    rows, unreadable = read_list(file)
-    found = ScanResult([], [], [], "", unreadable)
-    for row in rows:
+    result = ScanResult()
+    for location, values in read_list(file):
         try:
-            example = _from_row(row, folder)
+            if isinstance(values, DataError):
+                raise values
+            example = _from_row(values, "image_file" if file.suffix.lower() == ".json" else "file_name", folder)
         except DataError as error:
-            unreadable.append(str(error))
+            result.unreadable.append(f"{location}: {error}")
             continue
-        files = (example.image, *example.references, example.face_id_embed)
-        absent = next((f for f in files if isinstance(f, Path) and not f.is_file()), None)
-        if absent is None:
-            found.examples.append(example)
+        missing = next((f for f in example.files if not f.is_file()), None)
+        if missing is None:
+            result.examples.append(example)
         else:
-            found.missing.append(f"{absent} ({row.where})")
-    what = f"none of its {len(rows)} images exists, such as {found.missing[0]}" if found.missing else "it is empty"
-    nothing = f"{file}: {what}. File names are relative to {folder}; data_root changes that."
-    return dataclasses.replace(found, nothing=nothing)
+            result.missing.append(f"{missing} ({location})")
+    count = len(result.missing)
+    what = f"none of its {count} images exists, such as {result.missing[0]}" if count else "it is empty"
+    result.empty = f"{file}: {what}. File names are relative to {folder}; data_root changes that."
+    return result
 
 
-def _from_row(row: Row, folder: Path) -> Example:
-    references = row.values.get("reference") or ()
+def _from_row(values: Any, image_key: str, folder: Path) -> Example:
+    if not isinstance(values, Mapping):
+        raise DataError(f"expected an object with {image_key!r} and 'text', found {values!r:.60}.")
+
+    def text(key: str) -> str:
+        if not isinstance(value := values.get(key), str):
+            keys = ", ".join(map(str, values))
+            raise DataError(f"{key!r} must be text, found {value!r:.60} (keys: {keys:.100}).")
+        return value
+
+    image, caption = folder / text(image_key), text("text")
+    references = values.get("reference") or ()
     if isinstance(references, str):
         references = (references,)
     if not isinstance(references, list | tuple) or not all(isinstance(reference, str) for reference in references):
-        raise DataError(f"{row.where}: 'reference' must be a file name or a list of them, found {references!r:.60}.")
-    has_face = row.values.get("id_embed_file") is not None
-    width, height = row.values.get("width"), row.values.get("height")
-    return Example(
-        folder / row.image,
-        row.text,
-        tuple(folder / reference for reference in references),
-        _face_file(folder, text_field(row.values, "id_embed_file", row.where)) if has_face else None,
-        (width, height) if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 else None,
-    )
+        raise DataError(f"'reference' must be a file name or a list of them, found {references!r:.60}.")
+    face = None
+    if values.get("id_embed_file") is not None:
+        name = text("id_embed_file")
+        # The original trainer opens it relative to the working directory (tutorial_train_faceid.py).
+        face = Path(name) if Path(name).is_file() and not (folder / name).is_file() else folder / name
+    width, height = values.get("width"), values.get("height")
+    size = (width, height) if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 else None
+    return Example(image, caption, tuple(folder / reference for reference in references), face, size)
 
 
-def _face_file(folder: Path, name: str) -> Path:
-    """Relative to the images' folder; or as it stands, as tutorial_train_faceid.py opens it."""
-    return folder / name if (folder / name).is_file() or not Path(name).is_file() else Path(name)
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first of many, and how many more there are."""
-    more = f" And {len(names) - _NAMED:,} more: `ipadapter data check` lists all." if len(names) > _NAMED else ""
-    return " ".join(names[:_NAMED]) + more
+def _first(sentences: Sequence[str]) -> str:
+    rest = len(sentences) - _NAMED
+    more = f" And {rest:,} more: `ipadapter data check` lists all." if rest > 0 else ""
+    return " ".join(sentences[:_NAMED]) + more

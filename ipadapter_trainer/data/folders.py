@@ -1,4 +1,4 @@
-"""The files of a folder of images: what is read, and what is not."""
+"""The files of a folder of images: which are read, and which are ignored."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from .images import IMAGE_SUFFIXES
 from .lists import METADATA_NAMES
 
-CAPTION_SUFFIXES = (".txt", ".caption")  # the first one wins
+CAPTION_SUFFIXES = (".txt", ".caption")  # in order of preference
 ARCHIVE_SUFFIXES = (".tar", ".tgz")
-_SYSTEM = ("thumbs.db", "desktop.ini", "@eadir", "__macosx")  # beside what begins with a dot
+_SYSTEM = ("thumbs.db", "desktop.ini", "@eadir", "__macosx")
 _ADVICE = {
     "convert to JPEG or PNG": ".heic .heif .hif .jxl .jp2 .psd .svg .tga .exr .hdr .ico .pdf .raw .dng .cr2 .cr3 .nef "
     ".arw .orf .rw2 .raf .xcf",
@@ -34,29 +34,28 @@ class FolderListing:
     images: list[Path] = field(default_factory=list[Path])
     captions: list[Path] = field(default_factory=list[Path])
     others: list[Path] = field(default_factory=list[Path])
-    dangling: list[Path] = field(default_factory=list[Path])  # links to nothing
+    broken_links: list[Path] = field(default_factory=list[Path])
 
     def pairs(self) -> tuple[list[tuple[Path, Path | None]], list[str]]:
-        """Each image with its caption file, and the captions that are of no use, with the reason."""
+        """Each image with its caption file, and the unused caption files, with the reason."""
         by_name = {(file.with_suffix(""), file.suffix.lower()): file for file in self.captions}
         pairs: list[tuple[Path, Path | None]] = []
-        chosen: dict[Path, Path] = {}
+        used: dict[Path, Path] = {}  # by the name without suffix
         for image in self.images:
             stem = image.with_suffix("")
             caption = next((by_name[stem, s] for s in CAPTION_SUFFIXES if (stem, s) in by_name), None)
             pairs.append((image, caption))
             if caption is not None:
-                chosen[stem] = caption
-        used = set(chosen.values())
+                used[stem] = caption
         unused: list[str] = []
         for file in self.captions:
-            if file not in used:
-                other = chosen.get(file.with_suffix(""))
-                unused.append(f"{file} ({'no image of this name' if other is None else f'{other.name} is read'})")
+            read = used.get(file.with_suffix(""))
+            if read != file:
+                unused.append(f"{file} ({'no image of this name' if read is None else f'{read.name} is read'})")
         return pairs, unused
 
     def ignored(self, used: Collection[Path] = ()) -> list[str]:
-        """A sentence for each suffix of the other files, but for those that a list uses."""
+        """A sentence for each suffix of the other files, without those that a list uses."""
         others = [file for file in self.others if file not in used]
         nested = [file for file in others if file.name.lower() in METADATA_NAMES]
         counts = Counter(file.suffix.lower() for file in others if file not in nested)
@@ -65,22 +64,20 @@ class FolderListing:
             for file in nested
         ]
         for suffix, number in sorted(counts.items(), key=lambda count: (-count[1], count[0])):
-            files = "file" if number == 1 else "files"
-            name = f"{suffix} {files}" if suffix else f"{files} without a suffix"
+            noun, verb = ("file", "is") if number == 1 else ("files", "are")
+            name = f"{suffix} {noun}" if suffix else f"{noun} without a suffix"
             advice = f": {_ADVICE_OF[suffix]}" if suffix in _ADVICE_OF else ""
-            sentences.append(f"{number:,} {name} {'is' if number == 1 else 'are'} ignored{advice}.")
-        if self.dangling:
-            sentences.append(f"Links to nothing: {len(self.dangling):,}, such as {self.dangling[0]}.")
+            sentences.append(f"{number:,} {name} {verb} ignored{advice}.")
+        if self.broken_links:
+            sentences.append(f"Broken links: {len(self.broken_links):,}, such as {self.broken_links[0]}.")
         return sentences
-
-    @property
-    def archives(self) -> list[Path]:
-        """The tar files."""
-        return [file for file in self.others if file.suffix.lower() in ARCHIVE_SUFFIXES]
 
 
 def list_folder(folder: Path) -> FolderListing:
-    """Links to folders elsewhere are followed, each folder once. Raises OSError for a folder that cannot be read."""
+    """List a folder. Links to folders elsewhere are followed, each folder once.
+
+    Raises OSError for a folder that cannot be read.
+    """
     listing, seen, top = FolderListing(), set[str](), folder.resolve()
 
     def is_elsewhere(link: Path) -> bool:
@@ -89,27 +86,27 @@ def list_folder(folder: Path) -> FolderListing:
     def fail(error: OSError) -> None:
         raise error
 
-    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        real = os.path.realpath(place)
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not _is_hidden(name)]
-        folders[:] = [n for n in folders if not (link := Path(place, n)).is_symlink() or is_elsewhere(link)]
-        for name in names:
-            if _is_hidden(name):
-                continue
-            file, suffix = Path(place, name), Path(name).suffix.lower()
+        folders[:] = [
+            name
+            for name in folders
+            if not _is_hidden(name) and (not (link := Path(parent, name)).is_symlink() or is_elsewhere(link))
+        ]
+        for file in (Path(parent, name) for name in names if not _is_hidden(name)):
             if not file.is_file():
-                listing.dangling.append(file)
-            elif suffix in IMAGE_SUFFIXES:
+                listing.broken_links.append(file)
+            elif file.suffix.lower() in IMAGE_SUFFIXES:
                 listing.images.append(file)
-            elif suffix in CAPTION_SUFFIXES:
+            elif file.suffix.lower() in CAPTION_SUFFIXES:
                 listing.captions.append(file)
             else:
                 listing.others.append(file)
-    for files in (listing.images, listing.captions, listing.others, listing.dangling):
+    for files in (listing.images, listing.captions, listing.others, listing.broken_links):
         files.sort()
     return listing
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from ..data.preprocess import tokenize
 from ..errors import EvaluationError
 from ..models.hub import find_model, refuse_missing
 from ..models.image_encoder import ImageEncoder
@@ -71,9 +72,7 @@ class ClipModel:
     def _tokenize(self, texts: Sequence[str]) -> Tensor:
         text_config: Any = self._model.config.text_config
         longest = min(int(self._tokenizer.model_max_length), int(text_config.max_position_embeddings))
-        return self._tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
-        ).input_ids
+        return tokenize([self._tokenizer], texts, longest)[0]
 
     @torch.no_grad()
     def _pooled(self, encoder: Any, inputs: Tensor) -> Tensor:

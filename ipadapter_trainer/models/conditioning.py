@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..data.preprocess import tokenize
 from ..errors import TrainerError
 from .base_model import BaseModel
 
@@ -71,21 +72,8 @@ def encode_prompts(base_model: BaseModel, prompts: Sequence[str]) -> TextStates:
     """Prompts -> text states; equal prompts are encoded once."""
     distinct = list(dict.fromkeys(prompts))
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=base_model.device)
-    return encode_tokens(base_model, *tokenize(base_model, distinct)).index(rows)
-
-
-def tokenize(base_model: BaseModel, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-    """Prompts -> token ids, int64 [B, L], by each tokenizer; padded and cut to the base model's length."""
-    return tuple(
-        tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=base_model.text_length,
-            return_tensors="pt",
-        ).input_ids
-        for tokenizer in base_model.tokenizers
-    )
+    ids = tokenize(base_model.tokenizers, distinct, base_model.text_length)
+    return encode_tokens(base_model, *ids).index(rows)
 
 
 def time_ids(original_size: Tensor, crop_coords_top_left: Tensor, target_size: Tensor) -> Tensor:

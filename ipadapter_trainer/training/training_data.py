@@ -94,18 +94,13 @@ def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: 
                 process=process,
                 processes=processes,
                 num_workers=config.num_workers,
-                seed=config.seed,
                 start=start,
                 pin=pin,
             )
 
         def sample_shards() -> Batch:
             shards_from(0)  # refuses too few shards
-            return next(
-                iter(
-                    shard_loader(shards, preprocessor, augmentation, batch_size=_TRIED, num_workers=0, seed=config.seed)
-                )
-            )
+            return next(iter(shard_loader(shards, preprocessor, augmentation, batch_size=_TRIED, num_workers=0)))
 
         return TrainingData(None, fingerprint_shards(shards), lambda start: iter(shards_from(start)), sample_shards)
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ipadapter_trainer.data.augmentation import SampleIndex
-from ipadapter_trainer.data.buckets import BucketBatchSampler, assign, find_buckets, make_buckets, read_sizes
+from ipadapter_trainer.data.buckets import BucketBatchSampler, assign, make_buckets, read_sizes
 from ipadapter_trainer.data.examples import Example
 from ipadapter_trainer.errors import ConfigError, DataError
 
@@ -86,7 +86,7 @@ def test_sizes_are_read_from_lists_headers_and_memory(tmp_path: Path) -> None:
     examples = [Example(tmp_path / name, "") for name in ("a.png", "turned.jpg", "cut.png", "none.png", "absent.png")]
     examples += [Example(Image.new("RGB", (7, 9)), ""), Example(tmp_path / "absent.png", "", size=(3, 4))]
     assert read_sizes(examples) == [(30, 20), (20, 30), (30, 20), None, None, (7, 9), (3, 4)]
-    assert find_buckets(examples[:2], 64, 16).rows == ((1,), (0,))
+    assert assign(read_sizes(examples[:2]), make_buckets(64, 16)).rows == ((1,), (0,))
 
 
 def drawn(*arguments: object, number: int) -> list[list[SampleIndex]]:

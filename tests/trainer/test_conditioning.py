@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from ipadapter_trainer.data.preprocess import tokenize
 from ipadapter_trainer.errors import TrainerError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import (
@@ -16,7 +17,6 @@ from ipadapter_trainer.models.conditioning import (
     encode_prompts,
     encode_tokens,
     time_ids,
-    tokenize,
 )
 
 PROMPTS = ["a red square", "", "a blue square and a green square and a teal square", "a red square"]
@@ -50,7 +50,7 @@ def test_text_is_what_the_pipeline_encodes(name: str, request: pytest.FixtureReq
 
 
 def test_each_tokenizer_pads_in_its_own_way(sdxl_model: BaseModel) -> None:
-    ids = tokenize(sdxl_model, ["", "a red square"])
+    ids = tokenize(sdxl_model.tokenizers, ["", "a red square"], sdxl_model.text_length)
     assert [part.shape for part in ids] == [(2, 16)] * 2
     assert torch.equal(ids[0][:, :2], ids[1][:, :2])
     assert [int(part[0, -1]) for part in ids] == [t.pad_token_id for t in sdxl_model.tokenizers]
@@ -96,7 +96,7 @@ def test_what_is_missing_is_said(base_model: BaseModel, sdxl_model: BaseModel) -
     assert added_conditions(encode_prompts(base_model, [""]), None) is None
     with pytest.raises(TrainerError, match="SDXL needs time ids"):
         added_conditions(encode_prompts(sdxl_model, [""]), None)
-    ids = tokenize(sdxl_model, [""])
+    ids = tokenize(sdxl_model.tokenizers, [""], sdxl_model.text_length)
     with pytest.raises(TrainerError, match="has 2 text encoders, token ids for 1 were given"):
         encode_tokens(sdxl_model, ids[0])
     with pytest.raises(TrainerError, match="has 1 text encoders, token ids for 2 were given"):

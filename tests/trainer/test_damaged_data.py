@@ -23,8 +23,8 @@ from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.examples import Example, find_examples
 from ipadapter_trainer.data.face_embeds import with_faces
-from ipadapter_trainer.data.shard_files import expand_shards, raw_samples
-from ipadapter_trainer.data.shard_index import index_shards
+from ipadapter_trainer.data.shard_files import expand_shards
+from ipadapter_trainer.data.tar_samples import index_shards, stream_samples
 from ipadapter_trainer.errors import DataError
 from ipadapter_trainer.settings.config_file import make_config
 
@@ -87,7 +87,8 @@ def test_a_shard_of_zeros_holds_nothing(shards: list[Path]) -> None:
     """An archive may be empty."""
     shards[0].write_bytes(bytes(200_000))
     _, out, _ = ipadapter("data", "check", f"{shards[0].parent}/s*.tar", "--no-sheet", "--min-side", 8)
-    assert f"{shards[0]}: it ends after" in out and "of 200,000 bytes: an incomplete download" in out
+    assert f"{shards[0]}: cut off or damaged (it ends after" in out
+    assert "of 200,000 bytes: an incomplete download" in out
     assert "200, of which 200 can be used" in out
 
 
@@ -96,7 +97,7 @@ def test_a_shard_of_zeros_holds_nothing(shards: list[Path]) -> None:
     [
         (CUT["cut off"], "unexpected end of data"),
         (CUT["zeros at the end"], "an incomplete download, or several archives in one"),
-        (lambda whole: whole[: 100 * 4 * 512], "it has no end marker: cut off"),  # between two samples
+        (lambda whole: whole[: 100 * 4 * 512], "it has no end marker"),  # between two samples
     ],
 )
 def test_a_shard_that_ends_early(
@@ -107,7 +108,7 @@ def test_a_shard_that_ends_early(
     (line,) = [line for line in out.splitlines() if words in line]
     assert str(shards[0]) in line and line.endswith("Download or make it again.")
     report: list[str] = []
-    streamed = list(raw_samples(str(shards[0]), report.append))
+    streamed = list(stream_samples(str(shards[0]), report.append))
     assert 0 < len(streamed) < 200
     assert len(report) == 1 and words in report[0]
     examples = index_shards([str(shard) for shard in shards])
@@ -119,8 +120,8 @@ def test_archives_in_one_file_are_not_half_read(shards: list[Path]) -> None:
     """`cat a.tar b.tar`: readers stop at the end of the first."""
     shards[0].write_bytes(shards[0].read_bytes() + shards[1].read_bytes())
     report: list[str] = []
-    assert len(list(raw_samples(str(shards[0]), report.append))) == 200
-    assert "several archives in one. Download or make it again." in report[0]
+    assert len(list(stream_samples(str(shards[0]), report.append))) == 200
+    assert "several archives in one). Download or make it again." in report[0]
 
 
 def test_an_archive_of_other_things(tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_a_zipped_shard_under_a_plain_name_is_read(shards: list[Path]) -> None:
 
     shards[0].write_bytes(gzip.compress(shards[0].read_bytes()))
     assert expand_shards(shards[0]) == [str(shards[0])]
-    assert len(list(raw_samples(str(shards[0]), print))) == 200
+    assert len(list(stream_samples(str(shards[0]), print))) == 200
 
 
 # --- Patterns of shards
@@ -218,7 +219,7 @@ def test_a_list_that_is_another_file(images: Path, name: str, damage: str) -> No
         (
             "list.json",
             LISTS["list.json"].encode() + bytes(100),
-            "list.json: holds zero bytes, so it is damaged or",
+            "list.json: holds zero bytes: damaged, or",
         ),
         ("list.jsonl", (LISTS["list.jsonl"] * 3)[:-20].encode(), "list.jsonl line 3: not valid JSON"),
         ("list.jsonl", LISTS["list.jsonl"].encode() + bytes(100), "list.jsonl: holds zero bytes"),

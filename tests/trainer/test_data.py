@@ -70,7 +70,9 @@ def test_an_item_has_the_originals_names_and_ranges(preprocessor: Preprocessor) 
 
 def test_sdxl_has_a_second_text_and_its_sizes(preprocessor: Preprocessor, base_model: BaseModel) -> None:
     tokenizer = base_model.tokenizers[0]
-    two = replace(preprocessor, tokenizers=(tokenizer, lambda text, **options: tokenizer(f"the {text}", **options)))
+    two = replace(
+        preprocessor, tokenizers=(tokenizer, lambda texts, **options: tokenizer([f"the {t}" for t in texts], **options))
+    )
     dataset = ImageDataset([Example(image((300, 100)), "blue")], two, plain(), Buckets(((96, 64),), ((0,),)))
     batch = collate([dataset[0]])
     assert not torch.equal(batch["text_input_ids"], batch["text_input_ids_2"])
@@ -174,7 +176,7 @@ def test_flips_mirror_image_and_reference(preprocessor: Preprocessor) -> None:
     seen: Counter[bool] = Counter()
     for draw in (SampleIndex(epoch, row) for epoch in range(20) for row in range(2)):
         one, other = straight[draw], flipped[draw]
-        mirrored = crop_params(flipped.augmentation, draw.address(0)).flip
+        mirrored = crop_params(flipped.augmentation, draw.key(0)).flip
         seen[mirrored] += 1
         for key in ("images", "clip_images"):
             assert torch.allclose(one[key].flip(-1) if mirrored else one[key], other[key], atol=0.03)
@@ -261,12 +263,12 @@ def test_what_is_seen_and_what_is_dropped_are_independent() -> None:
     assert abs(sum(dropped) / len(dropped) - 0.5) < 0.1
 
 
-def test_every_part_of_an_address_counts() -> None:
+def test_every_part_of_a_random_key_counts() -> None:
     augmentation = Augmentation(8, crop="random")
-    addresses = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, "a.tar/1"), SampleIndex(0, 0, 1).address(0)]
-    drawn = [noise_params(augmentation, address, LATENT) for address in addresses]
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, "a.tar/1"), SampleIndex(0, 0, 1).key(0)]
+    drawn = [noise_params(augmentation, key, LATENT) for key in keys]
     assert (
-        len({float(d.noise.flatten()[0]) for d in drawn}) == len({crop_params(augmentation, a) for a in addresses}) == 6
+        len({float(d.noise.flatten()[0]) for d in drawn}) == len({crop_params(augmentation, key) for key in keys}) == 6
     )
     assert torch.equal(drawn[0].noise, noise_params(augmentation, (0, 0, 0), LATENT).noise)
 
@@ -369,7 +371,7 @@ def test_processes_must_make_up_a_global_batch(
         loader(dataset, BucketBatchSampler([[0]], 4, 0), batch_size=3, processes=2)
 
 
-def test_an_encoding_can_be_sent_to_workers(preprocessor: Preprocessor) -> None:
+def test_a_preprocessor_can_be_sent_to_workers(preprocessor: Preprocessor) -> None:
     """Where processes are spawned and not forked, as on macOS and Windows."""
     dataset = ImageDataset([Example(image(), "a red square")], preprocessor, Augmentation(64))
     assert_same(collate([dataset[0]]), collate([pickle.loads(pickle.dumps(dataset))[0]]))

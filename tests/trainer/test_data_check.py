@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.check import SAMPLES, _sample, check_data
-from ipadapter_trainer.data.check_report import TOKENS, ImageFacts, approximate_tokens
-from ipadapter_trainer.data.duplicates import ImageHash, image_hash, near_duplicates, same
+from ipadapter_trainer.data.check_report import TOKENS, ImageInfo, approximate_tokens
+from ipadapter_trainer.data.duplicates import ImageHash, duplicates, image_hash, near_duplicates
 from ipadapter_trainer.errors import DataError
 
 from .tiny_data import encoded_image, sample, write_shard
@@ -67,7 +67,7 @@ def test_every_fault_is_found_and_nothing_else(flawed: Path) -> None:
     assert report.missing == []
     assert report.shapes == {"1:2": 1, "2:3": 1, "3:2": 7}
     assert report.short_side is not None
-    assert (report.short_side.least, report.short_side.middle, report.short_side.greatest) == (40, 80, 120)
+    assert (report.short_side.min, report.short_side.median, report.short_side.max) == (40, 80, 120)
 
 
 def test_a_list_names_what_is_missing(images: Path) -> None:
@@ -92,9 +92,12 @@ def test_shards_are_checked_too(tmp_path: Path) -> None:
     report = check_data(f"{tmp_path}/s{{0..1}}.tar")
     assert report.usable >= 6
     assert any("s0.tar/5: no image" in line for line in report.broken)
-    assert any("s0.tar/6: its face embedding cannot be read" in line for line in report.broken)
+    assert any(
+        "s0.tar/6.face.npy: a text file that begins with '?'; expected a face embedding" in line
+        for line in report.broken
+    )
     assert "s1.tar" in report.missing[0]
-    assert ["s0.tar/0", "s1.tar/0"] in report.duplicates
+    assert ["s0.tar/0.png", "s1.tar/0.png"] in report.duplicates
 
 
 def test_what_is_too_large_for_a_tar_in_memory_is_not_held(tmp_path: Path) -> None:
@@ -112,7 +115,7 @@ def test_what_is_too_large_for_a_tar_in_memory_is_not_held(tmp_path: Path) -> No
             yield i
 
     with ThreadPoolExecutor(1) as pool:
-        results = data_check._in_turn(pool, lambda thing: thing, things())
+        results = data_check._map_in_order(pool, lambda thing: thing, things())
         assert [next(results) for _ in range(3)] == [0, 1, 2]
         assert taken < 100
         assert list(results) == list(range(3, 1000))
@@ -121,35 +124,35 @@ def test_what_is_too_large_for_a_tar_in_memory_is_not_held(tmp_path: Path) -> No
 # --- Duplicates
 
 
-def test_looks_know_shape_and_colour() -> None:
+def test_hashes_depend_on_shape_and_colour() -> None:
     one = image_hash(painting(1))
-    assert one.like(image_hash(painting(1, (480, 320))))
-    assert not one.like(image_hash(painting(2)))
+    assert one.is_near(image_hash(painting(1, (480, 320))))
+    assert not one.is_near(image_hash(painting(2)))
     red, blue = (Image.new("RGB", (64, 64), "white") for _ in range(2))
     red.paste((200, 0, 0), (10, 20, 40, 50))
     blue.paste((0, 0, 200), (10, 20, 40, 50))
     assert image_hash(red).hash == image_hash(blue).hash
-    assert not image_hash(red).like(image_hash(blue))
+    assert not image_hash(red).is_near(image_hash(blue))
 
 
-def test_groups_are_chains_of_likeness() -> None:
-    def look(bits: int, colour: int = 0) -> ImageHash:
+def test_groups_are_chains_of_near_duplicates() -> None:
+    def hash_of(bits: int, colour: int = 0) -> ImageHash:
         return ImageHash(bits, (colour,) * 3)
 
     # Three bits at a time lead from a to c; d has another colour, e another hash.
-    looks = [
-        ("a", look(0)),
-        ("e", look(0xFFFF)),
-        ("b", look(0b111)),
-        ("c", look(0b111 | 0b111 << 20)),
-        ("d", look(0, 5)),
-        ("f", look(0xFFFF)),
+    hashes = [
+        ("a", hash_of(0)),
+        ("e", hash_of(0xFFFF)),
+        ("b", hash_of(0b111)),
+        ("c", hash_of(0b111 | 0b111 << 20)),
+        ("d", hash_of(0, 5)),
+        ("f", hash_of(0xFFFF)),
     ]
-    assert near_duplicates(looks) == [["a", "b", "c"], ["e", "f"]]
-    spread = [(str(bit), look(1 << bit | 1 << (bit + 21) % 64 | 1 << (bit + 42) % 64)) for bit in (0, 7, 40)]
+    assert near_duplicates(hashes) == [["a", "b", "c"], ["e", "f"]]
+    spread = [(str(bit), hash_of(1 << bit | 1 << (bit + 21) % 64 | 1 << (bit + 42) % 64)) for bit in (0, 7, 40)]
     for name, three in spread:  # three bits in three bands: the fourth agrees
-        assert near_duplicates([("zero", look(0)), (name, three)]) == [["zero", name]]
-    assert same([("a", 1), ("b", 2), ("c", 1)]) == [["a", "c"]]
+        assert near_duplicates([("zero", hash_of(0)), (name, three)]) == [["zero", name]]
+    assert duplicates([("a", 1), ("b", 2), ("c", 1)]) == [["a", "c"]]
 
 
 @pytest.mark.parametrize(
@@ -184,8 +187,8 @@ def test_the_command_reports_and_draws(flawed: Path, tmp_path: Path) -> None:
     assert f"samples           {sheet}" in out
     assert "10/10" in err  # the progress bar
     with Image.open(sheet) as image:
-        assert image.size == (6 * 204 + 12, 2 * 283 + 12)  # nine images that can be read
-        columns = np.array(image.convert("L"))[12:204, 12:].reshape(192, -1)
+        assert image.size == (8 + 6 * 200, 28 + 2 * 285)  # nine images that can be read
+        columns = np.array(image.convert("L"))[28:220, 8:].reshape(192, -1)
         assert (columns < 200).mean() > 0.2
 
 
@@ -197,7 +200,7 @@ def test_a_sheet_has_a_bounded_number_of_samples(tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     check_data(folder, sheet=sheet)
     with Image.open(sheet) as image:
-        assert image.height == 4 * 283 + 12
+        assert image.height == 28 + 4 * 285
     before = sheet.read_bytes()
     sheet.unlink()
     check_data(folder, sheet=sheet)
@@ -205,10 +208,10 @@ def test_a_sheet_has_a_bounded_number_of_samples(tmp_path: Path) -> None:
 
 
 def test_every_image_may_be_a_sample() -> None:
-    chosen: dict[int, ImageFacts] = {}
+    chosen: dict[int, ImageInfo] = {}
     for seen in range(1000):
-        _sample(chosen, ImageFacts(str(seen), "a", thumbnail=painting(0, (8, 8))), seen)
-    numbers = sorted(int(fact.name) for fact in chosen.values())
+        _sample(chosen, ImageInfo(str(seen), "a", thumbnail=painting(0, (8, 8))), seen)
+    numbers = sorted(int(info.name) for info in chosen.values())
     assert len(set(numbers)) == SAMPLES
     assert 350 < sum(numbers) / SAMPLES < 650
     assert numbers[0] < 200 and numbers[-1] > 800
@@ -224,7 +227,7 @@ def test_json_is_json(flawed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert Path("sheet.png").is_file()
 
 
-def test_a_clean_data_set_is_told_so(tmp_path: Path) -> None:
+def test_a_clean_data_set_has_no_faults(tmp_path: Path) -> None:
     add(tmp_path, "a.png", painting(0), "a")
     code, out, _ = check(tmp_path, "--no-sheet", "--min-side", "1")
     assert code == 0
@@ -263,7 +266,7 @@ def test_without_imagehash_the_rest_is_checked(flawed: Path, monkeypatch: pytest
     report = check_data(flawed, min_side=64)
     assert report.near_duplicates is None
     assert len(report.duplicates) == 1
-    assert "nearly the same   not looked for: pip install" in report.as_text()
+    assert "nearly the same   not checked; pip install" in report.as_text()
 
 
 def test_a_wrong_list_is_named(tmp_path: Path) -> None:

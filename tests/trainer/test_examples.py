@@ -120,7 +120,7 @@ def test_a_folder_without_captions_says_what_it_holds(tmp_path: Path) -> None:
         find_examples(tmp_path)
 
 
-def test_the_fingerprint_knows_captions_but_not_the_place(images: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_captions_but_not_on_the_folder(images: Path, tmp_path: Path) -> None:
     before = fingerprint(find_examples(images), images)
     moved = images.rename(tmp_path / "moved")
     assert fingerprint(find_examples(moved), moved) == before
@@ -128,7 +128,7 @@ def test_the_fingerprint_knows_captions_but_not_the_place(images: Path, tmp_path
     assert fingerprint(find_examples(moved), moved) != before
 
 
-def test_the_fingerprint_knows_references_and_faces() -> None:
+def test_the_fingerprint_depends_on_references_and_faces() -> None:
     image, other = Path("a.png"), Path("b.png")
     variants = [
         [Example(image, "a")],

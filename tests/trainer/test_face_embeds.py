@@ -104,7 +104,7 @@ def test_no_file_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("a.npy", np.ones(128, dtype=np.float32), r"of 512 values, found the shape \(128,\)"),
         ("a.npy", np.full(512, np.nan, dtype=np.float32), "not finite"),
         ("a.npy", None, "begins with 'no embedding'; expected a face embedding"),
-        ("a.txt", None, "expected a .npy"),
+        ("a.txt", None, r"expected a face embedding \(.npy"),
     ],
 )
 def test_a_bad_embedding_is_named(tmp_path: Path, name: str, values: np.ndarray | None, words: str) -> None:

@@ -97,7 +97,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
         (data / name).symlink_to("nowhere.png")
     found = scan(data)
     assert [example.text for example in found.examples] == ["a linked file", "outside", "inside"]
-    assert found.ignored == [f"Links to nothing: 2, such as {data / 'gone too.png'}."]
+    assert found.ignored == [f"Broken links: 2, such as {data / 'gone too.png'}."]
 
 
 # --- Which are not
@@ -169,7 +169,7 @@ def test_undecodable_captions_are_named_at_once(tmp_path: Path) -> None:
     assert_all_named(
         tmp_path,
         f"{tmp_path / 'a.txt'}: not UTF-8 text (byte 0xe4 at position 1). Save it as UTF-8.",
-        f"{tmp_path / 'b.txt'}: holds zero bytes, so it is damaged or UTF-16 without its mark. Save it as UTF-8.",
+        f"{tmp_path / 'b.txt'}: holds zero bytes: damaged, or UTF-16 without a byte order mark. Save it as UTF-8.",
         f"{tmp_path / 'c.txt'}: a Git LFS pointer, not the file itself; expected a caption. Download it again; in",
         f"{tmp_path / 'd.txt'}: a web page, not the file itself; expected a caption.",
     )
@@ -324,7 +324,7 @@ def test_a_folder_of_nothing_says_what_it_holds(tmp_path: Path, make: Callable[[
         find_examples(tmp_path)
 
 
-def test_a_pattern_that_is_none_is_told_so(tmp_path: Path) -> None:
+def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\*: no such file or folder. A pattern of shards ends in .tar."):
         find_examples(tmp_path / "*")
 
@@ -338,7 +338,7 @@ def test_the_check_leaves_nothing_in_the_data(images: Path, monkeypatch: pytest.
         assert "No samples were written, as this is the data set's folder; --sheet ../sheet.png does." in result.stderr
     result = CliRunner().invoke(app, ["data", "check", ".", "--sheet", "sub/sheet.png"])
     assert result.exit_code == 2
-    assert "sub/sheet.png would be in the data set, and in the next training. Choose a place outside ." in result.stderr
+    assert "sub/sheet.png would become part of the data set. Choose a folder outside ." in result.stderr
     assert sorted(images.iterdir()) == before
     result = CliRunner().invoke(app, ["data", "check", ".", "--sheet", "../sheet.png"])
     assert (result.exit_code, Image.open(images.parent / "sheet.png").format) == (0, "PNG")

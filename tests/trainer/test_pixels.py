@@ -77,14 +77,14 @@ def test_a_dark_float_image_stays_as_dark(high: float) -> None:
     [
         (
             np.array([[0, 1.3]], dtype=np.float32),
-            "its values reach from 0 to 1.3, an unknown range. Scale them to 0...1",
+            "its values range from 0 to 1.3, which is no known depth. Scale them to 0...1",
         ),
-        (np.array([[-1, 1]], dtype=np.float32), "from -1 to 1, an unknown range"),
-        (np.array([[0, np.nan]], dtype=np.float32), "from nan to nan, an unknown range"),
-        (np.array([[0, np.inf]], dtype=np.float32), "from 0 to inf, an unknown range"),
-        (np.array([[0, 4e9]], dtype=np.float32), "from 0 to 4e+09, an unknown range"),
-        (np.array([[-3, 200]], dtype=np.int32), "from -3 to 200, an unknown range"),
-        (np.array([[0, 100_000]], dtype=np.int32), "from 0 to 100000, an unknown range"),
+        (np.array([[-1, 1]], dtype=np.float32), "from -1 to 1, which is no known depth"),
+        (np.array([[0, np.nan]], dtype=np.float32), "from nan to nan, which is no known depth"),
+        (np.array([[0, np.inf]], dtype=np.float32), "from 0 to inf, which is no known depth"),
+        (np.array([[0, 4e9]], dtype=np.float32), "from 0 to 4e+09, which is no known depth"),
+        (np.array([[-3, 200]], dtype=np.int32), "from -3 to 200, which is no known depth"),
+        (np.array([[0, 100_000]], dtype=np.int32), "from 0 to 100000, which is no known depth"),
     ],
 )
 def test_an_unknown_range_is_named(values: np.ndarray, words: str) -> None:
@@ -147,7 +147,7 @@ def reason(data: bytes | Path | Image.Image) -> str:
 
 
 def test_a_image_without_pixels_is_named() -> None:
-    assert reason(Image.new("RGB", (0, 5))) == "an image of 0x5 pixels holds nothing."
+    assert reason(Image.new("RGB", (0, 5))) == "an image of 0x5 pixels is empty."
     assert reason(png_header(0, 5)) == "cannot be read as JPEG, PNG, WebP or the like. Download or make it again."
 
 

@@ -15,28 +15,24 @@ import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ipadapter_trainer.data import shards, url_stream
+from ipadapter_trainer.data import http_file, shards
 from ipadapter_trainer.data.augmentation import Augmentation
 from ipadapter_trainer.data.face_embeds import face_id_embed
 from ipadapter_trainer.data.images import open_rgb
 from ipadapter_trainer.data.preprocess import Preprocessor
 from ipadapter_trainer.data.shard_files import (
-    count_samples,
     expand_shards,
     fingerprint_shards,
     is_shards,
-    parse_sample,
-    raw_samples,
 )
-from ipadapter_trainer.data.shard_index import index_shards
-from ipadapter_trainer.data.shards import ShardWorker, sample_stream, shard_loader
-from ipadapter_trainer.data.url_stream import UrlStream
+from ipadapter_trainer.data.shards import sample_stream, shard_loader
+from ipadapter_trainer.data.tar_samples import TarSample, count_samples, index_shards, stream_samples
 from ipadapter_trainer.errors import DataError
 from ipadapter_trainer.models.base_model import BaseModel
 
 from .tiny_data import assert_same, encoded_image, preprocessor_from_config, sample, write_shard
 
-PLACE = ShardWorker(0, 1, 0, 1)
+WHOLE = slice(None)
 
 
 @pytest.fixture
@@ -62,9 +58,9 @@ def plain(resolution: int = 32, **changes: Any) -> Augmentation:
     return Augmentation(resolution, **{"image_dropout": 0.0, "text_dropout": 0.0, "both_dropout": 0.0, **changes})
 
 
-def numbers(shards: list[str], place: ShardWorker, many: int, skip: int = 0, seed: int = 0) -> list[tuple[int, str]]:
-    stream = sample_stream(shards, place, seed, [], skip)
-    return [(epoch, raw["__key__"]) for epoch, raw in islice(stream, many)]
+def numbers(shards: list[str], part: slice, many: int, skip: int = 0, seed: int = 0) -> list[tuple[int, str]]:
+    stream = sample_stream(shards, part, seed, [], skip)
+    return [(epoch, Path(raw.name).name) for epoch, raw in islice(stream, many)]
 
 
 # --- Names
@@ -99,14 +95,14 @@ def test_other_names_are_refused(data: Any, words: str) -> None:
         expand_shards(data)
 
 
-def test_shards_are_told_from_images() -> None:
+def test_shards_are_recognised_by_their_names() -> None:
     for data in ("a.tar", "a-{0..3}.tar", "https://host/a.tar?download=true", ["a.tar"], Path("a.tgz")):
         assert is_shards(data)
     for data in ("images", "a.json", Path("a.jsonl")):
         assert not is_shards(data)
 
 
-def test_the_fingerprint_knows_names_and_sizes(four: list[str], tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_names_and_sizes(four: list[str], tmp_path: Path) -> None:
     before = fingerprint_shards(four)
     assert fingerprint_shards(four[:3]) != before
     write_shard(Path(four[0]), {f"{n}": sample(n) for n in range(30)})
@@ -122,9 +118,10 @@ def test_a_sample_has_a_image_a_caption_a_reference_and_a_face(tmp_path: Path) -
     image, other = (encoded_image(Image.new("RGB", (8, 8), colour), "jpeg") for colour in ("red", "blue"))
     files = {"JPG": image, "txt": b" a caption\n", "reference.jpg": other, "face.npy": face.getvalue()}
     shard = write_shard(tmp_path / "a.tar", {"sub/01": files, "sub/02": {"webp": b"", "json": b'{"caption": "two"}'}})
-    one, two = (parse_sample(raw) for raw in raw_samples(str(shard), print))
-    assert (one.name, one.text, one.image, one.references) == ("a.tar/sub/01", "a caption", image, (other,))
-    assert one.face_id_embed is not None and one.face_id_embed.shape == (512,)
+    one, two = (raw.example() for raw in stream_samples(str(shard), print))
+    assert (one.name, one.text) == ("a.tar/sub/01.JPG", "a caption")
+    assert [file.read_bytes() for file in (one.image, *one.references)] == [image, other]
+    assert face_id_embed(one).shape == (512,)
     assert (two.text, two.references, two.face_id_embed) == ("two", (), None)
 
 
@@ -136,13 +133,16 @@ def test_a_sample_has_a_image_a_caption_a_reference_and_a_face(tmp_path: Path) -
         ({"png": b"", "json": json.dumps({"title": "a"}).encode()}, "a.tar/1: no caption"),
         ({"png": b"", "json": b"{"}, "its caption cannot be read"),
         ({"png": b"", "txt": b"\xff"}, "its caption cannot be read"),
-        ({"png": b"", "txt": b"a", "face.npy": b"a"}, "face embedding cannot be read"),
+        (
+            {"png": b"", "txt": b"a", "face.npy": b"a"},
+            "1.face.npy: a text file that begins with 'a'; expected a face embedding",
+        ),
     ],
 )
-def test_what_a_sample_lacks_is_named(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
-    (raw,) = raw_samples(str(write_shard(tmp_path / "a.tar", {"1": files})), print)
+def test_missing_and_broken_files_of_a_sample_are_named(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
+    (raw,) = stream_samples(str(write_shard(tmp_path / "a.tar", {"1": files})), print)
     with pytest.raises(DataError, match=words):
-        parse_sample(raw)
+        face_id_embed(raw.example())
 
 
 def test_references_and_faces_reach_the_batch(preprocessor: Preprocessor, tmp_path: Path) -> None:
@@ -155,48 +155,48 @@ def test_references_and_faces_reach_the_batch(preprocessor: Preprocessor, tmp_pa
     batch = next(iter(loader))
     assert batch["face_id_embed"].shape == (2, 512)
     assert batch["clip_images"][:, :, 0, 0].argmax(dim=1).tolist() == [2, 2]
-    assert batch["broken"] == ["a.tar/2: no face embedding (.face.npy)."]
+    assert batch["broken"] == ["a.tar/2.png: no face embedding (id_embed_file, face_embeds, or .face.npy in a shard)."]
 
 
 # --- Order
 
 
 def test_an_epoch_has_every_sample_and_another_order_each(four: list[str]) -> None:
-    stream = numbers(four, PLACE, 54)
+    stream = numbers(four, WHOLE, 54)
     epochs = [stream[18 * i : 18 * i + 18] for i in range(3)]
     for i, epoch in enumerate(epochs):
         assert {e for e, _ in epoch} == {i}
         assert len({key for _, key in epoch}) == 18
     assert len({tuple(key for _, key in epoch) for epoch in epochs}) == 3
-    assert numbers(four, PLACE, 18, seed=1) != epochs[0]
+    assert numbers(four, WHOLE, 18, seed=1) != epochs[0]
     inside = [key for _, key in epochs[0] if key.startswith("003")]
     assert inside != sorted(inside)  # shuffled within a shard too
 
 
 def test_processes_and_workers_share_an_epoch(four: list[str]) -> None:
     shares = [
-        [key for e, key in numbers(four, ShardWorker(p, 2, w, 2), 30) if e == 0] for p in range(2) for w in range(2)
+        [key for e, key in numbers(four, slice(p + 2 * w, None, 4), 30) if e == 0] for p in range(2) for w in range(2)
     ]
-    assert sorted(key for share in shares for key in share) == sorted(key for _, key in numbers(four, PLACE, 18))
+    assert sorted(key for share in shares for key in share) == sorted(key for _, key in numbers(four, WHOLE, 18))
 
 
 @pytest.mark.parametrize("skip", [1, 3, 17, 18, 40, 100])
 def test_a_skip_goes_where_reading_would(four: list[str], skip: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = numbers(four, PLACE, skip + 10)
-    assert numbers(four, PLACE, 10, skip) == whole[skip:]
+    whole = numbers(four, WHOLE, skip + 10)
+    assert numbers(four, WHOLE, 10, skip) == whole[skip:]
     monkeypatch.setattr(shards, "count_samples", lambda shard: None)  # as for a URL
-    assert numbers(four, PLACE, 10, skip) == whole[skip:]
+    assert numbers(four, WHOLE, 10, skip) == whole[skip:]
 
 
 def test_whole_shards_are_skipped_unread(four: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 
-    def spying(shard: str, *arguments: Any) -> Iterator[dict[str, Any]]:
+    def spying(shard: str, *arguments: Any) -> Iterator[TarSample]:
         opened.append(shard)
-        return raw_samples(shard, *arguments)
+        return stream_samples(shard, *arguments)
 
-    monkeypatch.setattr(shards, "raw_samples", spying)
-    numbers(four, PLACE, 1, skip=18 * 1000)
+    monkeypatch.setattr(shards, "stream_samples", spying)
+    numbers(four, WHOLE, 1, skip=18 * 1000)
     assert len(opened) == 1
 
 
@@ -204,7 +204,7 @@ def test_counting_agrees_with_reading(four: list[str], tmp_path: Path) -> None:
     assert [count_samples(shard) for shard in four] == [3, 4, 5, 6]
     odd = {"a/1": sample(1), "a/2": {"png": b"", "txt": b"", "reference.png": b""}, "__meta__/x": {"txt": b""}}
     shard = write_shard(tmp_path / "odd.tar", {**odd, "README": {"": b""}, "b": {"TXT": b"", "json": b""}})
-    assert count_samples(str(shard)) == len(list(raw_samples(str(shard), print)))
+    assert count_samples(str(shard)) == len(list(stream_samples(str(shard), print)))
     damaged = tmp_path / "damaged.tar"
     damaged.write_bytes(Path(four[3]).read_bytes()[:3000])
     assert count_samples(str(damaged)) is None
@@ -214,8 +214,8 @@ def test_counting_agrees_with_reading(four: list[str], tmp_path: Path) -> None:
 
 
 def test_batches_are_the_same_with_any_resume(four: list[str], preprocessor: Preprocessor) -> None:
-    augmentation = Augmentation(32, flip=True, crop="random", noise_offset=0.1)
-    options: dict[str, Any] = {"batch_size": 2, "seed": 3}
+    augmentation = Augmentation(32, seed=3, flip=True, crop="random", noise_offset=0.1)
+    options: dict[str, Any] = {"batch_size": 2}
     for num_workers in (0, 2):
         whole = list(islice(shard_loader(four, preprocessor, augmentation, num_workers=num_workers, **options), 9))
         for start in (1, 4):
@@ -247,7 +247,7 @@ def test_randomness_comes_from_the_sample_not_from_the_batch(four: list[str], pr
 def test_too_few_shards_say_what_to_do(four: list[str], preprocessor: Preprocessor) -> None:
     with pytest.raises(DataError, match=r"4 shards for 2 processes with 3 workers each.*Set num_workers=2"):
         shard_loader(four, preprocessor, plain(), batch_size=1, processes=2, num_workers=3)
-    with pytest.raises(DataError, match=r"4 shards for 5 processes.*fewer processes"):
+    with pytest.raises(DataError, match=r"4 shards for 5 processes.*[Ff]ewer processes"):
         shard_loader(four, preprocessor, plain(), batch_size=1, processes=5, num_workers=0)
 
 
@@ -289,7 +289,7 @@ def test_nothing_but_broken_samples_is_one_clear_error(
 ) -> None:
     monkeypatch.setattr(shards, "_LOOK_AHEAD", 20)
     shard = str(write_shard(tmp_path / "a.tar", {"1": {"png": b"", "txt": b"a"}, "2": {"png": b"", "txt": b"b"}}))
-    with pytest.raises(DataError, match=r"None of 22 samples in a row can be used. The first: a\.tar/"):
+    with pytest.raises(DataError, match=r"None of 21 samples in a row can be used. The first: a\.tar/"):
         next(iter(shard_loader([shard], preprocessor, plain(), batch_size=2, num_workers=0)))
 
 
@@ -297,7 +297,7 @@ def test_a_damaged_shard_ends_early_and_is_named(four: list[str], preprocessor: 
     cut = tmp_path / "cut.tar"
     cut.write_bytes(Path(four[3]).read_bytes()[:4000])
     broken: list[str] = []
-    keys = [raw["__key__"] for raw in raw_samples(str(cut), broken.append)]
+    keys = [raw.name for raw in stream_samples(str(cut), broken.append)]
     assert 0 < len(keys) < 6
     assert len(broken) == 1 and "cut.tar" in broken[0] and "unexpected end" in broken[0]
     loader = shard_loader([str(cut), *four[:3]], preprocessor, plain(), batch_size=4, num_workers=0)
@@ -337,7 +337,7 @@ class Host(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Host]]]:
-    monkeypatch.setattr(url_stream, "_PAUSE", 0.0)
+    monkeypatch.setattr(http_file, "RETRIES", http_file.RETRIES.new(backoff_factor=0))
     handler = type("TestHost", (Host,), {"folder": tmp_path, "breaks": [], "failures": [], "seen": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -364,25 +364,25 @@ def test_a_broken_connection_is_taken_up_again(four: list[str], host: tuple[str,
     server.breaks += [700, 1500]
     server.failures += [503]
     broken: list[str] = []
-    keys = [raw["__key__"] for raw in raw_samples(f"{address}/s3.tar", broken.append)]
-    assert keys == [raw["__key__"] for raw in raw_samples(four[3], print)]
+    keys = [raw.name for raw in stream_samples(f"{address}/s3.tar", broken.append)]
+    assert keys == [raw.name for raw in stream_samples(four[3], print)]
     assert broken == []
     assert server.seen == ["", "", "bytes=1500-", "bytes=2200-"]
 
 
 def test_a_shard_that_is_not_there_is_named(four: list[str], host: tuple[str, type[Host]]) -> None:
     broken: list[str] = []
-    assert list(raw_samples(f"{host[0]}/absent.tar", broken.append)) == []
-    assert "absent.tar: HTTPError: HTTP Error 404" in broken[0]
+    assert list(stream_samples(f"{host[0]}/absent.tar", broken.append)) == []
+    assert "absent.tar: cannot be opened (HTTP status 404 Not Found)." in broken[0]
     assert len(host[1].seen) == 1  # asked once
 
 
 def test_a_server_that_cannot_be_reached_is_an_error(host: tuple[str, type[Host]]) -> None:
     with pytest.raises(DataError, match=r"http://127.0.0.1:9/a.tar: .*attempts\). Check the network"):
-        next(raw_samples("http://127.0.0.1:9/a.tar", print))
+        next(stream_samples("http://127.0.0.1:9/a.tar", print))
     host[1].failures += [500] * 20
-    with pytest.raises(DataError, match=r"HTTP Error 500"):
-        UrlStream(f"{host[0]}/s0.tar")
+    with pytest.raises(DataError, match=r"too many 500 error responses"):
+        http_file.HttpFile(f"{host[0]}/s0.tar")
 
 
 # --- As examples
@@ -408,13 +408,13 @@ def test_indexed_samples_are_those_of_the_stream(tmp_path: Path) -> None:
     )
     second = write_shard(tmp_path / "b.tar", {"0": sample(2), "1": sample(3)})
     shards = [str(first), str(second)]
-    raw = [row for shard in shards for row in raw_samples(shard, pytest.fail)]
-    streamed = [parse_sample(row) for row in raw if row["__key__"] != "no image"]
+    raw = [row for shard in shards for row in stream_samples(shard, pytest.fail)]
+    streamed = [row.example() for row in raw if row.name != "a.tar/no image"]
     indexed = index_shards(shards)
     assert [example.text for example in indexed] == [row.text for row in streamed]
     for example, row in zip(indexed, streamed, strict=True):
-        assert open_rgb(example.image)[0].tobytes() == open_rgb(io.BytesIO(row.image))[0].tobytes()
-        assert [reference.read() for reference in example.references] == list(row.references)
+        assert open_rgb(example.image)[0].tobytes() == open_rgb(row.image)[0].tobytes()
+        assert [r.read_bytes() for r in example.references] == [r.read_bytes() for r in row.references]
     assert torch.equal(face_id_embed(indexed[1]), torch.arange(512.0))
     assert indexed[1].name == f"{first}/last.JPG"
 
@@ -429,7 +429,7 @@ def test_index_leaves_out_what_cannot_be_used(tmp_path: Path, caplog: pytest.Log
     assert "a.tar/1: no caption" in caplog.text
     with pytest.raises(DataError, match=r"s\.tar\.gz is compressed.*[Dd]ownload or unpack"):
         index_shards([f"{tmp_path}/s.tar.gz"])
-    with pytest.raises(DataError, match=r"https://host/s\.tar is an address"):
+    with pytest.raises(DataError, match=r"https://host/s\.tar is a URL"):
         index_shards(["https://host/s.tar"])
     damaged.write_bytes(b"no tar")
     with pytest.raises(DataError, match="hold no sample"):

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ipadapter_trainer.data.buckets import SAMPLE, sample_sizes, size_notes
 from ipadapter_trainer.data.check import check_data
 from ipadapter_trainer.data.examples import Example, find_examples
-from ipadapter_trainer.data.from_config import size_notes_from_config
-from ipadapter_trainer.data.sizes import SAMPLE, sample_sizes, size_notes
+from ipadapter_trainer.data.from_config import warn_about_sizes
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
 
@@ -35,17 +35,17 @@ def test_a_bucket_is_another_target_than_the_square() -> None:
 def test_buckets_that_cannot_fill_a_batch_are_counted() -> None:
     sizes = [(512, 512)] * 8 + [(1024, 512)] * 2 + [(512, 1024)] * 3
     assert size_notes(sizes, 13, 512, 64, batch_size=3) == [
-        "Buckets with fewer than 3 images, a batch: 1 of 3; their images go to the next nearest one."
+        "Buckets with fewer images than a batch of 3: 1 of 3; their images go to the next nearest bucket."
     ]
     assert size_notes(sizes, 13, 512, 64, batch_size=4)[0].startswith(
-        "Buckets with fewer than 4 images, a batch: 2 of 3;"
+        "Buckets with fewer images than a batch of 4: 2 of 3;"
     )
     assert size_notes(sizes, 13, 512, 64, batch_size=2) == []
     assert size_notes(sizes[:8], 8, 512, 64, batch_size=100) == []  # nowhere else to go
 
 
 def test_of_many_images_a_sample_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ipadapter_trainer.data import sizes as module
+    from ipadapter_trainer.data import buckets as module
 
     read: list[int] = []
     monkeypatch.setattr(module, "read_sizes", lambda examples: read.append(len(examples)) or [e.size for e in examples])
@@ -59,8 +59,8 @@ def test_of_many_images_a_sample_is_looked_at(monkeypatch: pytest.MonkeyPatch) -
     assert f"about {small * 40:,} of 20,000 images ({small} of a sample of 500)." in note
     notes = size_notes([(512, 512)] * 499 + [(1024, 512)], 20_000, 512, 64, batch_size=64)
     assert notes == [
-        "Buckets with fewer than 64 images, a batch: 1 of 2, by a sample of 500; their images go to the next nearest "
-        "one."
+        "Buckets with fewer images than a batch of 64: 1 of 2, estimated from a sample of 500; their images go to the "
+        "next nearest bucket."
     ]
 
 
@@ -71,14 +71,17 @@ def test_headers_alone_are_read(tmp_path: Path) -> None:
     assert sample_sizes([Example(tmp_path / "a.png", ""), Example(tmp_path / "no.png", "")]) == [(300, 200), None]
 
 
-def test_a_training_and_the_check_say_it(
+def test_a_training_and_the_check_warn_about_it(
     settings: dict[str, Any], images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("red", "blue"):
         Image.new("RGB", (60, 90)).save(images / f"{name}.png")
     config = make_config({**settings, "steps": 1})
     line = "Smaller than 64x64 pixels, so scaled up and blurred: 2 of 6 images."
-    assert size_notes_from_config(config, find_examples(images)) == [line]
+    with caplog.at_level(logging.WARNING):
+        warn_about_sizes(config, find_examples(images))
+    assert caplog.messages == [line]
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         train(config)
     assert caplog.messages.count(line) == 1
