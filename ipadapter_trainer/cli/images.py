@@ -14,8 +14,8 @@ from .settings import ListOptions, Settings, read_settings
 def generate(context: typer.Context, arguments: Settings = None, *, options: ListOptions = False) -> None:
     """Generate images from a text prompt, an image prompt or both.
 
-    ipadapter generate base_model=models/stable-diffusion-v1-5 adapter=runs/cats image=cat.png prompt="a cat in space"
-    output=space.png
+    ipadapter generate base_model=models/stable-diffusion-v1-5 adapter=runs/cats image=cat.png
+    prompt="a cat in space" output=space.png
     """
     with user_errors(memory="Lower num_images or size."):
         from ..settings.generate_config import GenerateConfig

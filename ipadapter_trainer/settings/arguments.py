@@ -26,10 +26,10 @@ def split_arguments(
     Raises ConfigError without arguments, and for all arguments that are written in another way: `--steps 5`,
     `steps = 5`, `batch-size=4`, a value without a key, a second config.
     """
-    ships_configs = model.command == "train"
+    has_presets = model.command == "train"
     if not arguments:
-        config, names = ("CONFIG ", "`ipadapter new` lists the configs, ") if ships_configs else ("", "")
-        keys = f"`ipadapter {model.command} --options` {'' if ships_configs else 'lists '}the keys."
+        config, names = ("CONFIG ", "`ipadapter new` lists the configs, ") if has_presets else ("", "")
+        keys = f"`ipadapter {model.command} --options` {'' if has_presets else 'lists '}the keys."
         raise ConfigError(
             f"Write `ipadapter {command} {config}key=value ...`, such as `ipadapter {command} {_EXAMPLES[command]}`. "
             f"{names}{keys}"
@@ -44,7 +44,7 @@ def split_arguments(
             problems.append(_correction(model, written, key, value, options))
         elif value is not None:
             settings.append(written)
-        elif is_config(model, written) or (number == 0 and ships_configs):
+        elif is_config(model, written) or (number == 0 and has_presets):
             configs.append(written)
         else:
             problems.append(_without_key(model, written))

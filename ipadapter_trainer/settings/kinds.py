@@ -1,4 +1,4 @@
-"""The kinds of adapter that can be trained, and the spec of a new adapter of each kind."""
+"""The kinds of adapter that can be trained: a table, and the spec of a new adapter of each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ FACE_DIM = 512  # ArcFace's embedding
 
 @dataclass(frozen=True)
 class TrainKind:
-    """A value of the setting `kind`. `kind` and `shortcut` are those of the adapter's spec; `summary` is for help
-    texts.
+    """What a kind is made of. `name` is the config's word; `kind` and `shortcut` are the file's.
+
+    `summary` is for messages and config files.
     """
 
     name: str
@@ -23,17 +24,17 @@ class TrainKind:
 
     @property
     def takes_image(self) -> bool:
-        """Whether it uses the image encoder."""
+        """Whether it reads the image through the image encoder."""
         return self.kind not in ("faceid", "portrait")
 
     @property
     def takes_face(self) -> bool:
-        """Whether it takes a face embedding."""
+        """Whether it reads a face embedding."""
         return self.kind in ("faceid", "faceid-plus", "portrait")
 
     @property
     def takes_hidden_states(self) -> bool:
-        """Whether it takes the penultimate hidden states of the image encoder instead of its embedding."""
+        """Whether the image encoder's part is its penultimate hidden states and not its embedding."""
         return self.kind in ("plus", "full", "faceid-plus")
 
 
@@ -42,7 +43,7 @@ TRAIN_KINDS: Mapping[str, TrainKind] = {
     for kind in (
         TrainKind("base", "base", "4 tokens from the image's global embedding"),
         TrainKind("plus", "plus", "16 tokens from its patches through a resampler"),
-        TrainKind("full", "full", "one token per patch, through an MLP"),
+        TrainKind("full", "full", "every patch as a token, through an MLP"),
         TrainKind("faceid", "faceid", "4 tokens from a face embedding, and a LoRA"),
         TrainKind(
             "faceid-plus",
@@ -53,7 +54,7 @@ TRAIN_KINDS: Mapping[str, TrainKind] = {
         TrainKind(
             "faceid-plusv2",
             "faceid-plus",
-            "faceid-plus with a shortcut from the face tokens to the output, so that the patches can be weighted",
+            "faceid-plus with the face tokens added to the result, so that the patches' share can be set",
             shortcut=True,
         ),
         TrainKind("portrait", "portrait", "16 tokens from a face embedding, no LoRA"),
@@ -72,14 +73,15 @@ def spec_for(
     num_tokens: int | None = None,
     encoder_id: str | None = None,
 ) -> AdapterSpec:
-    """The spec of a new adapter for a UNet and an image encoder, with the published architecture.
+    """The spec of a new adapter in its published shape for a UNet and an image encoder.
 
-    `image_embeds_dim`, `hidden_dim` and `image_tokens` (patches and class token) describe the image encoder.
-    `num_tokens` defaults to the published number; a full adapter has one token per image token.
+    `image_embeds_dim`, `hidden_dim` and `image_tokens` (patches and the class token) are the encoder's;
+    `tokens` None takes the published number. A full adapter has as many tokens as the encoder.
 
-    Raises AdapterError for dimensions that do not divide into heads.
+    Raises AdapterError for widths that do not divide into heads of 64 or fewer.
     """
     image_dim = hidden_dim if kind.takes_hidden_states else image_embeds_dim
+    width = cross_attention_dim if kind.kind == "faceid-plus" else None
     return new_spec(
         kind.kind,
         layer_dims,
@@ -87,7 +89,12 @@ def spec_for(
         image_dim=image_dim if kind.takes_image else None,
         num_tokens=image_tokens if kind.kind == "full" else num_tokens,
         face_dim=FACE_DIM,
-        dim_head=64 if cross_attention_dim % 64 == 0 else cross_attention_dim,  # tiny models have no head of 64
+        dim_head=_dim_head(width or cross_attention_dim),
         shortcut=kind.shortcut,
         encoder_id=encoder_id,
     )
+
+
+def _dim_head(width: int) -> int:
+    """64, as published, unless the model is so small that its width has no such head."""
+    return 64 if width % 64 == 0 else width
