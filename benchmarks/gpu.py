@@ -4,10 +4,10 @@
     python benchmarks/gpu.py ... --check                                  # every part at a tiny size: does it start?
     python benchmarks/gpu.py ... --parts training-sd15,comfyui --limit training-sd15=300
 
-Parts: training-sd15 and training-sdxl (training.py), comfyui (comfyui_overhead.py). Each is a process of its own with a
-time limit, within which the training leaves out what does not fit. A part's table is in OUT/<part>.txt, its progress
-and errors in OUT/<part>.log, all figures in OUT/<part>.json; the tables are printed together at the end. Exit code 1
-when a part fails or misses a bar. --check works on a CPU too.
+Parts: training-sd15 and training-sdxl (training/speed.py), comfyui (comfyui/overhead.py). Each is a process of its own
+with a time limit, within which the training leaves out what does not fit. A part's table is in OUT/<part>.txt, its
+progress and errors in OUT/<part>.log, all figures in OUT/<part>.json; the tables are printed together at the end. Exit
+code 1 when a part fails or misses a bar. --check works on a CPU too.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CHECK_LIMIT = 120  # seconds; a GPU needs 20 to 40, a busy CPU more
 GRACE = 20  # seconds between the end of a training's budget and its limit
-FULL = ("--workers", "8")
+FULL = ("--num-workers", "8")
 SDXL = ("--rounds", "1", "--batch-size", "4", "--warmup", "5", "--steps", "15")
-FEW = ("--warmup", "1", "--steps", "2", "--batch-size", "2", "--rounds", "1", "--workers", "2")
+FEW = ("--warmup", "1", "--steps", "2", "--batch-size", "2", "--rounds", "1", "--num-workers", "2")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _training(args: argparse.Namespace, size: str, limit: int, *more: str) -> li
     scratch = ["--scratch", str(args.scratch)] if args.scratch else []
     against = ["--original", str(args.original)] if args.original and not size.endswith("sdxl") else []
     budget = str(limit - GRACE)
-    return [str(HERE / "training.py"), "--size", size, "--budget", budget, *against, *scratch, *more]
+    return [str(HERE / "training" / "speed.py"), "--size", size, "--budget", budget, *against, *scratch, *more]
 
 
 def _sd15(args: argparse.Namespace, limit: int) -> list[str]:
@@ -84,7 +84,7 @@ def _comfyui(args: argparse.Namespace, limit: int) -> list[str] | None:
     device = ["--device", "cuda"] if _gpu() else []
     few = ["--repeats", "1", "--apply-repeats", "1", "--steps", "2"] if args.check else []
     profile = ["--profile"] if device and not args.check else []
-    return [str(HERE / "comfyui_overhead.py"), "--comfyui", str(args.comfyui), *peer, *device, *few, *profile]
+    return [str(HERE / "comfyui" / "overhead.py"), "--comfyui", str(args.comfyui), *peer, *device, *few, *profile]
 
 
 # In the order in which they run. One part more is one entry more.

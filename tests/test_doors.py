@@ -59,14 +59,23 @@ def said_in_code():
     return texts
 
 
-@pytest.mark.parametrize("node", NODES)
-def test_the_messages_of_the_help_page_exist(node):
+def assert_in_code(messages):
     texts = said_in_code()
-    messages = re.findall(r"\*\*(.+?)\*\*", help_page(node)["Messages"])
     assert messages
     for message in messages:
         fragments = [re.escape(fragment.strip()) for fragment in message.split("...")]
         assert any(re.search(".*".join(fragments), text) for text in texts), message
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_messages_of_the_help_page_exist(node):
+    assert_in_code(re.findall(r"\*\*(.+?)\*\*", help_page(node)["Messages"]))
+
+
+def test_the_messages_of_the_error_table_exist():
+    page = (ROOT / "docs" / "comfyui.md").read_text(encoding="utf-8")
+    table = page.split("| message | what to do |")[1].split("\n\n")[0]
+    assert_in_code([cell.strip("`") for cell in first_cells(table)])
 
 
 def test_no_help_page_is_left_over():

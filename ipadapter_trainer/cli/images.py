@@ -71,7 +71,7 @@ def demo(
 ) -> None:
     """Train an adapter on the bundled emoji model and show its results. Needs no download and no GPU."""
     with user_errors(memory="Close other programs, and try again."):
-        from ..demo import demo
+        from ..demo.run import demo
 
         quiet()
         demo(output, adapter, minutes, seed)

@@ -2,7 +2,7 @@
 
     adapter = new_adapter(base_model, TRAIN_KINDS["base"])
     optimizer = new_optimizer(adapter, learning_rate=1e-4)
-    with denoiser(base_model, adapter) as model:
+    with adapt_unet(base_model, adapter) as model:
         for progress in train_steps(model, batches, optimizer=optimizer, steps=1000):
             ...
 

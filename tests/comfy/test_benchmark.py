@@ -1,4 +1,4 @@
-"""benchmarks/comfyui_overhead.py: every case acts, and what a GPU would print can be printed on the CPU."""
+"""benchmarks/comfyui/overhead.py: every case acts, and what a GPU would print can be printed on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "comfyui"
 FRAMES = 3
 
 
@@ -93,6 +93,6 @@ def test_steps_and_attention_are_timed(benchmark):
 def test_cuda_without_a_gpu_is_refused(comfyui):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, str(BENCHMARKS / "comfyui_overhead.py"), "--comfyui", str(comfyui), "--device", "cuda"]
+    command = [sys.executable, str(BENCHMARKS / "overhead.py"), "--comfyui", str(comfyui), "--device", "cuda"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "finds no CUDA device" in done.stderr

@@ -13,9 +13,8 @@ from PIL import Image
 
 from ipadapter_core.assets import PROMPTS, emoji_folder
 from ipadapter_trainer.data.images import to_pil_images
-from ipadapter_trainer.emoji.build import STYLES, build, caption, is_held_out, render, svg, twin_group
-from ipadapter_trainer.emoji.concepts import TEXT_CONCEPTS
-from ipadapter_trainer.emoji.images import STYLE_NAMES, load_images, save_prompts, to_pixels
+from ipadapter_trainer.demo.emoji import STYLE_NAMES, TEXT_CONCEPTS, caption, load_images, to_pixels
+from tools.shipped_emoji.build import STYLES, build, is_held_out, render, save_prompts, svg, twin_group
 
 IMAGES = emoji_folder() / "pictures.zip"
 

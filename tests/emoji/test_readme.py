@@ -1,4 +1,4 @@
-"""The README says what is so: its Python runs, its commands exist, its numbers are the measured ones."""
+"""The README and docs/python.md: the Python runs, the commands exist, the numbers are measured, no link is dead."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 
 from ipadapter_core.assets import MODEL, emoji_folder
-from ipadapter_trainer.emoji.images import load_images
+from ipadapter_trainer.demo.emoji import load_images
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON_PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDER = emoji_folder()
 
 
@@ -35,8 +37,10 @@ def models(tmp_path: Path) -> Path:
 
 
 def test_the_python_examples_run(models: Path) -> None:
-    """One after the other, as they are read."""
-    example = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+    """Those of docs/python.md continue the one of the README."""
+    examples = re.findall(r"```python\n(.*?)```", README + PYTHON_PAGE, re.DOTALL)
+    assert len(examples) == 4
+    example = "\n".join(examples)
     done = subprocess.run([sys.executable, "-c", example], cwd=models, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with Image.open(models / "moon.png") as image:
@@ -44,7 +48,8 @@ def test_the_python_examples_run(models: Path) -> None:
 
 
 def test_train_inspect_generate_as_written(models: Path) -> None:
-    (block,) = (b for b in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "ipadapter train" in b)
+    blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    block = "".join(b for b in blocks if b.startswith("ipadapter "))
     (models / "images").mkdir()
     for name in ("a", "b"):
         shutil.copy(models / "cat.jpg", models / "images" / f"{name}.jpg")
@@ -62,18 +67,62 @@ def test_train_inspect_generate_as_written(models: Path) -> None:
 
 def test_the_quality_table_is_the_measured_one() -> None:
     quality = json.loads((FOLDER / "quality.json").read_text(encoding="utf-8"))
-    table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in _table("How well it steers")}
+    table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in _table("How well, how fast")}
     alone, mixed = quality["image_only"], quality["image_and_text"]
     columns = ("adapter", "weight_0", "shuffled_references")
     expected = {
-        "closer to its own reference, by colour": [alone[c]["closer_by_histogram"] for c in columns],
-        "closer to its own reference, by the vision model": [alone[c]["closer_by_clip"] for c in columns],
-        "style is the reference's": [alone[c]["style"] for c in columns],
-        "with another text: style is the reference's": [mixed[c]["style"] for c in columns],
-        "with another text: concept is the text's": [mixed[c]["concept"] for c in columns],
+        "colours closer to the own prompt than to another": [alone[c]["closer_by_histogram"] for c in columns],
+        "CLIP embedding closer to the own prompt than to another": [alone[c]["closer_by_clip"] for c in columns],
+        "drawing style of the prompt": [alone[c]["style"] for c in columns],
+        "with a text: drawing style of the prompt": [mixed[c]["style"] for c in columns],
+        "with a text: object of the text": [mixed[c]["concept"] for c in columns],
     }
     for title, values in expected.items():
         assert table[title][:3] == [f"{value:.0%}" for value in values], title
+    text = " ".join(README.split())
+    assert f"draws only {quality['limits']['style_asked_in_words']:.0%}" in text
+    style, concept = (quality["judges"][name] for name in ("style_on_real_held_out", "concept_on_real"))
+    assert f"right on {style:.0%} and {concept:.0%}" in text
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_link_is_dead(page: Path) -> None:
+    """Links inside the repository: the file exists, and has the heading."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        file = (page.parent / name) if name else page
+        assert file.is_file(), target
+        assert not heading or heading in _anchors(file), target
+
+
+def test_the_functions_of_the_architecture_page_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+/\w+\.py):(\w+)`", page)
+    assert len(named) > 8
+    for file, name in named:
+        text = (ROOT / "ipadapter_trainer" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(?:def|class) {name}\b", text, re.MULTILINE), (file, name)
+
+
+def test_the_rooms_of_the_architecture_page_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.split("| room | contents |")[1].split("\n\n")[0]
+    rooms = {room for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE) for room in re.findall(r"`(\w+)`", row)}
+    folder = ROOT / "ipadapter_trainer"
+    packages = {file.parent.name for file in folder.glob("*/__init__.py")} - {"emoji"}
+    assert rooms == packages | {file.stem for file in folder.glob("[!_]*.py")}
+
+
+def _anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub writes them in links."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _table(heading: str) -> list[list[str]]:

@@ -12,15 +12,15 @@ from PIL import Image
 
 from ipadapter_core import diffusers_sites, load_adapter
 from ipadapter_core.assets import MODEL, emoji_folder
-from ipadapter_trainer.demo import COLUMNS, ROWS, demo, train_demo_adapter
-from ipadapter_trainer.emoji.adapter import draw_batch, encode_emoji
-from ipadapter_trainer.emoji.images import STYLE_NAMES, load_images, to_pixels
-from ipadapter_trainer.emoji.loop import fit, progress
-from ipadapter_trainer.emoji.quality import Judges, choose_references, judge_the_judges, load_judges
-from ipadapter_trainer.emoji.stack import load_clip, load_unet, load_vae, unpack
-from ipadapter_trainer.emoji.unet import new_unet, unet_losses
+from ipadapter_trainer.demo.batches import draw_batch, encode_emoji
+from ipadapter_trainer.demo.emoji import STYLE_NAMES, load_images, to_pixels
+from ipadapter_trainer.demo.quality import Judges, choose_references, judge_the_judges, load_judges
+from ipadapter_trainer.demo.run import COLUMNS, ROWS, demo, train_demo_adapter
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.features import encode_pixels
+from tools.shipped_emoji.loop import fit, progress
+from tools.shipped_emoji.stack import load_clip, load_unet, load_vae, unpack
+from tools.shipped_emoji.unet import new_unet, unet_losses
 
 FOLDER = emoji_folder()
 MEGABYTE = 1_000_000

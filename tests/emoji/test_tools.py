@@ -35,7 +35,7 @@ def test_images_of_every_split() -> None:
 
 def test_views_keep_the_white_background_and_the_grid_of_pixel_art() -> None:
     generator = torch.Generator().manual_seed(0)
-    image = torch.ones(64, 3, 32, 32)
+    image = torch.ones(64, 3, 128, 128)
     image[:, 0, 8:16, 8:24] = -1.0
     shifted = views.shift(image, generator, views.LATENT)
     cells = torch.nn.functional.avg_pool2d(shifted[:, :1], views.LATENT)
@@ -50,8 +50,8 @@ def test_views_keep_the_white_background_and_the_grid_of_pixel_art() -> None:
     assert views.zoom(image, generator).amax() <= 1.0 + 1e-5
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[64, 128])
+def images(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An images.zip of some concepts, drawn by rules: every concept a colour, every style a shape."""
     file = tmp_path_factory.mktemp("emoji") / "pictures.zip"
     known = [concept for concept, _ in concepts.PROMPT_IMAGES] + list(concepts.TEXT_CONCEPTS[:2])
@@ -60,11 +60,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(file, "w") as archive:
         for number, concept in enumerate((*known, *unseen)):
             for size, style in enumerate(build.STYLES, 2):
-                image = Image.new("RGB", (build.SIZE, build.SIZE), "white")
+                image = Image.new("RGB", (128, 128), "white")
                 colour = (20 * number, 255 - 20 * number, 40 * size)
                 ImageDraw.Draw(image).ellipse((20, 20, 30 * size - 20, 110), fill=colour)
                 split, data = build.split_of(concept, style.name), io.BytesIO()
-                image.save(data, "PNG")
+                image.resize((request.param, request.param)).save(data, "PNG")
                 name = f"{split}/{style.name}/{concept}.png"
                 archive.writestr(name, data.getvalue())
                 rows.append({"file_name": name, "text": build.caption(concept), "concept": concept})
@@ -93,8 +93,12 @@ def test_every_part_trains_and_the_result_is_measured(
     for asked in ("image_alone", "image_and_text", "image_and_its_name", "unseen_concept"):
         for who in ("adapter", "weight_0", "shuffled_references"):
             assert all(0 <= share <= 1 for share in found[asked][who].values())
+    images = train.load_images(images, "train")
     with Image.open(sheet) as image:
-        assert image.width > 6 * build.SIZE
-    assert len(list((model / "prompts").glob("*.png"))) == len(concepts.PROMPT_IMAGES)
-    train.PARTS["unpack"](train.Run(images, train.load_images(images, "train"), tmp_path / "again", model, 1, 1.0))
+        assert image.width > 6 * images.size
+    prompts = list((model / "prompts").glob("*.png"))
+    assert len(prompts) == len(concepts.PROMPT_IMAGES)
+    with Image.open(prompts[0]) as image:
+        assert image.size == (images.size, images.size)
+    train.PARTS["unpack"](train.Run(images, images, tmp_path / "again", model, 1, 1.0))
     assert (tmp_path / "again" / "unet.pt").is_file()

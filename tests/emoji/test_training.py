@@ -9,31 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from ipadapter_core.assets import emoji_folder
-from ipadapter_trainer.emoji.clip import (
-    MAX_TOKENS,
-    clip_losses,
-    embed_some_patches,
-    new_clip,
-    normalize,
-    patchwork,
-    tokenize,
-    train_tokenizer,
-)
-from ipadapter_trainer.emoji.images import EmojiImages, load_images, to_pixels
-from ipadapter_trainer.emoji.judges import (
+from ipadapter_trainer.demo.emoji import EmojiImages, augment, load_images, normalize, to_pixels
+from ipadapter_trainer.demo.judges import (
     StyleClassifier,
-    classifier_losses,
     closer_to_own,
     colour_histogram,
     histogram_similarity,
     style_features,
 )
-from ipadapter_trainer.emoji.loop import Progress, fit, load_ema, progress
-from ipadapter_trainer.emoji.train import PARTS, Run, main
-from ipadapter_trainer.emoji.vae import (
+from tools.shipped_emoji.clip import (
+    MAX_TOKENS,
+    clip_losses,
+    embed_some_patches,
+    new_clip,
+    patchwork,
+    tokenize,
+    train_tokenizer,
+)
+from tools.shipped_emoji.judges import classifier_losses
+from tools.shipped_emoji.loop import Progress, fit, load_ema, progress
+from tools.shipped_emoji.train import PARTS, Run, main
+from tools.shipped_emoji.vae import (
     POSTERIOR_STD,
     SD15_SCALING,
-    augment,
     decoder_losses,
     encode,
     fold_scaling,
@@ -136,7 +134,7 @@ def test_folding_the_scale_changes_latents_not_images(some: EmojiImages) -> None
     torch.manual_seed(0)
     vae = new_vae().eval()
     before = vae.decode(vae.encode(some.images[:4].float() / 127.5 - 1).latent_dist.mean).sample
-    fold_scaling(vae, some)
+    fold_scaling(vae, some.images)
     latents = encode(vae, some.images)
     posterior = vae.encode(some.images[:4].float() / 127.5 - 1).latent_dist
     assert (latents.std() * SD15_SCALING).item() == pytest.approx(1.0, abs=1e-3)

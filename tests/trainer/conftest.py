@@ -134,7 +134,7 @@ def config(settings: dict[str, Any]) -> TrainConfig:
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole random CLIP, as transformers saves it."""
-    from ipadapter_trainer.emoji.clip import new_clip, train_tokenizer
+    from tools.shipped_emoji.clip import new_clip, train_tokenizer
 
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""benchmarks/training.py: what it builds, what it times, and how it judges."""
+"""benchmarks/training/speed.py: what it builds, what it times, and how it judges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "training"
 SMALL = {
     "resolution": 64,
     "image": (80, 64),
@@ -35,6 +35,7 @@ for step, loss in enumerate(LOSSES):
 
 @pytest.fixture(autouse=True)
 def _benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))  # gpu.py
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
@@ -103,7 +104,7 @@ def test_the_original_runs_as_a_script_with_the_names_it_misses(tmp_path, capsys
 
 def test_sdxl_is_cached_measured_and_profiled(tmp_path, small, monkeypatch, capsys):
     """The command itself, at widths that are a matter of seconds."""
-    import training
+    import speed
     import training_models
 
     sdxl = dataclasses.replace(
@@ -113,7 +114,7 @@ def test_sdxl_is_cached_measured_and_profiled(tmp_path, small, monkeypatch, caps
     few = ["--device", "cpu", "--rounds", "1", "--warmup", "1", "--steps", "1", "--batch-size", "1", "--profile"]
     extra = ["--extra", "mixed_precision=bf16", "--extra", "no_such_key=1"]
     file = tmp_path / "figures.json"
-    assert training.main(["--size", "tiny-sdxl", *few, *extra, "--json", str(file)]) == 1
+    assert speed.main(["--size", "tiny-sdxl", *few, *extra, "--json", str(file)]) == 1
     out = capsys.readouterr().out
     assert "ms a step while profiled" in out and "convolution" in out
     assert "Not measured: ours, cache, no_such_key=1 ended with code 1:" in out
@@ -201,7 +202,7 @@ def test_without_the_original_nothing_is_judged():
 
 
 def test_one_of_our_settings_must_meet_a_bar():
-    from training import missed_bars
+    from speed import missed_bars
     from training_table import BARS, Row
 
     bar = BARS["cuda", True]
@@ -317,7 +318,7 @@ def test_every_try_still_changes_the_trainer():
     """They replace parts of the trainer by name; in a process of their own."""
     code = (
         "from training_tries import TRIES; import torch\n"
-        "from ipadapter_trainer.training.steps import Denoiser as D\n"
+        "from ipadapter_trainer.training.steps import AdaptedUNet as D\n"
         "from ipadapter_trainer.training import setup as s\n"
         "before = D._unet_precision, s.tune_unet, torch.backends.cudnn.benchmark\n"
         "for change in TRIES.values(): change()\n"
@@ -402,13 +403,13 @@ def test_the_check_of_gpu_py_runs_a_training(tmp_path, capsys):
 
 
 def test_wrong_input(tmp_path, capsys):
-    import training
+    import speed
 
     with pytest.raises(SystemExit):
-        training.main(["--original", str(tmp_path)])
+        speed.main(["--original", str(tmp_path)])
     assert "has no tutorial_train.py" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        training.main(["--warmup", "0"])
+        speed.main(["--warmup", "0"])
     assert "--warmup must be at least 1" in capsys.readouterr().err
 
 

@@ -100,15 +100,14 @@ def test_its_head_says_the_command_and_what_it_needs(file: Path, published: dict
         flops / config.batch_size for flops in (plan.cost.flops, plan.cost.flops + plan.cost.encoder_flops)
     )
     unit, seconds = {"E": (1e18, 3600), "P": (1e15, 60)}["P" if file == FINETUNE else "E"]
-    said = numbers(head, r"Trains ([\d.]+) M parameters.* needs (\d+) GB on a GPU.* the ([\d,]+) steps below")
+    said = numbers(head, r"Trains ([\d.]+) M parameters and needs (\d+) GB of GPU memory.* The ([\d,]+) steps take")
     assert said == pytest.approx([plan.trained / 1e6, plan.memory / 1e9, config.steps], rel=0.05, abs=0.51)
-    said = numbers(
-        head, r"are (\d+) .FLOP \(([\d.]+) TFLOP an image\), ([\d,]+) (?:hours|minutes) for every 100 TFLOP/s"
-    )
+    work = r"take (\d+) .FLOP \(([\d.]+) TFLOP per image\): ([\d,]+) (?:hours|minutes) on GPUs that sustain 100 TFLOP/s"
+    said = numbers(head, work)
     expected = [whole * images / unit, whole / 1e12, whole * images / 1e14 / seconds]
     assert said == pytest.approx(expected, rel=0.05, abs=0.51)
     if file != FINETUNE:
-        said = numbers(head, r"With a cache they are (\d+) EFLOP \(([\d.]+)\)")
+        said = numbers(head, r"With a cache: (\d+) EFLOP \(([\d.]+) TFLOP per image\)")
         assert said == pytest.approx([cached * images / unit, cached / 1e12], rel=0.05, abs=0.51)
 
     golden = WEIGHT_KEYS[GOLDEN_FAMILIES[family]][GOLDEN_KINDS[kind_of(file)]]
@@ -155,6 +154,6 @@ def test_the_emoji_config_runs_in_a_checkout(images: Path, tmp_path: Path, monke
     plan, config = plan_training(load_config(TrainConfig, EMOJI, more)), load_config(TrainConfig, EMOJI)
     work = (plan.cost.flops + plan.cost.encoder_flops) * config.steps
     head = re.sub(r"\n# ", " ", EMOJI.read_text().split("\n\n")[0])
-    said = numbers(head, r"Trains ([\d.]+) M parameters.* needs ([\d.]+) GB.* (\d+) steps below are (\d+) TFLOP")
+    said = numbers(head, r"Trains ([\d.]+) M parameters and needs ([\d.]+) GB.* The (\d+) steps take (\d+) TFLOP")
     assert said == pytest.approx([plan.trained / 1e6, plan.memory / 1e9, config.steps, work / 1e12], rel=0.05, abs=0.06)
     assert infer_spec(read_checkpoint(train(load_config(TrainConfig, EMOJI, (*more, "steps=2"))))).kind == "base"

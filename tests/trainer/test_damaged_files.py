@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from ipadapter_core import save_adapter
 from ipadapter_core.assets import emoji_folder
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.emoji.stack import read_judges
+from ipadapter_trainer.demo.judges import read_judges
 from ipadapter_trainer.errors import BaseModelError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ipadapter_core import Feature, IPAdapter
-from ipadapter_trainer.emoji.clip import normalize
-from ipadapter_trainer.emoji.images import to_pixels
+from ipadapter_trainer.demo.emoji import normalize, to_pixels
 from ipadapter_trainer.models.base_model import BaseModel
 from ipadapter_trainer.models.conditioning import TextStates, encode_prompts
 from ipadapter_trainer.models.features import Features, encode_pixels
@@ -26,9 +25,10 @@ from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
 from ipadapter_trainer.training.new_adapter import new_adapter
 
+from .build import GRID
 from .images import STYLE_NAMES, EmojiImages
 from .loop import fit
-from .views import LATENT, PERMUTATIONS, mirror, recolour, shift
+from .views import PERMUTATIONS, mirror, recolour, shift
 
 BATCH, LEARNING_RATE = 64, 5e-4
 SELF_PAIRS = 0.45  # share of the examples whose reference is the image itself, without text
@@ -42,7 +42,7 @@ IMAGE_DROPOUT = BOTH_DROPOUT = 0.05  # the original's shares
 class EmojiFeatures:
     """The frozen models' outputs for V views of N images, computed once, on the model's device.
 
-    ``latents`` [V, N, 4, 16, 16] and ``image_features`` [V, N, ...] are of the same views; the first ``own`` views
+    ``latents`` [V, N, 4, H/8, W/8] and ``image_features`` [V, N, ...] are of the same views; the first ``own`` views
     have the images' own colours. ``text_states`` [N, 16, D], ``no_text`` [1, 16, D], ``styles`` [N]. ``timesteps`` are
     the scheduler's.
     """
@@ -75,7 +75,7 @@ def encode_emoji(
         if view < 2:
             pixels = pixels.flip(-1) if view else pixels
         else:
-            pixels = shift(mirror(pixels, generator), generator, LATENT)
+            pixels = shift(mirror(pixels, generator), generator, images.size // GRID)
         if view >= own:
             drawn = torch.randint(1, len(PERMUTATIONS), (len(pixels),), generator=generator, device=device)
             pixels = recolour(pixels, drawn)

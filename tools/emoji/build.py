@@ -29,8 +29,7 @@ from PIL import Image, ImageOps
 from .concepts import CONCEPTS, TEXT_CONCEPTS
 
 SIZE = 128
-MARGIN = 8  # white pixels on each side, so that an image can be shifted by a latent
-PIXEL = 8  # the side of a pixel-art pixel: one latent of the autoencoder
+GRID = 16  # pixels a side of pixel art; the other styles have as wide a white margin, so that an image can be shifted
 STROKE = 0.025  # of the icon's width: the outline of the comic style
 
 Drawing = Literal["plain", "comic", "pixel"]
@@ -109,12 +108,13 @@ def rasterize(document: str, size: int) -> Image.Image:
     return ImageOps.pad(image, (size, size), color="white")  # a few icons are not square
 
 
-def render(document: str, drawing: Drawing = "plain") -> Image.Image:
-    """An SVG document as a SIZE x SIZE RGB image; "pixel" is pixel art of 16 x 16 colours."""
+def render(document: str, drawing: Drawing = "plain", size: int = SIZE) -> Image.Image:
+    """An SVG document as a size x size RGB image; "pixel" is pixel art of 16 x 16 colours."""
     if drawing == "pixel":
-        small = rasterize(document, 4 * SIZE).resize((SIZE // PIXEL, SIZE // PIXEL), Image.Resampling.BOX)
-        return small.resize((SIZE, SIZE), Image.Resampling.NEAREST)
-    return ImageOps.expand(rasterize(document, SIZE - 2 * MARGIN), MARGIN, "white")
+        small = rasterize(document, 512).resize((GRID, GRID), Image.Resampling.BOX)
+        return small.resize((size, size), Image.Resampling.NEAREST)
+    margin = size // GRID
+    return ImageOps.expand(rasterize(document, size - 2 * margin), margin, "white")
 
 
 def _read_icons(packages: Path) -> dict[str, dict[str, Any]]:
@@ -135,8 +135,8 @@ def _names(icons: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Style, str]]
             yield concept, style, squeezed[style.name][concept.replace("-", "")]
 
 
-def build(packages: Path, output: Path) -> dict[str, int]:
-    """Render every image into ``output``; returns how many each split got."""
+def build(packages: Path, output: Path, size: int = SIZE) -> dict[str, int]:
+    """Render every image, ``size`` pixels a side, into ``output``; returns how many each split got."""
     icons = _read_icons(packages)
     rows: list[dict[str, str]] = []
     counts: dict[str, int] = {}
@@ -146,7 +146,7 @@ def build(packages: Path, output: Path) -> dict[str, int]:
             split = split_of(concept, style.name)
             file_name = f"{split}/{style.name}/{concept}.webp"
             image = io.BytesIO()
-            render(svg(icons[style.name], name, style.drawing), style.drawing).save(
+            render(svg(icons[style.name], name, style.drawing), style.drawing, size).save(
                 image, "WEBP", lossless=True, method=6
             )
             archive.writestr(_entry(file_name), image.getvalue())
@@ -167,8 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", type=Path, help="the folder @iconify-json with the five packages in it")
     parser.add_argument("output", type=Path, help="the zip to write")
+    parser.add_argument("--size", type=int, choices=(64, SIZE), default=SIZE, help="pixels a side")
     arguments = parser.parse_args()
-    counts = build(arguments.packages, arguments.output)
+    counts = build(arguments.packages, arguments.output, arguments.size)
     print(f"{arguments.output}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
 
 

@@ -7,29 +7,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from ipadapter_trainer.emoji.clip import MAX_TOKENS, WIDTH, contrast, normalize, styled_caption, tokenize
-from ipadapter_trainer.emoji.images import to_pixels
-from ipadapter_trainer.emoji.loop import training_device
+from ipadapter_trainer.demo.emoji import normalize, styled_caption, to_pixels
 
-from .build import SIZE
+from ..shipped_emoji.clip import MAX_TOKENS, WIDTH, contrast, tokenize
+from ..shipped_emoji.loop import training_device
 from .images import STYLE_NAMES, EmojiImages
 from .loop import LossFunction
 from .views import any_colours, mirror, patchwork, shift, zoom
 
-PATCH = 16  # pixels
+PATCHES = 8  # a side
 CELLS = 4  # a side: the colours that a patch's state is asked for
 
 
 class EmojiCLIP(CLIPModel):
-    """A small CLIP over 128 px images, and a head for the colours of its patches that is used in training only."""
+    """A small CLIP, and a head for the colours of its patches that is used in training only."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
         self.patch_colours = nn.Linear(WIDTH, 3 * CELLS**2)
 
 
-def new_clip(tokenizer: CLIPTokenizer) -> EmojiCLIP:
-    """A small CLIP; random weights."""
+def new_clip(tokenizer: CLIPTokenizer, size: int) -> EmojiCLIP:
+    """A small CLIP over images of ``size`` pixels a side; random weights."""
     shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4}
     text = {
         **shared,
@@ -41,7 +40,8 @@ def new_clip(tokenizer: CLIPTokenizer) -> EmojiCLIP:
         "pad_token_id": tokenizer.pad_token_id,
         "projection_dim": WIDTH,
     }
-    vision = {**shared, "num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH, "projection_dim": WIDTH}
+    patches = {"image_size": size, "patch_size": size // PATCHES}
+    vision = {**shared, **patches, "num_hidden_layers": 4, "projection_dim": WIDTH}
     return EmojiCLIP(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
 
@@ -142,5 +142,5 @@ def _run(layer: nn.Module, states: Tensor) -> Tensor:
 
 def patch_colours(pixels: Tensor) -> Tensor:
     """[B, 3, H, W] -> [B, patches, 3 * CELLS**2]: the mean colours of each patch's cells."""
-    cells = F.avg_pool2d(pixels, PATCH // CELLS)
+    cells = F.adaptive_avg_pool2d(pixels, PATCHES * CELLS)
     return F.unfold(cells, CELLS, stride=CELLS).transpose(1, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipadapter_trainer.emoji.concepts import TEXT_CONCEPTS
+from ipadapter_trainer.demo.emoji import TEXT_CONCEPTS
 
 __all__ = ["CONCEPTS", "PROMPT_IMAGES", "TEXT_CONCEPTS"]
 

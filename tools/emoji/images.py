@@ -24,7 +24,7 @@ STYLE_NAMES = tuple(style.name for style in STYLES)
 
 @dataclass(frozen=True)
 class EmojiImages:
-    """Images of one split. ``images`` is uint8 [N, 3, 128, 128]; the three tuples have one entry an image."""
+    """Images of one split. ``images`` is uint8 [N, 3, H, W]; the three tuples have one entry an image."""
 
     images: Tensor
     captions: tuple[str, ...]
@@ -33,6 +33,11 @@ class EmojiImages:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def size(self) -> int:
+        """Pixels a side; every part of the model follows it."""
+        return self.images.shape[-1]
 
     @property
     def style_ids(self) -> Tensor:

@@ -13,10 +13,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ipadapter_trainer.emoji.images import to_pixels
-from ipadapter_trainer.emoji.judges import StyleClassifier, round_trip, style_features
-from ipadapter_trainer.emoji.loop import device_of, training_device
+from ipadapter_trainer.demo.emoji import to_pixels
+from ipadapter_trainer.demo.judges import StyleClassifier, style_features
 
+from ..shipped_emoji.judges import round_trip
+from ..shipped_emoji.loop import device_of, training_device
 from .concepts import CONCEPTS
 from .images import EmojiImages
 from .loop import LossFunction
@@ -29,11 +30,11 @@ new_style_classifier = partial(StyleClassifier, palettes=PALETTES)
 
 
 class ConceptClassifier(nn.Module):
-    """A small convolutional network: pixels [B, 3, 128, 128] in [-1, 1] -> logits [B, C] over ``CONCEPTS``."""
+    """A small convolutional network: pixels [B, 3, H, W] in [-1, 1] -> logits [B, C] over ``CONCEPTS``."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 96, 128)) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.AvgPool2d(2)]
+        layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(64)]
         for before, after in zip((3, *widths), widths, strict=False):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
             layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU(), nn.MaxPool2d(2)]
@@ -65,17 +66,17 @@ def style_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int = 128)
 
 
 def concept_losses(images: EmojiImages, batch_size: int = 128) -> LossFunction:
-    """Cross-entropy on shifted, zoomed, recoloured and softened pixels_of."""
+    """Cross-entropy on shifted, zoomed, recoloured and softened images."""
     device = training_device()
-    pixels_of = images.images.to(device)
+    uint8_images = images.images.to(device)
     labels = concept_ids(images).to(device)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         def draw() -> Tensor:
             return torch.rand(batch_size, 1, 1, 1, generator=generator, device=device)
 
-        rows = torch.randint(len(pixels_of), (batch_size,), generator=generator, device=device)
-        pixels = zoom(shift(mirror(to_pixels(pixels_of[rows]), generator), generator), generator)
+        rows = torch.randint(len(uint8_images), (batch_size,), generator=generator, device=device)
+        pixels = zoom(shift(mirror(to_pixels(uint8_images[rows]), generator), generator), generator)
         soft = F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
         pixels = torch.lerp(pixels, soft, draw())  # the autoencoder's softness
         tint = 0.6 + 0.4 * torch.rand(batch_size, 3, 1, 1, generator=generator, device=device)

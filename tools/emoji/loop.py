@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ipadapter_trainer.emoji.loop import LossFunction, Progress, training_device
+from ..shipped_emoji.loop import LossFunction, Progress, training_device
 
 
 def fit(
@@ -38,7 +38,8 @@ def fit(
     checkpoint's count of images; without it they are not counted.
     """
     device = training_device()
-    model.to(device, memory_format=torch.channels_last)  # faster convolutions
+    place: dict[str, Any] = {"device": device, "memory_format": torch.channels_last}  # faster convolutions
+    model.to(**place)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=device.type == "cuda"
@@ -72,7 +73,8 @@ def fit(
     _save(checkpoint, parameters, optimizer, ema, done)
     print(_speed(checkpoint.stem, device, done, begun, time.monotonic() - start), flush=True)
     ema.copy_to(parameters)
-    return model.to("cpu", memory_format=torch.contiguous_format).eval()
+    place = {"device": "cpu", "memory_format": torch.contiguous_format}
+    return model.to(**place).eval()
 
 
 def _speed(name: str, device: torch.device, done: Progress, begun: Progress, seconds: float) -> str:

@@ -24,16 +24,15 @@ from torch.nn import functional as F
 from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL
 from ipadapter_trainer.data.images import to_pil_images
-from ipadapter_trainer.emoji.clip import normalize, styled_caption
-from ipadapter_trainer.emoji.images import to_pixels
-from ipadapter_trainer.emoji.judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity
-from ipadapter_trainer.emoji.loop import training_device
+from ipadapter_trainer.demo.emoji import normalize, styled_caption, to_pixels
+from ipadapter_trainer.demo.judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.generate import generate
 from ipadapter_trainer.models.image_features import encode_clip_images
 from ipadapter_trainer.report.image_grid import draw_grid
 
-from .build import SIZE, caption
+from ..shipped_emoji.loop import training_device
+from .build import caption
 from .concepts import CONCEPTS, TEXT_CONCEPTS
 from .images import EmojiImages, load_images
 from .judges import ConceptClassifier, choose_among, concept_ids, judge, new_style_classifier
@@ -194,7 +193,7 @@ def draw_sheet(base_model: BaseModel, adapter: IPAdapter, images: EmojiImages, r
             guidance=GUIDANCE,
         )
         columns.append((title, drawn.cpu()))
-    return draw_grid([(title, to_pil_images(images)) for title, images in columns], side=SIZE)
+    return draw_grid([(title, to_pil_images(images)) for title, images in columns], side=images.size)
 
 
 def judge_the_judges(judges: Judges, held_out: EmojiImages, seed: int = 0) -> dict[str, float]:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -21,16 +22,15 @@ from transformers import (
 from ipadapter_core import AdapterError, looks_like
 from ipadapter_core.assets import MODEL
 from ipadapter_core.tensors import check_weights
-from ipadapter_trainer.emoji.clip import MAX_TOKENS
-from ipadapter_trainer.emoji.loop import load_ema, training_device
-from ipadapter_trainer.emoji.stack import only_vision
-from ipadapter_trainer.emoji.unet import new_scheduler
-from ipadapter_trainer.emoji.vae import fold_scaling, only_decoder
 from ipadapter_trainer.errors import BaseModelError
 from ipadapter_trainer.models.image_processor import CLIPImageProcessor
 from ipadapter_trainer.models.weight_files import open_weights
 
-from .build import SIZE
+from ..shipped_emoji.clip import MAX_TOKENS
+from ..shipped_emoji.loop import load_ema, on_training_device
+from ..shipped_emoji.stack import only_vision
+from ..shipped_emoji.unet import new_scheduler
+from ..shipped_emoji.vae import fold_scaling, only_decoder
 from .clip import new_clip
 from .images import EmojiImages
 from .judges import ConceptClassifier, new_style_classifier
@@ -44,50 +44,52 @@ CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"styles": new_style_classifie
 def load_vae(work: Path, images: EmojiImages, with_decoder: bool = True) -> AutoencoderKL:
     """The trained autoencoder with SD1.5's scaling factor folded in; with the decoder that was trained on alone, when
     there is one. It is on the training device."""
-    vae = load_ema(new_vae(), work / "vae.pt").to(training_device())
+    vae = on_training_device(load_ema(new_vae(images.size), work / "vae.pt"))
     assert isinstance(vae, AutoencoderKL)
-    fold_scaling(vae, images)
+    fold_scaling(vae, images.images)
     if with_decoder and (work / "decoder.pt").is_file():
         load_ema(only_decoder(vae), work / "decoder.pt")
     return vae.requires_grad_(False)
 
 
-def load_clip(work: Path, with_vision: bool = True) -> tuple[CLIPModel, CLIPTokenizer]:
+def load_clip(work: Path, size: int, with_vision: bool = True) -> tuple[CLIPModel, CLIPTokenizer]:
     """The trained CLIP and its tokenizer; with the vision tower that was trained on alone, when there is one."""
     tokenizer = CLIPTokenizer.from_pretrained(str(work / "tokenizer"), model_max_length=MAX_TOKENS)
-    clip = load_ema(new_clip(tokenizer), work / "clip.pt")
+    clip = load_ema(new_clip(tokenizer, size), work / "clip.pt")
     assert isinstance(clip, CLIPModel)
     if with_vision and (work / "vision.pt").is_file():
         load_ema(only_vision(clip), work / "vision.pt")
     return clip.requires_grad_(False), tokenizer
 
 
-def load_unet(work: Path) -> UNet2DConditionModel:
+def load_unet(work: Path, size: int) -> UNet2DConditionModel:
     """The trained UNet."""
-    unet = load_ema(new_unet(), work / "unet.pt")
+    unet = load_ema(new_unet(size), work / "unet.pt")
     assert isinstance(unet, UNet2DConditionModel)
     return unet.requires_grad_(False)
 
 
 def export(work: Path, images: EmojiImages, folder: Path) -> None:
     """Write ``folder``/emoji-model as diffusers loads it (fp16) and ``folder``/judges.safetensors beside it."""
-    clip, tokenizer = load_clip(work)
-    text_encoder = CLIPTextModel(clip.config.text_config)
+    clip, tokenizer = load_clip(work, images.size)
+    config: Any = clip.config
+    text_encoder = CLIPTextModel(config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
-    image_encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
+    image_encoder = CLIPVisionModelWithProjection(config.vision_config)
     image_encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
     image_encoder.visual_projection.load_state_dict(clip.visual_projection.state_dict())
-    pipeline = StableDiffusionPipeline(
-        vae=load_vae(work, images).cpu(),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=load_unet(work).to(memory_format=torch.contiguous_format),
-        scheduler=new_scheduler(),
-        safety_checker=None,
-        feature_extractor=new_image_processor(),
-        image_encoder=image_encoder,
-        requires_safety_checker=False,
-    )
+    parts: dict[str, Any] = {
+        "vae": load_vae(work, images).cpu(),
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "unet": load_unet(work, images.size).to(memory_format=torch.contiguous_format),
+        "scheduler": new_scheduler(),
+        "safety_checker": None,
+        "feature_extractor": new_image_processor(images.size),
+        "image_encoder": image_encoder,
+        "requires_safety_checker": False,
+    }
+    pipeline: Any = cast("Any", StableDiffusionPipeline)(**parts)
     pipeline.to(dtype=torch.float16).save_pretrained(folder / MODEL)
     _prefix_keys(folder / MODEL / "text_encoder" / "model.safetensors", "text_model.")
     for name in ("vocab.json", "merges.txt"):  # for readers that know no tokenizer.json
@@ -112,9 +114,9 @@ def unpack(folder: Path, work: Path) -> None:
     judges = read_judges(folder / "judges.safetensors")
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
-    clip = new_clip(tokenizer)
-    clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
     image_encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder")
+    clip = new_clip(tokenizer, int(cast("Any", image_encoder.config).image_size))
+    clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
     clip.vision_model.load_state_dict(image_encoder.vision_model.state_dict())
     clip.visual_projection.load_state_dict(image_encoder.visual_projection.state_dict())
     clip.text_projection.load_state_dict({"weight": judges["text_projection.weight"]})
@@ -165,6 +167,6 @@ def save_judges(work: Path, clip: CLIPModel, file: Path) -> None:
     save_file(state, file)
 
 
-def new_image_processor() -> CLIPImageProcessor:
+def new_image_processor(size: int) -> CLIPImageProcessor:
     """CLIP's preprocessing at the stack's own size."""
-    return CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})

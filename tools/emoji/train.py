@@ -1,4 +1,4 @@
-"""Train the next emoji model (128 px), part by part, from the images alone; every part resumes where it was.
+"""Train the next emoji model, part by part, from the images alone; every part resumes where it was.
 
     paths="--images pictures.zip --work work/emoji --output work/emoji/model"
     python -m tools.emoji.train vae clip concepts $paths --minutes 20
@@ -6,8 +6,10 @@
     python -m tools.emoji.train plus base decoder export $paths --minutes 15
     python -m tools.emoji.quality --folder work/emoji/model --images pictures.zip --output quality.json
 
-The package still brings the model of 64 px that `ipadapter_trainer/emoji` trained; this one takes its place when its
-figures are better. `benchmarks/emoji.py` runs all of it on one GPU.
+The images decide the size of the model: 128 px, or 64 px from ``tools.emoji.build --size 64``.
+
+The package still brings the model that `tools/shipped_emoji` trained; this one takes its place when its figures are
+better. `benchmarks/training/emoji.py` runs all of it on one GPU.
 
 A GPU is used when there is one; ``--batch-size 1024 --views 16`` gives it more to do in unet, plus and base.
 Running a part again with more steps or minutes continues it; ``unpack`` makes checkpoints from the shipped weights,
@@ -61,21 +63,19 @@ class Run:
 
 
 def train_vae(run: Run) -> None:
-    from ipadapter_trainer.emoji.loop import training_device
-
+    from ..shipped_emoji.loop import training_device
     from .loop import fit
     from .vae import BATCH, new_vae, vae_losses
 
     sized = run.sized(BATCH, 1e-3)
     losses = vae_losses(run.train, sized["batch_size"], training_device())
-    fit(new_vae(), losses, **run.limits("vae"), **sized)
+    fit(new_vae(run.train.size), losses, **run.limits("vae"), **sized)
 
 
 def train_decoder(run: Run) -> None:
     """Go on with the autoencoder's decoder alone; the latents, which the UNet knows, stay."""
-    from ipadapter_trainer.emoji.loop import training_device
-    from ipadapter_trainer.emoji.vae import only_decoder
-
+    from ..shipped_emoji.loop import training_device
+    from ..shipped_emoji.vae import only_decoder
     from .loop import fit
     from .stack import load_vae
     from .vae import BATCH, decoder_losses
@@ -87,8 +87,9 @@ def train_decoder(run: Run) -> None:
 
 
 def train_clip(run: Run) -> None:
-    from ipadapter_trainer.emoji.clip import styled_caption, train_tokenizer
+    from ipadapter_trainer.demo.emoji import styled_caption
 
+    from ..shipped_emoji.clip import train_tokenizer
     from .clip import clip_losses, new_clip
     from .loop import fit
 
@@ -97,18 +98,18 @@ def train_clip(run: Run) -> None:
     concepts = run.batch_size or 32
     losses = clip_losses(run.train, tokenizer, concepts, pairs=2 * concepts)
     # A contrast of unit vectors needs more than bfloat16's eight bits.
-    fit(new_clip(tokenizer), losses, **run.limits("clip"), learning_rate=1e-3, weight_decay=0.05, bfloat16=False)
+    clip = new_clip(tokenizer, run.train.size)
+    fit(clip, losses, **run.limits("clip"), learning_rate=1e-3, weight_decay=0.05, bfloat16=False)
 
 
 def train_vision(run: Run) -> None:
     """Go on with CLIP's vision tower alone; the text tower, which the UNet knows, stays (LiT, arXiv 2111.07991)."""
-    from ipadapter_trainer.emoji.stack import only_vision
-
+    from ..shipped_emoji.stack import only_vision
     from .clip import clip_losses
     from .loop import fit
     from .stack import load_clip
 
-    clip, tokenizer = load_clip(run.work, with_vision=False)
+    clip, tokenizer = load_clip(run.work, run.train.size, with_vision=False)
     losses = clip_losses(run.train, tokenizer)
     fit(only_vision(clip), losses, **run.limits("vision"), learning_rate=1e-3, weight_decay=0.05, bfloat16=False)
 
@@ -131,25 +132,24 @@ def train_concepts(run: Run) -> None:
 
 
 def train_unet(run: Run) -> None:
-    from ipadapter_trainer.emoji.loop import training_device
-
+    from ..shipped_emoji.loop import on_training_device
     from .loop import fit
     from .stack import load_clip, load_vae
     from .unet import BATCH, VIEWS, new_unet, unet_losses
 
     sized = run.sized(BATCH, 5e-4)
-    clip, tokenizer = load_clip(run.work)
-    vae, text_encoder = load_vae(run.work, run.train), clip.text_model.to(training_device())
+    clip, tokenizer = load_clip(run.work, run.train.size)
+    vae, text_encoder = load_vae(run.work, run.train), on_training_device(clip.text_model)
     losses = unet_losses(run.train, vae, text_encoder, tokenizer, sized["batch_size"], run.views or VIEWS)
-    fit(new_unet(), losses, **run.limits("unet"), **sized)
+    fit(new_unet(run.train.size), losses, **run.limits("unet"), **sized)
 
 
 def train_adapter(run: Run, kind: str) -> None:
     """A bundled adapter, over the exported model, by the same loss as ``ipadapter train``."""
-    from ipadapter_trainer.emoji.loop import training_device
     from ipadapter_trainer.files.provenance import export_adapter, provenance
     from ipadapter_trainer.models.base_model import load_base_model
 
+    from ..shipped_emoji.loop import training_device
     from .adapter import BATCH, LEARNING_RATE, VIEWS, fit_adapter
     from .loop import progress
 

@@ -1,6 +1,8 @@
-"""The stack's UNet: SD1.5's sixteen cross-attention layers at a hundredth of its size, over 16x16 latents."""
+"""The stack's UNet: SD1.5's sixteen cross-attention layers at a hundredth of its size."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -8,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ipadapter_trainer.emoji.clip import WIDTH, styled_caption, tokenize
-from ipadapter_trainer.emoji.images import to_pixels
-from ipadapter_trainer.emoji.loop import device_of, training_device
-from ipadapter_trainer.emoji.unet import new_scheduler
+from ipadapter_trainer.demo.emoji import styled_caption, to_pixels
 
-from .build import SIZE
+from ..shipped_emoji.clip import WIDTH, tokenize
+from ..shipped_emoji.loop import device_of, training_device
+from ..shipped_emoji.unet import new_scheduler
+from .build import GRID
 from .images import EmojiImages
 from .loop import LossFunction
 from .vae import encode
@@ -24,10 +26,10 @@ NO_TEXT, PLAIN, RECOLOURED = 0.1, 0.4, 0.25  # shares: without text; a caption w
 VIEWS = 4  # of each image in its own colours, and as many recoloured
 
 
-def new_unet() -> UNet2DConditionModel:
-    """SD1.5's layout, four levels of two layers; random weights."""
+def new_unet(size: int) -> UNet2DConditionModel:
+    """SD1.5's layout, four levels of two layers, for images of ``size`` pixels a side; random weights."""
     return UNet2DConditionModel(
-        sample_size=SIZE // LATENT,
+        sample_size=size // LATENT,
         block_out_channels=(64, 128, 128, 64),
         layers_per_block=2,
         cross_attention_dim=WIDTH,
@@ -44,7 +46,7 @@ def text_states(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: li
 
 
 def encode_views(vae: AutoencoderKL, images: EmojiImages, views: int, generator: torch.Generator) -> Tensor:
-    """[2, views, N, 4, 16, 16], scaled: the images in their own colours and recoloured; the first view of each is the
+    """[2, views, N, 4, H/8, W/8], scaled: the images in their own colours and recoloured; the first view of each is the
     image itself, the second its mirror image, the others are mirrored and shifted at random.
     """
     device = generator.device
@@ -54,11 +56,11 @@ def encode_views(vae: AutoencoderKL, images: EmojiImages, views: int, generator:
         if view < 2:
             pixels = pixels.flip(-1) if view else pixels
         else:
-            pixels = shift(mirror(pixels, generator), generator, LATENT)
+            pixels = shift(mirror(pixels, generator), generator, images.size // GRID)
         drawn = torch.randint(1, len(PERMUTATIONS), (len(pixels),), generator=generator, device=device)
         own.append(encode(vae, pixels))
         recoloured.append(encode(vae, recolour(pixels, drawn)))
-    return torch.stack([torch.stack(own), torch.stack(recoloured)]) * vae.config.scaling_factor
+    return torch.stack([torch.stack(own), torch.stack(recoloured)]) * vae.config["scaling_factor"]
 
 
 def unet_losses(
@@ -87,7 +89,7 @@ def unet_losses(
             text_states(text_encoder, tokenizer, [f"{text}, recoloured" for text in styled]),
         ]
     ).to(device)
-    scheduler = new_scheduler()
+    scheduler: Any = new_scheduler()
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         def draw() -> Tensor:

@@ -1,17 +1,18 @@
-"""The stack's autoencoder: 128 px <-> 16x16 latents of 4 channels, in the layout of SD1.5's AutoencoderKL."""
+"""The stack's f8 autoencoder with latents of 4 channels, in the layout of SD1.5's AutoencoderKL."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ipadapter_trainer.emoji.images import to_pixels
-from ipadapter_trainer.emoji.loop import device_of
-from ipadapter_trainer.emoji.vae import MOST_NOISE, SD15_SCALING, SIZE_WEIGHT, open_identity_path
+from ipadapter_trainer.demo.emoji import to_pixels
 
-from .build import SIZE
+from ..shipped_emoji.loop import device_of
+from ..shipped_emoji.vae import MOST_NOISE, SD15_SCALING, SIZE_WEIGHT, open_identity_path
 from .images import EmojiImages
 from .loop import LossFunction
 from .views import any_colours, mirror, shift
@@ -19,17 +20,19 @@ from .views import any_colours, mirror, shift
 BATCH = 32
 
 
-def new_vae() -> AutoencoderKL:
-    """A small f8 autoencoder; random weights around an identity path (see ``open_identity_path``)."""
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 64, 64, 96),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,  # groups of one channel would normalise each image's colours away
-        sample_size=SIZE,
-        scaling_factor=SD15_SCALING,
+def new_vae(size: int) -> AutoencoderKL:
+    """A small autoencoder; random weights around an identity path (see ``open_identity_path``)."""
+    vae: Any = AutoencoderKL.from_config(
+        {
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (32, 64, 64, 96),
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "norm_num_groups": 8,  # groups of one channel would normalise each image's colours away
+            "sample_size": size,
+            "scaling_factor": SD15_SCALING,
+        }
     )
     open_identity_path(vae)
     return vae
@@ -42,11 +45,11 @@ def vae_losses(images: EmojiImages, batch_size: int, device: torch.device) -> Lo
     only after thousands of steps. The noise, up to ``MOST_NOISE`` of the latents' spread, takes the place of a KL term:
     what a style is, exact colours and edges, must survive the errors that a UNet of this size makes.
     """
-    images = images.images.to(device)
+    uint8_images = images.images.to(device)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(images), (batch_size,), generator=generator, device=device)
-        pixels = any_colours(shift(mirror(to_pixels(images[rows]), generator), generator), generator)
+        rows = torch.randint(len(uint8_images), (batch_size,), generator=generator, device=device)
+        pixels = any_colours(shift(mirror(to_pixels(uint8_images[rows]), generator), generator), generator)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         latents = model.quant_conv(model.encoder(pixels)).chunk(2, dim=1)[0]  # type: ignore[operator]
         share = MOST_NOISE * torch.rand(batch_size, 1, 1, 1, generator=generator, device=device)
@@ -82,8 +85,8 @@ def decoder_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int, dev
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tensor:
-    """uint8 images, or pixels in [-1, 1], [N, 3, 128, 128] -> posterior means [N, 4, 16, 16] on the VAE's device, not
+def encode(vae: Any, images: Tensor, batch_size: int = 64) -> Tensor:
+    """uint8 images, or pixels in [-1, 1], [N, 3, H, W] -> posterior means [N, 4, H/8, W/8] on the VAE's device, not
     yet multiplied by the scaling factor."""
     device = device_of(vae)
     chunks = (chunk.to(device) for chunk in images.split(batch_size))

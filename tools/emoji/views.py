@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LATENT = 8  # pixels a latent: shifts by whole latents keep pixel art on its grid
+from .build import GRID
+
+LATENT = 8  # pixels a latent
 PERMUTATIONS = tuple(itertools.permutations(range(3)))  # of the colour channels; the first leaves them as they are
 
 
@@ -22,11 +24,15 @@ def mirror(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def shift(pixels: Tensor, generator: torch.Generator, step: int = 1) -> Tensor:
-    """Shift each image over its white background by up to a latent each way, in multiples of ``step`` pixels."""
+    """Shift each image over its white background by up to its margin each way, in multiples of ``step`` pixels.
+
+    Steps of the whole margin keep pixel art on its grid.
+    """
     height, width = pixels.shape[-2:]
-    sides = 2 * LATENT // step + 1
+    margin = width // GRID
+    sides = 2 * margin // step + 1
     offsets = step * torch.randint(sides, (2, len(pixels)), generator=generator, device=pixels.device)
-    padded = F.pad(pixels, (LATENT,) * 4, value=1.0).permute(0, 2, 3, 1)
+    padded = F.pad(pixels, (margin,) * 4, value=1.0).permute(0, 2, 3, 1)
     rows = torch.arange(height, device=pixels.device) + offsets[0, :, None]
     columns = torch.arange(width, device=pixels.device) + offsets[1, :, None]
     each = torch.arange(len(pixels), device=pixels.device)[:, None, None]

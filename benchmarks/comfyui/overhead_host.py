@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OURS, PEER = "overhead_ip_adapter_kit", "overhead_peer"  # the packs' names as packages
 
 

@@ -2,7 +2,7 @@
 
     npm install --prefix icons @iconify-json/fluent-emoji @iconify-json/fluent-emoji-flat \
         @iconify-json/noto @iconify-json/twemoji @iconify-json/fxemoji
-    python -m ipadapter_trainer.emoji.build icons/node_modules/@iconify-json assets/emoji/pictures.zip
+    python -m tools.shipped_emoji.build icons/node_modules/@iconify-json assets/emoji/pictures.zip
 
 The zip holds ``metadata.jsonl`` (imagefolder rows: file_name, text, concept, style, split) and one lossless WebP
 an image.
@@ -23,7 +23,9 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from .concepts import TEXT_CONCEPTS
+from ipadapter_trainer.demo.emoji import TEXT_CONCEPTS, caption, load_images
+
+from .concepts import PROMPT_IMAGES
 
 SIZE = 64
 
@@ -70,11 +72,6 @@ def is_held_out(concept: str) -> bool:
     if twin_group(concept) in {twin_group(c) for c in TEXT_CONCEPTS}:
         return False
     return int(hashlib.sha256(twin_group(concept).encode()).hexdigest(), 16) % 10 == 0
-
-
-def caption(concept: str) -> str:
-    """Turn an icon name into words: "victory-hand" -> "victory hand"."""
-    return concept.replace("-", " ")
 
 
 def svg(icons: dict[str, Any], name: str) -> str:
@@ -145,6 +142,15 @@ def build(packages: Path, output: Path) -> dict[str, int]:
 def _entry(name: str) -> zipfile.ZipInfo:
     # A fixed date, so that the same packages give the same bytes.
     return zipfile.ZipInfo(name, date_time=(2020, 1, 1, 0, 0, 0))
+
+
+def save_prompts(file: Path, folder: Path) -> None:
+    """Write the held-out ``PROMPT_IMAGES`` of ``pictures.zip`` as PNG, for hosts without the whole of it."""
+    held_out = load_images(file, "held_out")
+    folder.mkdir(parents=True, exist_ok=True)
+    for concept, style in PROMPT_IMAGES:
+        pixels = held_out.images[held_out.find(concept, style)].permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{concept}_{style}.png", optimize=True)
 
 
 def main() -> None:

@@ -9,27 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
-from ipadapter_core import IPAdapter
+from torch import Tensor
 
 from ..models.base_model import BaseModel
 from ..models.conditioning import TextStates, encode_prompts
 from ..models.features import Features, encode_pixels
 from ..models.image_features import encode_clip_images
-from ..training.adapted_unet import TrainBatch, adapt_unet
-from ..training.new_adapter import new_adapter
-from .clip import normalize, zoom
-from .images import STYLE_NAMES, EmojiImages, pick, to_pixels
-from .loop import fit
-from .vae import augment
+from ..training.adapted_unet import TrainBatch
+from .emoji import STYLE_NAMES, EmojiImages, augment, normalize, pick, to_pixels, zoom
 
-BATCH, LEARNING_RATE = 64, 1e-3
 SELF_PAIRS = 0.5  # share of the examples whose reference is the image itself, without text
-VIEWS = 12  # of each image that the image encoder sees
 IMAGE_DROPOUT = BOTH_DROPOUT = 0.05  # the original's shares
 
 
@@ -100,39 +91,6 @@ def emoji_batches(features: EmojiFeatures, batch_size: int, generator: torch.Gen
     """Endless training batches."""
     while True:
         yield draw_batch(features, batch_size, generator)
-
-
-def fit_adapter(
-    base_model: BaseModel,
-    images: EmojiImages,
-    *,
-    checkpoint: Path,
-    steps: int,
-    minutes: float,
-    batch_size: int = BATCH,
-    learning_rate: float = LEARNING_RATE,
-    seed: int = 0,
-) -> IPAdapter:
-    """Train an adapter of the base kind, keys and values starting from the UNet's own; resumes from ``checkpoint``."""
-    features = encode_emoji(base_model, images, seed, VIEWS)
-    torch.manual_seed(seed)
-    adapter = new_adapter(base_model)
-    with adapt_unet(base_model, adapter) as denoising:
-
-        def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-            return {"loss": denoising.loss(draw_batch(features, batch_size, generator))}
-
-        fit(
-            adapter,
-            losses,
-            checkpoint=checkpoint,
-            steps=steps,
-            minutes=minutes,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-        )
-    return adapter
 
 
 def _chunked(encode, base_model: BaseModel, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +24,6 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
-
-from ipadapter_trainer.emoji.clip import train_tokenizer
 
 TEXT_LENGTH = 77
 ENCODER_SIDE = 224  # the original resizes every reference image to this
@@ -103,6 +102,9 @@ def tokenizer_names(size: Size) -> tuple[str, ...]:
 
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
     """CLIP's kind of tokenizer, for the words of the captions, with its length of 77."""
+    sys.path.append(str(Path(__file__).parents[2]))
+    from tools.shipped_emoji.clip import train_tokenizer  # noqa: PLC0415 - no installed package
+
     train_tokenizer(captions(), folder, size=400)
     tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=TEXT_LENGTH)
     tokenizer.save_pretrained(str(folder))
@@ -115,15 +117,7 @@ def part_makers(size: Size, tokenizer: CLIPTokenizer | None = None) -> dict[str,
     groups = 32 if size.unet[0] % 32 == 0 and size.vae[0] % 32 == 0 else 8
     makers: dict[str, Callable[[], Any]] = {
         "unet": lambda: UNet2DConditionModel(**_unet_config(size, groups)),
-        "vae": lambda: AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            block_out_channels=size.vae,
-            layers_per_block=2,
-            norm_num_groups=groups,
-            sample_size=size.resolution,
-            **({} if size.text_2 is None else {"scaling_factor": 0.13025}),
-        ),
+        "vae": lambda: AutoencoderKL.from_config(_vae_config(size, blocks, groups)),
         "text_encoder": lambda: CLIPTextModel(_text_config(size, size.text, tokenizer)),
         "image_encoder": lambda: CLIPVisionModelWithProjection(
             CLIPVisionConfig(
@@ -141,6 +135,18 @@ def part_makers(size: Size, tokenizer: CLIPTokenizer | None = None) -> dict[str,
             _text_config(size, second, tokenizer, hidden_act="gelu", projection_dim=second[0])
         )
     return makers
+
+
+def _vae_config(size: Size, blocks: int, groups: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * blocks,
+        "up_block_types": ("UpDecoderBlock2D",) * blocks,
+        "block_out_channels": size.vae,
+        "layers_per_block": 2,
+        "norm_num_groups": groups,
+        "sample_size": size.resolution,
+    }
+    return config if size.text_2 is None else {**config, "scaling_factor": 0.13025}
 
 
 def _unet_config(size: Size, groups: int) -> dict[str, Any]:
@@ -216,7 +222,7 @@ def captions() -> list[str]:
     return [" ".join(parts) for parts in itertools.product(*WORDS)]
 
 
-def _transformer(sizes: tuple[int, int, int]) -> dict[str, int]:
+def _transformer(sizes: tuple[int, int, int]) -> dict[str, Any]:
     width, layers, heads = sizes
     return {
         "hidden_size": width,
@@ -229,7 +235,8 @@ def _transformer(sizes: tuple[int, int, int]) -> dict[str, int]:
 def _text_config(
     size: Size, widths: tuple[int, int, int], tokenizer: CLIPTokenizer | None, **more: Any
 ) -> CLIPTextConfig:
-    start, end = (0, 1) if tokenizer is None else (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    start: Any = 0 if tokenizer is None else tokenizer.bos_token_id
+    end: Any = 1 if tokenizer is None else tokenizer.eos_token_id
     return CLIPTextConfig(
         **_transformer(widths),
         **more,

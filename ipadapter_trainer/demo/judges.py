@@ -6,13 +6,18 @@ images is reported beside every number it gives.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .images import STYLE_NAMES, EmojiImages, to_pixels
-from .loop import LossFunction, device_of
+from ipadapter_core import AdapterError, looks_like
+from ipadapter_core.tensors import check_weights
+
+from ..errors import BaseModelError
+from ..models.weight_files import open_weights
+from .emoji import STYLE_NAMES
 
 WHITE = 0.94  # a pixel whose darkest channel is above is background
 Palettes = tuple[tuple[int, str], ...]
@@ -63,34 +68,6 @@ def style_features(pixels: Tensor, palettes: Palettes = PALETTES) -> Tensor:
     return torch.cat(shares, dim=-1).sqrt()
 
 
-def classifier_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int = 128) -> LossFunction:
-    """Cross-entropy on real images and on their round trips through the autoencoder, half each.
-
-    The round trips keep the classifier from reading the autoencoder's softness, which every generated image has,
-    as a style.
-    """
-    real = to_pixels(images.images)
-    features = torch.cat([style_features(chunk) for chunk in (*real.split(256), *round_trip(vae, real).split(256))])
-    labels = images.style_ids.repeat(2)
-
-    def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        assert isinstance(model, StyleClassifier)
-        rows = torch.randint(len(features), (batch_size,), generator=generator)
-        truth = labels[rows].to(device_of(model))
-        logits = model.head(features[rows].to(truth.device))
-        accuracy = (logits.argmax(-1) == truth).float().mean()
-        return {"loss": F.cross_entropy(logits, truth), "accuracy": accuracy}
-
-    return losses
-
-
-@torch.no_grad()
-def round_trip(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] as the autoencoder gives them back, on the CPU."""
-    chunks = (chunk.to(device_of(vae)) for chunk in pixels.split(64))
-    return torch.cat([vae.decode(vae.encode(chunk).latent_dist.mean).sample.cpu() for chunk in chunks]).clamp(-1, 1)
-
-
 @torch.no_grad()
 def judge_styles(classifier: StyleClassifier, pixels: Tensor) -> Tensor:
     """int64 [N]: the style of each image, pixels in [-1, 1]."""
@@ -134,3 +111,30 @@ def closer_to_own(similarity: Tensor) -> float:
     wins = (own > similarity).float() + 0.5 * (own == similarity).float()
     others = ~torch.eye(len(similarity), dtype=torch.bool)
     return wins[others].mean().item()
+
+
+def read_judges(file: Path) -> dict[str, Tensor]:
+    """The tensors of judges.safetensors: a style classifier's, and CLIP's text projection.
+
+    Raises BaseModelError for another file and for a damaged one.
+    """
+    source = "the package: install ip-adapter-kit anew"
+    opened = open_weights(file, "the judges of the emoji model", source)
+    expected = {"text_projection.weight", *(f"style_classifier.{key}" for key in StyleClassifier().state_dict())}
+    if lacking := sorted(expected - set(opened.infos)):
+        raise BaseModelError(
+            f"{file}: looks like {looks_like(opened.infos)}; expected the judges of the emoji model ({lacking[0]} is "
+            f"missing). Take it from {source}."
+        )
+    tensors = {name: opened.read(name) for name in opened.infos}
+    try:
+        check_weights(tensors, str(file))
+    except AdapterError as error:
+        raise BaseModelError(str(error)) from error
+    return tensors
+
+
+def style_classifier_state(judges: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The style classifier's float32 state out of the tensors of judges.safetensors."""
+    prefix = "style_classifier."
+    return {key[len(prefix) :]: value.float() for key, value in judges.items() if key.startswith(prefix)}

@@ -1,9 +1,9 @@
 """Train the emoji stack, part by part, from the images alone; every part resumes where it was.
 
-    python -m ipadapter_trainer.emoji.train vae clip --work work/emoji --minutes 20
-    python -m ipadapter_trainer.emoji.train judge unet --work work/emoji --minutes 60
-    python -m ipadapter_trainer.emoji.train export --work work/emoji --output assets/emoji
-    python -m ipadapter_trainer.emoji.train adapter --work work/emoji --output assets/emoji --minutes 15
+    python -m tools.shipped_emoji.train vae clip --work work/emoji --minutes 20
+    python -m tools.shipped_emoji.train judge unet --work work/emoji --minutes 60
+    python -m tools.shipped_emoji.train export --work work/emoji --output assets/emoji
+    python -m tools.shipped_emoji.train adapter --work work/emoji --output assets/emoji --minutes 15
 
 A GPU is used when there is one; ``--batch-size 512`` gives it more to do in unet and adapter.
 Running a part again with more steps or minutes continues it; ``unpack`` makes checkpoints from the shipped weights,
@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from ipadapter_core.assets import MODEL, PROMPTS, emoji_folder
+from ipadapter_trainer.demo.emoji import EmojiImages, load_images
 
-from .images import EmojiImages, load_images, save_prompts
+from .build import save_prompts
 
 JUDGE_STEPS = 1000  # after these it only learns the training images better
 
@@ -61,18 +62,20 @@ def train_vae(run: Run) -> None:
 
 def train_decoder(run: Run) -> None:
     """Go on with the autoencoder's decoder alone; the latents, which the UNet knows, stay."""
-    from .loop import fit, training_device
+    from .loop import fit, on_training_device
     from .stack import load_vae
     from .vae import BATCH, decoder_losses, only_decoder
 
     sized = run.sized(BATCH, 5e-4)
-    vae = load_vae(run.work, run.train, with_decoder=False).to(training_device())
+    vae = on_training_device(load_vae(run.work, run.train, with_decoder=False))
     losses = decoder_losses(run.train, vae, sized["batch_size"])
     fit(only_decoder(vae), losses, checkpoint=run.work / "decoder.pt", steps=run.steps, minutes=run.minutes, **sized)
 
 
 def train_clip(run: Run) -> None:
-    from .clip import clip_losses, new_clip, styled_caption, train_tokenizer
+    from ipadapter_trainer.demo.emoji import styled_caption
+
+    from .clip import clip_losses, new_clip, train_tokenizer
     from .loop import fit
 
     texts = [styled_caption(c, s) for c, s in zip(run.train.captions, run.train.styles, strict=True)]
@@ -107,13 +110,15 @@ def train_vision(run: Run) -> None:
 
 
 def train_judge(run: Run) -> None:
-    from .judges import StyleClassifier, classifier_losses
-    from .loop import fit, training_device
+    from ipadapter_trainer.demo.judges import StyleClassifier
+
+    from .judges import classifier_losses
+    from .loop import fit, on_training_device
     from .stack import load_vae
 
     fit(
         StyleClassifier(),
-        classifier_losses(run.train, load_vae(run.work, run.train).to(training_device())),
+        classifier_losses(run.train, on_training_device(load_vae(run.work, run.train))),
         checkpoint=run.work / "judge.pt",
         steps=min(run.steps, JUDGE_STEPS),
         minutes=run.minutes,
@@ -123,21 +128,22 @@ def train_judge(run: Run) -> None:
 
 
 def train_unet(run: Run) -> None:
-    from .loop import fit, training_device
+    from .loop import fit, on_training_device
     from .stack import load_clip, load_vae
     from .unet import BATCH, new_unet, unet_losses
 
     sized = run.sized(BATCH, 5e-4)
     clip, tokenizer = load_clip(run.work)
-    vae, text_encoder = load_vae(run.work, run.train).to(training_device()), clip.text_model.to(training_device())
+    vae, text_encoder = on_training_device(load_vae(run.work, run.train)), on_training_device(clip.text_model)
     losses = unet_losses(run.train, vae, text_encoder, tokenizer, sized["batch_size"])
     fit(new_unet(), losses, checkpoint=run.work / "unet.pt", steps=run.steps, minutes=run.minutes, **sized)
 
 
 def train_adapter(run: Run) -> None:
     """The bundled adapter, over the exported model, by the same loss as ``ipadapter train``."""
-    from ..files.provenance import export_adapter, provenance
-    from ..models.base_model import load_base_model
+    from ipadapter_trainer.files.provenance import export_adapter, provenance
+    from ipadapter_trainer.models.base_model import load_base_model
+
     from .adapter import BATCH, LEARNING_RATE, fit_adapter
     from .loop import progress, training_device
 

@@ -1,6 +1,6 @@
 """Train the emoji model and its adapters from the images alone, on one GPU.
 
-    python benchmarks/emoji.py --images pictures.zip --output FOLDER [--check] [--scale 1.0]
+    python benchmarks/training/emoji.py --images pictures.zip --output FOLDER [--check] [--scale 1.0]
 
 Parts that do not need each other train side by side. The batches are large, because a GPU computes a step of so small a
 model faster than Python can ask for it. Each prints its steps and images a second; the log of each part,
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN, QUALITY = "tools.emoji.train", "tools.emoji.quality"
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .clip import WIDTH, styled_caption, tokenize
-from .images import EmojiImages
+from ipadapter_trainer.demo.emoji import EmojiImages, styled_caption
+
+from .clip import WIDTH, tokenize
 from .loop import LossFunction, device_of
 from .vae import encode_views
 
@@ -58,7 +61,7 @@ def unet_losses(
     batch_size: int = BATCH,
 ) -> LossFunction:
     """Plain v-prediction MSE over uniform timesteps; latents and text states are computed once, here."""
-    latents = encode_views(vae, images, VIEWS) * vae.config.scaling_factor
+    latents = encode_views(vae, images, VIEWS) * vae.config["scaling_factor"]
     styled = [styled_caption(c, s) for c, s in zip(images.captions, images.styles, strict=True)]
     states = torch.stack(
         [
@@ -67,7 +70,7 @@ def unet_losses(
             text_states(text_encoder, tokenizer, styled),
         ]
     )
-    scheduler = new_scheduler()
+    scheduler: Any = new_scheduler()
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(images), (batch_size,), generator=generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 
 # Takes the model and a generator that decides everything random of the batch; returns named losses, "loss" among them.
 LossFunction = Callable[[nn.Module, torch.Generator], dict[str, Tensor]]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Progress(NamedTuple):
@@ -44,7 +46,8 @@ def fit(
     on the GPU when there is one. ``batch_size`` is that of ``losses``, for the checkpoint's count of images;
     without it they are not counted.
     """
-    model.to(training_device(), memory_format=torch.channels_last)  # faster convolutions
+    place: dict[str, Any] = {"device": training_device(), "memory_format": torch.channels_last}  # faster convolutions
+    model.to(**place)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
     ema = _new_ema(parameters)
@@ -73,7 +76,8 @@ def fit(
     bar.close()
     _save(checkpoint, parameters, optimizer, ema, generator, done)
     ema.copy_to(parameters)
-    return model.to("cpu", memory_format=torch.contiguous_format).eval()
+    place = {"device": "cpu", "memory_format": torch.contiguous_format}
+    return model.to(**place).eval()
 
 
 def start_from(model: nn.Module, checkpoint: Path, seed: int = 0) -> None:
@@ -87,6 +91,12 @@ def start_from(model: nn.Module, checkpoint: Path, seed: int = 0) -> None:
 def training_device() -> torch.device:
     """The GPU when there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def on_training_device(model: Model) -> Model:
+    """The model, moved there."""
+    nn.Module.to(model, training_device())
+    return model
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -14,21 +14,20 @@ from tqdm.auto import tqdm
 from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL, emoji_folder
 
-from .data.images import to_pil_images
-from .emoji.adapter import emoji_batches, encode_emoji
-from .emoji.clip import normalize
-from .emoji.images import EmojiImages, load_images, to_pixels
-from .emoji.quality import GUIDANCE, Judges, choose_references, load_judges
-from .files.provenance import export_adapter, provenance
-from .models.base_model import BaseModel, load_base_model
-from .models.generate import generate
-from .models.image_features import encode_clip_images
-from .report.image_grid import draw_grid
-from .runtime.disk import whole_file
-from .training.adapted_unet import adapt_unet
-from .training.new_adapter import new_adapter
-from .training.optimizers import new_optimizer
-from .training.steps import check_loss, train_steps
+from ..data.images import to_pil_images
+from ..files.provenance import export_adapter, provenance
+from ..models.base_model import BaseModel, load_base_model
+from ..models.generate import generate
+from ..models.image_features import encode_clip_images
+from ..report.image_grid import draw_grid
+from ..runtime.disk import whole_file
+from ..training.adapted_unet import adapt_unet
+from ..training.new_adapter import new_adapter
+from ..training.optimizers import new_optimizer
+from ..training.steps import check_loss, train_steps
+from .batches import emoji_batches, encode_emoji
+from .emoji import EmojiImages, load_images, normalize, to_pixels
+from .quality import GUIDANCE, Judges, choose_references, load_judges
 
 TRAINING_IMAGES = 1500  # of 6,000: encoding them all would take the time that training needs
 BATCH, LEARNING_RATE = (

@@ -1,8 +1,8 @@
 """How fast `ipadapter train` is, with the cache and without, beside the original's tutorial_train.py.
 
-    python benchmarks/training.py --original PATH/TO/IP-Adapter [--json FILE]       # minutes on a CPU
-    python benchmarks/training.py --original PATH/TO/IP-Adapter --size sd15          # on a GPU
-    python benchmarks/training.py --size sdxl                                        # on a GPU, ours alone
+    python benchmarks/training/speed.py --original PATH/TO/IP-Adapter [--json FILE]       # minutes on a CPU
+    python benchmarks/training/speed.py --original PATH/TO/IP-Adapter --size sd15          # on a GPU
+    python benchmarks/training/speed.py --size sdxl                                        # on a GPU, ours alone
 
 Needs no model files: all weights are random. The original needs torchvision and einops beside the packages of
 `ip-adapter-kit[train]`. Exit code 1 when a bar is missed or a contender fails. MB are 10^6 bytes.
@@ -245,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="measured steps; default: 10, on a GPU 50")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contender but the extra ones")
     parser.add_argument("--budget", type=float, help="seconds for everything")
-    parser.add_argument("--workers", type=int, help="loader processes of each; default: 0, on a GPU 4")
+    parser.add_argument("--num-workers", type=int, help="loader processes of each; default: 0, on a GPU 4")
     parser.add_argument("--threads", type=int, help="of torch; default: 1, on a GPU PyTorch's own choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument(

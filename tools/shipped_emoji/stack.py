@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import (
     CLIPModel,
     CLIPTextModel,
@@ -17,16 +17,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ipadapter_core import AdapterError, looks_like
 from ipadapter_core.assets import MODEL
-from ipadapter_core.tensors import check_weights
+from ipadapter_trainer.demo.emoji import EmojiImages
+from ipadapter_trainer.demo.judges import StyleClassifier, read_judges, style_classifier_state
+from ipadapter_trainer.models.image_processor import CLIPImageProcessor
 
-from ..errors import BaseModelError
-from ..models.image_processor import CLIPImageProcessor
-from ..models.weight_files import open_weights
 from .clip import MAX_TOKENS, new_clip
-from .images import EmojiImages
-from .judges import StyleClassifier
 from .loop import load_ema, start_from
 from .unet import new_scheduler, new_unet
 from .vae import fold_scaling, new_vae, only_decoder
@@ -37,7 +33,7 @@ def load_vae(work: Path, images: EmojiImages, with_decoder: bool = True) -> Auto
     there is one."""
     vae = load_ema(new_vae(), work / "vae.pt")
     assert isinstance(vae, AutoencoderKL)
-    fold_scaling(vae, images)
+    fold_scaling(vae, images.images)
     if with_decoder and (work / "decoder.pt").is_file():
         load_ema(only_decoder(vae), work / "decoder.pt")
     return vae.requires_grad_(False)
@@ -71,22 +67,24 @@ def load_unet(work: Path) -> UNet2DConditionModel:
 def export(work: Path, images: EmojiImages, folder: Path) -> None:
     """Write ``folder``/emoji-model as diffusers loads it (fp16) and ``folder``/judges beside it."""
     clip, tokenizer = load_clip(work)
-    text_encoder = CLIPTextModel(clip.config.text_config)
+    config: Any = clip.config
+    text_encoder = CLIPTextModel(config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
-    image_encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
+    image_encoder = CLIPVisionModelWithProjection(config.vision_config)
     image_encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
     image_encoder.visual_projection.load_state_dict(clip.visual_projection.state_dict())
-    pipeline = StableDiffusionPipeline(
-        vae=load_vae(work, images),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=load_unet(work).to(memory_format=torch.contiguous_format),
-        scheduler=new_scheduler(),
-        safety_checker=None,
-        feature_extractor=new_image_processor(),
-        image_encoder=image_encoder,
-        requires_safety_checker=False,
-    )
+    parts: dict[str, Any] = {
+        "vae": load_vae(work, images),
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "unet": load_unet(work).to(memory_format=torch.contiguous_format),
+        "scheduler": new_scheduler(),
+        "safety_checker": None,
+        "feature_extractor": new_image_processor(),
+        "image_encoder": image_encoder,
+        "requires_safety_checker": False,
+    }
+    pipeline: Any = cast("Any", StableDiffusionPipeline)(**parts)
     pipeline.to(dtype=torch.float16).save_pretrained(folder / MODEL)
     _prefix_keys(folder / MODEL / "text_encoder" / "model.safetensors", "text_model.")
     for name in ("vocab.json", "merges.txt"):  # for readers that know no tokenizer.json
@@ -122,33 +120,6 @@ def unpack(folder: Path, work: Path) -> None:
     start_from(classifier, work / "judge.pt")
     start_from(AutoencoderKL.from_pretrained(model / "vae"), work / "vae.pt")
     start_from(UNet2DConditionModel.from_pretrained(model / "unet"), work / "unet.pt")
-
-
-def read_judges(file: Path) -> dict[str, Tensor]:
-    """The tensors of judges.safetensors: a style classifier's, and CLIP's text projection.
-
-    Raises BaseModelError for another file and for a damaged one.
-    """
-    source = "the package: install ip-adapter-kit anew"
-    opened = open_weights(file, "the judges of the emoji model", source)
-    expected = {"text_projection.weight", *(f"style_classifier.{key}" for key in StyleClassifier().state_dict())}
-    if lacking := sorted(expected - set(opened.infos)):
-        raise BaseModelError(
-            f"{file}: looks like {looks_like(opened.infos)}; expected the judges of the emoji model ({lacking[0]} is "
-            f"missing). Take it from {source}."
-        )
-    tensors = {name: opened.read(name) for name in opened.infos}
-    try:
-        check_weights(tensors, str(file))
-    except AdapterError as error:
-        raise BaseModelError(str(error)) from error
-    return tensors
-
-
-def style_classifier_state(judges: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The style classifier's float32 state out of the tensors of judges.safetensors."""
-    prefix = "style_classifier."
-    return {key[len(prefix) :]: value.float() for key, value in judges.items() if key.startswith(prefix)}
 
 
 def save_judges(work: Path, clip: CLIPModel, file: Path) -> None:

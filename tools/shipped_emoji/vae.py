@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .images import EmojiImages, to_pixels
+from ipadapter_trainer.demo.emoji import EmojiImages, augment, to_pixels
+
 from .loop import LossFunction, device_of
 
 BATCH = 8
@@ -21,15 +23,17 @@ SD15_SCALING = 0.18215  # every SD1.5 tool multiplies latents by this
 
 def new_vae() -> AutoencoderKL:
     """A small f8 autoencoder; random weights around an identity path (see ``open_identity_path``)."""
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 96),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,  # narrow groups would normalise each image's colours away
-        sample_size=64,
-        scaling_factor=SD15_SCALING,
+    vae: Any = AutoencoderKL.from_config(
+        {
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (16, 32, 64, 96),
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "norm_num_groups": 2,  # narrow groups would normalise each image's colours away
+            "sample_size": 64,
+            "scaling_factor": SD15_SCALING,
+        }
     )
     open_identity_path(vae)
     return vae
@@ -82,7 +86,7 @@ def _reconstruction(output: Tensor, pixels: Tensor) -> dict[str, Tensor]:
     return {"loss": pixel + 2 * cell + edge, "l1": pixel.detach(), "cell": cell.detach()}
 
 
-def only_decoder(vae: AutoencoderKL) -> AutoencoderKL:
+def only_decoder(vae: Any) -> Any:
     """Let only the decoder be trained: the latents, which a UNet has learned, stay as they are."""
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
@@ -103,23 +107,14 @@ def decoder_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int = BA
     return losses
 
 
-def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the images and shift each by up to 4 px over its white background."""
-    mirrored = torch.rand(len(pixels), generator=generator) < 0.5
-    pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-    padded = F.pad(pixels, (4, 4, 4, 4), value=1.0)
-    offsets = torch.randint(9, (len(pixels), 2), generator=generator).tolist()
-    return torch.stack([p[:, y : y + 64, x : x + 64] for p, (y, x) in zip(padded, offsets, strict=True)])
-
-
 @torch.no_grad()
-def fold_scaling(vae: AutoencoderKL, images: EmojiImages) -> float:
+def fold_scaling(vae: Any, images: Tensor) -> float:
     """Rescale the latent space inside the weights so that latents times 0.18215 have unit variance; returns the gain.
 
-    Reconstructions do not change, and tools that assume SD1.5's constant work. The posterior's variance, which the
-    losses do not train, becomes a small constant (``POSTERIOR_STD``).
+    Reconstructions do not change, and tools that assume SD1.5's constant work. ``images`` are uint8 [N, 3, H, W]. The
+    posterior's variance, which the losses do not train, becomes a small constant (``POSTERIOR_STD``).
     """
-    latents = encode(vae, images.images[:: max(1, len(images) // 512)])
+    latents = encode(vae, images[:: max(1, len(images) // 512)])
     gain = 1.0 / (latents.std().item() * SD15_SCALING)
     mean, variance = slice(0, 4), slice(4, 8)
     vae.quant_conv.weight[mean] *= gain
@@ -131,14 +126,14 @@ def fold_scaling(vae: AutoencoderKL, images: EmojiImages) -> float:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tensor:
+def encode(vae: Any, images: Tensor, batch_size: int = 64) -> Tensor:
     """uint8 images [N, 3, 64, 64] -> posterior means [N, 4, 8, 8] on the CPU, not yet multiplied by the scaling
     factor."""
     return _means(vae, to_pixels(images), batch_size)
 
 
 @torch.no_grad()
-def _means(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> Tensor:
+def _means(vae: Any, pixels: Tensor, batch_size: int = 64) -> Tensor:
     device = device_of(vae)
     return torch.cat([vae.encode(chunk.to(device)).latent_dist.mean.cpu() for chunk in pixels.split(batch_size)])
 

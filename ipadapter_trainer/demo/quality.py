@@ -1,6 +1,6 @@
 """Measure how well an adapter steers the emoji model, on held-out concepts with fixed seeds, and write a JSON.
 
-    python -m ipadapter_trainer.emoji.quality --output quality.json
+    python -m ipadapter_trainer.demo.quality --output quality.json
 
 Two situations: an image alone, and an image with the text of another concept. Each is generated with the adapter and
 without (weight 0), from the same noise; the control asks the same questions about references that are shuffled, so that
@@ -21,16 +21,21 @@ from torch.nn import functional as F
 
 from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL, emoji_folder
+from tools.shipped_emoji.clip import tokenize
 
 from ..models.base_model import BaseModel, load_base_model
 from ..models.generate import generate
 from ..models.image_features import encode_clip_images
-from .build import caption
-from .clip import normalize, styled_caption, tokenize
-from .concepts import TEXT_CONCEPTS
-from .images import STYLE_NAMES, EmojiImages, load_images, to_pixels
-from .judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity, judge_styles
-from .stack import read_judges, style_classifier_state
+from .emoji import STYLE_NAMES, TEXT_CONCEPTS, EmojiImages, caption, load_images, normalize, styled_caption, to_pixels
+from .judges import (
+    StyleClassifier,
+    closer_to_own,
+    colour_histogram,
+    histogram_similarity,
+    judge_styles,
+    read_judges,
+    style_classifier_state,
+)
 
 PROMPTS = 64
 STEPS, GUIDANCE = 25, 3.0

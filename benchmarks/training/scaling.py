@@ -1,9 +1,9 @@
 """How a training's speed changes with the images' side, the batch and the number of processes, on this machine.
 
-    python benchmarks/scaling.py
+    python benchmarks/training/scaling.py
 
 Each line is a run of `ipadapter train` in processes of its own, of one thread each on a CPU and one GPU each otherwise,
-on the tiny model of `benchmarks/training.py` with a cache. Rounds alternate; the figures are medians.
+on the tiny model of `benchmarks/training/speed.py` with a cache. Rounds alternate; the figures are medians.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def run_process(
     start_server()
     begin = time.perf_counter()
     with _environment(_ENVIRONMENT):
-        process = multiprocessing.get_context(_method).Process(
+        context: Any = multiprocessing.get_context(_method)
+        process = context.Process(
             target=_work, args=(target, arguments, str(log), device, threads, multiprocessing.get_start_method())
         )
         process.start()

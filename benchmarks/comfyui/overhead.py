@@ -1,7 +1,7 @@
 """What an image prompt costs in a real ComfyUI: no adapter against Apply IP Adapter against ComfyUI_IPAdapter_plus.
 
-    python benchmarks/comfyui_overhead.py --comfyui PATH [--peer PATH] [--old-names] [--json FILE]
-    python benchmarks/comfyui_overhead.py --comfyui PATH [--peer PATH] --device cuda [--profile]
+    python benchmarks/comfyui/overhead.py --comfyui PATH [--peer PATH] [--old-names] [--json FILE]
+    python benchmarks/comfyui/overhead.py --comfyui PATH [--peer PATH] --device cuda [--profile]
 
 Runs with the Python of that ComfyUI, in one process, and needs no model files: all weights are random. Exit code 1
 when a bar is missed. MB are 10^6 bytes.

@@ -11,14 +11,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from .images import STYLE_NAMES, EmojiImages, pick, to_pixels
+from ipadapter_trainer.demo.emoji import (
+    STYLE_NAMES,
+    EmojiImages,
+    augment,
+    normalize,
+    pick,
+    styled_caption,
+    to_pixels,
+    zoom,
+)
+
 from .loop import LossFunction, device_of
-from .vae import augment
 
 MAX_TOKENS = 16
 WIDTH = 128
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -64,18 +71,6 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     }
     vision = {**shared, "num_hidden_layers": 4, "image_size": 64, "patch_size": 8, "projection_dim": WIDTH}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
-
-
-def normalize(images: Tensor) -> Tensor:
-    """uint8 [B, 3, 64, 64] or float in [-1, 1] -> CLIP's normalised ``pixel_values``."""
-    unit = images.float() / 255 if images.dtype == torch.uint8 else (images + 1) / 2
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return (unit - mean) / std
-
-
-def styled_caption(caption: str, style: str) -> str:
-    """The caption that also says how: "victory hand, noto style"."""
-    return f"{caption}, {style} style"
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
@@ -157,17 +152,6 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
     logits = scale * a @ b.T
     target = torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def zoom(pixels: Tensor, generator: torch.Generator, smallest: float = 0.8) -> Tensor:
-    """Show a window of ``smallest`` to 1.25 times each image's sides, near its centre; white outside."""
-    side = smallest + (1.25 - smallest) * torch.rand(len(pixels), 1, generator=generator)
-    room = (1 - side).clamp(min=0.1)
-    theta = torch.zeros(len(pixels), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = side[:, 0]
-    theta[:, :, 2] = room * (2 * torch.rand(len(pixels), 2, generator=generator) - 1)
-    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
-    return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
 
 
 def patchwork(pixels: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:

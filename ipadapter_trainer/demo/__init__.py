@@ -1,0 +1,1 @@
+"""`ipadapter demo`: the bundled emoji model, an adapter trained on it in minutes, and what measures it."""
