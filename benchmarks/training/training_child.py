@@ -127,6 +127,7 @@ def run_ours(overrides: list[str], clock: Clock, tries: Sequence[str] = (), *, t
     """`ipadapter train key=value ...`, with changes of training_tries. `profile` among them has the measured steps
     profiled, which makes their time useless. `to_the_end` includes the last checkpoint and the export.
     """
+    from ipadapter_trainer.settings.config import TrainConfig  # noqa: PLC0415
     from ipadapter_trainer.settings.config_file import load_config  # noqa: PLC0415 - only this contender's process has it
     from ipadapter_trainer.training.steps import Progress  # noqa: PLC0415
     from ipadapter_trainer.training.train import train  # noqa: PLC0415
@@ -150,7 +151,7 @@ def run_ours(overrides: list[str], clock: Clock, tries: Sequence[str] = (), *, t
         if name != PROFILE:
             TRIES[name]()
     with suppress(_MeasuredAllError):
-        train(load_config(overrides=overrides), say=print, on_progress=on_progress)
+        train(load_config(TrainConfig, overrides=overrides), say=print, on_progress=on_progress)
     measured = clock.measured([float(loss) for loss in losses], [])
     return measured if profile is None else replace(measured, profile=profile.summary(clock.steps))
 
@@ -158,9 +159,10 @@ def run_ours(overrides: list[str], clock: Clock, tries: Sequence[str] = (), *, t
 def run_cache(result: str, overrides: list[str]) -> None:
     """`ipadapter cache key=value ...`; the result is the CPU time of this process and its workers."""
     from ipadapter_trainer.cache.write import write_cache  # noqa: PLC0415
+    from ipadapter_trainer.settings.config import TrainConfig  # noqa: PLC0415
     from ipadapter_trainer.settings.config_file import load_config  # noqa: PLC0415
 
-    write_cache(load_config(overrides=overrides), say=print)
+    write_cache(load_config(TrainConfig, overrides=overrides), say=print)
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
     Path(result).write_text(json.dumps(seconds), encoding="utf-8")

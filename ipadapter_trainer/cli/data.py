@@ -10,14 +10,7 @@ import typer
 from .errors import user_errors
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands about data sets."""
-    data = typer.Typer(help="Look at a data set before a training does.", no_args_is_help=True)
-    data.command("check")(check_command)
-    app.add_typer(data, name="data")
-
-
-def check_command(
+def check(
     path: Annotated[
         str,
         typer.Argument(help="A folder, a .json, .jsonl or .csv list, or shards such as 'images-*.tar'."),
@@ -28,17 +21,19 @@ def check_command(
     ] = None,
     sheet: Annotated[
         Path | None,
-        typer.Option(help="Image to write: samples with their captions.", show_default="sheet.png, outside the data"),
+        typer.Option(
+            help="Contact sheet to write: samples with their captions.", show_default="sheet.png, outside the data"
+        ),
     ] = None,
-    no_sheet: Annotated[bool, typer.Option("--no-sheet", help="Write no samples.")] = False,
-    min_side: Annotated[int, typer.Option(min=1, help="Name images with a shorter side, in pixels.")] = 512,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, with every name.")] = False,
+    no_sheet: Annotated[bool, typer.Option("--no-sheet", help="Write no contact sheet.")] = False,
+    min_side: Annotated[int, typer.Option(min=1, help="Report images with a shorter side, in pixels.")] = 512,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, with all file names.")] = False,
 ) -> None:
-    """Count, sample, and find the broken, the tiny and the duplicate images.
+    """Read a data set and report its size, broken, tiny and duplicate images, with a contact sheet.
 
     ipadapter data check images
 
-    Every image is read and decoded entirely. Exit status 2 when not a single one can be used.
+    Decodes every image. Exit status 2 if no image can be used.
     """
     with user_errors():
         from json import dumps
@@ -54,7 +49,8 @@ def check_command(
         typer.echo(dumps(report.as_json(), indent=2, ensure_ascii=False) if json else report.as_text())
         if refused:
             typer.echo(
-                "No samples were written, as this is the data set's folder; --sheet ../sheet.png does.", err=True
+                "No contact sheet: this is the data set's folder. Write it elsewhere with --sheet ../sheet.png.",
+                err=True,
             )
         if not report.usable:
             raise DataError(f"{path}: none of the {report.images} images can be used.")

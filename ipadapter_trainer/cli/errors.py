@@ -1,4 +1,4 @@
-"""What the command line does when it is interrupted, and when something goes wrong that the user can put right."""
+"""Ctrl-C, and errors that the user can fix: one line on stderr and an exit status."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import typer
 from typer.core import TyperGroup
 
 USER_ERROR, INTERRUPTED = 2, 130
-_CLEANING = 1.0  # seconds that an interrupted command has to remove its temporary files
+_CLEANING = 1.0  # seconds for an interrupted command to remove its temporary files
 TRAINING_MEMORY = (
     "Lower batch_size (gradient_accumulation_steps makes up for it), set gradient_checkpointing=true or "
     "mixed_precision=bf16, or train from a cache (`ipadapter cache`)."
@@ -29,15 +29,16 @@ _WORKER_ENDED = re.compile(r"DataLoader worker .*?((killed by signal: [\w ]+)|ex
 
 
 def catch_interrupts() -> None:
-    """Let the first Ctrl-C stop the command, which then removes its temporary files, and a later one end the process.
-    None prints a traceback. A command in the background, where Ctrl-C is ignored, keeps ignoring it. The first SIGTERM
-    stops the command in the same way, the next one at once.
+    """Install handlers for Ctrl-C and SIGTERM; neither prints a traceback.
+
+    The first one stops the command, which removes its temporary files. A later Ctrl-C ends the process, at the earliest
+    after `_CLEANING`; a second SIGTERM kills it. Background commands, which ignore Ctrl-C, continue to ignore it.
     """
     process, first = os.getpid(), 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal first
-        if os.getpid() != process:  # a worker that was just forked: this process decides
+        if os.getpid() != process:  # a worker that was just forked: only the main process reacts
             return
         first = time.monotonic()
         signal.signal(signal.SIGINT, end)
@@ -54,7 +55,7 @@ def catch_interrupts() -> None:
         raise KeyboardInterrupt
 
     def unraisable(problem: Any) -> None:
-        if issubclass(problem.exc_type, KeyboardInterrupt):  # it came where Python can only print it
+        if issubclass(problem.exc_type, KeyboardInterrupt):  # raised where Python can only print it
             os._exit(INTERRUPTED)
         sys.__unraisablehook__(problem)
 
@@ -65,26 +66,26 @@ def catch_interrupts() -> None:
         signal.signal(signal.SIGINT, stop)
 
 
-# Newer versions of typer bring a click of their own, with this class in it.
-_ClickException = typer.BadParameter.__mro__[2]
+# Newer versions of typer vendor click, so the class cannot be imported from click.
+_ClickException = cast(type[typer.BadParameter], typer.BadParameter.__mro__[2])
 
 
 class Commands(TyperGroup):
-    """The commands; a mistake in the command line itself is answered with one line, as every other mistake is."""
+    """The commands. Mistakes in the command line are reported in one line, like all other errors."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Refuse an option that is given twice, of which the first value would be dropped."""
+        """Refuse an option given twice, whose first value would be dropped."""
         name, command, rest = super().resolve_command(ctx, args)
         for parameter in command.params if command is not None else ():
             if getattr(parameter, "multiple", False) or getattr(parameter, "is_flag", True):
                 continue
             given = [word for word in rest if word.partition("=")[0] in parameter.opts]
             if len(given) > 1:
-                raise typer.BadParameter(f"{parameter.opts[0]} is given {len(given)} times. Leave all but one out.")
+                raise typer.BadParameter(f"{parameter.opts[0]} is given {len(given)} times. Give it once.")
         return name, command, rest
 
     def main(self, *args: Any, **options: Any) -> None:
-        """Run a command and exit with its status."""
+        """Run a command and exit with its exit status."""
         try:
             status = super().main(*args, **{**options, "standalone_mode": False})
         except _ClickException as error:
@@ -103,13 +104,8 @@ class Commands(TyperGroup):
         sys.exit(status if isinstance(status, int) else 0)
 
 
-def options_of(context: typer.Context) -> list[str]:
-    """The options of a command, such as --dry-run."""
-    return [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
-
-
 def finite(value: float) -> float:
-    """For a number of the command line: refuses nan and inf."""
+    """Option callback that refuses nan and inf."""
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
@@ -117,11 +113,12 @@ def finite(value: float) -> float:
 
 @contextmanager
 def user_errors(*, stopped: str = "Stopped.", memory: str = TRAINING_MEMORY) -> Iterator[None]:
-    """Turn what the user can put right into one line on stderr and exit status 2. `stopped` is printed after Ctrl-C,
-    `memory` is the advice when the memory is full.
+    """Report errors that the user can fix in one line on stderr, with exit status 2.
+
+    `stopped` is printed after Ctrl-C, `memory` is the advice when memory runs out.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("transformers.utils.import_utils").addFilter(_is_of_use)
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_useful)
     interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -130,7 +127,7 @@ def user_errors(*, stopped: str = "Stopped.", memory: str = TRAINING_MEMORY) -> 
     except typer.Exit:
         raise
     except Exception as error:
-        if signal.getsignal(signal.SIGINT) is not interrupt:  # a library made another error of the interruption
+        if signal.getsignal(signal.SIGINT) is not interrupt:  # a library replaced KeyboardInterrupt by its own error
             _stop(stopped)
         message = _message(error, memory)
         if message is None:
@@ -139,20 +136,20 @@ def user_errors(*, stopped: str = "Stopped.", memory: str = TRAINING_MEMORY) -> 
         raise typer.Exit(USER_ERROR) from None
 
 
-def _is_of_use(record: logging.LogRecord) -> bool:
-    """diffusers imports image processors by names that transformers warns about where torchvision is missing."""
+def _is_useful(record: logging.LogRecord) -> bool:
+    """Drop the warnings of transformers when diffusers imports image processors and torchvision is missing."""
     return "requires torchvision" not in record.getMessage()
 
 
 def quiet() -> None:
-    """No progress bars for the loading of parts: there are many, and each is short."""
+    """Turn off the progress bars of loading models: there are many, and each is short."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
 
 
 def _message(error: Exception, memory: str) -> str | None:
-    """What to tell the user; None for an error of ours."""
+    """The message for the user; None for a bug, which keeps its traceback."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed. Install the trainer with: pip install 'ip-adapter-kit[train]'"
     from safetensors import SafetensorError
@@ -176,8 +173,8 @@ def _memory_problem(error: Exception, memory: str) -> str | None:
         return f"Out of memory{f' ({wanted[1]} more are needed)' if wanted else ''}. {memory}"
     if isinstance(error, RuntimeError) and (ended := _WORKER_ENDED.search(str(error))):
         return (
-            f"A process that decodes images ended ({ended[1]}), most likely because the memory or /dev/shm is full. "
-            "Lower workers (0 decodes in the main process) or batch_size."
+            f"A data loader worker died ({ended[1]}), most likely because memory or /dev/shm is full. "
+            "Lower num_workers (0 loads images in the main process) or batch_size."
         )
     return None
 

@@ -1,4 +1,4 @@
-"""The commands about adapter files: export, convert, inspect, diff."""
+"""Commands for adapter files: export, convert, inspect, diff."""
 
 from __future__ import annotations
 
@@ -14,31 +14,23 @@ if TYPE_CHECKING:
 
 DIFFERENT = 1
 
-_Dtype = Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; default: as in the file.")]
-_Force = Annotated[bool, typer.Option("--force", help="Replace OUT when it exists.")]
+_Dtype = Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; default: as in the input file.")]
+_Force = Annotated[bool, typer.Option("--force", help="Overwrite OUT.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command("export")(export_command)
-    app.command("convert")(convert_command)
-    app.command("inspect")(inspect_command)
-    app.command("diff")(diff_command)
-
-
-def export_command(
+def export(
     source: Annotated[
         Path,
-        typer.Argument(metavar="RUN", help="Output folder of a training, one of its checkpoints, or an adapter file."),
+        typer.Argument(metavar="RUN", help="Output folder of a training, a checkpoint, or an adapter file."),
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A .safetensors or .bin file, or a folder: the name is made.")
+        Path, typer.Argument(metavar="OUT", help="A .safetensors or .bin file, or a folder for a default name.")
     ],
     *,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     force: _Force = False,
 ) -> None:
-    """Write a training's newest weights as one file that every host loads, and check it.
+    """Export the newest weights of a training as a single file in the published layout, and verify it.
 
     ipadapter export runs/cats adapters/
     """
@@ -49,22 +41,22 @@ def export_command(
         _report(export(source, out, dtype=dtype_of(dtype), force=force))
 
 
-def convert_command(
+def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="IN", help="An adapter file of any layout, or a folder that Accelerate's save_state wrote."
+            metavar="IN", help="An adapter file in any layout, or a folder written by Accelerate's save_state."
         ),
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A .safetensors or .bin file, or a folder: the name is made.")
+        Path, typer.Argument(metavar="OUT", help="A .safetensors or .bin file, or a folder for a default name.")
     ],
     *,
     dtype: _Dtype = None,
-    version: Annotated[str | None, typer.Option(help="v1 or v2, for a faceid-plus file that does not say.")] = None,
+    version: Annotated[str | None, typer.Option(help="v1 or v2, for a faceid-plus file without this metadata.")] = None,
     force: _Force = False,
 ) -> None:
-    """Bring an adapter into the published layout, as .safetensors or .bin, and check it.
+    """Convert an adapter to the published layout, as .safetensors or .bin, and verify it.
 
     ipadapter convert sd-ip_adapter/checkpoint-20000 ip-adapter_sd15.safetensors
     """
@@ -79,11 +71,11 @@ def convert_command(
         _report(convert(source, out, dtype=dtype_of(dtype), shortcut=shortcut, force=force))
 
 
-def inspect_command(
-    file: Annotated[Path, typer.Argument(help="An adapter file of any layout, or a training's folder.")],
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An adapter file in any layout, or the output folder of a training.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what an adapter file is: kind, base, encoder, tokens, layers, and where it comes from."""
+    """Show what an adapter file contains: kind, base model, image encoder, tokens, layers and provenance."""
     with user_errors():
         from json import dumps
 
@@ -93,18 +85,22 @@ def inspect_command(
         typer.echo(dumps(description.as_json(), indent=2) if json else description.as_text())
 
 
-def diff_command(
-    first: Annotated[Path, typer.Argument(metavar="A", help="An adapter file of any layout, or a training's folder.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+def diff(
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="An adapter file in any layout, or the output folder of a training.")
+    ],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The adapter to compare it with.")],
     tolerance: Annotated[
         float,
         typer.Option(
-            min=0, callback=finite, help="Largest difference that counts as equal, as a share of a tensor's maximum."
+            min=0,
+            callback=finite,
+            help="Largest difference that counts as equal, relative to the maximum of the tensor.",
         ),
     ] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
 ) -> None:
-    """Compare two adapters: exit status 0 when equal, 1 when different, 2 when one cannot be read."""
+    """Compare two adapters. Exit status: 0 if equal, 1 if different, 2 if one cannot be read."""
     with user_errors():
         from json import dumps
 

@@ -1,4 +1,4 @@
-"""`ipadapter models` and `ipadapter new`: what a training starts from."""
+"""`ipadapter models` and `ipadapter new`: models and configs to start a training with."""
 
 from __future__ import annotations
 
@@ -13,19 +13,13 @@ if TYPE_CHECKING:
     from ..models.published_models import PublishedModel
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command("models")(models_command)
-    app.command("new")(new_command)
-
-
-def models_command(
+def models(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME ...]", help="Models of the list, or configs; default: all.")
+        list[str] | None, typer.Argument(metavar="[NAME ...]", help="Models from the list, or configs; default: all.")
     ] = None,
-    download: Annotated[bool, typer.Option("--download", help="Download what is missing of them.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Download missing files.")] = False,
 ) -> None:
-    """List the models that the configs need, what is there of them, and how to get the rest.
+    """List the models that the configs need, which are present, and how to download them.
 
     ipadapter models sd15-plus --download
     """
@@ -41,22 +35,22 @@ def models_command(
             return
         if not names:
             raise ConfigError("Name what to download, models or configs: `ipadapter models sd15-base --download`.")
-        models = models_of(names)
+        chosen = models_of(names)
         if not download:
-            typer.echo("\n".join(f"{_row(model)}\n    {hub_command(model)}" for model in models))
+            typer.echo("\n".join(f"{_row(model)}\n    {hub_command(model)}" for model in chosen))
             return
-        for model in models:
+        for model in chosen:
             if model.missing():
                 typer.echo(f"{model.place}: downloading {model.repository} ({model.size})")
                 download_model(model)
             typer.echo(f"{model.place}: found")
 
 
-def new_command(
+def new(
     name: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="The config to copy.")] = None,
     out: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Default: CONFIG.toml in this folder.")] = None,
 ) -> None:
-    """Write a config with its comments to change, or list the configs.
+    """Copy a config, with its comments, for editing; or list the configs.
 
     ipadapter new sd15-plus mine.toml
     """

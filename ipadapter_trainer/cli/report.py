@@ -10,18 +10,13 @@ import typer
 from .errors import user_errors
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("report")(report_command)
-
-
-def report_command(
+def report(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUN", help="Output folder of a training, which may still be running."),
+        typer.Argument(metavar="RUN", help="Output folder of a training, finished or running."),
     ] = None,
 ) -> None:
-    """Write the report of a training: its curves, its samples, and what the numbers mean.
+    """Write an HTML report of a training: curves, samples and what the numbers mean.
 
     ipadapter report runs/cats
     """
@@ -36,7 +31,7 @@ def report_command(
             given = f"{len(runs)} are given" if runs else "none is given"
             raise ConfigError(
                 f"`ipadapter report` takes one run, the output folder of a training; {given}. Several runs are "
-                "compared with `tensorboard --logdir` and the folder that holds them."
+                "compared with `tensorboard --logdir` and their parent folder."
             )
         (run,) = runs
         try:

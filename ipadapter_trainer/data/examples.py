@@ -45,6 +45,11 @@ class Example:
     size: tuple[int, int] | None = None
 
     @property
+    def prompt_image(self) -> StoredImage:
+        """The image prompt of a validation or an evaluation: the first reference, or the image itself."""
+        return self.references[0] if self.references else self.image
+
+    @property
     def name(self) -> str:
         """For messages."""
         return f"an image in memory ({self.text!r})" if isinstance(self.image, Image.Image) else str(self.image)

@@ -1,1 +1,1 @@
-"""CLIP-I and CLIP-T by the paper's protocol."""
+"""`ipadapter generate` and `ipadapter eval`."""

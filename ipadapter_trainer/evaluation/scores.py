@@ -1,4 +1,4 @@
-"""The scores of an evaluation on disk, one line a generated image, so that it can be stopped at any moment."""
+"""Scores on disk, one line per generated image, so that an evaluation can stop at any moment and resume."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 from ..runtime.disk import disk_errors
 
 SCORES = "scores.jsonl"
 
 
-class Job(NamedTuple):
-    """One image to generate: for which example of the data set, its number among those, and the weight."""
+@dataclass(frozen=True)
+class Job:
+    """An image to generate: the index of its example in the data set, its number for that example, the weight."""
 
     index: int
     number: int
@@ -23,8 +23,10 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """What one generated image scores. `seed` makes it again with `ipadapter generate`. The other_* ones are beside
-    another example's prompt and caption. None where there is no caption, or no other image.
+    """The scores of a generated image. `ipadapter generate` makes it again with `seed`.
+
+    The other_* scores are those with the image and caption of a different example. None without a caption or without
+    a different image.
     """
 
     index: int
@@ -39,53 +41,45 @@ class Score:
 
     @property
     def job(self) -> Job:
-        """What was to be done."""
+        """The generated image."""
         return Job(self.index, self.number, self.weight)
 
 
-class ScoreFile:
-    """Scores in a folder, each line with the digest of the settings that it depends on.
+def score_file(folder: Path, process: int = 0) -> Path:
+    """The file that a process appends its scores to."""
+    return folder / (SCORES if process == 0 else f"{Path(SCORES).stem}-{process}.jsonl")
 
-    Every process appends to a file of its own; all of them are read, whoever wrote them. Lines of other settings stay
-    as they are.
+
+def read_scores(folder: Path, settings: str) -> tuple[dict[Job, Score], int]:
+    """The scores of all processes, and the number of scores with other settings. Truncated lines are ignored.
+
+    `settings` is a digest of everything that the scores depend on.
     """
+    names = [field.name for field in fields(Score)]
+    scores: dict[Job, Score] = {}
+    with_other_settings = 0
+    for file in sorted(folder.glob(f"{Path(SCORES).stem}*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+                score, found = Score(**{name: row[name] for name in names}), row["settings"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if found == settings:
+                scores[score.job] = score
+            else:
+                with_other_settings += 1
+    return scores, with_other_settings
 
-    def __init__(self, folder: Path, settings: str, process: int = 0) -> None:
-        self._folder, self._settings = folder, settings
-        self._file = folder / (f"{Path(SCORES).stem}-{process}.jsonl" if process else SCORES)
-        self.foreign = 0  # lines of other settings that the newest `read` met
 
-    def read(self) -> dict[Job, Score]:
-        """What is measured so far. A line that was cut off is none."""
-        names = {field.name for field in fields(Score)}
-        found: dict[Job, Score] = {}
-        self.foreign = 0
-        for file in sorted(self._folder.glob(f"{Path(SCORES).stem}*.jsonl")):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                    settings, values = row.pop("settings"), {name: row[name] for name in names}
-                except (ValueError, KeyError, AttributeError):
-                    continue
-                if settings == self._settings:
-                    score = Score(**values)
-                    found[score.job] = score
-                else:
-                    self.foreign += 1
-        return found
-
-    def append(self, scores: Iterable[Score]) -> None:
-        """Add a batch at once."""
-        rows = ({"settings": self._settings, **asdict(score)} for score in scores)
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        with disk_errors(self._file, kept="the scores that are written stay"):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with self._file.open("ab+") as stream:
-                if stream.tell() and not self._ends_in_newline():  # of a process that was killed while it wrote
-                    text = "\n" + text
-                stream.write(text.encode())
-
-    def _ends_in_newline(self) -> bool:
-        with self._file.open("rb") as stream:
-            stream.seek(-1, 2)
-            return stream.read(1) == b"\n"
+def append_scores(file: Path, settings: str, scores: Iterable[Score]) -> None:
+    """Append a line per score, all with one write."""
+    rows = ({"settings": settings, **asdict(score)} for score in scores)
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    with disk_errors(file, kept="the scores so far are kept"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab+") as stream:
+            if stream.tell():  # end a line that a killed process left unfinished
+                stream.seek(-1, 2)
+                text = text if stream.read(1) == b"\n" else "\n" + text
+            stream.write(text.encode())

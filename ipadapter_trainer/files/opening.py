@@ -110,7 +110,7 @@ def adapter_to_use(path: Path, shortcut: bool | None = None) -> IPAdapter:
         shortcut = shortcut_hint(checkpoint.path)
         if shortcut is None:
             raise TrainerError(
-                f"{path}: FaceID-plus v1 or v2? Neither the file nor its name says. Pass --shortcut for v2, "
-                "--no-shortcut for v1."
+                f"{path}: FaceID-plus v1 or v2? Neither the file nor its name says. Set shortcut=true for v2, "
+                "shortcut=false for v1."
             )
     return adapter_from_checkpoint(checkpoint, dtype=torch.float32, shortcut=shortcut)

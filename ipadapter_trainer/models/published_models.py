@@ -104,7 +104,7 @@ PUBLISHED_MODELS: Sequence[PublishedModel] = (
     _encoder(
         "clip-vit-bigg", "image_encoder of the published ip-adapter_sdxl; ViT-bigG/14", "sdxl_models/image_encoder", 3.7
     ),
-    PublishedModel(_CLIP, "--clip of `ipadapter eval`", f"openai/{_CLIP}", 1.7, _CLIP_FILES),
+    PublishedModel(_CLIP, "clip of `ipadapter eval`", f"openai/{_CLIP}", 1.7, _CLIP_FILES),
     _adapter("sd15-base", "IP-Adapter", "models/ip-adapter_sd15.safetensors", 0.04),
     _adapter("sd15-plus and sd15-plus-finetune", "IP-Adapter", "models/ip-adapter-plus_sd15.safetensors", 0.1),
     _adapter("sd15-full", "IP-Adapter", "models/ip-adapter-full-face_sd15.safetensors", 0.04),

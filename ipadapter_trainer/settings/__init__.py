@@ -1,1 +1,1 @@
-"""The settings of a training, their file, and the kinds of adapter."""
+"""Settings of the commands, their config files, and the kinds of adapter."""

@@ -1,4 +1,4 @@
-"""The words after `ipadapter train` and `ipadapter cache`: a config and `key=value` settings, or how to write them."""
+"""Command lines of the form `[CONFIG] [key=value ...]`, and corrections for other ways of writing them."""
 
 from __future__ import annotations
 
@@ -7,40 +7,47 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from ..errors import ConfigError
-from .config import TrainConfig
+from .fields import Config
 from .shipped import config_names
 
-_FIELDS = TrainConfig.model_fields
+_EXAMPLES = {
+    "train": "sd15-base data=images output=runs/mine",
+    "cache": "sd15-base data=images cache=caches/mine",
+    "generate": "base_model=models/stable-diffusion-v1-5 adapter=runs/mine image=cat.png output=image.png",
+    "eval": "base_model=models/stable-diffusion-v1-5 adapter=runs/mine data=images clip=models/clip-vit-large-patch14",
+}
 
 
 def split_arguments(
-    command: str, arguments: Sequence[str], options: Sequence[str] = ()
+    model: type[Config], command: str, arguments: Sequence[str], options: Sequence[str] = ()
 ) -> tuple[str | None, list[str]]:
-    """The config's name, if there is one, and the settings; `options` are those that the command has.
+    """The config, if there is one, and the key=value settings. `options` are the --options of the command.
 
-    Raises ConfigError without arguments, and for whatever is written in another way, all at once: `--steps 5`,
-    `steps = 5`, `batch-size=4`, a value without its key, a second config.
+    Raises ConfigError without arguments, and for all arguments that are written in another way: `--steps 5`,
+    `steps = 5`, `batch-size=4`, a value without a key, a second config.
     """
+    has_presets = model.command == "train"
     if not arguments:
-        folder = "cache=caches/mine" if command == "cache" else "output=runs/mine"
+        config, names = ("CONFIG ", "`ipadapter new` lists the configs, ") if has_presets else ("", "")
+        keys = f"`ipadapter {model.command} --options` {'' if has_presets else 'lists '}the keys."
         raise ConfigError(
-            f"Write `ipadapter {command} CONFIG key=value ...`, such as `ipadapter {command} sd15-base data=images "
-            f"{folder}`. `ipadapter new` lists the configs, `ipadapter train --options` the keys."
+            f"Write `ipadapter {command} {config}key=value ...`, such as `ipadapter {command} {_EXAMPLES[command]}`. "
+            f"{names}{keys}"
         )
     configs: list[str] = []
     settings: list[str] = []
     problems: list[str] = []
-    for number, (words, key, value) in enumerate(_grouped(arguments)):
+    for number, (words, key, value) in enumerate(_grouped(model, arguments)):
         written = " ".join(words)
-        if len(words) > 1 or written.startswith("-") or (value is not None and _field(key) not in (key.strip(), None)):
-            problems.append(_correction(written, key, value, options))
+        misspelt = value is not None and _field(model, key) not in (key.strip(), None)
+        if len(words) > 1 or written.startswith("-") or misspelt:
+            problems.append(_correction(model, written, key, value, options))
         elif value is not None:
             settings.append(written)
-        elif number == 0 or is_config(written):
+        elif is_config(model, written) or (number == 0 and has_presets):
             configs.append(written)
         else:
-            example = "steps" if written.replace("_", "").isdecimal() else "data"
-            problems.append(f"{written!r} has no key. Write key=value, such as {example}={written}.")
+            problems.append(_without_key(model, written))
     if len(configs) > 1:
         problems.append(f"Give at most one config, not {' and '.join(configs)}.")
     if problems:
@@ -48,22 +55,26 @@ def split_arguments(
     return (configs[0] if configs else None), settings
 
 
-def is_config(word: str) -> bool:
-    """Whether a word is meant as a config: the name of a shipped one, or a TOML file."""
-    return word.endswith(".toml") or word in config_names()
+def is_config(model: type[Config], word: str) -> bool:
+    """Whether a word is a TOML file, or the name of a config that comes with this package."""
+    return word.endswith(".toml") or (model.command == "train" and word in config_names())
 
 
-def nearest(key: str) -> str | None:
-    """The setting that an unknown key is most like."""
-    return next(iter(difflib.get_close_matches(key, _FIELDS, n=1, cutoff=0.5)), None)
+def nearest(model: type[Config], key: str) -> str | None:
+    """The key most like an unknown one, or with a word like it: steps -> num_inference_steps."""
+    if keys := difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5):
+        return keys[0]
+    by_word = {word: name for name in model.model_fields for word in name.split("_")}
+    words = difflib.get_close_matches(key, by_word, n=1, cutoff=0.75)
+    return by_word[words[0]] if words else None
 
 
-def _grouped(arguments: Sequence[str]) -> Iterator[tuple[list[str], str, str | None]]:
-    """The words that belong together, with their key and value: `steps=5`, `steps = 5`, `--steps 5`, `--steps=5`."""
+def _grouped(model: type[Config], arguments: Sequence[str]) -> Iterator[tuple[list[str], str, str | None]]:
+    """Words that belong together, with their key and value: `steps=5`, `steps = 5`, `--steps 5`, `--steps=5`."""
     rest = list(arguments)
 
     def is_value(word: str) -> bool:
-        return "=" not in word and not word.startswith("-") and not is_config(word)
+        return "=" not in word and not word.startswith("-") and not is_config(model, word)
 
     while rest:
         words = [rest.pop(0)]
@@ -71,27 +82,34 @@ def _grouped(arguments: Sequence[str]) -> Iterator[tuple[list[str], str, str | N
         if not equals and rest and rest[0].startswith("="):
             words.append(rest.pop(0))
             equals, value = "=", words[-1][1:]
-        takes_value = not value and (equals or key.startswith("-") or _field(key) is not None)
+        takes_value = not value and (equals or key.startswith("-") or _field(model, key) is not None)
         if takes_value and rest and is_value(rest[0]):
             words.append(rest.pop(0))
             equals, value = "=", words[-1]
         yield words, key.lstrip("-"), value if equals else None
 
 
-def _field(key: str) -> str | None:
+def _field(model: type[Config], key: str) -> str | None:
     name = key.strip().replace("-", "_").lower()
-    return name if name in _FIELDS else None
+    return name if name in model.model_fields else None
 
 
-def _correction(written: str, key: str, value: str | None, options: Sequence[str]) -> str:
-    field = _field(key)
-    given = shlex.quote(value) if value else "true" if field and _FIELDS[field].annotation is bool else "..."
+def _correction(model: type[Config], written: str, key: str, value: str | None, options: Sequence[str]) -> str:
+    field = _field(model, key)
+    is_switch = field is not None and model.model_fields[field].annotation in (bool, bool | None)
+    given = shlex.quote(value) if value else "true" if is_switch else "..."
     if field is not None:
         return f"Write {field}={given} instead of {written}."
     option = difflib.get_close_matches(f"--{key}", options, n=1)
-    near = nearest(key)
+    near = nearest(model, key.replace("-", "_"))
     if option:
         hint = f"Did you mean {option[0]}?"
     else:
         hint = f"Did you mean {near}={given}?" if near else "Settings are written key=value."
     return f"{written}: no such option or key. {hint}"
+
+
+def _without_key(model: type[Config], value: str) -> str:
+    keys = ("steps", "num_images", "limit") if value.replace("_", "").isdecimal() else ("data", "image")
+    example = next(key for key in keys if key in model.model_fields)
+    return f"{value!r} has no key. Write key=value, such as {example}={value}."

@@ -1,10 +1,10 @@
-"""A TOML file and `key=value` overrides -> TrainConfig, and refusals before anything is loaded."""
+"""A TOML file and `key=value` overrides -> validated settings, and the list of all keys."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -12,13 +12,28 @@ from pydantic.fields import FieldInfo
 from ..errors import ConfigError
 from .arguments import nearest, split_arguments
 from .config import TrainConfig
+from .fields import Config
 from .shipped import find_config, read_config
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
-def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
+_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "multiple_of": "a multiple of"}
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "path": "a path",
+    "string": "text",
+    "str": "text",
+    "tuple": "numbers with commas",
+}
+
+
+def load_config(model: type[AnyConfig], file: Path | None = None, overrides: Sequence[str] = ()) -> AnyConfig:
     """Read a TOML file and `key=value` overrides (an empty value or "none" unsets an optional key).
 
-    Raises ConfigError for a missing or malformed file, and as `make_config` does.
+    Raises ConfigError for a missing or malformed file, for overrides without a key or given twice, and as `validate`.
     """
     values: dict[str, Any] = {} if file is None else read_config(file)
     given: dict[str, str] = {}
@@ -32,59 +47,67 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = ()) -> Trai
         given[key] = value
     if twice:
         raise ConfigError(f"{'; '.join(twice)}. Leave one out.")
-    return make_config({**values, **given})
+    return validate(model, {**values, **given})
 
 
-def config_of_arguments(command: str, arguments: Sequence[str], options: Sequence[str] = ()) -> TrainConfig:
-    """The settings of a command line, `[CONFIG] [key=value ...]`; `options` are what else the command takes.
+def config_of_arguments(
+    model: type[AnyConfig], command: str, arguments: Sequence[str], options: Sequence[str] = ()
+) -> AnyConfig:
+    """The settings of a command line `[CONFIG] [key=value ...]`. `options` are the --options of the command.
 
     Raises ConfigError as `split_arguments`, `find_config` and `load_config` do.
     """
-    config, settings = split_arguments(command, arguments, options)
-    return load_config(None if config is None else find_config(config), settings)
+    config, settings = split_arguments(model, command, arguments, options)
+    return load_config(model, None if config is None else find_config(config), settings)
 
 
 def make_config(values: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a training from Python values. Raises ConfigError as `validate`."""
+    return validate(TrainConfig, values)
+
+
+def validate(model: type[AnyConfig], values: Mapping[str, Any]) -> AnyConfig:
     """Validate settings by name.
 
-    Raises ConfigError that names an unknown key with the nearest valid one, a missing key, a value of the
-    wrong type with the expected type, or settings that exclude each other; all problems at once.
+    Raises ConfigError with all problems: unknown keys with the nearest valid one, missing keys, values of the wrong
+    type with the expected type, and settings that exclude each other.
     """
-    fields = TrainConfig.model_fields
-    optional = {name for name, field in fields.items() if field.default is None}
+    fields = model.model_fields
+    optional = {name for name, field in fields.items() if not field.is_required() and field.default is None}
     required = {name for name, field in fields.items() if field.is_required()}
     cleaned = {
-        k: None if k in optional and v in ("", "none") else v
-        for k, v in values.items()
-        if k not in required or v != ""  # a shell variable that is not set is no path
+        key: None if key in optional and value in ("", "none") else value
+        for key, value in values.items()
+        if key not in required or value != ""  # an unset shell variable
     }
     try:
-        return TrainConfig.model_validate(cleaned)
+        return model.model_validate(cleaned)
     except ValidationError as error:
-        problems = [_problem(dict(e)) for e in error.errors()]
-    text = "; ".join(problems)
+        text = "; ".join(_problem(model, dict(problem)) for problem in error.errors())
     raise ConfigError(text if text.endswith("?") else text + ".")
 
 
-def options_text() -> str:
-    """Every key with its default, the values that it takes and its meaning, for `ipadapter train --options`."""
+def options_text(model: type[Config]) -> str:
+    """Every key with its default, the values that it takes and its meaning, for --options."""
     lines: list[str] = []
-    for name, field in TrainConfig.model_fields.items():
-        default = "required" if field.is_required() else _shown(field.default)
+    for name, field in model.model_fields.items():
+        default = "required" if field.is_required() else _default_text(field.default)
         lines.append(f"{name} ({default}): {_allowed(field)}\n    {field.description}")
     return "\n".join(lines)
 
 
-def _shown(default: Any) -> str:
+def _default_text(default: Any) -> str:
     if default is None:
         return "unset"
+    if isinstance(default, tuple):
+        return ",".join(f"{value:g}" for value in default)
     return str(default).lower() if isinstance(default, bool) else str(default) or "empty"
 
 
 def _allowed(field: FieldInfo) -> str:
     """The values that a setting takes, in words."""
     kind: Any = field.annotation
-    if get_origin(kind) is not Literal and get_args(kind):  # X | None
+    if get_origin(kind) not in (Literal, tuple) and get_args(kind):  # X | None
         kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         *others, last = get_args(kind)
@@ -95,33 +118,21 @@ def _allowed(field: FieldInfo) -> str:
         for name, word in _LIMITS.items()
         if getattr(rule, name, None) is not None
     ]
-    return ", ".join([_EXPECTED[kind.__name__.lower()], *limits])
+    return ", ".join([_EXPECTED[(get_origin(kind) or kind).__name__.lower()], *limits])
 
 
-_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "multiple_of": "a multiple of"}
-_EXPECTED = {
-    "int": "a whole number",
-    "float": "a number",
-    "finite": "a finite number",
-    "bool": "true or false",
-    "path": "a path",
-    "string": "text",
-    "str": "text",
-}
-
-
-def _problem(error: dict[str, Any]) -> str:
+def _problem(model: type[Config], error: dict[str, Any]) -> str:
     """One of pydantic's errors as a clause without a full stop."""
-    kind, key = str(error["type"]), ".".join(str(part) for part in error["loc"])
+    kind, key = str(error["type"]), str(next(iter(error["loc"]), ""))
     if kind == "extra_forbidden":
-        near = nearest(key)
-        hint = f"did you mean {near!r}?" if near else "see `ipadapter train --options`"
+        near = nearest(model, key)
+        hint = f"did you mean {near!r}?" if near else f"see `ipadapter {model.command} --options`"
         return f"unknown key {key!r}; {hint}"
     if kind == "missing":
-        return f"{key} is missing; write {key}=... ({TrainConfig.model_fields[key].description})"
-    if kind == "value_error":  # a refused combination
-        return str(error["ctx"]["error"])
+        return f"{key} is missing; write {key}=... ({model.model_fields[key].description})"
     context = error.get("ctx", {})
+    if kind == "value_error":  # of a validator of ours
+        return str(context["error"])
     if kind == "literal_error":
         expected = context["expected"]
     elif (name := next(iter(context), None)) in _LIMITS:

@@ -1,4 +1,4 @@
-"""The config files that come with this package, by name: `sd15-base` is configs/sd15-base.toml."""
+"""The config files that come with this package: `sd15-base` is configs/sd15-base.toml."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from ..errors import ConfigError
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports] - only installed on Python 3.10
 
 # A wheel installs the folder `configs` of a checkout under another name.
 _FOLDERS = ("ipadapter_configs", "configs")
 
 
 def config_folder() -> Path:
-    """The folder of the config files: in an installed wheel, or in a checkout.
+    """The folder of the config files, in an installed wheel or in a checkout.
 
-    Raises ConfigError when the installation lacks it.
+    Raises ConfigError if it is missing.
     """
     package = Path(__file__).resolve().parents[1]
     folders = [package.parent / name for name in _FOLDERS]
     for folder in folders:
         if (folder / "sd15-base.toml").is_file():
             return folder
-    raise ConfigError(f"The config files are missing: looked for {' and '.join(map(str, folders))}. Install again.")
+    raise ConfigError(
+        f"The config files are missing: looked in {' and '.join(map(str, folders))}. Reinstall ip-adapter-kit."
+    )
 
 
 def config_names() -> list[str]:
@@ -37,9 +39,9 @@ def config_names() -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """A config file: `name` is its path, or the name of one that comes with this package; a path that exists wins.
+    """A config file by its path or, if there is no such file, by the name of one that comes with this package.
 
-    Raises ConfigError with the nearest name when there is none.
+    Raises ConfigError with the nearest name for an unknown one.
     """
     path = Path(name)
     if path.is_file():
@@ -54,16 +56,13 @@ def find_config(name: str) -> Path:
 
 
 def config_summary(name: str) -> str:
-    """The first sentence of a config file, which says what it is for."""
+    """The first sentence of a config file: what it trains."""
     head = (config_folder() / f"{name}.toml").read_text(encoding="utf-8").split("\n#\n")[0]
     return " ".join(line.removeprefix("#").strip() for line in head.splitlines()).split(". ")[0].rstrip(".")
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The settings in a config file, unchecked.
-
-    Raises ConfigError for a file that is missing or no TOML.
-    """
+    """The settings in a config file, not validated. Raises ConfigError for a missing file or invalid TOML."""
     if not file.is_file():
         raise ConfigError(f"{file}: no such config file. Give a .toml file, or only key=value settings.")
     try:
@@ -73,9 +72,9 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def write_config(name: str, out: Path) -> Path:
-    """Copy a config to change it; the commands in its comments name the copy.
+    """Copy a config for editing; the commands in its comments name the copy.
 
-    Raises ConfigError for an unknown name and for a file that exists.
+    Raises ConfigError for an unknown name, another suffix than .toml, and a file that exists.
     """
     file = find_config(name)
     if out.suffix != ".toml":

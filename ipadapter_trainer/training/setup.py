@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..data.images import open_rgb
 from ..files.provenance import provenance
 from ..models.base_model import BaseModel
 from ..models.features import Features, encode_batch
@@ -20,7 +21,7 @@ from .checks import Checked, check_training, notes
 from .new_adapter import adapter_spec, new_adapter
 from .objective import Objective
 from .optimizers import AveragedWeights, new_optimizer, new_schedule
-from .training_data import TrainingData, prompt_image, validation_batches
+from .training_data import TrainingData, validation_batches
 from .validation import Samples, Validation
 
 Say = Callable[[str], None]
@@ -152,7 +153,7 @@ def _validation(
     if config.sample_images:
         shown = source.held_out[: config.sample_images]
         sample = Samples(
-            [(prompt_image(example), example.text) for example in shown],
+            [(open_rgb(example.prompt_image)[0], example.text) for example in shown],
             text=config.sample_prompt,
             steps=config.sample_steps,
             scheduler=objective.scheduler,

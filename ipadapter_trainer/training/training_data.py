@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from ..data.augmentation import Augmentation
@@ -167,11 +166,6 @@ def validation_batches(config: TrainConfig, base_model: BaseModel, held_out: Seq
         for start in range(0, len(held_out), config.batch_size):
             rows = range(start, min(start + config.batch_size, len(held_out)))
             yield collate([dataset[row] for row in rows])
-
-
-def prompt_image(example: Example) -> Image.Image:
-    """The image that is an example's image prompt. Raises what Pillow raises for one that cannot be read."""
-    return open_rgb(example.references[0] if example.references else example.image)[0]
 
 
 def held_out_rows(examples: Sequence[Example], wanted: int, root: Path | None = None) -> set[int]:

@@ -22,13 +22,23 @@ from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.examples import find_examples
 from ipadapter_trainer.data.face_embeds import with_faces
 from ipadapter_trainer.models.published_models import models_of
+from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import config_of_arguments
+from ipadapter_trainer.settings.eval_config import EvalConfig
+from ipadapter_trainer.settings.fields import Config
+from ipadapter_trainer.settings.generate_config import GenerateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 BLOCKS, PYTHON = ([text for found, text in FENCED if found == language] for language in ("", "python"))
 FOLDER = emoji_folder()
+MODELS: dict[str, type[Config]] = {
+    "train": TrainConfig,
+    "cache": TrainConfig,
+    "generate": GenerateConfig,
+    "eval": EvalConfig,
+}
 
 
 def commands() -> list[list[str]]:
@@ -56,8 +66,8 @@ def test_every_command_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyP
         while isinstance(command, click.Group) or hasattr(command, "commands"):
             command, rest = command.commands[rest[0]], rest[1:]
         values, _, _ = command.make_parser(command.make_context(words[0], [], resilient_parsing=True)).parse_args(rest)
-        if words[0] in ("train", "cache"):
-            config_of_arguments(words[0], values["arguments"])
+        if words[0] in MODELS:
+            config_of_arguments(MODELS[words[0]], words[0], values["arguments"])
         if words[0] == "models":
             assert models_of(values["names"])
 

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.errors import ConfigError, DiskError, InUseError
 from ipadapter_trainer.evaluation.evaluate import evaluate
-from ipadapter_trainer.evaluation.settings import EvalSettings
 from ipadapter_trainer.runtime import folder_lock as claim_module
 from ipadapter_trainer.runtime.folder_lock import LOCK, NOTE, lock_folder
+from ipadapter_trainer.settings.eval_config import EvalConfig
 
 LIFETIME, HEARTBEAT = 2.0, 0.2
 
@@ -204,7 +204,7 @@ def test_every_command_that_writes_is_refused(
 def test_an_evaluation_is_refused(tmp_path: Path) -> None:
     held, nothing = tmp_path / "held", tmp_path / "nothing"
     with lock_folder(held), pytest.raises(InUseError, match=f"{held} is in use by process {os.getpid()} on"):
-        evaluate(EvalSettings(base_model=nothing, adapter=nothing, data=nothing, clip=None, output=held))
+        evaluate(EvalConfig(base_model=nothing, adapter=nothing, data=nothing, clip=nothing, output=held))
 
 
 def test_the_processes_of_one_launch_share_a_claim_and_a_refusal(tmp_path: Path, holder: Holder) -> None:

@@ -95,6 +95,21 @@ def test_options_are_listed() -> None:
     assert "ema_decay (0.0): a number, at least 0, less than 1\n" in out
     assert "flip (false): true or false\n" in out
     assert "output (required): a path\n" in out
+    assert ipadapter("cache", "--options")[1] == out
+
+
+@pytest.mark.parametrize(
+    ("command", "lines"),
+    [
+        ("generate", ["output (required): a path", "num_images (1): a whole number, at least 1, at most 1000"]),
+        ("eval", ["adapter (required): a path", "weights (1): numbers with commas", "text (none): none or caption"]),
+    ],
+)
+def test_every_command_lists_its_own_options(command: str, lines: list[str]) -> None:
+    code, out, _ = ipadapter(command, "--options")
+    assert code == 0
+    assert set(lines) <= set(out.splitlines())
+    assert "learning_rate" not in out
 
 
 @pytest.mark.parametrize(
@@ -172,15 +187,43 @@ NO_OPTION = "Settings are written key=value."
     [
         ("trian", "No such command 'trian'"),
         ("data chek", "No such command 'chek'"),
-        ("generate", "Missing option '--base-model'. `ipadapter generate --help` shows more."),
-        ("generate --base-model x --output o.png --stps 3", "No such option: --stps"),
-        ("generate --base-model x --output o.png --weight nan", "'--weight': nan is not a finite number."),
-        ("generate --base-model x --output o.png --guidance inf", "'--guidance': inf is not a finite number."),
-        ("generate --base-model x --output o.png --steps 0", "'--steps'"),
+        (
+            "generate",
+            "Write `ipadapter generate key=value ...`, such as `ipadapter generate base_model=models/"
+            "stable-diffusion-v1-5 adapter=runs/mine image=cat.png output=image.png`. `ipadapter generate --options` "
+            "lists the keys.",
+        ),
+        ("eval", "`ipadapter eval --options` lists the keys."),
+        ("generate output=o.png", "base_model is missing; write base_model=... (Base model"),
+        (
+            "generate --base-model x --output o.png",
+            "Write base_model=x instead of --base-model x. Write output=o.png instead of --output o.png.",
+        ),
+        ("generate --stps 3", "--stps 3: no such option or key. Did you mean num_inference_steps=3?"),
+        ("generate --steps 3", "--steps 3: no such option or key. Did you mean num_inference_steps=3?"),
+        ("generate --shortcut", "Write shortcut=true instead of --shortcut."),
+        ("generate --option", "--option: no such option or key. Did you mean --options?"),
+        ("generate base-model=x", "Write base_model=x instead of base-model=x."),
+        ("generate prompt = cat", "Write prompt=cat instead of prompt = cat."),
+        (
+            "generate cat.png 2",
+            "'cat.png' has no key. Write key=value, such as image=cat.png. '2' has no key. Write key",
+        ),
+        ("generate sd15-base", "'sd15-base' has no key."),
+        ("generate nowhere.toml output=o.png", "nowhere.toml: no such config."),
+        ("generate image=a.png image=b.png", "image is given twice, 'a.png' and 'b.png'. Leave one out."),
+        ("generate base_model=x output=o.png weight=nan", "weight = 'nan': expected a finite number."),
+        ("generate base_model=x output=o.png guidance_scale=inf", "guidance_scale = 'inf': expected a finite number."),
+        ("generate base_model=x output=o.png num_inference_steps=0", "num_inference_steps = '0': expected at least 1."),
         ("demo --minutes inf", "'--minutes': inf is not a finite number."),
         ("diff a b --tolerance inf", "'--tolerance': inf is not a finite number."),
-        ("eval --base-model x --adapter y --data z --guidance nan", "'--guidance': nan is not a finite number."),
-        ("eval --base-model x --adapter y --data z --weights 1,nan", "weights are (1.0, nan); expected one or more f"),
+        ("eval base_model=x adapter=y data=z clip=c guidance_scale=nan", "guidance_scale = 'nan': expected a finite n"),
+        ("eval base_model=x adapter=y data=z clip=c weights=1,nan", "weights = nan: expected a finite number."),
+        ("eval base_model=x adapter=y data=z clip=c wieghts=1", "unknown key 'wieghts'; did you mean 'weights'?"),
+        (
+            "eval --weights 0,1 images",
+            "Write weights=0,1 instead of --weights 0,1. 'images' has no key. Write key=value",
+        ),
     ],
 )
 def test_every_command_answers_with_one_line(arguments: str, words: str) -> None:
@@ -198,29 +241,38 @@ def test_without_arguments_there_is_help() -> None:
 
 
 def test_generate_writes_images(model_folder: Path, adapter_file: Path, images: Path, tmp_path: Path) -> None:
-    common = ["generate", "--base-model", model_folder, "--steps", "2"]
-    prompt = ["--adapter", adapter_file, "--image", images / "red.png", "--prompt", "a red square"]
-    code, _, err = ipadapter(*common, *prompt, "--count", "2", "--output", tmp_path / "new" / "o.png")
+    common = ["generate", f"base_model={model_folder}", "num_inference_steps=2"]
+    prompt = [f"adapter={adapter_file}", f"image={images / 'red.png'}", "prompt=a red square"]
+    code, _, err = ipadapter(*common, *prompt, "num_images=2", f"output={tmp_path / 'new' / 'o.png'}")
     assert code == 0, err
     assert [Image.open(tmp_path / "new" / f"o-{i}.png").size for i in (1, 2)] == [(64, 64)] * 2
-    code, out, _ = ipadapter(*common, "--output", tmp_path / "plain.png")
+    code, out, _ = ipadapter(*common, f"output={tmp_path / 'plain.png'}")
     assert (code, out.strip()) == (0, f"Saved {tmp_path / 'plain.png'}")
 
 
+def test_generate_with_a_file_of_settings(model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "g.toml"
+    file.write_text(f'base_model = "{model_folder}"\nnum_inference_steps = 1\nsize = 64\nprompt = "a red square"\n')
+    code, out, err = ipadapter("generate", file, f"output={tmp_path / 'o.png'}", "num_images=2")
+    assert code == 0, err
+    assert out.splitlines() == [f"Saved {tmp_path / f'o-{i}.png'}" for i in (1, 2)]
+
+
 def test_generate_names_what_is_wrong(model_folder: Path, adapter_file: Path, images: Path, tmp_path: Path) -> None:
-    common, output = ["generate", "--base-model", model_folder], ["--output", tmp_path / "o.png"]
-    image = ["--image", images / "red.png"]
-    cases: list[tuple[list[Any], str]] = [
-        (["--adapter", adapter_file], "--image is missing"),
-        (image, "--adapter is missing"),
-        (["--adapter", images / "red.png", *image], "PNG image"),
-        (["--adapter", adapter_file, "--image", adapter_file], "a safetensors file; expected JPEG, PNG"),
-        (["--adapter", adapter_file, "--image", "/nowhere.png"], "/nowhere.png: no such image"),
-        (["--output", tmp_path / "o.xyz"], "unknown image suffix"),
-        (["--size", "60"], "multiple of 8"),
+    settings = {"base_model": model_folder, "output": tmp_path / "o.png"}
+    image = images / "red.png"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"adapter": adapter_file}, "image is missing"),
+        ({"image": image}, "adapter is missing"),
+        ({"adapter": image, "image": image}, "PNG image"),
+        ({"adapter": adapter_file, "image": adapter_file}, "a safetensors file; expected JPEG, PNG"),
+        ({"adapter": adapter_file, "image": "/nowhere.png"}, "/nowhere.png: no such image"),
+        ({"output": tmp_path / "o.xyz"}, "unknown image suffix"),
+        ({"output": tmp_path}, "this is a folder"),
+        ({"size": 60}, "multiple of 8"),
     ]
-    for arguments, words in cases:
-        code, _, err = ipadapter(*common, *(() if "--output" in arguments else output), *arguments)
+    for changes, words in cases:
+        code, _, err = ipadapter("generate", *keys(settings, **changes))
         assert (code, "Traceback" in err) == (2, False)
         assert words in err
 
@@ -251,12 +303,10 @@ def test_inspect_and_the_loader_agree_on_other_adapters(adapter_file: Path, tmp_
     assert str(error.value) in " ".join(err.split())
 
 
-def test_an_option_given_twice_is_refused(adapter_file: Path, images: Path) -> None:
-    image = images / "red.png"
-    given = ["generate", "--base-model", "x", "--output", "o.png", f"--image={image}", "--image", image]
-    code, _, err = ipadapter(*given)
+def test_an_option_given_twice_is_refused() -> None:
+    code, _, err = ipadapter("export", "runs/cats", "adapters/", "--dtype=float16", "--dtype", "float32")
     assert code == 2
-    assert "--image is given 2 times. Leave all but one out." in err
+    assert "--dtype is given 2 times. Give it once." in err
 
 
 def test_sigterm_while_models_load_leaves_no_lock(settings: dict[str, Any], run_ipadapter: Start) -> None:

@@ -7,7 +7,10 @@ import pytest
 
 from ipadapter_trainer.errors import ConfigError
 from ipadapter_trainer.settings.config import TrainConfig
-from ipadapter_trainer.settings.config_file import config_of_arguments, load_config, make_config, options_text
+from ipadapter_trainer.settings.config_file import config_of_arguments, load_config, make_config, options_text, validate
+from ipadapter_trainer.settings.eval_config import EvalConfig
+from ipadapter_trainer.settings.fields import Config, parse_size
+from ipadapter_trainer.settings.generate_config import GenerateConfig
 
 MINIMAL: dict[str, Any] = {"base_model": "m", "data": "d", "output": "o", "steps": 10}
 
@@ -46,7 +49,7 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"data": "s-{0..9}.tar", "steps": None, "epochs": 1}, ["epochs=1.0", "give steps"]),
         ({"data": "s-{0..9}.tar", "buckets": True}, ["buckets", "cache the shards"]),
         ({"face_embeds": "f.safetensors"}, ["face_embeds", "'base'"]),
-        ({"kind": "full", "num_tokens": 4}, ["num_tokens=4", "every patch"]),
+        ({"kind": "full", "num_tokens": 4}, ["num_tokens=4", "token per patch"]),
         ({"optimizer": "prodigy"}, ["learning_rate=1", "0.0001"]),
         ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, ["schedulefree", "'cosine'"]),
         ({"optimizer": "schedulefree", "ema_decay": 0.9}, ["ema_decay=0", "0.9"]),
@@ -70,19 +73,19 @@ def test_every_problem_is_reported_at_once() -> None:
 def test_overrides_win_over_the_file_and_can_unset(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('base_model = "m"\ndata = "~/d"\noutput = "o"\nsteps = 5\n')
-    config = load_config(file, ["steps=none", "epochs=1.5", "flip=true", "learning_rate=2e-5"])
+    config = load_config(TrainConfig, file, ["steps=none", "epochs=1.5", "flip=true", "learning_rate=2e-5"])
     assert (config.steps, config.epochs, config.flip, config.learning_rate) == (None, 1.5, True, 2e-5)
     assert config.data == str(Path("~/d").expanduser())
 
 
 def test_spaces_inside_a_word_do_not_matter() -> None:
-    config = config_of_arguments("train", ["base_model=m", "data=d", "output=o", "steps = 10"])
+    config = config_of_arguments(TrainConfig, "train", ["base_model=m", "data=d", "output=o", "steps = 10"])
     assert config == make_config(MINIMAL)
 
 
 @pytest.mark.parametrize("text", ["yes", "True", "on", "1", "no", "False", "off", "0"])
 def test_a_switch_takes_the_usual_words(text: str) -> None:
-    assert load_config(None, [f"{k}={v}" for k, v in {**MINIMAL, "flip": text}.items()]).flip is (
+    assert load_config(TrainConfig, None, [f"{k}={v}" for k, v in {**MINIMAL, "flip": text}.items()]).flip is (
         text in ("yes", "True", "on", "1")
     )
 
@@ -99,19 +102,81 @@ def test_every_number_has_to_be_finite() -> None:
 @pytest.mark.parametrize("override", ["steps", "=3"])
 def test_an_override_needs_key_and_value(override: str) -> None:
     with pytest.raises(ConfigError, match="key=value"):
-        load_config(None, [override])
+        load_config(TrainConfig, None, [override])
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.toml: no such config file"):
-        load_config(tmp_path / "absent.toml")
+        load_config(TrainConfig, tmp_path / "absent.toml")
     (tmp_path / "bad.toml").write_text("steps = = 3")
     with pytest.raises(ConfigError, match=r"bad\.toml: not valid TOML"):
-        load_config(tmp_path / "bad.toml")
+        load_config(TrainConfig, tmp_path / "bad.toml")
 
 
-def test_every_key_is_described() -> None:
-    text = options_text()
-    for name, field in TrainConfig.model_fields.items():
+@pytest.mark.parametrize("model", [TrainConfig, EvalConfig, GenerateConfig])
+def test_every_key_is_described(model: type[Config]) -> None:
+    text = options_text(model)
+    for name, field in model.model_fields.items():
         assert field.description
         assert f"{name} (" in text
+
+
+EVAL = {"base_model": "b", "adapter": "a", "data": "d", "clip": "c"}
+GENERATE = {"base_model": "b", "output": "o.png"}
+
+
+def test_the_defaults_of_an_evaluation_are_the_papers() -> None:
+    config = validate(EvalConfig, EVAL)
+    assert (config.limit, config.num_images_per_prompt, config.weights, config.text) == (5000, 4, (1.0,), "none")
+    assert (config.num_inference_steps, config.guidance_scale) == (50, 7.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "weights"),
+    [("0,0.5,1", (0.0, 0.5, 1.0)), ("1,0", (0.0, 1.0)), ("1,1", (1.0,)), (1, (1.0,)), ([0.5, 0], (0.0, 0.5))],
+)
+def test_weights_are_numbers_with_commas(given: object, weights: tuple[float, ...]) -> None:
+    assert validate(EvalConfig, {**EVAL, "weights": given}).weights == weights
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (EvalConfig, {"weights": "0;1"}, "weights = '0;1': expected numbers with commas, such as 0,0.5,1."),
+        (EvalConfig, {"weights": ()}, "weights = ()"),
+        (EvalConfig, {"weights": "one"}, "weights = 'one': expected numbers with commas, such as 0,0.5,1."),
+        (EvalConfig, {"weights": "1,nan"}, "weights = nan: expected a finite number."),
+        (EvalConfig, {"weights": "0,11"}, "weights = 11.0: expected at most 10."),
+        (EvalConfig, {"text": "some"}, "text = 'some': expected 'none' or 'caption'."),
+        (EvalConfig, {"num_inference_steps": 0}, "num_inference_steps = 0: expected at least 1."),
+        (EvalConfig, {"steps": 5}, "unknown key 'steps'; did you mean 'num_inference_steps'?"),
+        (EvalConfig, {"zzz": 5}, "unknown key 'zzz'; see `ipadapter eval --options`."),
+        (EvalConfig, {"clip": ""}, "clip is missing; write clip=... ("),
+        (GenerateConfig, {"guidance": 5}, "unknown key 'guidance'; did you mean 'guidance_scale'?"),
+        (GenerateConfig, {"weight": "nan"}, "weight = 'nan': expected a finite number."),
+        (GenerateConfig, {"guidance_scale": -3}, "guidance_scale = -3: expected at least 0."),
+        (GenerateConfig, {"prediction_type": "v"}, "prediction_type = 'v': expected 'epsilon' or 'v_prediction'."),
+        (GenerateConfig, {"image": "i.png"}, "an image prompt needs an adapter: image is set, adapter is missing."),
+        (GenerateConfig, {"face_embeds": "f.npy"}, "needs an adapter: face_embeds is set, adapter is missing."),
+    ],
+)
+def test_settings_of_the_other_commands_that_make_no_sense(
+    model: type[Config], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(model, {**(EVAL if model is EvalConfig else GENERATE), **changes})
+    assert message in str(error.value)
+
+
+def test_sizes_are_read_as_people_write_them(tmp_path: Path) -> None:
+    assert parse_size("512") == (512, 512)
+    assert parse_size("832x1216") == (1216, 832)
+    for text in ("", "x", "512x", "5.5", "1x2x3"):
+        with pytest.raises(ValueError, match="WIDTHxHEIGHT"):
+            parse_size(text)
+    file = tmp_path / "g.toml"
+    file.write_text('base_model = "b"\noutput = "o.png"\nsize = 512\n')
+    assert load_config(GenerateConfig, file).size == "512"
+    assert load_config(GenerateConfig, file, ["size="]).size is None
+    with pytest.raises(ConfigError, match="size = '64by64': expected a side or WIDTHxHEIGHT"):
+        load_config(GenerateConfig, file, ["size=64by64"])

@@ -16,6 +16,7 @@ from ipadapter_core import infer_spec, load_adapter, read_checkpoint, save_adapt
 from ipadapter_trainer.files.published import published_differences
 from ipadapter_trainer.models.base_model import BaseModel
 from ipadapter_trainer.models.published_models import model_at
+from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import config_of_arguments, load_config
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from ipadapter_trainer.training.dry_run import plan_training
@@ -86,13 +87,13 @@ def test_its_head_says_the_command_and_what_it_needs(file: Path, published: dict
     command = next(line for line in file.read_text().splitlines() if "ipadapter train" in line).removeprefix("#")
     program, word, *arguments = shlex.split(command)
     assert (program, word, arguments[0]) == ("ipadapter", "train", file.stem)
-    config = config_of_arguments("train", arguments)
+    config = config_of_arguments(TrainConfig, "train", arguments)
     assert config.kind == kind_of(file)
     for name in (config.base_model, config.image_encoder, config.init_from):
         assert name is None or model_at(name) is not None  # `ipadapter models` downloads it
 
     family = family_of(file)
-    config = load_config(file, overrides(file, published[family], faces))
+    config = load_config(TrainConfig, file, overrides(file, published[family], faces))
     plan = plan_training(config)
     images = config.steps * config.batch_size * config.gradient_accumulation_steps
     cached, whole = (
@@ -130,7 +131,7 @@ def test_it_trains(file: Path, faces: Path, tmp_path: Path, request: pytest.Fixt
         {"sd15": "model_folder", "sd2": "sd2_folder", "sdxl": "sdxl_folder"}[family_of(file)]
     )
     more = (f"output={tmp_path / 'run'}", *SMALL, "gradient_accumulation_steps=2")
-    spec = infer_spec(read_checkpoint(train(load_config(file, overrides(file, base, faces, *more)))))
+    spec = infer_spec(read_checkpoint(train(load_config(TrainConfig, file, overrides(file, base, faces, *more)))))
     kind = TRAIN_KINDS[kind_of(file)]
     assert (spec.kind, spec.shortcut) == (kind.kind, kind.shortcut)
 
@@ -142,7 +143,7 @@ def test_the_fine_tune_goes_on_from_its_file(
     start = new_adapter(base_model, TRAIN_KINDS["plus"])
     save_adapter(tmp_path / "start.safetensors", start)
     more = (f"output={tmp_path / 'run'}", *SMALL, "lr_warmup_steps=0", f"init_from={tmp_path / 'start.safetensors'}")
-    end = load_adapter(train(load_config(FINETUNE, overrides(FINETUNE, model_folder, faces, *more))))
+    end = load_adapter(train(load_config(TrainConfig, FINETUNE, overrides(FINETUNE, model_folder, faces, *more))))
     moved = torch.cat([(a - b).flatten() for a, b in zip(end.parameters(), start.parameters(), strict=True)]).abs()
     assert 0 < moved.max() < 1e-3
 
@@ -150,9 +151,9 @@ def test_the_fine_tune_goes_on_from_its_file(
 def test_the_emoji_config_runs_in_a_checkout(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     more = (f"data={images}", f"output={tmp_path / 'run'}", "log_with=none")
-    plan, config = plan_training(load_config(EMOJI, more)), load_config(EMOJI)
+    plan, config = plan_training(load_config(TrainConfig, EMOJI, more)), load_config(TrainConfig, EMOJI)
     work = (plan.cost.flops + plan.cost.encoder_flops) * config.steps
     head = re.sub(r"\n# ", " ", EMOJI.read_text().split("\n\n")[0])
     said = numbers(head, r"Trains ([\d.]+) M parameters and needs ([\d.]+) GB.* The (\d+) steps take (\d+) TFLOP")
     assert said == pytest.approx([plan.trained / 1e6, plan.memory / 1e9, config.steps, work / 1e12], rel=0.05, abs=0.06)
-    assert infer_spec(read_checkpoint(train(load_config(EMOJI, (*more, "steps=2"))))).kind == "base"
+    assert infer_spec(read_checkpoint(train(load_config(TrainConfig, EMOJI, (*more, "steps=2"))))).kind == "base"

@@ -153,14 +153,14 @@ def damage(file: Path, how: str) -> str:
 
 
 def generate(copy: Path, **changes: Path) -> list[str | Path]:
-    options = {
-        "--base-model": copy / "model",
-        "--adapter": copy / "adapter.safetensors",
-        "--image": copy / "red.png",
-        "--output": copy / "out.png",
-        **{f"--{name.replace('_', '-')}": path for name, path in changes.items()},
+    settings = {
+        "base_model": copy / "model",
+        "adapter": copy / "adapter.safetensors",
+        "image": copy / "red.png",
+        "output": copy / "out.png",
+        **changes,
     }
-    return ["generate", *(part for pair in options.items() for part in pair), "--steps", "1", "--size", "64"]
+    return ["generate", *(f"{key}={value}" for key, value in settings.items()), "num_inference_steps=1", "size=64"]
 
 
 def test_the_whole_model_works(copy: Path) -> None:
@@ -217,8 +217,8 @@ def test_a_damaged_measuring_clip(copy: Path, name: str, how: str) -> None:
         words += r"|damaged: it has \d+ merges, vocab.json needs \d+"
     elif how == "another model":
         words += "|holds a 'bert'|cannot be read as CLIPTokenizer"
-    arguments = ("--base-model", copy / "model", "--adapter", copy / "adapter.safetensors", "--data", copy)
-    refused(file, words, "eval", *arguments, "--clip", copy / "clip", "--output", copy / "evaluation")
+    arguments = (f"base_model={copy / 'model'}", f"adapter={copy / 'adapter.safetensors'}", f"data={copy}")
+    refused(file, words, "eval", *arguments, f"clip={copy / 'clip'}", f"output={copy / 'evaluation'}")
 
 
 @pytest.mark.parametrize("how", DAMAGES)

@@ -129,8 +129,8 @@ def test_a_shard_of_a_cache(disk: Path) -> None:
 
 def test_a_generated_image(model_folder: Path, disk: Path) -> None:
     filler = fill(disk)
-    common = ["generate", "--base-model", model_folder, "--steps", "1", "--output", disk / "o.png"]
-    code, _, err = ipadapter(*common)
+    settings = [f"base_model={model_folder}", "num_inference_steps=1", f"output={disk / 'o.png'}"]
+    code, _, err = ipadapter("generate", *settings)
     assert (code, "Traceback" in err) == (2, False)
     assert f"ipadapter: {disk / 'o.png'}: no space left on the disk (" in err
     assert list(disk.iterdir()) == [filler]

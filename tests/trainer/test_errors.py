@@ -46,8 +46,7 @@ def test_memory_that_is_full(capsys: pytest.CaptureFixture[str]) -> None:
     blas = raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert message_of(blas, capsys) == f"ipadapter: Out of memory. {advice}\n"
     assert (
-        message_of(lambda: bytearray(2**62), capsys, memory="Lower --size.")
-        == "ipadapter: Out of memory. Lower --size.\n"
+        message_of(lambda: bytearray(2**62), capsys, memory="Lower size.") == "ipadapter: Out of memory. Lower size.\n"
     )
 
 
@@ -67,8 +66,8 @@ class Killed(torch.utils.data.Dataset[int]):
 
 def test_a_worker_that_is_killed(capsys: pytest.CaptureFixture[str]) -> None:
     message = message_of(lambda: list(DataLoader(Killed(), num_workers=1)), capsys)
-    assert message.startswith("ipadapter: A process that decodes images ended (")
-    assert message.endswith("/dev/shm is full. Lower workers (0 decodes in the main process) or batch_size.\n")
+    assert message.startswith("ipadapter: A data loader worker died (")
+    assert message.endswith("/dev/shm is full. Lower num_workers (0 loads images in the main process) or batch_size.\n")
 
 
 def test_what_safetensors_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,10 @@ from ipadapter_trainer.data.examples import Example
 from ipadapter_trainer.data.images import open_rgb
 from ipadapter_trainer.errors import BaseModelError, DataError, EvaluationError
 from ipadapter_trainer.evaluation.clip import ClipModel, clip_i, clip_t, is_vit_l, load_clip
-from ipadapter_trainer.evaluation.data import is_coco, open_prompts, read_examples
+from ipadapter_trainer.evaluation.prompts import is_coco, open_prompts, read_examples
 from ipadapter_trainer.evaluation.report import PAPER_TABLE, Mean, differences, mean_over_prompts
 from ipadapter_trainer.evaluation.scores import Score
-from ipadapter_trainer.evaluation.settings import EvalSettings, parse_weights
+from ipadapter_trainer.settings.eval_config import EvalConfig
 
 from .conftest import draw_image
 from .tiny_models import COLOURS
@@ -112,28 +111,28 @@ def test_another_clip_has_another_fingerprint(clip: ClipModel, clip_folder: Path
 def test_a_lower_limit_is_a_beginning_and_changes_no_other_prompt(clip: ClipModel, images: Path) -> None:
     examples = read_examples(images)
     whole = open_prompts(examples, clip)
-    assert sorted(whole.chosen) == list(range(6))
+    assert sorted(whole.by_index) == list(range(6))
     for limit in range(1, 6):
         few = open_prompts(examples, clip, limit=limit)
-        assert list(few.chosen) == list(whole.chosen)[:limit]
-        for index, other in few.others.items():
-            expected = whole.others[index]
+        assert list(few.by_index) == list(whole.by_index)[:limit]
+        for index, other in few.different.items():
+            expected = whole.different[index]
             assert other is not None and expected is not None and other.index == expected.index
-    assert list(open_prompts(examples, clip, seed=1).chosen) != list(whole.chosen)
+    assert list(open_prompts(examples, clip, seed=1).by_index) != list(whole.by_index)
 
 
 def test_the_other_prompt_shows_another_image(clip: ClipModel) -> None:
     same = [Example(draw_image("red"), f"{n}") for n in range(4)]
-    assert set(open_prompts(same, clip).others.values()) == {None}
+    assert set(open_prompts(same, clip).different.values()) == {None}
     prompts = open_prompts([*same, Example(draw_image("blue"), "blue")], clip)
-    for index, other in prompts.others.items():
+    for index, other in prompts.different.items():
         assert other is not None and (other.index == 4) == (index != 4)
 
 
 def test_a_reference_is_the_prompt(clip: ClipModel, images: Path) -> None:
     row = {"file_name": "red.png", "text": "a red square", "reference": ["blue.png", "teal.png"]}
     (images / "metadata.jsonl").write_text(json.dumps(row))
-    (prompt,) = open_prompts(read_examples(images), clip).chosen.values()
+    (prompt,) = open_prompts(read_examples(images), clip).by_index.values()
     assert Path(prompt.name).name == "blue.png"
     blue = clip.embed_images([open_rgb(images / "blue.png")[0]])[0]
     torch.testing.assert_close(prompt.image_embed, blue, atol=1e-5, rtol=1e-5)
@@ -141,7 +140,7 @@ def test_a_reference_is_the_prompt(clip: ClipModel, images: Path) -> None:
 
 def test_a_prefix_goes_before_the_caption(clip: ClipModel, images: Path) -> None:
     examples = read_examples(images)[:1]
-    (prompt,) = open_prompts(examples, clip, caption_prefix="A photo depicts ").chosen.values()
+    (prompt,) = open_prompts(examples, clip, caption_prefix="A photo depicts ").by_index.values()
     expected = clip.embed_texts([f"A photo depicts {examples[0].text}"])[0]
     torch.testing.assert_close(prompt.text_embed, expected)
 
@@ -172,7 +171,7 @@ def test_cocos_annotations(tmp_path: Path, place: str) -> None:
     }
     file.write_text(json.dumps(content))
     if place == "elsewhere":
-        with pytest.raises(DataError, match=r"none of its 3 images is in .*--root"):
+        with pytest.raises(DataError, match=r"none of its 3 images is in .*set data_root"):
             read_examples(file)
     examples = read_examples(file, folder if place == "elsewhere" else None)
     assert [(e.image, e.text) for e in examples] == [
@@ -201,26 +200,7 @@ def test_the_error_counts_prompts_and_not_images() -> None:
 
 
 def test_only_the_papers_settings_are_comparable(clip: ClipModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = EvalSettings(Path("b"), Path("a"), Path("d"), Path("c"))
+    settings = EvalConfig(base_model=Path("b"), adapter=Path("a"), data=Path("d"), clip=Path("c"))
     assert len(differences(settings, clip, coco=False, family="sdxl")) == 3
     monkeypatch.setattr(clip, "is_vit_l", True)
     assert differences(settings, clip, coco=True, family="sd15") == []
-
-
-def test_weights_are_numbers_with_commas() -> None:
-    assert parse_weights("0,0.5,1") == (0.0, 0.5, 1.0)
-    with pytest.raises(EvaluationError, match="expected numbers"):
-        parse_weights("0;1")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda: EvalSettings(Path(), Path(), Path(), None, text="some"), "expected none or caption"),
-        (lambda: EvalSettings(Path(), Path(), Path(), None, weights=()), "one or more finite numbers"),
-        (lambda: EvalSettings(Path(), Path(), Path(), None, steps=0), "steps is 0"),
-    ],
-)
-def test_settings_that_make_no_sense(change: Callable[[], EvalSettings], words: str) -> None:
-    with pytest.raises(EvaluationError, match=words):
-        change()

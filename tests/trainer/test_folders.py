@@ -335,7 +335,10 @@ def test_the_check_leaves_nothing_in_the_data(images: Path, monkeypatch: pytest.
     for folder in (".", images):
         result = CliRunner().invoke(app, ["data", "check", str(folder)])
         assert result.exit_code == 0, result.stderr
-        assert "No samples were written, as this is the data set's folder; --sheet ../sheet.png does." in result.stderr
+        assert (
+            "No contact sheet: this is the data set's folder. Write it elsewhere with --sheet ../sheet.png."
+            in result.stderr
+        )
     result = CliRunner().invoke(app, ["data", "check", ".", "--sheet", "sub/sheet.png"])
     assert result.exit_code == 2
     assert "sub/sheet.png would become part of the data set. Choose a folder outside ." in result.stderr

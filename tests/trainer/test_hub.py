@@ -18,6 +18,7 @@ from ipadapter_trainer.errors import BaseModelError
 from ipadapter_trainer.models.base_model import load_base_model
 from ipadapter_trainer.models.hub import is_hub_id, refuse_missing
 from ipadapter_trainer.models.published_models import PUBLISHED_MODELS, model_at, models_of
+from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import load_config
 from ipadapter_trainer.settings.shipped import config_folder, config_names
 
@@ -126,17 +127,17 @@ def test_hub_ids_train_and_then_need_no_network(run: Run, hub: HubServer, images
         "models/image_encoder/model.safetensors",
     }
     assert (trained.code, SD15 in trained.out) == (0, True), trained.err
-    named = ["--base-model", SD15, "--image-encoder", ENCODER, "--adapter", "run", "--steps", "1"]
+    named = [f"base_model={SD15}", f"image_encoder={ENCODER}", "adapter=run", "num_inference_steps=1"]
     reads = len(hub.requests)
     for result in run(
         ["cache", *models, "cache=cached"],
-        ["generate", *named, "--image", images / "red.png", "--output", "o.png"],
+        ["generate", *named, f"image={images / 'red.png'}", "output=o.png"],
         HF_HUB_OFFLINE="1",
     ):
         assert result.code == 0, result.err
     assert len(hub.requests) == reads
-    few = ["--limit", "2", "--images-per-caption", "1"]
-    (measured,) = run(["eval", *named, "--data", images, "--clip", "openai/clip-vit-large-patch14", *few])
+    few = ["limit=2", "num_images_per_prompt=1"]
+    (measured,) = run(["eval", *named, f"data={images}", "clip=openai/clip-vit-large-patch14", *few])
     assert measured.code == 0, measured.err
 
 
@@ -195,7 +196,9 @@ def test_models_are_listed_with_their_commands(run: Run) -> None:
 def test_the_configs_name_published_models_alone() -> None:
     needed = [models_of([name]) for name in config_names() if name != "emoji-base"]
     assert all(needed)
-    assert model_at(load_config(config_folder() / "sd15-plus-finetune.toml").init_from or Path()) is not None
+    assert (
+        model_at(load_config(TrainConfig, config_folder() / "sd15-plus-finetune.toml").init_from or Path()) is not None
+    )
     starts = [line for name in config_names() for line in _starts(name)]
     assert all(model_at(Path(start)) for start in starts if start.startswith("models/"))
     assert len({model.place for model in PUBLISHED_MODELS}) == len(PUBLISHED_MODELS)
@@ -245,7 +248,11 @@ def test_a_missing_start_is_named_with_its_command(
     start = "models/IP-Adapter/models/ip-adapter_sd15.safetensors"
     message = rf"^{start}: no such file. Run `ipadapter models ip-adapter_sd15 --download` \(40 MB\).$"
     with pytest.raises(BaseModelError, match=message):
-        train(load_config(None, [f"{key}={value}" for key, value in {**settings, "init_from": start}.items()]))
+        train(
+            load_config(
+                TrainConfig, None, [f"{key}={value}" for key, value in {**settings, "init_from": start}.items()]
+            )
+        )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ipadapter_core import save_adapter
 from ipadapter_core.assets import emoji_folder
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.errors import DataError, TrainerError
-from ipadapter_trainer.evaluation.generate_images import open_face, parse_size
+from ipadapter_trainer.evaluation.generate_images import open_face
 from ipadapter_trainer.files.opening import adapter_to_use
 from ipadapter_trainer.models.base_model import BaseModel
 
@@ -45,15 +45,15 @@ def test_the_command_draws_with_a_face_and_a_single_file(
 ) -> None:
     base = write_single_file(sdxl_folder, tmp_path / "xl.safetensors", "sdxl")
     for kind, prompt in (
-        ("faceid-plusv2", ["--image", images / "red.png", "--face-embed", face]),
-        ("portrait", ["--face-embed", face]),
-        ("plus", ["--image", images / "red.png"]),
+        ("faceid-plusv2", [f"image={images / 'red.png'}", f"face_embeds={face}"]),
+        ("portrait", [f"face_embeds={face}"]),
+        ("plus", [f"image={images / 'red.png'}"]),
     ):
         save_adapter(tmp_path / "a.safetensors", adapter_of(sdxl_model, kind))
         output = tmp_path / f"{kind}.png"
         code, out, err = ipadapter(
-            *("--base-model", base, "--base-config", sdxl_folder, "--adapter", tmp_path / "a.safetensors", *prompt),
-            *("--size", "72x64", "--steps", "1", "--output", output),
+            *(f"base_model={base}", f"base_config={sdxl_folder}", f"adapter={tmp_path / 'a.safetensors'}", *prompt),
+            *("size=72x64", "num_inference_steps=1", f"output={output}"),
         )
         assert (code, out.strip()) == (0, f"Saved {output}"), err
         assert Image.open(output).size == (72, 64)
@@ -66,32 +66,25 @@ def test_the_command_says_what_a_kind_takes(
     for kind in ("base", "faceid", "faceid-plus"):
         files[kind] = tmp_path / f"{kind}.safetensors"
         save_adapter(files[kind], adapter_of(base_model, kind))
-    image, embed = ["--image", images / "red.png"], ["--face-embed", face]
-    cases: list[tuple[list[Any], str]] = [
-        (["--adapter", files["faceid"], *image, *embed], "This faceid adapter takes no image; leave --image out"),
-        (["--adapter", files["faceid"]], "needs a face embedding (InsightFace ArcFace (normed_embedding, 512))"),
-        (["--adapter", files["faceid-plus"], *image], "--face-embed is missing"),
-        (["--adapter", files["faceid-plus"], *embed], "--image is missing"),
-        (["--adapter", files["base"], *image, *embed], "takes no face embedding"),
-        (embed, "--face-embed was given, --adapter is missing"),
-        (["--adapter", files["faceid"], "--face-embed", "/nowhere.npy"], "/nowhere.npy: no such face embedding"),
-        (["--adapter", files["faceid"], *embed, "--shortcut"], "shortcut=True is for faceid-plus adapters"),
-        (["--size", "64by64"], "WIDTHxHEIGHT"),
-        (["--prediction-type", "v"], "'v'; expected epsilon or v_prediction"),
-        (["--image-encoder", "/nowhere"], "/nowhere: no image encoder there"),
+    image, embed = f"image={images / 'red.png'}", f"face_embeds={face}"
+    base, faceid, plus = (f"adapter={files[kind]}" for kind in ("base", "faceid", "faceid-plus"))
+    cases: list[tuple[list[str], str]] = [
+        ([faceid, image, embed], "This faceid adapter takes no image; leave image out"),
+        ([faceid], "needs a face embedding (InsightFace ArcFace (normed_embedding, 512))"),
+        ([plus, image], "face_embeds is missing"),
+        ([plus, embed], "image is missing"),
+        ([base, image, embed], "takes no face embedding; leave face_embeds out"),
+        ([embed], "face_embeds is set, adapter is missing"),
+        ([faceid, "face_embeds=/nowhere.npy"], "/nowhere.npy: no such face embedding"),
+        ([faceid, embed, "shortcut=true"], "shortcut=True is for faceid-plus adapters"),
+        (["size=64by64"], "WIDTHxHEIGHT"),
+        (["prediction_type=v"], "'v': expected 'epsilon' or 'v_prediction'"),
+        (["image_encoder=/nowhere"], "/nowhere: no image encoder there"),
     ]
     for arguments, words in cases:
-        code, _, err = ipadapter("--base-model", model_folder, "--output", tmp_path / "o.png", *arguments)
+        code, _, err = ipadapter(f"base_model={model_folder}", f"output={tmp_path / 'o.png'}", *arguments)
         assert (code, "Traceback" in err) == (2, False)
         assert words in err
-
-
-def test_sizes_are_read_as_people_write_them() -> None:
-    assert parse_size("512") == (512, 512)
-    assert parse_size("832x1216") == (1216, 832)
-    for text in ("", "x", "512x", "5.5", "1x2x3"):
-        with pytest.raises(TrainerError, match="WIDTHxHEIGHT"):
-            parse_size(text)
 
 
 def test_a_face_embedding_comes_from_an_array_or_a_tensor(base_model: BaseModel, tmp_path: Path) -> None:
@@ -125,7 +118,7 @@ def test_the_version_of_faceid_plus_comes_from_the_option_the_file_or_its_name(
     assert adapter_to_use(tmp_path / "says.safetensors").spec.shortcut is True
     assert adapter_to_use(tmp_path / "ip-adapter-faceid-plusv2_sd15.safetensors").spec.shortcut is True
     assert adapter_to_use(tmp_path / "x.safetensors", shortcut=False).spec.shortcut is False
-    with pytest.raises(TrainerError, match=r"v1 or v2\?.*--shortcut for v2"):
+    with pytest.raises(TrainerError, match=r"v1 or v2\?.*shortcut=true for v2"):
         adapter_to_use(tmp_path / "x.safetensors")
 
 
@@ -171,8 +164,8 @@ def test_what_is_no_image_is_named(
     save_adapter(tmp_path / "a.safetensors", adapter_of(base_model, "base"))
     write, words = IMAGES[name]
     write(tmp_path / name)
-    common = ("--base-model", model_folder, "--adapter", tmp_path / "a.safetensors", "--output", tmp_path / "o.png")
-    code, _, err = ipadapter(*common, "--image", tmp_path / name)
+    common = (f"base_model={model_folder}", f"adapter={tmp_path / 'a.safetensors'}", f"output={tmp_path / 'o.png'}")
+    code, _, err = ipadapter(*common, f"image={tmp_path / name}")
     (line,) = err.strip().splitlines()
     assert code == 2
     assert line.startswith(f"ipadapter: {tmp_path / name}: ")
@@ -185,25 +178,28 @@ def test_numbers_that_generate_nothing_are_refused(
 ) -> None:
     adapter = tmp_path / "a.safetensors"
     save_adapter(adapter, adapter_of(base_model, "base"))
-    generate = ("generate", "--image", images / "red.png", "--output", tmp_path / "o.png")
-    evaluate = ("eval", "--data", images, "--clip", clip_folder, "--output", tmp_path / "evaluation")
-    for option, value, words in (
-        ("--weight", "nan", "nan"),
-        ("--weight", "inf", "inf"),
-        ("--weight", "-inf", "-inf"),
-        ("--weight", "1e6", r"1e\+06; expected a number from -10 to 10"),
-        ("--guidance", "nan", "nan is not a finite number"),
-        ("--guidance", "inf", "inf is not a finite number"),
-        ("--guidance", "-3", "guidance is -3; expected a number from 0 to 100"),
-        ("--steps", "1001", "steps is 1001; expected a number from 1 to 1000"),
-        ("--size", "100000", "at most 16384 pixels"),
-        ("--seed", str(2**70), f"seed is {2**70}; expected a whole number of 64 bits"),
-        ("--count", "1001", "--count 1001: expected at most 1,000"),
+    generate = ("generate", f"image={images / 'red.png'}", f"output={tmp_path / 'o.png'}")
+    evaluate = ("eval", f"data={images}", f"clip={clip_folder}", f"output={tmp_path / 'evaluation'}")
+    for setting, words in (
+        ("weight=nan", "weights? = '?nan'?: expected a finite number"),
+        ("weight=inf", "weights? = '?inf'?: expected a finite number"),
+        ("weight=-inf", "weights? = '?-inf'?: expected a finite number"),
+        ("weight=1e6", r"weights? = ('1e6'|1000000\.0): expected at most 10"),
+        ("weight=-11", r"weights? = ('-11'|-11\.0): expected at least -10"),
+        ("guidance_scale=nan", "guidance_scale = 'nan': expected a finite number"),
+        ("guidance_scale=inf", "guidance_scale = 'inf': expected a finite number"),
+        ("guidance_scale=-3", "guidance_scale = '-3': expected at least 0"),
+        ("guidance_scale=101", "guidance_scale = '101': expected at most 100"),
+        ("num_inference_steps=1001", "num_inference_steps = '1001': expected at most 1000"),
+        ("size=100000", "at most 16384 pixels"),
+        (f"seed={2**70}", f"seed is {2**70}; expected a whole number of 64 bits"),
+        ("num_images=1001", "num_images = '1001': expected at most 1000"),
     ):
         for command in (generate, evaluate):
-            if command is evaluate and option in ("--seed", "--count"):  # any seed; there is no count
+            if command is evaluate and setting.startswith(("seed", "num_images")):  # any seed; there is no num_images
                 continue
-            arguments = (*command, "--base-model", model_folder, "--adapter", adapter, option, value)
+            changed = setting.replace("weight=", "weights=") if command is evaluate else setting
+            arguments = (*command, f"base_model={model_folder}", f"adapter={adapter}", changed)
             result = CliRunner().invoke(app, [str(argument) for argument in arguments])
             assert result.exit_code == 2, (arguments, result.exception)
             (line,) = result.stderr.strip().splitlines()
@@ -227,10 +223,10 @@ def test_a_damaged_face_embedding_is_named(base_model: BaseModel, model_folder: 
         "cut.safetensors": (lambda file: file.write_bytes(b"\x80\0\0\0\0\0\0\0{"), "cannot be read as a face"),
         "image.npy": (lambda file: Image.new("L", (1, 1)).save(file, "PNG"), "a PNG image; expected a face"),
     }
-    common = ("--base-model", model_folder, "--adapter", tmp_path / "a.safetensors", "--output", tmp_path / "o.png")
+    common = (f"base_model={model_folder}", f"adapter={tmp_path / 'a.safetensors'}", f"output={tmp_path / 'o.png'}")
     for name, (write, words) in files.items():
         write(tmp_path / name)
-        code, _, err = ipadapter(*common, "--face-embed", tmp_path / name)
+        code, _, err = ipadapter(*common, f"face_embeds={tmp_path / name}")
         (line,) = err.strip().splitlines()
         assert code == 2
         assert line.startswith(f"ipadapter: {tmp_path / name}: ")
@@ -240,7 +236,7 @@ def test_a_damaged_face_embedding_is_named(base_model: BaseModel, model_folder: 
 def test_the_libraries_print_nothing(model_folder: Path, tmp_path: Path, run_ipadapter: Any) -> None:
     """Neither about torchvision, which is not needed, nor while they load."""
     for arguments in (
-        ("generate", "--base-model", model_folder, "--output", tmp_path / "o.png", "--steps", "1"),
+        ("generate", f"base_model={model_folder}", f"output={tmp_path / 'o.png'}", "num_inference_steps=1"),
         ("convert", emoji_folder() / "adapter.safetensors", tmp_path / "converted.safetensors"),
         ("demo", "--adapter", "/nowhere.safetensors"),
     ):

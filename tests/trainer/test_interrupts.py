@@ -190,7 +190,7 @@ def test_ctrl_c_while_a_cache_is_written(settings: dict[str, Any], tmp_path: Pat
 
 def test_ctrl_c_while_a_image_is_generated(model_folder: Path, tmp_path: Path) -> None:
     moment = AT.format(module="ipadapter_trainer.evaluation.generate_images", name="load_base_model", seconds=1)
-    arguments = ["generate", "--base-model", model_folder, "--output", tmp_path / "o.png", "--steps", 1000]
+    arguments = ["generate", f"base_model={model_folder}", f"output={tmp_path / 'o.png'}", "num_inference_steps=1000"]
     command = Command(arguments, moment)
     command.wait_for_moment()
     command.interrupt()
@@ -224,7 +224,7 @@ def stuck(*arguments, **options):
         time.sleep(60)
 module.load_base_model = stuck
 """
-    command = Command(["generate", "--base-model", model_folder, "--output", tmp_path / "o.png"], moment)
+    command = Command(["generate", f"base_model={model_folder}", f"output={tmp_path / 'o.png'}"], moment)
     command.wait_for_moment()
     command.interrupt()
     command.wait_for_moment()
@@ -239,7 +239,9 @@ module.load_base_model = stuck
 def test_a_command_in_the_background_ignores_ctrl_c(model_folder: Path, tmp_path: Path) -> None:
     moment = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     moment += AT.format(module="ipadapter_trainer.evaluation.generate_images", name="load_base_model", seconds=0.5)
-    command = Command(["generate", "--base-model", model_folder, "--output", tmp_path / "o.png", "--steps", 1], moment)
+    command = Command(
+        ["generate", f"base_model={model_folder}", f"output={tmp_path / 'o.png'}", "num_inference_steps=1"], moment
+    )
     command.wait_for_moment()
     command.interrupt()
     status, out, _ = command.end()

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ipadapter_trainer.cli import app
+from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import config_of_arguments
 from ipadapter_trainer.settings.shipped import config_folder, config_names, find_config
 
@@ -41,7 +42,9 @@ def test_a_copy_is_the_config_with_its_own_name() -> None:
     assert "#     ipadapter train my/plus.toml data=images output=runs/mine\n" in text
     original = (config_folder() / "sd15-plus.toml").read_text()
     assert text == original.replace("ipadapter train sd15-plus ", "ipadapter train my/plus.toml ")
-    assert config_of_arguments("train", ["my/plus.toml"]) == config_of_arguments("train", ["sd15-plus"])
+    assert config_of_arguments(TrainConfig, "train", ["my/plus.toml"]) == config_of_arguments(
+        TrainConfig, "train", ["sd15-plus"]
+    )
 
 
 @pytest.mark.parametrize("name", config_names())

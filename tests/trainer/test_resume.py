@@ -15,6 +15,7 @@ from ipadapter_core import load_adapter
 from ipadapter_trainer.errors import CheckpointError, ConfigError
 from ipadapter_trainer.files.provenance import IMAGES_SEEN
 from ipadapter_trainer.files.run_folder import ADAPTER_FILE, checkpoint_folders
+from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import load_config, make_config
 from ipadapter_trainer.training.checks import check_training, notes
 from ipadapter_trainer.training.steps import Progress
@@ -240,6 +241,9 @@ def test_an_output_with_earlier_checkpoints_is_not_the_one_that_was_meant(settin
 
 @pytest.mark.parametrize(("given", "found"), [("true", True), ("false", False), ("runs/a", Path("runs/a"))])
 def test_resume_is_a_truth_value_or_a_folder(given: str, found: bool | Path, tmp_path: Path) -> None:
-    assert load_config(None, ["base_model=a", "data=b", "output=c", "steps=1", f"resume={given}"]).resume == found
+    assert (
+        load_config(TrainConfig, None, ["base_model=a", "data=b", "output=c", "steps=1", f"resume={given}"]).resume
+        == found
+    )
     with pytest.raises(ConfigError, match="resume = 5: expected true, false or the folder of a checkpoint"):
         make_config({"base_model": "a", "data": "b", "output": "c", "steps": 1, "resume": 5})

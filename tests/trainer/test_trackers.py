@@ -126,7 +126,7 @@ def test_the_settings_can_be_used_again(settings: dict[str, Any], open_log: Call
     config = make_config({**settings, "sample_prompt": 'a "cat"\\ in Zürich 🐈', "min_snr_gamma": 5, "flip": True})
     open_log(config=config.model_dump(mode="json"))
     written = Path(settings["output"]).parent / "cats" / "config.toml"
-    assert load_config(written) == config
+    assert load_config(TrainConfig, written) == config
 
 
 def test_the_progress_bar_says_the_essentials() -> None:
