@@ -99,15 +99,13 @@ def _transformers_encoder(shapes: Shapes, layers: int) -> ImageEncoder:
 
 
 def _dino_encoder(shapes: Shapes, layers: int) -> ImageEncoder | None:
-    width = shapes["embeddings.cls_token"][-1]
+    dim = shapes["embeddings.cls_token"][-1]
     if "embeddings.register_tokens" in shapes and "layer.0.attention.o_proj.bias" in shapes:
-        return ImageEncoder(width, width, None, "DINOv3", layers, shapes["embeddings.patch_embeddings.weight"][-1])
+        return ImageEncoder(dim, dim, None, "DINOv3", layers, shapes["embeddings.patch_embeddings.weight"][-1])
     if "encoder.layer.0.layer_scale1.lambda1" not in shapes:
         return None
     tokens = shapes["embeddings.position_embeddings"][-2]
-    return ImageEncoder(
-        width, width, tokens, "DINOv2", layers, shapes["embeddings.patch_embeddings.projection.weight"][-1]
-    )
+    return ImageEncoder(dim, dim, tokens, "DINOv2", layers, shapes["embeddings.patch_embeddings.projection.weight"][-1])
 
 
 def read_encoder(path: str | os.PathLike[str]) -> ImageEncoder | None:
@@ -133,10 +131,10 @@ def encoder_fits(spec: AdapterSpec, encoder: ImageEncoder) -> bool:
     """Whether an encoder makes the features that an adapter takes, and is of the kind that it was trained on as far
     as that can be known.
 
-    Several encoders share a width: the file's metadata decides, else the published adapters of this width (CLIP).
+    Several encoders share a dim: the file's metadata decides, else CLIP, as in the published adapters.
     """
-    width = encoder.embeds_dim if spec.kind == "base" else encoder.hidden_dim
-    if width is None or width != spec.image_dim:
+    dim = encoder.embeds_dim if spec.kind == "base" else encoder.hidden_dim
+    if dim is None or dim != spec.image_dim:
         return False
     if spec.kind == "full" and spec.num_tokens != _tokens_at(encoder, spec.encoder_resolution):
         return False
@@ -145,10 +143,10 @@ def encoder_fits(spec: AdapterSpec, encoder: ImageEncoder) -> bool:
     families = families_named(spec.encoder_id)
     if families:
         return encoder.family in families
-    known = encoders_of_dim(width, embeds=spec.kind == "base")
+    known = encoders_of_dim(dim, embeds=spec.kind == "base")
     if not known:
-        return encoder.family == "CLIP"  # nobody's width: an encoder of one's own
-    if CLIP_L in known:  # DINOv2-L shares its width: only the metadata can ask for that
+        return encoder.family == "CLIP"  # of no published encoder: a custom one
+    if CLIP_L in known:  # DINOv2-L has the same dim: only the metadata can ask for it
         known = [CLIP_L]
     return encoder.published in known or (spec.kind == "full" and encoder.family == "CLIP")
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from .build import build_projector, check_tensors
+import torch
+
 from .checkpoint import AdapterCheckpoint
 from .errors import AdapterError
 from .infer_layers import Shapes, infer_layers
+from .projectors import build_projector
 from .spec import (
     FAMILIES,
     KOLORS_TEXT_DIM,
@@ -32,7 +34,7 @@ from .spec import (
 _DIM_HEAD = 64  # every published resampler
 _FULL_TOKENS = 257  # ViT-H/14 at 224 pixels: 16 x 16 patches and the class token
 _PORTRAIT_TOKENS = 16
-_FACE_WIDTH = 512  # ArcFace; no published plus adapter reads features of this width
+_FACE_DIM = 512  # ArcFace; no published plus adapter reads features of this dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
     the projector has not, and metadata that contradicts the shapes.
     """
     origin, metadata = checkpoint.path, checkpoint.metadata
-    widths, cross_attention_dim, lora_rank = infer_layers(checkpoint.ip_adapter.shapes, origin)
+    dims, cross_attention_dim, lora_rank = infer_layers(checkpoint.ip_adapter.shapes, origin)
     try:
         projector = _infer_projector(checkpoint.image_proj.shapes, metadata.get(METADATA_KIND), origin)
     except AdapterError:
@@ -73,7 +75,7 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
             f"{cross_attention_dim}. The two parts belong to different adapters."
         )
     kind = _kind(projector, lora_rank, metadata, origin)
-    family = family_of(cross_attention_dim, widths)
+    family = family_of(cross_attention_dim, dims)
     _check_family(family, metadata, origin)
     heads, dim_head = _heads(projector.inner_dim, metadata, origin)
     shortcut = _shortcut(kind, metadata, origin)
@@ -89,7 +91,7 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
         depth=projector.depth,
         heads=heads,
         dim_head=dim_head,
-        layer_dims=widths,
+        layer_dims=dims,
         lora_rank=lora_rank,
         shortcut=True if kolors_face and shortcut is None else shortcut,  # its only published file is a v2
         unnormalised=kolors_face or (kind == "portrait" and projector.depth is not None),
@@ -98,8 +100,26 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
         token_dim=projector.cross_attention_dim if kolors_face else None,
         encoder_resolution=_integer(METADATA_RESOLUTION, metadata, origin),
     )
-    check_tensors(build_projector(spec, device="meta"), checkpoint.image_proj, origin)
+    _check_projector(spec, checkpoint.image_proj.shapes, origin)
     return spec
+
+
+def _check_projector(spec: AdapterSpec, shapes: Shapes, origin: str) -> None:
+    """Compare the file's projector, tensor by tensor, with the one that the spec builds."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in build_projector(spec).state_dict().items()}
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            raise AdapterError(
+                f"{origin}: the tensor {name} is {shapes.get(name, 'missing')}, expected {shape}. Download or "
+                "export the adapter again."
+            )
+    unexpected = [name for name in shapes if name not in expected]
+    if unexpected:
+        raise AdapterError(
+            f"{origin}: {len(unexpected)} unexpected tensors, the first is {unexpected[0]}. This adapter is not "
+            "supported."
+        )
 
 
 def shortcut_hint(path: str | os.PathLike[str]) -> bool | None:
@@ -118,7 +138,7 @@ def _infer_projector(shapes: Shapes, claimed: str | None, origin: str) -> _Proje
     if "perceiver_resampler.proj_in.weight" in shapes:
         context = shapes["norm.weight"][0]
         inner = shapes["perceiver_resampler.layers.0.0.to_q.weight"][0]
-        width, image_dim = shapes["perceiver_resampler.proj_in.weight"]
+        dim, image_dim = shapes["perceiver_resampler.proj_in.weight"]
         return _Projector(
             "faceid-plus",
             context,
@@ -126,7 +146,7 @@ def _infer_projector(shapes: Shapes, claimed: str | None, origin: str) -> _Proje
             image_dim=image_dim,
             face_dim=shapes["proj.0.weight"][1],
             hidden_dim=shapes["proj.0.weight"][0],
-            resampler_dim=width,
+            resampler_dim=dim,
             depth=_depth(shapes, "perceiver_resampler.layers."),
             inner_dim=inner,
         )
@@ -150,16 +170,16 @@ def _infer_projector(shapes: Shapes, claimed: str | None, origin: str) -> _Proje
 
 
 def _infer_resampler(shapes: Shapes, claimed: str | None) -> _Projector:
-    width, feature_dim = shapes["proj_in.weight"]
+    dim, feature_dim = shapes["proj_in.weight"]
     # A resampler over one ArcFace vector is the un-normalised portrait adapter, unless the file says plus.
-    face = feature_dim == _FACE_WIDTH and claimed != "plus"
+    face = feature_dim == _FACE_DIM and claimed != "plus"
     return _Projector(
         "portrait" if face else "plus",
         shapes["proj_out.weight"][0],
         shapes["latents"][1],
         image_dim=None if face else feature_dim,
         face_dim=feature_dim if face else None,
-        resampler_dim=width,
+        resampler_dim=dim,
         depth=_depth(shapes, "layers."),
         inner_dim=shapes["layers.0.0.to_q.weight"][0],
     )

@@ -87,12 +87,12 @@ PUBLISHED_ENCODERS = (
 )
 
 
-def encoders_of_dim(width: int, *, embeds: bool) -> list[PublishedEncoder]:
-    """Those whose image_embeds (`embeds`) or hidden states have this width, CLIP alone where there is one.
+def encoders_of_dim(dim: int, *, embeds: bool) -> list[PublishedEncoder]:
+    """Those whose image_embeds (`embeds`) or hidden states have this dim; only CLIP's, where one of them has.
 
-    ViT-L/14's hidden states are the exception: adapters on DINOv2-L have their width too.
+    ViT-L/14's hidden states are the exception: DINOv2-L, which adapters are trained on too, has the same dim.
     """
-    found = [e for e in PUBLISHED_ENCODERS if (e.embeds_dim if embeds else e.hidden_dim) == width]
+    found = [e for e in PUBLISHED_ENCODERS if (e.embeds_dim if embeds else e.hidden_dim) == dim]
     clip = [encoder for encoder in found if encoder.family == "CLIP" and encoder is not CLIP_L_336]
     if clip == [CLIP_L] and not embeds:
         clip += [encoder for encoder in found if encoder.family == "DINOv2"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ipadapter_core import AdapterError, step_at
-from ..ipadapter_core.branches import chunk_branches, rows_each
+from ..ipadapter_core.branches import resolve_branches, rows_each
 
 RUN = "ip_adapter_kit.run"  # in transformer_options: the Run
 _REMEMBERED = 4  # calls: both halves of guidance on their own, with a neighbour each
@@ -105,7 +105,7 @@ def branches_of(options: Options) -> tuple[int, ...]:
     """The branch of each chunk of the batch."""
     run = run_of(options)
     names = None if run is None else run.names
-    return chunk_branches(options.get("cond_or_uncond") or (0,), options.get("uuids"), names)
+    return resolve_branches(options.get("cond_or_uncond") or (0,), options.get("uuids"), names)
 
 
 def run_of(options: Options) -> Run | None:

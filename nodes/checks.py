@@ -10,7 +10,7 @@ from weakref import WeakSet
 from torch import nn
 
 from ..ipadapter_core import AdapterError, Scaling, Site
-from ..ipadapter_core.attention import C_PENALTY_WIDTH
+from ..ipadapter_core.attention import C_PENALTY_DIM
 from ..ipadapter_core.tensors import check_weights
 from .types import ImagePrompt, LoadedAdapter
 
@@ -57,11 +57,11 @@ def check_acts(strength: float, start_at: float, end_at: float, scaling: Scaling
             f"start_at {start_at:g} is not below end_at {end_at:g}, so the image prompt would act in no step. Change "
             "one of them, or set weight to 0 to switch it off."
         )
-    widest = max(site.width for site in sites)
+    widest = max(site.dim for site in sites)
     if "C penalty" in scaling and widest < _NARROWEST:
         raise AdapterError(
-            f"embeds_scaling {scaling!r} multiplies the weight by channels / {C_PENALTY_WIDTH}. The layers of this "
-            f"model have at most {widest} channels, so at most {widest / C_PENALTY_WIDTH:.0%} of the weight would be "
+            f"embeds_scaling {scaling!r} multiplies the weight by channels / {C_PENALTY_DIM}. The layers of this "
+            f"model have at most {widest} channels, so at most {widest / C_PENALTY_DIM:.0%} of the weight would be "
             "left. Use 'V only' or 'K+V'."
         )
 

@@ -182,7 +182,7 @@ def _missing(
     faces: Sequence[str],
     others: Sequence[str],
 ) -> AdapterError:
-    context, widths = sites[0].cross_attention_dim, [site.width for site in sites]
+    context, widths = sites[0].cross_attention_dim, [site.dim for site in sites]
     family = "kolors" if is_kolors_unet(unet) else family_of(context, widths)
     file = _DOWNLOADS.get((family, FACE if use_for == FACE else likeness))
     page = H94

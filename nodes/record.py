@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ipadapter_core import AdapterError, WeightLayout, group_indices, image_share
-from ..ipadapter_core.branches import POSITIVE, grown_rows
+from ..ipadapter_core.branches import POSITIVE, source_rows
 from .calls import Call, Grid, Options, Run, read_call, run_of, step_of_run
 
 _log = logging.getLogger("ip_adapter_kit")
@@ -54,7 +54,7 @@ class Moment:
         sources = list(range(self.call.rows))
         if batch != self.call.rows:
             declared = options.get("cond_or_uncond_couple") or options.get("cond_or_uncond") or (0,)
-            sources = grown_rows(declared, self.call.chunks, self.call.rows, batch)
+            sources = source_rows(declared, self.call.chunks, self.call.rows, batch)
         for area, rows in self.rows.items():
             # Row i of each chunk is that of image i, so the rows of an area come image by image.
             yield area, [place for place, source in enumerate(sources) if source in rows]

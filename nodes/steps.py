@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ipadapter_core import AdapterError, KeyValue, WeightSchedule, resize_mask
-from ..ipadapter_core.branches import POSITIVE, grown_rows
+from ..ipadapter_core.branches import POSITIVE, source_rows
 from ..ipadapter_core.masks import crop_mask
 from .calls import Call, Grid, Options, Run, grid_of, read_call, run_of, sigma_of, step_of_run
 
@@ -47,7 +47,7 @@ class Step:
             return key, value, gate
         # Regional prompts grow the batch between the wrapper and the layer, and say how in the options.
         declared = options.get("cond_or_uncond_couple") or options.get("cond_or_uncond") or (0,)
-        sources = _on(torch.tensor(grown_rows(declared, self.chunks, len(self.rows), batch)), query.device)
+        sources = _on(torch.tensor(source_rows(declared, self.chunks, len(self.rows), batch)), query.device)
         key, value = key.index_select(0, sources), value.index_select(0, sources)
         return key, value, None if gate is None else gate.index_select(0, sources)
 

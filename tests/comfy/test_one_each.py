@@ -178,7 +178,7 @@ def test_only_the_keys_of_a_window_are_on_the_device(pack, world, encode, adapte
     def size(pairs):
         return sum(part.nbytes for pair in pairs.values() for part in pair)
 
-    a_row = sum(4 * 2 * site.width * 4 for site in pack.core.cross_attention_sites(world.model.model.diffusion_model))
+    a_row = sum(4 * 2 * site.dim * 4 for site in pack.core.cross_attention_sites(world.model.model.diffusion_model))
     assert size(application.pairs) == (frames + 1) * a_row  # 4 tokens, K and V, fp32
     seen = []
     model = animate_diff(patched, [list(range(i, i + length)) for i in range(0, frames, length)])
