@@ -16,11 +16,11 @@ from ..ipadapter_core import (
     draw_heat,
     weight_layout,
 )
+from .application import Application
 from .message import advanced
 from .node import Node
 from .patch import SitePatch
 from .record import Record
-from .steps import Application
 from .types import AttentionRecordType, node_schema
 
 _KEY = "ip_adapter_kit.record"

@@ -10,10 +10,10 @@ from comfy_api.latest import io, ui
 from torch import Tensor, nn
 
 from ..ipadapter_core import AdapterError, LayerWeight, Site, cross_attention_sites, layer_weights, weight_layout
-from .apply import apply_prompt
 from .demo import load_image_encoder
 from .encode import EncodeImagePrompt
 from .files import ADAPTERS, ENCODERS, list_files, stamp, version
+from .install import apply_prompt
 from .load import load_adapter_file
 from .message import advanced, show_on_node
 from .node import Node

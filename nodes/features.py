@@ -17,7 +17,7 @@ from ..ipadapter_core import AdapterError
 from ..ipadapter_core.encoders import download_hint, needed_features
 from ..ipadapter_core.image_prompt import BATCH, CLIP_MEAN, crop_image
 from ..ipadapter_core.tiles import tile_image
-from .calls import remember
+from .run import remember
 from .types import LoadedAdapter
 
 TRAINED, BLACK = "as in training", "black image"

@@ -12,7 +12,7 @@ import torch
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS, apply_torch_compile_factory
 
 from ..ipadapter_core import AdapterError
-from .calls import Options
+from .run import Options
 
 _APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 _GRAPHS = 32  # of one function: with a mask, with two prompts, another size. Torch runs what is new uncompiled after 8.

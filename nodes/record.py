@@ -15,12 +15,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ipadapter_core import AdapterError, WeightLayout, group_indices, image_share
 from ..ipadapter_core.branches import POSITIVE, source_rows
-from .calls import Call, Grid, Options, Run, read_call, run_of, step_of_run
+from .run import Call, Grid, Options, Place, declared_chunks, read_call, run_of, step_of_run
 
 _log = logging.getLogger("ip_adapter_kit")
 
 TEXT = ""  # in place of an application's key: the attention to the text
-Place = tuple[str, int, int]
 
 
 class Area(NamedTuple):
@@ -53,8 +52,7 @@ class Moment:
         """The positive rows of a batch within a layer, which may have been grown on the way there."""
         sources = list(range(self.call.rows))
         if batch != self.call.rows:
-            declared = options.get("cond_or_uncond_couple") or options.get("cond_or_uncond") or (0,)
-            sources = source_rows(declared, self.call.chunks, self.call.rows, batch)
+            sources = source_rows(declared_chunks(options), self.call.chunks, self.call.rows, batch)
         for area, rows in self.rows.items():
             # Row i of each chunk is that of image i, so the rows of an area come image by image.
             yield area, [place for place, source in enumerate(sources) if source in rows]
@@ -129,7 +127,7 @@ class Record:
         if step != self.latest:
             self._to_main_memory()
             self.latest = step
-        call, run = read_call(options, x), run_of(options) or Run()
+        call, run = read_call(options, x), run_of(options)
         self.images, self.size = run.images or len(call.frames), call.whole
         options[self.name] = Moment(step, call, _positive_rows(call))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)

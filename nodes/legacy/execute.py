@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...ipadapter_core import AdapterError
 from ...ipadapter_core.image_prompt import combine_features
-from ..apply import apply_prompt
 from ..face import check_faces, crop_size
+from ..install import apply_prompt
 from ..types import EncodedImages, ImagePrompt
 from .old_faces import read_faces
 from .old_features import image_features, unconditional
