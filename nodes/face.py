@@ -150,7 +150,7 @@ class EncodeFacePrompt(Node):
             has_negative=image_negative is not None,
             likeness=likeness,
         )
-        project(ip_adapter, prompt)  # here, where a damaged adapter is to be named, and not again in Apply
+        project(ip_adapter, prompt)  # a damaged adapter is reported here; Apply reuses the tokens
         return io.NodeOutput(prompt, found.crops, ui=ui.PreviewImage(found.crops, cls=cls))
 
 

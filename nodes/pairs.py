@@ -22,7 +22,7 @@ from ..ipadapter_core import (
 )
 from ..ipadapter_core.encoders import find_encoder
 from .demo import BUNDLED, demo_files
-from .files import ADAPTERS, ENCODERS, H94, adapter_spec, encoder_shape, existing, home
+from .files import ADAPTERS, ENCODERS, H94, adapter_spec, encoder_shape, main_folder, model_files
 
 SUBJECT, STYLE, COMPOSITION, FACE = USES = ("subject", "style", "composition", "face")
 LIGHT, STANDARD, PLUS = LIKENESS = ("light", "standard", "plus")
@@ -105,11 +105,11 @@ def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: st
     if not candidates and demo is None:
         raise _missing(unet, sites, use_for, likeness, faces, others)
     ranked = sorted(candidates, key=lambda candidate: candidate.rank(use_for, likeness))  # stable: safetensors first
-    encoders, first_error = existing(ENCODERS), None
+    encoders, first_error = model_files(ENCODERS), None
     for candidate in ranked:
         spec, name = candidate.spec, candidate.name
         try:
-            encoder = find_encoder(spec, encoders, name=name, folder=home(ENCODERS), open_file=encoder_shape)
+            encoder = find_encoder(spec, encoders, name=name, folder=main_folder(ENCODERS), open_file=encoder_shape)
         except AdapterError as error:
             first_error = first_error or error
             if demo is None or not demo.fits(spec):
@@ -118,7 +118,7 @@ def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: st
         notes = _notes(candidate, ranked, faces, use_for, likeness)
         return Pair(name, candidate.path, encoder, spec, notes)
     if demo is not None:
-        notes = tuple(f"The image encoder of {each.name} is not in {home(ENCODERS)}." for each in ranked[:1])
+        notes = tuple(f"The image encoder of {each.name} is not in {main_folder(ENCODERS)}." for each in ranked[:1])
         return Pair(BUNDLED, demo.adapter, demo.encoder_folder, demo.spec, notes)
     assert first_error is not None
     raise first_error
@@ -131,7 +131,7 @@ def _candidates(unet: nn.Module, sites: Sequence[Site]) -> tuple[list[_Candidate
     found: list[_Candidate] = []
     faces: list[str] = []
     others: list[str] = []
-    for path, name in existing(ADAPTERS).items():
+    for path, name in model_files(ADAPTERS).items():
         try:
             spec = adapter_spec(path)
         except (AdapterError, OSError):
@@ -170,7 +170,7 @@ def _notes(
     if kind != _KINDS[likeness][0]:
         notes.append(f"Likeness {likeness} asks for a {_KINDS[likeness][0]} adapter, of which none is usable here.")
     if chosen is not ranked[0]:
-        notes.append(f"{ranked[0].name} fits better, but its image encoder is not in {home(ENCODERS)}.")
+        notes.append(f"{ranked[0].name} fits better, but its image encoder is not in {main_folder(ENCODERS)}.")
     return tuple(notes)
 
 
@@ -195,9 +195,9 @@ def _missing(
     if file is None:
         what = f"{model} model" if model else f"model (context {context}, {len(sites)} layers)"
         return AdapterError(
-            f"No adapter in {home(ADAPTERS)} fits the connected {what}, and none for it is published. Put one that "
-            f"was trained on it there, or connect an SD1.5 or SDXL model.{looked}"
+            f"No adapter in {main_folder(ADAPTERS)} fits the connected {what}, and none for it is published. Put one "
+            f"that was trained on it there, or connect an SD1.5 or SDXL model.{looked}"
         )
     return AdapterError(
-        f"No adapter for {model} is in {home(ADAPTERS)}. Download {file} from {page} and put it there.{looked}"
+        f"No adapter for {model} is in {main_folder(ADAPTERS)}. Download {file} from {page} and put it there.{looked}"
     )

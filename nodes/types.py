@@ -126,8 +126,8 @@ def project(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> Tensor:
 
         def tokens(images: EncodedImages) -> Tensor:
             parts = zip(*(feature.split(BATCH) for feature in images.features), strict=True)
-            here = ([feature.to(device, torch.float32) for feature in part] for part in parts)
-            return torch.cat([adapter.encode(*part, shortcut_scale=likeness) for part in here])
+            on_device = ([feature.to(device, torch.float32) for feature in part] for part in parts)
+            return torch.cat([adapter.encode(*part, shortcut_scale=likeness) for part in on_device])
 
         positive, negative = tokens(image_prompt.positive), image_prompt.negative
         if negative is None and adapter.spec.feature != "image_embeds" and adapter.spec.image_dim is not None:
@@ -136,8 +136,11 @@ def project(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> Tensor:
                 "which needs one. Connect an image prompt to negative of Load Image Prompt: that of a black image, or "
                 "the saved neg_embed."
             )
-        against = adapter.negative_tokens(device=device, dtype=torch.float32) if negative is None else tokens(negative)
-        made = torch.cat([positive, against])
+        if negative is None:
+            negative_tokens = adapter.negative_tokens(device=device, dtype=torch.float32)
+        else:
+            negative_tokens = tokens(negative)
+        made = torch.cat([positive, negative_tokens])
         if not torch.isfinite(made).all():
             parts = [image_prompt.positive, *([] if negative is None else [negative])]
             if not all(torch.isfinite(feature).all() for part in parts for feature in part.features):

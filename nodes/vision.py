@@ -15,7 +15,7 @@ from ..ipadapter_core import AdapterError, AdapterSpec
 from ..ipadapter_core.encoders import EXPECTED_ENCODER, find_encoder
 from ..ipadapter_core.tensors import open_tensors
 from .checks import check_encoder
-from .files import ENCODERS, encoder_shape, existing, home, is_empty_choice, model_path, version
+from .files import ENCODERS, encoder_shape, is_empty_choice, main_folder, model_files, model_path, version
 
 AUTO = "auto"
 
@@ -30,7 +30,9 @@ def find_encoder_file(name: str, adapter_name: str, spec: AdapterSpec) -> Path:
     Raises AdapterError when none fits, or the file is damaged.
     """
     if name == AUTO or is_empty_choice(name):
-        return find_encoder(spec, existing(ENCODERS), name=adapter_name, folder=home(ENCODERS), open_file=encoder_shape)
+        return find_encoder(
+            spec, model_files(ENCODERS), name=adapter_name, folder=main_folder(ENCODERS), open_file=encoder_shape
+        )
     path = model_path(ENCODERS, name)
     open_tensors(path, EXPECTED_ENCODER)  # a damaged file, or one that holds code, is refused here
     return path

@@ -143,14 +143,14 @@ def _encode(pipeline: Pipeline, node: str, prompt: OldPrompt) -> tuple[_Encoded,
         negative = _sized(unconditional(pipeline, features, prompt.image_negative, **options), len(features))
     if prompt.image_composition is not None and features is not None:
         composition = image_features(pipeline, prompt.image_composition, **enhanced)
-    against = None if face is None else torch.zeros_like(face)
+    negative_face = None if face is None else torch.zeros_like(face)
     if prompt.combine_embeds != "concat" and not prompt.unfold:
         several = any(part is not None and len(part) > 1 for part in (features, face))
         if several:
             features, face = (
                 None if part is None else combine_features(part, prompt.combine_embeds) for part in (features, face)
             )
-            negative, against = (None if part is None else part[:1] for part in (negative, against))
+            negative, negative_face = (None if part is None else part[:1] for part in (negative, negative_face))
         if composition is not None and (several or is_corrected()):
             composition = combine_features(composition, prompt.combine_embeds)
         elif composition is not None and len(composition) > 1:  # the old pack looks at the style images alone
@@ -162,7 +162,7 @@ def _encode(pipeline: Pipeline, node: str, prompt: OldPrompt) -> tuple[_Encoded,
                 len(composition),
             )
     comp = None if composition is None else _images(composition)
-    return _Encoded(_images(features, face), _images(negative, against), comp), faces
+    return _Encoded(_images(features, face), _images(negative, negative_face), comp), faces
 
 
 def _image_prompt(pipeline: Pipeline, encoded: _Encoded, part: Shares, prompt: OldPrompt) -> ImagePrompt:

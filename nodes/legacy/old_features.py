@@ -105,7 +105,7 @@ def _side(pipeline: Pipeline) -> int:
 def _encode(pipeline: Pipeline, images: Tensor, mask: Tensor | None, batch_size: int) -> Tensor:
     encoder = _encoder(pipeline)
     comfy.model_management.load_models_gpu([encoder.patcher])
-    home = comfy.model_management.intermediate_device()
+    device = comfy.model_management.intermediate_device()
     is_base = pipeline.adapter.spec.kind == "base"
     made: list[Tensor] = []
     for part in images.split(batch_size or len(images)):
@@ -113,7 +113,7 @@ def _encode(pipeline: Pipeline, images: Tensor, mask: Tensor | None, batch_size:
         if mask is not None:
             pixels = pixels * mask[:, None].to(pixels)
         _, hidden, embeds, *_ = encoder.model(pixel_values=pixels, intermediate_output=-2)
-        made.append((embeds if is_base else hidden).to(home))
+        made.append((embeds if is_base else hidden).to(device))
     return sound_features(pipeline.adapter, torch.cat(made))
 
 
