@@ -1,4 +1,4 @@
-"""Which image encoder (CLIP vision) a file holds and which one an adapter needs: by tensors, never by name."""
+"""The image encoder (CLIP vision) in a file, and the one that an adapter needs: by tensors, never by file name."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ _LAYER = re.compile(r"^(?:vision_model\.encoder\.layers|visual\.transformer\.res
 
 @dataclass(frozen=True, slots=True)
 class ImageEncoder:
-    """The shape of an image encoder, from its tensors: channels of its hidden states and of its image_embeds (None: it
-    makes none), its tokens (patches and the class token; 257 for ViT-H/14 at 224 pixels; None where the size of the
-    image decides), its architecture, its layers (0: unknown) and the pixels of a patch (0: unknown).
+    """An image encoder, from the shapes of its tensors.
+
+    `hidden_dim` and `embeds_dim` are the channels of its hidden states and image_embeds (None: no image_embeds).
+    `num_tokens` counts patches and class token: 257 for ViT-H/14 at 224 pixels, None when it depends on the image size.
+    `patch` is the side of a patch in pixels. 0 is unknown for `layers` and `patch`.
     """
 
     hidden_dim: int
@@ -67,7 +69,7 @@ class ImageEncoder:
 
 
 def encoder_from_shapes(shapes: Shapes) -> ImageEncoder | None:
-    """The encoder that tensors of these names and shapes are, or None when they are no CLIP vision model."""
+    """The encoder with tensors of these names and shapes; None when it is no CLIP vision model."""
     numbers = [int(match.group(1)) for match in map(_LAYER.match, shapes) if match]
     layers = max(numbers, default=-1) + 1
     if f"{_CLIP}position_embedding.weight" in shapes:
@@ -119,7 +121,7 @@ def read_encoder(path: str | os.PathLike[str]) -> ImageEncoder | None:
 
 
 def open_encoder(path: Path) -> ImageEncoder | None:
-    """`read_encoder` that raises AdapterError or OSError for a file that cannot be read."""
+    """`read_encoder`, but raises AdapterError or OSError for a file that cannot be read."""
     infos = open_tensors(path, EXPECTED_ENCODER).infos
     try:
         return encoder_from_shapes({name.removeprefix("state_dict."): info.shape for name, info in infos.items()})
@@ -128,8 +130,7 @@ def open_encoder(path: Path) -> ImageEncoder | None:
 
 
 def encoder_fits(spec: AdapterSpec, encoder: ImageEncoder) -> bool:
-    """Whether an encoder makes the features that an adapter takes, and is of the kind that it was trained on as far
-    as that can be known.
+    """Whether an encoder has the features that an adapter takes, and the architecture that it was trained on.
 
     Several encoders share a dim: the file's metadata decides, else CLIP, as in the published adapters.
     """
@@ -169,8 +170,7 @@ def find_encoder(
 
     `name` is the adapter's and `folder` where encoders belong, both for the message.
 
-    Raises AdapterError that says what each file is, which one to download and where to put it, or that two files
-    fit and differ.
+    Raises AdapterError when no file fits, or two different encoders do.
     """
     seen: list[str] = []
     fitting: dict[Path, ImageEncoder] = {}

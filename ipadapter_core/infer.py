@@ -1,4 +1,4 @@
-"""An opened file -> AdapterSpec, from tensor shapes; header metadata wins where shapes cannot tell."""
+"""An opened file -> AdapterSpec, from tensor shapes and, where they are ambiguous, the header's metadata."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _FACE_DIM = 512  # ArcFace; no published plus adapter reads features of this dim
 
 @dataclass(frozen=True, slots=True)
 class _Projector:
-    """What the image_proj part says."""
+    """The spec fields that come from the image_proj part."""
 
     kind: Kind
     cross_attention_dim: int
@@ -55,8 +55,8 @@ class _Projector:
 def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
     """Describe an opened adapter. Reads shapes and metadata only, never weights or the file name.
 
-    Raises AdapterError for a missing layer, keys without values, shapes that fit no known projector, tensors that
-    the projector has not, and metadata that contradicts the shapes.
+    Raises AdapterError for a missing layer, keys without values, an unknown projector, missing or unexpected tensors,
+    and metadata that contradicts the shapes.
     """
     origin, metadata = checkpoint.path, checkpoint.metadata
     dims, cross_attention_dim, lora_rank = infer_layers(checkpoint.ip_adapter.shapes, origin)
@@ -123,9 +123,7 @@ def _check_projector(spec: AdapterSpec, shapes: Shapes, origin: str) -> None:
 
 
 def shortcut_hint(path: str | os.PathLike[str]) -> bool | None:
-    """A hint only: True when the file NAME says plusv2, False when it says faceid-plus without v2, else
-    None.
-    """
+    """From the file NAME, so only a hint: True for plusv2, False for faceid-plus without v2, else None."""
     name = re.sub(r"[-_ .]", "", Path(path).name.lower())
     if "plusv2" in name:
         return True
@@ -171,7 +169,7 @@ def _infer_projector(shapes: Shapes, claimed: str | None, origin: str) -> _Proje
 
 def _infer_resampler(shapes: Shapes, claimed: str | None) -> _Projector:
     dim, feature_dim = shapes["proj_in.weight"]
-    # A resampler over one ArcFace vector is the un-normalised portrait adapter, unless the file says plus.
+    # A resampler over one ArcFace vector is the un-normalised portrait adapter, unless the metadata has kind plus.
     face = feature_dim == _FACE_DIM and claimed != "plus"
     return _Projector(
         "portrait" if face else "plus",
@@ -209,7 +207,7 @@ def _kind(projector: _Projector, lora_rank: int | None, metadata: Mapping[str, s
     if claimed is None or claimed == kind:
         return kind
     if projector.kind == "faceid" and claimed in ("faceid", "portrait"):
-        return cast("Kind", claimed)  # the same keys, so only the metadata can tell
+        return cast("Kind", claimed)  # faceid and portrait have the same keys
     raise AdapterError(
         f"{origin}: its metadata says {METADATA_KIND}={claimed!r}, its tensors are those of a {kind} adapter. Correct "
         "the metadata or export it again."
