@@ -1,4 +1,4 @@
-"""ApplyIPAdapter: a model that listens to an image prompt."""
+"""ApplyIPAdapter: add an image prompt to a model."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class ApplyIPAdapter(Node):
 
     @classmethod
     def validate_inputs(cls, weight_type: str | None = None) -> bool | str:
-        """Instead of ComfyUI's look into the list, so that former names pass; None comes over a wire."""
+        """Accepts former names too, which ComfyUI's own check of the list would refuse; None is a connected input."""
         try:
             return weight_type is None or bool(parse_weight_type(weight_type))
         except AdapterError as error:

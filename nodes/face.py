@@ -185,7 +185,7 @@ def negative_faces(
     image_negative: Tensor | None = None,
     negative: str = TRAINED,
 ) -> EncodedImages | None:
-    """The negative branch: no face, for FaceID-Plus beside the negative image; None where the adapter makes it."""
+    """The negative branch of FaceID-Plus: no face, and the negative image; None for adapters that need none."""
     spec = ip_adapter.spec
     if spec.image_dim is None or spec.face_dim is None or clip_vision is None:
         return None

@@ -1,4 +1,4 @@
-"""What an image encoder makes of images: a few at a time, and once for the same images."""
+"""Image features: encoded in batches, and cached while the image is in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _REMEMBERED = 2  # ways to look at the same images
 
 @dataclass(frozen=True, eq=False)
 class _Memo:
-    """What was made of an object, or of several one below the other, for as long as all of them live."""
+    """A cache of tensors by one or more objects, while all of them are in memory."""
 
     made: dict[Hashable, Tensor] = field(default_factory=dict)
     below: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
@@ -89,7 +89,7 @@ def encode(ip_adapter: LoadedAdapter, clip_vision: Encoder, images: Tensor) -> T
 
 
 def negative_features(ip_adapter: LoadedAdapter, clip_vision: Encoder, negative: str) -> Tensor | None:
-    """The features of the negative branch; None stands for zeros of image_embeds, as base adapters are trained."""
+    """The features of the negative branch; None for zeros of image_embeds, as in the training of base adapters."""
     spec = ip_adapter.spec
     size = clip_vision.image_size
     kind = (_output(ip_adapter), negative == BLACK or spec.negative == "black")
@@ -118,7 +118,7 @@ def _output(ip_adapter: LoadedAdapter) -> str:
 
 
 def sound_features(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
-    """Features of an encoder that fits and is not damaged."""
+    """Checks features: of the right encoder, finite and not 0."""
     _fitting(ip_adapter, features)
     if not (torch.isfinite(features).all() and features.flatten(1).any(1).all()):
         found = "nothing but 0" if torch.isfinite(features).all() else "NaN or infinity"
@@ -130,7 +130,7 @@ def sound_features(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
 
 
 def _fitting(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
-    """Features as wide as the adapter takes them."""
+    """Checks features against the dims that the adapter takes."""
     spec = ip_adapter.spec
     tokens_differ = spec.kind == "full" and features.shape[1] != spec.num_tokens
     if features.shape[-1] != spec.image_dim or tokens_differ:

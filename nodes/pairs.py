@@ -1,4 +1,4 @@
-"""Which adapter and image encoder of the model folders fit a model and a use best, by their tensors."""
+"""The adapter and image encoder in the model folders that fit a model and a use best, by their tensors."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
     STANDARD: ("base", "plus", "full"),
     PLUS: ("plus", "full", "base"),
 }
-# Files of equal shapes that were trained for a use of their own: only their names tell, so a name decides among files
-# that fit by their shapes, and never against the shapes.
+# Files for faces or composition have the shapes of all others, so among files with fitting shapes the name decides.
 _HINTS = {FACE: re.compile("face"), COMPOSITION: re.compile("composition"), LIGHT: re.compile("light(?!ning)")}
 _FACE_NODES = "Load IP Adapter, Load Face Analysis, Encode Face Prompt and Apply IP Adapter"
 _KOLORS_PAGE = "https://huggingface.co/Kwai-Kolors/Kolors-IP-Adapter-Plus"
@@ -61,7 +60,7 @@ class Pair:
 
     @property
     def is_for_composition(self) -> bool:
-        """Whether its name says that it was trained on composition alone, so that it needs no weight type for it."""
+        """Whether it was trained on composition only, by its name, and so needs no weight type for it."""
         return bool(_HINTS[COMPOSITION].search(_file_name(self.name)))
 
     def describe(self) -> str:
@@ -78,7 +77,7 @@ class _Candidate:
     spec: AdapterSpec
 
     def mismatch(self, use_for: str) -> int:
-        """How little its name suits a use."""
+        """How badly its name suits a use; 0 is best."""
         named = {use for use in (FACE, COMPOSITION) if _HINTS[use].search(_file_name(self.name))}
         return len(named ^ ({use_for} & {FACE, COMPOSITION}))
 
@@ -88,7 +87,7 @@ class _Candidate:
 
 
 def _file_name(name: str) -> str:
-    """Without its folders, whose names say nothing about the file."""
+    """Without its folders."""
     return PureWindowsPath(name).name.lower()
 
 
@@ -158,7 +157,7 @@ def _fits(spec: AdapterSpec, unet: nn.Module, sites: Sequence[Site]) -> bool:
 def _notes(
     chosen: _Candidate, ranked: Sequence[_Candidate], faces: Sequence[str], use_for: str, likeness: str
 ) -> tuple[str, ...]:
-    """What the user should know of the choice."""
+    """Notes for the user about the choice."""
     notes: list[str] = []
     own, kind = chosen.mismatch(use_for), chosen.spec.kind
     if any(other.spec.kind == kind and other.mismatch(use_for) != own for other in ranked):

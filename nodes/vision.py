@@ -1,4 +1,4 @@
-"""Image encoders of ComfyUI: loaded from a file, for images of another size than their own, and DINOv3."""
+"""ComfyUI's image encoders: loaded from a file, also for other resolutions; and a fix for DINOv3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all old apply nodes come down to: images or EMBEDS -> an image prompt in the model, with the old numbers."""
+"""The common part of all old apply nodes: images or EMBEDS -> an image prompt in the model, with the old numbers."""
 
 from __future__ import annotations
 

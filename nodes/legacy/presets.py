@@ -1,4 +1,4 @@
-"""The presets of the unified loaders: which files they mean, by name as in the old pack, else by their tensors."""
+"""The presets of the unified loaders and their files: by name as in the old pack, else by tensors."""
 
 from __future__ import annotations
 
@@ -185,9 +185,9 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def family_of_context(width: int) -> str:
-    """The family of base models whose text has this many channels; "another" for unknown ones."""
-    return {768: "sd15", 1024: "sd2", 2048: "sdxl"}.get(width, "another")
+def family_of_context(dim: int) -> str:
+    """The family of base models with this cross_attention_dim; "another" if unknown."""
+    return {768: "sd15", 1024: "sd2", 2048: "sdxl"}.get(dim, "another")
 
 
 def find_preset(name: str) -> Preset:
