@@ -55,7 +55,7 @@ class AdapterApplication:
 
         Raises AdapterError when rows, weights or masks do not fit the batch.
         """
-        if self.key_values is None:
+        if self.key_values is None or (isinstance(self.weight, (int, float)) and self.weight == 0):
             return
         weights = self.weight.numel() if isinstance(self.weight, Tensor) else 1
         masks = len(self.mask) if self.mask is not None and self.mask.ndim == 3 else 1

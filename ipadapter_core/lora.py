@@ -41,6 +41,8 @@ class LoraLayers(nn.Module):
                 layer.add_module(f"{part}_lora", LoraLinear(in_features, dim, rank, operations=operations))
             self.add_module(str(id), layer)
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                break  # the file's weights will be assigned
             if name.endswith("up.weight"):
                 nn.init.zeros_(parameter)
             else:

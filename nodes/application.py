@@ -192,7 +192,7 @@ def step_of(application: Application, options: Options, query: Tensor) -> Step:
     if isinstance(step, Step):
         return step
     call = read_call(options, query, grid_of(options["original_shape"]))
-    return application.step(application.factors(options.get("sigmas"), options, call), options, call)
+    return application.step(application.factors(options["sigmas"], options, call), options, call)
 
 
 def level_grids(size: Sequence[int], levels: int = 5) -> list[Grid]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -99,7 +100,7 @@ class ImagePrompt(Node):
         return io.NodeOutput(patched, ui={**encoded.ui.as_dict(), **ui.PreviewText(text).as_dict()})
 
 
-def _weights(sites: list[Site], weight_type: str, weight: float, use_for: str) -> tuple[LayerWeight, ...]:
+def _weights(sites: Sequence[Site], weight_type: str, weight: float, use_for: str) -> tuple[LayerWeight, ...]:
     layout = weight_layout(sites)
     try:
         return layer_weights(weight_type, layout, weight, weight_composition=weight)

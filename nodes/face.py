@@ -9,11 +9,11 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..ipadapter_core import AdapterError, AdapterSpec
-from ..ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, combine_features, crop_image
+from ..ipadapter_core.image_prompt import COMBINES, combine_features, crop_image
 from .checks import check_encoder
 from .face_analysis import FACE_ALIASES, FaceAnalysis, FaceAnalysisType
 from .faces import NO_FACE, ORDERS, FaceFeatures, face_features
-from .features import TRAINED, Encoder, encode, negative_features
+from .features import TRAINED, Encoder, encode, mean_colour, negative_features
 from .node import Node
 from .types import EncodedImages, ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
 
@@ -251,6 +251,4 @@ def _take(encoded: EncodedImages, rows: list[int], weights: tuple[float, ...]) -
 
 
 def _encoder_input(clip_vision: Encoder, image: Tensor, name: str = "image") -> Tensor:
-    return crop_image(
-        image, clip_vision.image_size, fill=tuple(getattr(clip_vision, "image_mean", CLIP_MEAN)), name=name
-    )
+    return crop_image(image, clip_vision.image_size, fill=mean_colour(clip_vision), name=name)

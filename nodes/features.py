@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import comfy.clip_vision
 import comfy.model_management
@@ -22,7 +22,7 @@ from .types import LoadedAdapter
 
 TRAINED, BLACK = "as in training", "black image"
 NEGATIVES = [TRAINED, BLACK]
-Encoder = comfy.clip_vision.ClipVisionModel
+Encoder: TypeAlias = comfy.clip_vision.ClipVisionModel
 
 _REMEMBERED = 2  # ways to look at the same images
 
@@ -37,7 +37,7 @@ class _Memo:
     def remember(self, objects: Sequence[Any], options: Hashable, make: Callable[[], Tensor]) -> Tensor:
         memo = self
         for key in objects:
-            memo = memo.below.setdefault(key, _Memo())
+            memo = cast("_Memo", memo.below.setdefault(key, _Memo()))
         return remember(memo.made, options, make, _REMEMBERED)
 
 
@@ -60,8 +60,7 @@ def encode_images(
 
     Raises AdapterError as `encode`, `crop_image` and `tile_image` do.
     """
-    fill = tuple(getattr(clip_vision, "image_mean", CLIP_MEAN))
-    size = clip_vision.image_size
+    fill, size = mean_colour(clip_vision), clip_vision.image_size
     seen = crop_image(image, size, crop, mask=mask, fill=fill, name=name)
     if tiles:
         seen = torch.cat([seen, tile_image(image, size, tiles, mask=mask, fill=fill, name=name)])
@@ -71,6 +70,12 @@ def encode_images(
         lambda: encode(ip_adapter, clip_vision, seen),
     )
     return _fitting(ip_adapter, features), seen
+
+
+def mean_colour(clip_vision: Encoder) -> tuple[float, float, float]:
+    """The colour that is 0 after the encoder's normalisation."""
+    red, green, blue = getattr(clip_vision, "image_mean", CLIP_MEAN)
+    return red, green, blue
 
 
 def encode(ip_adapter: LoadedAdapter, clip_vision: Encoder, images: Tensor) -> Tensor:

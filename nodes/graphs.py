@@ -35,7 +35,7 @@ class OwnGraphs:
     dynamic: bool | None
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiler = torch._dynamo.lookup_backend(self.backend)
+        compiler: Callable[..., Any] = torch._dynamo.lookup_backend(self.backend)
         if self.backend == "inductor":
             mode = torch._inductor.list_mode_options(self.mode, self.dynamic) if self.mode else {}
             return compiler(graph, inputs, config_patches={**mode, **self.options})

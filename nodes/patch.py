@@ -61,17 +61,20 @@ class SitePatch:
 
     def to(self, target: Any, *_: Any, **__: Any) -> SitePatch:
         """ComfyUI moves patches to the device of the model. Ours have no tensors; those of another pack may."""
-        previous = self.previous.to(target) if hasattr(self.previous, "to") else self.previous
+        previous: Any = self.previous
+        previous = previous.to(target) if hasattr(previous, "to") else previous
         return self if previous is self.previous else replace(self, previous=previous)
 
     def models(self) -> list[Any]:
         """The model patchers that a patch of another pack needs loaded; ours needs none."""
-        return self.previous.models() if hasattr(self.previous, "models") else []
+        previous: Any = self.previous
+        return previous.models() if hasattr(previous, "models") else []
 
     def cleanup(self) -> None:
         """After sampling: passed on to a patch of another pack."""
-        if hasattr(self.previous, "cleanup"):
-            self.previous.cleanup()
+        previous: Any = self.previous
+        if hasattr(previous, "cleanup"):
+            previous.cleanup()
 
     def add(self, *_: Any, **__: Any) -> None:
         """ComfyUI_IPAdapter_plus adds its own image prompt to the patch that it finds; ours is immutable."""

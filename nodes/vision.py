@@ -105,7 +105,7 @@ def set_resolution(encoder: Any, pixels: int, name: str) -> None:
     encoder.image_size = pixels  # SigLIP2 interpolates by itself, DINOv3 has no position embedding
 
 
-def _patch_size(embeddings: nn.Module) -> int:
+def _patch_size(embeddings: Any) -> int:
     """Pixels of a patch."""
     if isinstance(getattr(embeddings, "patch_size", None), int):
         return embeddings.patch_size
@@ -121,7 +121,7 @@ def _resized(table: Tensor, count: int, extra: int) -> Tensor:
     return torch.cat([table[:extra], grid.flatten(2)[0].T.to(table.dtype)])
 
 
-def _keep_hidden_states(model: nn.Module) -> None:
+def _keep_hidden_states(model: Any) -> None:
     """ComfyUI's DINOv3 gives None for the penultimate hidden states, and encode_image fails on it."""
     kept: list[Tensor] = []
 

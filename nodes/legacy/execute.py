@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ...ipadapter_core import AdapterError
+from ...ipadapter_core import AdapterError, Scaling
 from ...ipadapter_core.image_prompt import combine_features
 from ..face import check_faces, crop_size
 from ..install import apply_prompt
@@ -90,7 +90,7 @@ def _apply_one(model: Any, pipeline: Pipeline, node: str, prompt: OldPrompt) -> 
             weights=part.layers,
             start_at=prompt.start_at,
             end_at=prompt.end_at,
-            scaling=prompt.embeds_scaling,
+            scaling=cast("Scaling", prompt.embeds_scaling),
             attn_mask=prompt.attn_mask,
             token_scale=prompt.weight_kolors if pipeline.adapter.spec.token_dim is not None else 1.0,
             lora_strength=0.0,  # the unified loader adds the LoRA's own file
@@ -181,8 +181,8 @@ def _image_prompt(pipeline: Pipeline, encoded: _Encoded, part: Shares, prompt: O
 
 
 def _images(image: Tensor | None, face: Tensor | None = None) -> EncodedImages:
-    count = len(image if image is not None else face)
-    return EncodedImages(image, face, (1.0,) * count)
+    first = next(part for part in (image, face) if part is not None)
+    return EncodedImages(image, face, (1.0,) * len(first))
 
 
 def _repeated(images: EncodedImages, count: int, weights: tuple[float, ...]) -> EncodedImages:

@@ -153,4 +153,4 @@ def _pool(parts: Tensor, tiles: int) -> Tensor:
     """Grids [tiles * tiles, C, grid, grid] side by side, pooled to the size of one: [1, C, grid, grid]."""
     grid: Sequence[int] = parts.shape[-2:]
     rows = [torch.cat(list(row), dim=-1) for row in parts.split(tiles)]
-    return F.adaptive_avg_pool2d(torch.cat(rows, dim=-2)[None], list(grid))
+    return F.adaptive_avg_pool2d(torch.cat(rows, dim=-2)[None], (grid[0], grid[1]))
