@@ -3,6 +3,7 @@
 from .adapter import IPAdapter, adapter_from_checkpoint, export_state, load_adapter, save_adapter
 from .application import AdapterApplication
 from .attention import SCALINGS, KeyValue, Scaling
+from .build import build_projector
 from .checkpoint import AdapterCheckpoint, checkpoint_from_state, read_checkpoint
 from .compatible import check_compatible, context_tokens, is_kolors_unet
 from .errors import AdapterError
@@ -13,12 +14,7 @@ from .layers import Site, cross_attention_sites, diffusers_sites, init_from_unet
 from .layouts import looks_like
 from .lora import LoraLayers
 from .masks import resize_mask
-from .projectors import build_projector
-from .rows import pipeline_rows
-from .schedule import WeightSchedule, step_at
-from .spec import (
-    FAMILIES,
-    FAMILY_NAMES,
+from .metadata import (
     METADATA_BASE_FAMILY,
     METADATA_DIM_HEAD,
     METADATA_ENCODER,
@@ -27,14 +23,11 @@ from .spec import (
     METADATA_NUM_TOKENS,
     METADATA_RESOLUTION,
     METADATA_SHORTCUT,
-    AdapterSpec,
-    Feature,
-    Kind,
-    family_of,
-    new_spec,
     spec_metadata,
-    with_shortcut,
 )
+from .rows import pipeline_rows
+from .schedule import WeightSchedule, step_at
+from .spec import FAMILIES, FAMILY_NAMES, AdapterSpec, Feature, Kind, family_of, new_spec, with_shortcut
 from .tensors import TensorMap
 from .unet import inject
 from .weight_types import WEIGHT_TYPES, LayerWeight, WeightLayout, layer_weights, parse_weight_type, weight_layout

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from .attention import KeyValue
+from .build import build_projector
 from .checkpoint import AdapterCheckpoint, read_checkpoint
 from .errors import AdapterError
 from .infer import infer_spec
 from .layers import ImageKeyValueLayers
 from .lora import LoraLayers
+from .metadata import spec_metadata
 from .operations import Operations
-from .projectors import FaceIDPlusProjection, build_projector
-from .spec import AdapterSpec, spec_metadata, with_shortcut
+from .projectors import FaceIDPlusProjection
+from .spec import AdapterSpec, with_shortcut
 from .tensors import write_safetensors
 
 

@@ -9,27 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import torch
-
+from .build import check_projector
 from .checkpoint import AdapterCheckpoint
 from .errors import AdapterError
 from .infer_layers import Shapes, infer_layers
-from .projectors import build_projector
-from .spec import (
-    FAMILIES,
-    KOLORS_TEXT_DIM,
-    METADATA_BASE_FAMILY,
+from .metadata import (
     METADATA_DIM_HEAD,
     METADATA_ENCODER,
     METADATA_KIND,
     METADATA_NEGATIVE,
-    METADATA_NUM_TOKENS,
     METADATA_RESOLUTION,
-    METADATA_SHORTCUT,
-    AdapterSpec,
-    Kind,
-    family_of,
+    check_family,
+    read_integer,
+    read_num_tokens,
+    read_shortcut,
 )
+from .spec import KOLORS_TEXT_DIM, AdapterSpec, Kind, family_of
 
 _DIM_HEAD = 64  # every published resampler
 _FULL_TOKENS = 257  # ViT-H/14 at 224 pixels: 16 x 16 patches and the class token
@@ -76,14 +71,14 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
         )
     kind = _kind(projector, lora_rank, metadata, origin)
     family = family_of(cross_attention_dim, dims)
-    _check_family(family, metadata, origin)
+    check_family(family, metadata, origin)
     heads, dim_head = _heads(projector.inner_dim, metadata, origin)
-    shortcut = _shortcut(kind, metadata, origin)
+    shortcut = read_shortcut(kind, metadata, origin)
     spec = AdapterSpec(
         kind=kind,
         family=family,
         cross_attention_dim=cross_attention_dim,
-        num_tokens=_tokens(kind, projector.num_tokens, metadata, origin),
+        num_tokens=read_num_tokens(kind, projector.num_tokens, metadata, origin),
         image_dim=projector.image_dim,
         face_dim=projector.face_dim,
         hidden_dim=projector.hidden_dim,
@@ -98,28 +93,10 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
         encoder_id=metadata.get(METADATA_ENCODER),
         negative=metadata.get(METADATA_NEGATIVE, "zeros"),
         token_dim=projector.cross_attention_dim if kolors_face else None,
-        encoder_resolution=_integer(METADATA_RESOLUTION, metadata, origin),
+        encoder_resolution=read_integer(METADATA_RESOLUTION, metadata, origin),
     )
-    _check_projector(spec, checkpoint.image_proj.shapes, origin)
+    check_projector(spec, checkpoint.image_proj.shapes, origin)
     return spec
-
-
-def _check_projector(spec: AdapterSpec, shapes: Shapes, origin: str) -> None:
-    """Compare the file's projector, tensor by tensor, with the one that the spec builds."""
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in build_projector(spec).state_dict().items()}
-    for name, shape in expected.items():
-        if shapes.get(name) != shape:
-            raise AdapterError(
-                f"{origin}: the tensor {name} is {shapes.get(name, 'missing')}, expected {shape}. Download or "
-                "export the adapter again."
-            )
-    unexpected = [name for name in shapes if name not in expected]
-    if unexpected:
-        raise AdapterError(
-            f"{origin}: {len(unexpected)} unexpected tensors, the first is {unexpected[0]}. This adapter is not "
-            "supported."
-        )
 
 
 def shortcut_hint(path: str | os.PathLike[str]) -> bool | None:
@@ -199,6 +176,18 @@ def _ratio(rows: int, cross_attention_dim: int, origin: str) -> int:
     return rows // cross_attention_dim
 
 
+def _heads(inner: int | None, metadata: Mapping[str, str], origin: str) -> tuple[int | None, int | None]:
+    if inner is None:
+        return None, None
+    dim_head = read_integer(METADATA_DIM_HEAD, metadata, origin) or _DIM_HEAD
+    if inner % dim_head:
+        raise AdapterError(
+            f"{origin}: the resampler's attention is {inner} wide, which does not divide into heads of {dim_head}. "
+            f"Put the right {METADATA_DIM_HEAD} into the file's metadata."
+        )
+    return inner // dim_head, dim_head
+
+
 def _kind(projector: _Projector, lora_rank: int | None, metadata: Mapping[str, str], origin: str) -> Kind:
     kind = projector.kind
     if kind == "faceid" and lora_rank is None and projector.num_tokens == _PORTRAIT_TOKENS:
@@ -212,58 +201,3 @@ def _kind(projector: _Projector, lora_rank: int | None, metadata: Mapping[str, s
         f"{origin}: its metadata says {METADATA_KIND}={claimed!r}, its tensors are those of a {kind} adapter. Correct "
         "the metadata or export it again."
     )
-
-
-def _check_family(family: str, metadata: Mapping[str, str], origin: str) -> None:
-    claimed = metadata.get(METADATA_BASE_FAMILY)
-    known = claimed is not None and (claimed in FAMILIES or claimed.startswith("context-"))
-    if known and claimed != family:
-        raise AdapterError(
-            f"{origin}: its metadata says {METADATA_BASE_FAMILY}={claimed!r}, its layers are those of {family!r}. "
-            "Correct the metadata or export it again."
-        )
-
-
-def _heads(inner: int | None, metadata: Mapping[str, str], origin: str) -> tuple[int | None, int | None]:
-    if inner is None:
-        return None, None
-    dim_head = _integer(METADATA_DIM_HEAD, metadata, origin) or _DIM_HEAD
-    if inner % dim_head:
-        raise AdapterError(
-            f"{origin}: the resampler's attention is {inner} wide, which does not divide into heads of {dim_head}. "
-            f"Put the right {METADATA_DIM_HEAD} into the file's metadata."
-        )
-    return inner // dim_head, dim_head
-
-
-def _tokens(kind: Kind, num_tokens: int, metadata: Mapping[str, str], origin: str) -> int:
-    claimed = _integer(METADATA_NUM_TOKENS, metadata, origin)
-    if claimed is None or claimed == num_tokens:
-        return num_tokens
-    if kind == "full":  # one token per patch: the encoder's resolution decides, not the weights
-        return claimed
-    raise AdapterError(
-        f"{origin}: its metadata says {METADATA_NUM_TOKENS}={claimed}, its projector makes {num_tokens} tokens. "
-        "Correct the metadata or export it again."
-    )
-
-
-def _integer(key: str, metadata: Mapping[str, str], origin: str) -> int | None:
-    text = metadata.get(key)
-    if text is None:
-        return None
-    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
-        raise AdapterError(f"{origin}: its metadata says {key}={text!r}; expected a whole number above 0.")
-    return int(text)
-
-
-def _shortcut(kind: Kind, metadata: Mapping[str, str], origin: str) -> bool | None:
-    claimed = metadata.get(METADATA_SHORTCUT)
-    if claimed is None:
-        return None
-    if kind != "faceid-plus" or claimed not in ("true", "false"):
-        raise AdapterError(
-            f"{origin}: its metadata says {METADATA_SHORTCUT}={claimed!r} and it is a {kind} adapter; expected 'true' "
-            "or 'false' on a faceid-plus adapter only. Correct the metadata."
-        )
-    return claimed == "true"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import AdapterError
 from .operations import Operations
-from .spec import AdapterSpec
 
 
 class ImageProjection(nn.Module):
@@ -228,38 +225,3 @@ class FaceIDPlusProjection(FaceIDProjection):
         resampled = self.perceiver_resampler.resample(face_tokens, clip_features)
         scale = self.shortcut_scale if shortcut_scale is None else shortcut_scale
         return face_tokens + scale * resampled if self.shortcut else resampled
-
-
-def build_projector(spec: AdapterSpec, *, operations: Operations = nn) -> nn.Module:
-    """The projector of a spec with fresh weights; inside `with torch.device("meta")` it takes no memory.
-
-    Its state dict has the keys of the file's `image_proj` part. Features in, tokens [B, T, D] out.
-    """
-    dim = spec.token_dim or spec.cross_attention_dim
-    image_dim, face_dim = cast("int", spec.image_dim), cast("int", spec.face_dim)
-    resampler = {"depth": spec.depth, "heads": spec.heads, "dim_head": spec.dim_head}
-    if spec.kind == "base":
-        return ImageProjection(image_dim, dim, spec.num_tokens, operations=operations)
-    if spec.kind == "full":
-        return FullProjection(image_dim, dim, spec.hidden_dim, operations=operations)
-    if spec.kind == "faceid-plus":
-        return FaceIDPlusProjection(
-            face_dim,
-            image_dim,
-            dim,
-            spec.num_tokens,
-            hidden_dim=spec.hidden_dim,
-            shortcut=spec.shortcut,
-            operations=operations,
-            **cast("dict[str, int]", resampler),
-        )
-    if spec.depth is not None:  # plus, and the portrait adapter over un-normalised face embeddings
-        return Resampler(
-            image_dim if spec.kind == "plus" else face_dim,
-            dim,
-            spec.num_tokens,
-            dim=cast("int", spec.resampler_dim),
-            operations=operations,
-            **cast("dict[str, int]", resampler),
-        )
-    return FaceIDProjection(face_dim, dim, spec.num_tokens, spec.hidden_dim, operations=operations)

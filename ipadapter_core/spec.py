@@ -13,16 +13,6 @@ Kind = Literal["base", "plus", "full", "faceid", "faceid-plus", "portrait"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Feature = Literal["image_embeds", "penultimate_hidden_states", "face_embeds", "face_embeds+penultimate_hidden_states"]
 
-# Safetensors metadata that this library writes and reads; every other host ignores them.
-METADATA_KIND = "ipadapter.kind"
-METADATA_BASE_FAMILY = "ipadapter.base_family"
-METADATA_SHORTCUT = "ipadapter.shortcut"  # "true" is FaceID-plus v2, "false" v1
-METADATA_ENCODER = "ipadapter.encoder"  # free text, such as a repository id
-METADATA_NEGATIVE = "ipadapter.negative"  # "zeros" or "black": the image of the unconditional branch
-METADATA_NUM_TOKENS = "ipadapter.tokens"
-METADATA_DIM_HEAD = "ipadapter.dim_head"
-METADATA_RESOLUTION = "ipadapter.encoder_resolution"  # pixels of the encoder's input, where not its own
-
 # Channels of the cross-attention layers in id order (down, up, mid), as in the published files.
 SD15_DIMS = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
 SDXL_DIMS = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
@@ -225,25 +215,6 @@ def new_spec(
         shortcut=shortcut if kind == "faceid-plus" else None,
         encoder_id=encoder_id,
     )
-
-
-def spec_metadata(spec: AdapterSpec) -> dict[str, str]:
-    """The metadata that lets `infer_spec` return this spec from the saved file."""
-    metadata = {
-        METADATA_KIND: spec.kind,
-        METADATA_BASE_FAMILY: spec.family,
-        METADATA_NEGATIVE: spec.negative,
-        METADATA_NUM_TOKENS: str(spec.num_tokens),
-    }
-    if spec.dim_head is not None:
-        metadata[METADATA_DIM_HEAD] = str(spec.dim_head)
-    if spec.shortcut is not None:
-        metadata[METADATA_SHORTCUT] = str(spec.shortcut).lower()
-    if spec.encoder_id:
-        metadata[METADATA_ENCODER] = spec.encoder_id
-    if spec.encoder_resolution is not None:
-        metadata[METADATA_RESOLUTION] = str(spec.encoder_resolution)
-    return metadata
 
 
 def with_shortcut(spec: AdapterSpec, shortcut: bool | None) -> AdapterSpec:
