@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -192,7 +192,8 @@ def step_of(application: Application, options: Options, query: Tensor) -> Step:
     if isinstance(step, Step):
         return step
     call = read_call(options, query, grid_of(options["original_shape"]))
-    return application.step(application.factors(options["sigmas"], options, call), options, call)
+    factors = application.factors(cast("Tensor", options.get("sigmas")), options, call)
+    return application.step(factors, options, call)
 
 
 def level_grids(size: Sequence[int], levels: int = 5) -> list[Grid]:
