@@ -1,4 +1,4 @@
-"""A whole adapter: projector, image layers and LoRA, from a file or fresh, and back to a file."""
+"""A whole adapter: projector, key and value layers and LoRA, loaded from a file, new, and saved."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ import torch
 from torch import Tensor, nn
 
 from .attention import KeyValue
-from .build import build_layers, build_lora, build_projector, load_layers, load_projector
+from .build import build_projector
 from .checkpoint import AdapterCheckpoint, read_checkpoint
 from .errors import AdapterError
 from .infer import infer_spec
-from .layers import ImageKeyValueLayers, layer_keys_values
+from .layers import ImageKeyValueLayers
 from .lora import LoraLayers
+from .metadata import spec_metadata
 from .operations import Operations
 from .projectors import FaceIDPlusProjection
-from .spec import AdapterSpec, spec_metadata, with_shortcut
+from .spec import AdapterSpec, with_shortcut
 from .tensors import write_safetensors
 
 
 class IPAdapter(nn.Module):
-    """An IP-Adapter in memory. `spec` describes it, `metadata` is the file's, `lora` is None for most kinds.
+    """An IP-Adapter. `spec` describes it, `metadata` is the file's, `lora` is None for most kinds.
+
+    A new one has fresh, trainable weights; `init_from_unet(adapter.layers, unet)` copies the UNet's own into its
+    layers. Inside `with torch.device("meta")` it has no weights. `operations` has the classes of the Linear and
+    LayerNorm layers.
 
     `forward` is `keys_values(encode(...))`, so that a trainer can wrap the adapter for distributed training.
     """
 
     def __init__(
-        self,
-        spec: AdapterSpec,
-        projector: nn.Module,
-        layers: ImageKeyValueLayers,
-        lora: LoraLayers | None = None,
-        metadata: Mapping[str, str] | None = None,
+        self, spec: AdapterSpec, *, operations: Operations = nn, metadata: Mapping[str, str] | None = None
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.metadata: dict[str, str] = dict(metadata or {})
-        self.projector = projector
-        self.layers = layers
-        self.lora = lora
+        self.metadata = dict(spec_metadata(spec) if metadata is None else metadata)
+        self.projector = build_projector(spec, operations=operations)
+        self.layers = ImageKeyValueLayers(spec, operations=operations)
+        self.lora = None if spec.lora_rank is None else LoraLayers(spec, operations=operations)
 
     def forward(self, *features: Tensor) -> tuple[KeyValue, ...]:
         return self.keys_values(self.encode(*features))
@@ -63,27 +63,27 @@ class IPAdapter(nn.Module):
 
     def check_features(self, *features: Tensor) -> None:
         """Raises AdapterError when image features, as `encode` takes them, are not what this adapter was trained on."""
-        widths = [width for width in (self.spec.face_dim, self.spec.image_dim) if width is not None]
-        if len(features) != len(widths):
+        dims = [dim for dim in (self.spec.face_dim, self.spec.image_dim) if dim is not None]
+        if len(features) != len(dims):
             raise AdapterError(
-                f"This {self.spec.kind} adapter takes {len(widths)} features ({self.spec.feature}), {len(features)} "
+                f"This {self.spec.kind} adapter takes {len(dims)} features ({self.spec.feature}), {len(features)} "
                 f"were given. Use {self.spec.encoder}."
             )
-        for feature, width in zip(features, widths, strict=True):
-            if feature.shape[-1] != width:
+        for feature, dim in zip(features, dims, strict=True):
+            if feature.shape[-1] != dim:
                 raise AdapterError(
-                    f"The features are {feature.shape[-1]} wide, this {self.spec.kind} adapter takes {width} "
+                    f"The features are {feature.shape[-1]} wide, this {self.spec.kind} adapter takes {dim} "
                     f"({self.spec.feature}). Use {self.spec.encoder}."
                 )
         if self.spec.kind == "base" and features[0].ndim != 2:
             raise AdapterError(
-                f"The features have shape {tuple(features[0].shape)}, this base adapter takes [B, {widths[0]}]: the "
+                f"The features have shape {tuple(features[0].shape)}, this base adapter takes [B, {dims[0]}]: the "
                 "encoder's image_embeds, not its hidden states."
             )
         if self.spec.kind in ("plus", "full") and features[0].ndim != 3:
             raise AdapterError(
                 f"The features have shape {tuple(features[0].shape)}, this {self.spec.kind} adapter takes [B, L, "
-                f"{widths[0]}]: the encoder's penultimate hidden states, not its image_embeds."
+                f"{dims[0]}]: the encoder's penultimate hidden states, not its image_embeds."
             )
 
     def negative_tokens(
@@ -119,8 +119,11 @@ class IPAdapter(nn.Module):
         )
 
     def keys_values(self, tokens: Tensor) -> tuple[KeyValue, ...]:
-        """Tokens [B, T, D] -> one KeyValue per layer in id order. Call it once per image, not per step."""
-        return layer_keys_values(self.layers, tokens)
+        """Tokens [B, T, D] -> one KeyValue of [B, T, C] tensors per layer, in id order.
+
+        Tokens do not change while sampling: call it once per image, not per step.
+        """
+        return tuple(KeyValue(to_k(tokens), to_v(tokens)) for to_k, to_v in self.layers.pairs())
 
 
 def load_adapter(
@@ -148,30 +151,16 @@ def adapter_from_checkpoint(
     shortcut: bool | None = None,
 ) -> IPAdapter:
     """`load_adapter` for a checkpoint that is already open."""
-    spec = with_shortcut(infer_spec(checkpoint), shortcut)
-    projector = load_projector(checkpoint, spec, operations=operations, dtype=dtype)
-    layers, lora = load_layers(checkpoint, spec, operations=operations, dtype=dtype)
-    return IPAdapter(spec, projector, layers, lora, checkpoint.metadata).eval()
-
-
-def init_adapter(
-    spec: AdapterSpec,
-    *,
-    operations: Operations = nn,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> IPAdapter:
-    """A fresh, trainable adapter. Copy the UNet's own weights into its layers next:
-    `init_from_unet(adapter.layers, unet)`.
-
-    The LoRA starts as an update of zero.
-    """
-    projector = build_projector(spec, operations=operations, device=device, dtype=dtype)
-    layers = build_layers(spec, operations=operations, device=device, dtype=dtype)
-    lora = build_lora(spec, operations=operations, device=device, dtype=dtype)
-    if lora is not None:
-        lora.reset()
-    return IPAdapter(spec, projector, layers, lora, spec_metadata(spec))
+    spec = with_shortcut(infer_spec(checkpoint), shortcut)  # has checked every shape
+    with torch.device("meta"):
+        adapter = IPAdapter(spec, operations=operations, metadata=checkpoint.metadata)
+    state = {f"projector.{key}": tensor for key, tensor in checkpoint.image_proj.items()}
+    for key, tensor in checkpoint.ip_adapter.items():
+        state[f"lora.{key}" if "_lora." in key else f"layers.{key}"] = tensor
+    if dtype is not None:
+        state = {key: tensor.to(dtype) for key, tensor in state.items()}
+    adapter.load_state_dict(state, assign=True)
+    return adapter.requires_grad_(False).eval()
 
 
 def export_state(adapter: IPAdapter) -> dict[str, Tensor]:

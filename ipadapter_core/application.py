@@ -1,4 +1,4 @@
-"""One adapter at work in a UNet: its keys and values, how strong they are, where, and for which rows."""
+"""One adapter in a UNet: its keys and values, weight, mask and LoRA."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ Observe = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(eq=False)
 class AdapterApplication:
-    """One adapter at work in a UNet. Its fields may be set between steps; processors read the current ones.
+    """One adapter in a UNet. Its fields may be changed between calls of the UNet.
 
-    `key_values`: per layer in id order, [R, T, C] tensors of R image prompts. While sampling set it once; while
-    training set it each step, gradients flow through it. None adds nothing. `rows`: which of the R each row of the
-    UNet's batch uses, such as [0, 1] for a batch of [negative, positive]. None: a single image prompt is for all
-    rows; with more, a pipeline tells it (`pipeline_rows`), and a call that does not tell is refused.
-    `weight`: a number, a tensor of one number per row, or a sequence of numbers with one per layer in id order.
-    For another scaling than "V only" pass key_values through `scale_keys_values` first.
-    `mask`: [H, W] or [B, H, W]. `lora`: the LoRA of a FaceID adapter, added with `lora_weight` to every
-    attention layer. `name` is for errors. `observe(layer_id, text_attention, image_attention)` is called in
-    every layer that adds something with what is about to be summed, both [B, N, C] and before `to_out`; the
-    image attention is this application's, weight and mask included.
+    `key_values`: per layer in id order, [R, T, C] tensors of R image prompts. Set it once for sampling, in each step
+    for training (gradients flow through it). None adds nothing.
+    `rows`: the image prompt of each row of the UNet's batch, such as [0, 1] for a batch of [negative, positive]. None:
+    the same for all rows when there is one image prompt; with more, pass `pipeline_rows` to the pipeline.
+    `weight`: a number, a tensor of one number per row, or a sequence of one number per layer in id order. For another
+    scaling than "V only" pass key_values through `scale_keys_values` first.
+    `mask`: [H, W] or [B, H, W].
+    `lora`: the LoRA of a FaceID adapter, added with `lora_weight` to every attention layer.
+    `name` is used in errors.
+    `observe(layer_id, text_attention, image_attention)` is called in every layer that adds something, before the two
+    are summed: both [B, N, C], the image attention with weight and mask.
     """
 
     key_values: Sequence[KeyValue] | None = None
@@ -41,30 +42,42 @@ class AdapterApplication:
     name: str = "adapter"
     observe: Observe | None = None
     rows: Sequence[int] | None = None
-    _taken: dict[int, tuple[KeyValue, list[int], KeyValue]] = field(
+    _batch_rows: list[int] | None = field(default=None, init=False, repr=False)
+    _selected: dict[int, tuple[KeyValue, list[int], KeyValue]] = field(
         default_factory=dict[int, tuple[KeyValue, list[int], KeyValue]], init=False, repr=False
     )
     _resized: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(
         default_factory=dict[tuple[int, int], tuple[Tensor, Tensor]], init=False, repr=False
     )
 
-    def layer_weight(self, index: int) -> float | Tensor:
-        """The weight of the layer at `index` (id order)."""
-        if isinstance(self.weight, (int, float, Tensor)):
-            return self.weight
-        return self.weight[index]
+    def start_call(self, batch: int, rows: list[int] | None) -> None:
+        """Check this application before a call of the UNet with `batch` rows; `rows` are those of `pipeline_rows`.
 
-    def layer_key_values(self, index: int, batch: int, told: list[int] | None) -> KeyValue:
-        """Keys and values of the layer at `index`, [1 or batch, T, C]; `told` are the rows that the pipeline tells."""
-        pair = cast("Sequence[KeyValue]", self.key_values)[index]
-        count, rows = len(pair.key), told if self.rows is None else row_numbers(self.rows)
-        if told is not None and rows != told:
+        Raises AdapterError when rows, weights or masks do not fit the batch.
+        """
+        if self.key_values is None or (isinstance(self.weight, (int, float)) and self.weight == 0):
+            return
+        weights = self.weight.numel() if isinstance(self.weight, Tensor) else 1
+        masks = len(self.mask) if self.mask is not None and self.mask.ndim == 3 else 1
+        for what, count in (("weights", weights), ("masks", masks)):
+            if count not in (1, batch):
+                raise AdapterError(
+                    f"{self.name}: {count} {what} for {batch} rows of the UNet's batch, those of guidance included. "
+                    f"Pass 1, or {batch}."
+                )
+        self._batch_rows = self._rows_of(batch, rows)
+
+    def _rows_of(self, batch: int, pipeline_rows: list[int] | None) -> list[int] | None:
+        """The row of key_values for each row of the batch; None when they can be used as they are."""
+        count = len(cast("Sequence[KeyValue]", self.key_values)[0].key)
+        rows = pipeline_rows if self.rows is None else row_numbers(self.rows)
+        if pipeline_rows is not None and rows != pipeline_rows:
             raise AdapterError(
-                f"{self.name}: rows are {rows}, and pipeline_rows makes them {told}. Give one of the two alone."
+                f"{self.name}: rows are {rows}, and pipeline_rows makes them {pipeline_rows}. Use only one of the two."
             )
         if rows is None:
             if count == 1:
-                return pair
+                return None
             raise AdapterError(
                 f"{self.name}: {count} rows of image keys, and nothing tells which of them each of the {batch} rows of "
                 "the UNet's batch uses. Pass ip_adapter_image_embeds=pipeline_rows() to the pipeline, or set rows."
@@ -74,16 +87,25 @@ class AdapterApplication:
                 f"{self.name}: the rows are {rows}; expected {batch} numbers below {count}, one for each row of "
                 f"the UNet's batch, among {count} rows of image keys."
             )
-        if rows == list(range(count)):
+        return None if rows == list(range(count)) else rows
+
+    def layer_weight(self, index: int) -> float | Tensor:
+        """The weight of the layer at `index` (id order)."""
+        return self.weight if isinstance(self.weight, (int, float, Tensor)) else self.weight[index]
+
+    def layer_key_values(self, index: int) -> KeyValue:
+        """Keys and values of the layer at `index` for this call's batch, [1 or B, T, C]."""
+        pair, rows = cast("Sequence[KeyValue]", self.key_values)[index], self._batch_rows
+        if rows is None:
             return pair
-        source, taken_rows, taken = self._taken.get(index, (None, None, pair))
-        if source is not pair or taken_rows != rows:
-            taken = KeyValue(*(part[rows] for part in pair))
-            self._taken[index] = (pair, rows, taken)
-        return taken
+        source, selected_rows, selected = self._selected.get(index, (None, None, pair))
+        if source is not pair or selected_rows != rows:
+            selected = KeyValue(*(part[rows] for part in pair))
+            self._selected[index] = (pair, rows, selected)
+        return selected
 
     def layer_mask(self, grid: tuple[int, int], like: Tensor) -> Tensor:
-        """The mask on a layer's grid, [B or 1, N, 1]; each grid is computed once per mask."""
+        """The mask on a layer's grid, [B or 1, N, 1], resized once for each grid."""
         mask = cast("Tensor", self.mask)
         source, resized = self._resized.get(grid, (None, mask))
         if source is not mask or resized.device != like.device or resized.dtype != like.dtype:

@@ -1,4 +1,4 @@
-"""Where the bundled emoji files are: in a checkout, in an installed wheel and under ComfyUI's custom_nodes alike."""
+"""The folder of the bundled emoji files: in a checkout, an installed wheel or ComfyUI's custom_nodes."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from pathlib import Path
 
 from .errors import AdapterError
 
-# In a checkout and under custom_nodes `assets` lies beside this package; a wheel installs it as `ipadapter_assets`.
 MODEL = "emoji-model"  # the diffusers folder inside `emoji_folder()`
-PROMPTS = "prompts"  # a few images beside it that no part of it was trained on
-_FOLDERS = ("assets", "ipadapter_assets")
+PROMPTS = "prompts"  # a few images that neither the model nor the adapter was trained on
+_FOLDERS = ("assets", "ipadapter_assets")  # next to this package: in a checkout or custom_nodes, from a wheel
 
 
 def emoji_folder() -> Path:
     """The folder with the emoji model, its adapter and its images.
 
-    Raises AdapterError naming the places looked at when the installation lacks it.
+    Raises AdapterError when it is missing.
     """
-    beside = Path(__file__).resolve().parent.parent
+    parent = Path(__file__).resolve().parent.parent
     for name in _FOLDERS:
-        folder = beside / name / "emoji"
+        folder = parent / name / "emoji"
         if folder.is_dir():
             return folder
-    tried = " and ".join(str(beside / name / "emoji") for name in _FOLDERS)
+    tried = " and ".join(str(parent / name / "emoji") for name in _FOLDERS)
     raise AdapterError(f"The bundled emoji files are missing: looked for {tried}. Install the package again.")

@@ -1,6 +1,4 @@
-"""Decoupled image cross-attention: the term that IP-Adapter adds to the text attention (arXiv 2308.06721,
-eq. 5).
-"""
+"""Decoupled image cross-attention: the term that IP-Adapter adds to the text attention (arXiv 2308.06721, eq. 5)."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention over split heads: query [B, H, N, d], key and value [B, H, T, d] -> [B, H, N, d]."""
 
-C_PENALTY_WIDTH = 1280  # the widest layer of SD1.5 and SDXL: there the penalty is 1
+C_PENALTY_DIM = 1280  # channels of the widest layers of SD1.5 and SDXL, where the penalty is 1
 
 
 class KeyValue(NamedTuple):
@@ -40,8 +38,8 @@ def scale_keys_values(
     `key_value` holds [B, T, C] tensors; `weight` is a number or a tensor of B numbers. With several images
     concatenated along T, `images` is their count, because the mean of "K+mean(V)" is taken per image.
 
-    Returns the scaled pair and the weight that is left for the attention's output: all of it for "V only"
-    (exact: attention is linear in V), 1.0 for the other modes. Modes as in ComfyUI_IPAdapter_plus.
+    Returns the scaled pair and the weight for `image_attention`: unchanged for "V only" (attention is linear in V, so
+    this is exact), 1.0 for the other modes, which are those of ComfyUI_IPAdapter_plus.
 
     Raises AdapterError for an unknown mode, or when T is not a multiple of `images`.
     """
@@ -52,7 +50,7 @@ def scale_keys_values(
     key, value = key_value
     rows = _per_row(weight, key)
     if scaling != "K+V":
-        rows = rows * (key.shape[-1] / C_PENALTY_WIDTH)
+        rows = rows * (key.shape[-1] / C_PENALTY_DIM)
     if scaling == "K+mean(V) w/ C penalty":
         return KeyValue(key * rows, _scale_mean(value, rows, images)), 1.0
     return KeyValue(key * rows, value * rows), 1.0
@@ -66,55 +64,35 @@ def image_attention(
     *,
     weight: float | Tensor = 1.0,
     mask: Tensor | None = None,
-    scaling: Scaling = "V only",
     attend: Attend = F.scaled_dot_product_attention,
 ) -> Tensor:
-    """Attention of the image's queries to the image tokens, to be ADDED to the text attention before
-    `to_out`.
+    """Attention of the image's queries to the image tokens, to be ADDED to the text attention before `to_out`.
 
-    query [B, N, C]; key and value [B or 1, T, C], cast to the query's dtype; `weight` a number or a tensor of
-    B numbers; `mask` [B or 1, N, 1] (see `resize_mask`). Returns [B, N, C].
-
-    Raises AdapterError when the widths or the batch sizes do not fit.
+    query [B, N, C]; key and value [B or 1, T, C]; `weight` a number or a tensor of B numbers; `mask` [B or 1, N, 1]
+    (see `resize_mask`). Returns [B, N, C] in the query's dtype.
     """
-    batch, _, channels = query.shape
-    if channels % heads or key.shape[-1] != channels or value.shape != key.shape:
-        raise AdapterError(
-            f"Image attention: queries are {channels} wide with {heads} heads, keys are {tuple(key.shape)} and values "
-            f"{tuple(value.shape)}. They must share their width; use the layer that has this id."
-        )
-    if key.shape[0] not in (1, batch):
-        raise AdapterError(
-            f"Image attention: {key.shape[0]} rows of image keys for a batch of {batch}. Pass 1 row or {batch} rows."
-        )
-    # Checked here because even a cast to the same dtype is a call, in every layer of every step.
-    if key.dtype != query.dtype or value.dtype != query.dtype:
-        key, value = key.to(query.dtype), value.to(query.dtype)
-    scaled, left = scale_keys_values(KeyValue(key, value), weight, scaling)
-    out = attend_to_heads(query, *(split_heads(part, heads, batch) for part in scaled), attend=attend)
-    if isinstance(left, Tensor) or left != 1.0:
-        out = out * _per_row(left, out)
-    if mask is not None:
-        out = out * mask.to(out)
-    return out
+    key, value = (split_heads(part.to(query.dtype), heads).expand(query.shape[0], -1, -1, -1) for part in (key, value))
+    out = attend_to_heads(query, key, value, attend=attend)
+    if isinstance(weight, Tensor) or weight != 1.0:
+        out = out * _per_row(weight, out)
+    return out if mask is None else out * mask.to(out)
 
 
 def attend_to_heads(
     query: Tensor, key: Tensor, value: Tensor, *, attend: Attend = F.scaled_dot_product_attention
 ) -> Tensor:
     """Attention of query [B, N, H * d] to keys and values with split heads, [B, H, T, d]. Returns [B, N, H * d]."""
-    out = attend(split_heads(query, key.shape[1], query.shape[0]), key, value)
+    out = attend(split_heads(query, key.shape[1]), key, value)
     return out.transpose(1, 2).reshape(query.shape)
 
 
-def split_heads(x: Tensor, heads: int, batch: int) -> Tensor:
-    """[B or 1, T, H * d] -> [B, H, T, d]; a single row is broadcast without a copy."""
-    split = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
-    return split if x.shape[0] == batch else split.expand(batch, -1, -1, -1)
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H * d] -> [B, H, T, d]."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _scale_mean(value: Tensor, rows: Tensor | float, images: int) -> Tensor:
-    """Scale each image's mean value and leave the differences between its tokens as they are."""
+    """Scale the mean value of each image; the differences between its tokens stay."""
     if value.shape[1] % images:
         raise AdapterError(f"{value.shape[1]} image tokens do not divide into {images} images. Check `images`.")
     batch, tokens, channels = value.shape

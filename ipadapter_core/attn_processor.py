@@ -39,7 +39,7 @@ class ImageAttnProcessor:
         self.id = id
 
     def active_applications(self) -> list[tuple[AdapterApplication, Injection]]:
-        """Those that are not ejected: others may keep a processor for longer than that."""
+        """Those that are not ejected; fuse_qkv_projections keeps processors beyond that."""
         return [(application, injection) for application, injection in self.applications if injection.active]
 
     def __call__(
@@ -73,8 +73,8 @@ class ImageAttnProcessor:
         return out
 
     def image_term(self, query: Tensor, heads: int, text: Tensor) -> Tensor | None:
-        """The sum of all image attentions for a query [B, N, C]; None when nothing is to be added. `text` is the
-        text attention [B, N, C], for observers.
+        """The sum of all image attentions for a query [B, N, C], or None. `text`, the text attention [B, N, C], is
+        passed to observers.
         """
         if self.id % 2 == 0:
             return None
@@ -83,9 +83,12 @@ class ImageAttnProcessor:
             weight = application.layer_weight(self.id // 2)
             if application.key_values is None or (not isinstance(weight, Tensor) and weight == 0):
                 continue
-            key, value = application.layer_key_values(self.id // 2, query.shape[0], injection.rows)
-            mask = None if application.mask is None else application.layer_mask(_grid(injection, query), query)
-            _check_rows(application.name, query.shape[0], weight, mask)
+            if injection.latent_size is None:
+                raise AdapterError(f"{injection!r}: call the UNet itself (`unet(...)`), not `unet.forward`.")
+            key, value = application.layer_key_values(self.id // 2)
+            mask = None
+            if application.mask is not None:
+                mask = application.layer_mask(level_grid(injection.latent_size, query.shape[1]), query)
             term = image_attention(query, key, value, heads, weight=weight, mask=mask)
             if application.observe is not None:
                 application.observe(self.id, text, term)
@@ -94,9 +97,7 @@ class ImageAttnProcessor:
 
 
 class _AttentionView:
-    """An attention layer as the original processor sees it: everything is the layer's own, but for four
-    projections.
-    """
+    """An attention layer whose four projections are replaced; every other attribute is the layer's own."""
 
     def __init__(self, attn: Any, processor: ImageAttnProcessor) -> None:
         self._attn = attn
@@ -105,7 +106,7 @@ class _AttentionView:
         self._id = processor.id
         self._to_q = self._projection(attn.to_q, "to_q")
         self.to_k, self.to_v = self._projection(attn.to_k, "to_k"), self._projection(attn.to_v, "to_v")
-        # Not a method of the view: a cycle would keep the query alive until Python's garbage collector runs.
+        # Not a method of the view: a reference cycle would keep the query until the garbage collector runs.
         self._out = _ImageOut(self._projection(attn.to_out[0], "to_out"), processor, attn.heads)
         self.to_out = [self._out, *attn.to_out[1:]]
 
@@ -157,19 +158,3 @@ def _with_lora(projection: Projection, updates: Sequence[nn.Module], weight: flo
     if len(updates) == 1:
         return lambda x: projection(x) + weight * updates[0](x)
     return lambda x: projection(x) + weight * torch.cat([update(x) for update in updates], dim=-1)
-
-
-def _grid(injection: Injection, query: Tensor) -> tuple[int, int]:
-    if injection.latent_size is None:
-        raise AdapterError("A mask needs the latent's size: call the UNet itself (`unet(...)`), not `unet.forward`.")
-    return level_grid(injection.latent_size, query.shape[1])
-
-
-def _check_rows(name: str, batch: int, weight: float | Tensor, mask: Tensor | None) -> None:
-    weights = weight.numel() if isinstance(weight, Tensor) else 1
-    for what, count in (("weights", weights), ("masks", 1 if mask is None else len(mask))):
-        if count not in (1, batch):
-            raise AdapterError(
-                f"{name}: {count} {what} for {batch} rows of the UNet's batch, those of guidance included. Pass 1, or "
-                f"{batch}."
-            )

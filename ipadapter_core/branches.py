@@ -1,4 +1,4 @@
-"""The two branches of classifier-free guidance: which row of a batch is which, and what acts in each."""
+"""The branches of classifier-free guidance, positive and negative: their rows in a batch, their keys and values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ POSITIVE, NEGATIVE = 0, 1
 
 
 def branch_rows(positives: int, negatives: int, *, one_each: bool, swapped: bool) -> tuple[int, int]:
-    """How many rows `fold_weights` makes for the positive and for the negative branch.
+    """The number of rows that `fold_weights` makes for the positive and for the negative branch.
 
-    Joined images are one row a branch. With `one_each` every image has its own row; a single negative image serves
-    all, unless a layer is `swapped`: there the negative branch gets the positive images.
+    Joined images are one row per branch. With `one_each` every image has its own row; a single negative image is used
+    for all. In `swapped` layers the negative branch gets the positive images.
 
-    Raises AdapterError for several negative images whose number is not that of the positive ones.
+    Raises AdapterError when there are several negative images, but not as many as positive ones.
     """
     if not one_each:
         return 1, 1
@@ -44,13 +44,12 @@ def fold_weights(
     positives: int,
     one_each: bool = False,
 ) -> KeyValue | None:
-    """Both branches of one layer with all weights inside. The attention to them is added as it is. None when the
-    weight is 0.
+    """Keys and values of one layer for both branches, with all weights folded in; None when the weight is 0.
 
     `pair` has the keys and values of `positives` positive images, then of the negative ones, [images, T, C];
-    `weights` is one number for each of them, on top of `weight`. Returns [sum(rows), L, C], the positive branch first;
-    `rows` is `branch_rows`' answer. L is T with `one_each`, else T times the images that are joined. A branch that
-    gets nothing has values of 0. "V only" multiplies V, which equals multiplying the attention's output.
+    `weights` has one factor for each of them, on top of `weight`; `rows` is from `branch_rows`. Returns
+    [sum(rows), L, C], the positive branch first: L is T with `one_each`, else T times the joined images. A branch
+    without images has values of 0. "V only" multiplies V, which equals multiplying the attention's output.
 
     Raises AdapterError as `scale_keys_values` does.
     """
@@ -62,8 +61,8 @@ def fold_weights(
     if weight.swapped:
         negative = _weighted(images, shares[:positives] * weight.positive_into_negative, scaling)
     else:
-        others = KeyValue(pair.key[positives:], pair.value[positives:])
-        negative = _weighted(others, shares[positives:] * weight.negative, scaling)
+        negatives = KeyValue(pair.key[positives:], pair.value[positives:])
+        negative = _weighted(negatives, shares[positives:] * weight.negative, scaling)
     if not one_each:
         return KeyValue(*(torch.cat(join_images(*parts)) for parts in zip(positive, negative, strict=True)))
     return KeyValue(
@@ -74,7 +73,7 @@ def fold_weights(
 def join_images(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
     """[P, T, C] and [N, T, C] -> both as one row of equal length [1, L * T, C], L the least common multiple of P and N.
 
-    Repeating all tokens of a side leaves its attention as it is: the softmax shares out the same.
+    Repeating all tokens of a side does not change its attention.
     """
     images = math.lcm(positive.shape[0], negative.shape[0])
     first, second = (side.repeat(images // side.shape[0], 1, 1).flatten(0, 1)[None] for side in (positive, negative))
@@ -82,14 +81,14 @@ def join_images(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weighted(pair: KeyValue, weights: Tensor, scaling: Scaling) -> KeyValue:
-    """[N, T, C], each row with its weight; a weight of 0 leaves nothing, in every scaling."""
-    scaled, left = scale_keys_values(pair, weights, scaling)
-    left = left if isinstance(left, Tensor) else weights != 0.0
-    return KeyValue(scaled.key, scaled.value * left.reshape(-1, 1, 1).to(scaled.value))
+    """[N, T, C], each row with its weight. With a weight of 0 the values are 0, in every scaling."""
+    scaled, factor = scale_keys_values(pair, weights, scaling)
+    factor = factor if isinstance(factor, Tensor) else weights != 0.0
+    return KeyValue(scaled.key, scaled.value * factor.reshape(-1, 1, 1).to(scaled.value))
 
 
 def names_by_uuid(conds: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[Hashable, frozenset[str]]:
-    """A ComfyUI guider's conds -> the names ("positive", "negative", "middle", ...) under which each uuid is listed."""
+    """A ComfyUI guider's conds -> the names ("positive", "negative", "middle", ...) of each cond's uuid."""
     names: dict[Hashable, frozenset[str]] = {}
     for name, items in conds.items():
         for item in items or ():
@@ -98,32 +97,32 @@ def names_by_uuid(conds: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[Hash
     return names
 
 
-def chunk_branches(
+def resolve_branches(
     cond_or_uncond: Sequence[int],
     uuids: Sequence[Hashable] | None,
     names: Mapping[Hashable, frozenset[str]] | None,
 ) -> tuple[int, ...]:
-    """The branch of each chunk of a batch.
+    """The branch, POSITIVE or NEGATIVE, of each chunk of a batch.
 
-    A chunk is negative when the guider lists it under a name with "negative" in it ("negative",
-    "empty_negative_prompt"). `cond_or_uncond` is only an index into whatever list the guider passed, so it
-    decides (0 is positive) only for a chunk without a name or with names of both branches.
+    A cond is negative when the guider lists it under a name with "negative" in it ("negative",
+    "empty_negative_prompt"). `cond_or_uncond` is only an index into the guider's list, so it is used (0 is positive)
+    only for a cond without a name, or with names of both branches.
     """
     branches: list[int] = []
-    for place, index in enumerate(cond_or_uncond):
-        known = (names or {}).get(uuids[place], frozenset[str]()) if uuids and place < len(uuids) else frozenset[str]()
-        claims = {NEGATIVE if "negative" in name else POSITIVE for name in known}
-        branches.append(claims.pop() if len(claims) == 1 else (POSITIVE if index == 0 else NEGATIVE))
+    for chunk, index in enumerate(cond_or_uncond):
+        listed = (names or {}).get(uuids[chunk], frozenset[str]()) if uuids and chunk < len(uuids) else frozenset[str]()
+        named = {NEGATIVE if "negative" in name else POSITIVE for name in listed}
+        branches.append(named.pop() if len(named) == 1 else (POSITIVE if index == 0 else NEGATIVE))
     return tuple(branches)
 
 
-def grown_rows(declared: Sequence[int], chunks: Sequence[int], before: int, batch: int) -> list[int]:
-    """For each row of a batch that was changed inside a layer, the row of the batch from before that it stands for.
+def source_rows(declared: Sequence[int], chunks: Sequence[int], before: int, batch: int) -> list[int]:
+    """Maps each row of a batch that regional prompts have enlarged to its row in the original batch.
 
-    `chunks` has the index of each chunk of the `before` rows, `declared` that of each chunk of the `batch` rows,
-    as regional prompts declare them: several for one that came in.
+    `chunks` has the cond of each chunk of the original batch, of `before` rows; `declared` that of each chunk of the
+    enlarged one, of `batch` rows, which repeats them.
 
-    Raises AdapterError when the batch does not divide into what is declared, or an index is new.
+    Raises AdapterError when the batch does not divide into its chunks, or one of them is not in the original batch.
     """
     rows = rows_each(len(declared), batch)
     if not set(declared) <= set(chunks):

@@ -24,7 +24,7 @@ class AdapterCheckpoint:
     """An opened adapter file. Tensors stay on disk until they are read from the mappings.
 
     Keys are the published names: `image_proj["proj.weight"]`, `ip_adapter["1.to_k_ip.weight"]`,
-    `ip_adapter["0.to_q_lora.down.weight"]`. `layout` says which layout the file had.
+    `ip_adapter["0.to_q_lora.down.weight"]`. `layout` is that of the file, see `plan_keys`.
     """
 
     path: str
@@ -37,10 +37,9 @@ class AdapterCheckpoint:
 def read_checkpoint(path: str | os.PathLike[str]) -> AdapterCheckpoint:
     """Open an IP-Adapter file (.safetensors or .bin, recognised by content) without reading its weights.
 
-    Raises AdapterError, which names the file and says what it looks like, when the file is missing,
-    damaged, in another format, holds something else than an IP-Adapter, or has weights that are empty or not
-    floating point. Weights are checked when they are read: for NaN, for infinity and for matrices of zeros.
-    Pickles are opened with `weights_only`, so no code of theirs runs.
+    Raises AdapterError when the file is missing, damaged, in another format or no IP-Adapter, or has weights that are
+    empty or not floating point. Weights are checked when they are read: for NaN, infinity and matrices of zeros.
+    Pickles are opened with `weights_only`, so their code does not run.
     """
     where = Path(path)
     try:
@@ -55,7 +54,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> AdapterCheckpoint:
 def checkpoint_from_state(
     state: Mapping[str, Tensor], *, path: str = "<memory>", metadata: Mapping[str, str] | None = None
 ) -> AdapterCheckpoint:
-    """The same for tensors in memory with flat keys of any layout (`image_proj.*`, `ip_adapter.*`, ...)."""
+    """`read_checkpoint` for tensors in memory with flat keys of any layout (`image_proj.*`, `ip_adapter.*`, ...)."""
     return _checkpoint(path, file_from_tensors(state, metadata))
 
 

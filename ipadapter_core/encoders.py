@@ -1,4 +1,4 @@
-"""Which image encoder (CLIP vision) a file holds and which one an adapter needs: by tensors, never by name."""
+"""The image encoder (CLIP vision) in a file, and the one that an adapter needs: by tensors, never by file name."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ _LAYER = re.compile(r"^(?:vision_model\.encoder\.layers|visual\.transformer\.res
 
 @dataclass(frozen=True, slots=True)
 class ImageEncoder:
-    """The shape of an image encoder, from its tensors: channels of its hidden states and of its image_embeds (None: it
-    makes none), its tokens (patches and the class token; 257 for ViT-H/14 at 224 pixels; None where the size of the
-    image decides), its architecture, its layers (0: unknown) and the pixels of a patch (0: unknown).
+    """An image encoder, from the shapes of its tensors.
+
+    `hidden_dim` and `embeds_dim` are the channels of its hidden states and image_embeds (None: no image_embeds).
+    `num_tokens` counts patches and class token: 257 for ViT-H/14 at 224 pixels, None when it depends on the image size.
+    `patch` is the side of a patch in pixels. 0 is unknown for `layers` and `patch`.
     """
 
     hidden_dim: int
@@ -67,7 +69,7 @@ class ImageEncoder:
 
 
 def encoder_from_shapes(shapes: Shapes) -> ImageEncoder | None:
-    """The encoder that tensors of these names and shapes are, or None when they are no CLIP vision model."""
+    """The encoder with tensors of these names and shapes; None when it is no CLIP vision model."""
     numbers = [int(match.group(1)) for match in map(_LAYER.match, shapes) if match]
     layers = max(numbers, default=-1) + 1
     if f"{_CLIP}position_embedding.weight" in shapes:
@@ -99,15 +101,13 @@ def _transformers_encoder(shapes: Shapes, layers: int) -> ImageEncoder:
 
 
 def _dino_encoder(shapes: Shapes, layers: int) -> ImageEncoder | None:
-    width = shapes["embeddings.cls_token"][-1]
+    dim = shapes["embeddings.cls_token"][-1]
     if "embeddings.register_tokens" in shapes and "layer.0.attention.o_proj.bias" in shapes:
-        return ImageEncoder(width, width, None, "DINOv3", layers, shapes["embeddings.patch_embeddings.weight"][-1])
+        return ImageEncoder(dim, dim, None, "DINOv3", layers, shapes["embeddings.patch_embeddings.weight"][-1])
     if "encoder.layer.0.layer_scale1.lambda1" not in shapes:
         return None
     tokens = shapes["embeddings.position_embeddings"][-2]
-    return ImageEncoder(
-        width, width, tokens, "DINOv2", layers, shapes["embeddings.patch_embeddings.projection.weight"][-1]
-    )
+    return ImageEncoder(dim, dim, tokens, "DINOv2", layers, shapes["embeddings.patch_embeddings.projection.weight"][-1])
 
 
 def read_encoder(path: str | os.PathLike[str]) -> ImageEncoder | None:
@@ -121,7 +121,7 @@ def read_encoder(path: str | os.PathLike[str]) -> ImageEncoder | None:
 
 
 def open_encoder(path: Path) -> ImageEncoder | None:
-    """`read_encoder` that raises AdapterError or OSError for a file that cannot be read."""
+    """`read_encoder`, but raises AdapterError or OSError for a file that cannot be read."""
     infos = open_tensors(path, EXPECTED_ENCODER).infos
     try:
         return encoder_from_shapes({name.removeprefix("state_dict."): info.shape for name, info in infos.items()})
@@ -130,13 +130,12 @@ def open_encoder(path: Path) -> ImageEncoder | None:
 
 
 def encoder_fits(spec: AdapterSpec, encoder: ImageEncoder) -> bool:
-    """Whether an encoder makes the features that an adapter takes, and is of the kind that it was trained on as far
-    as that can be known.
+    """Whether an encoder has the features that an adapter takes, and the architecture that it was trained on.
 
-    Several encoders share a width: the file's metadata decides, else the published adapters of this width (CLIP).
+    Several encoders share a dim: the file's metadata decides, else CLIP, as in the published adapters.
     """
-    width = encoder.embeds_dim if spec.kind == "base" else encoder.hidden_dim
-    if width is None or width != spec.image_dim:
+    dim = encoder.embeds_dim if spec.kind == "base" else encoder.hidden_dim
+    if dim is None or dim != spec.image_dim:
         return False
     if spec.kind == "full" and spec.num_tokens != _tokens_at(encoder, spec.encoder_resolution):
         return False
@@ -145,10 +144,10 @@ def encoder_fits(spec: AdapterSpec, encoder: ImageEncoder) -> bool:
     families = families_named(spec.encoder_id)
     if families:
         return encoder.family in families
-    known = encoders_of_dim(width, embeds=spec.kind == "base")
+    known = encoders_of_dim(dim, embeds=spec.kind == "base")
     if not known:
-        return encoder.family == "CLIP"  # nobody's width: an encoder of one's own
-    if CLIP_L in known:  # DINOv2-L shares its width: only the metadata can ask for that
+        return encoder.family == "CLIP"  # of no published encoder: a custom one
+    if CLIP_L in known:  # DINOv2-L has the same dim: only the metadata can ask for it
         known = [CLIP_L]
     return encoder.published in known or (spec.kind == "full" and encoder.family == "CLIP")
 
@@ -171,8 +170,7 @@ def find_encoder(
 
     `name` is the adapter's and `folder` where encoders belong, both for the message.
 
-    Raises AdapterError that says what each file is, which one to download and where to put it, or that two files
-    fit and differ.
+    Raises AdapterError when no file fits, or two different encoders do.
     """
     seen: list[str] = []
     fitting: dict[Path, ImageEncoder] = {}

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes, and the sentence for a file that is not what was expected."""
+"""The type of a file by its first bytes, and the error for an unexpected one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .errors import AdapterError
 
 
 class FileType(NamedTuple):
-    """`name` is for messages ("a PNG image"); `is_failed_download` is true of what is left when a download failed;
-    `advice` is what to do with such a file, where there is more to say than to choose another one.
+    """`name` is for messages ("a PNG image"). `is_failed_download`: typically the result of a failed download.
+    `advice`: what to do with such a file, if not to choose another one.
     """
 
     name: str
@@ -61,11 +61,11 @@ _SHOWN = 48  # characters of a text
 
 
 def type_of(start: bytes) -> FileType | None:
-    """What a file with these first bytes is; None for an unknown one."""
+    """The type of a file with these first bytes; None for an unknown one."""
     if not start.strip(b"\0"):
         return ZEROS if start else EMPTY
-    # Before all others: the length of the header comes first, and its low byte may be any of theirs. Eight printable
-    # characters would be a length beyond all limits.
+    # First, because the length of the header may start with the bytes of any other type. Eight printable characters
+    # would be a length beyond all limits.
     if start[8:9] == b"{" and not _is_text(start[:8]):
         return SAFETENSORS
     if start[257:262] == b"ustar":
@@ -80,7 +80,7 @@ def type_of(start: bytes) -> FileType | None:
 
 
 def file_type(path: Path) -> FileType:
-    """What a file is, by its first bytes. Raises OSError when it cannot be read."""
+    """The type of a file. Raises OSError when it cannot be read."""
     with path.open("rb") as stream:
         start = stream.read(START)
     return type_of(start) or FileType(f"neither safetensors nor a PyTorch file (it starts with {start[:8]!r})")

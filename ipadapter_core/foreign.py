@@ -15,7 +15,7 @@ class _Foreign(NamedTuple):
     advice: str
 
 
-# By tensor names, which nothing else has; the first match wins.
+# By tensor names that only these files have; the first match wins.
 _FOREIGN = (
     _Foreign(
         r"^style_image_proj_modules\.",
@@ -59,7 +59,7 @@ _FOREIGN = (
 
 
 def foreign_adapter(names: Collection[str]) -> str | None:
-    """What other adapter tensors of these names are, such as "a StyleShot adapter"; None when none that is known."""
+    """The name of another kind of adapter with these tensors, such as "a StyleShot adapter"; None if unknown."""
     found = _find(names)
     return None if found is None else found.name
 

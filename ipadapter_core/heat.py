@@ -1,4 +1,4 @@
-"""Where in an image an image prompt acts: its share of the attention, and how it is drawn."""
+"""Attention maps: the image prompt's share of the attention, drawn over an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From images to the features of one image prompt: cropping, masking and combining, before the projector."""
+"""Before the projector: crop and mask images for the encoder, combine the features of several."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CROPS: tuple[Crop, ...] = get_args(Crop)
 Combine = Literal["concat", "add", "subtract", "average", "norm average", "max", "min"]
 COMBINES: tuple[Combine, ...] = get_args(Combine)
 
-# CLIP's mean colour: zero after the encoder's normalisation, so it says nothing.
+# CLIP's mean colour: zero after the encoder's normalisation.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 BATCH = 16  # images at a time: a video must not be in memory twice
@@ -35,7 +35,7 @@ def crop_image(
     fill: tuple[float, float, float] = CLIP_MEAN,
     name: str = "image",
 ) -> Tensor:
-    """The square image that the encoder sees. image [B, H, W, C] in 0..1 -> [B, size, size, 3] in 0..1.
+    """The square input of the encoder. image [B, H, W, C] in 0..1 -> [B, size, size, 3] in 0..1.
 
     The short side is resized to `size` (bicubic, antialiased, as CLIP's preprocessing does) and the square
     is taken where `crop` says; "pad" fills a square with `fill`, "stretch" ignores the aspect ratio. Where
@@ -97,7 +97,7 @@ def combine_features(features: Tensor, combine: str) -> Tensor:
 
 
 def last_for_all(count: int, places: Iterable[int]) -> list[int]:
-    """Which of `count` each place takes: its own, and the last one where there are more places."""
+    """The index, below `count`, for each place; the last one is used for all places beyond."""
     return [min(place, count - 1) for place in places]
 
 
@@ -118,7 +118,7 @@ def check_shape(image: Tensor, name: str) -> None:
 
 
 def _fit_mask(mask: Tensor, pixels: Tensor, size: int, crop: str) -> Tensor:
-    """[H, W] or [M, H, W] -> [M, 1, H, W] at the image's size; the last mask serves the images left."""
+    """[H, W] or [M, H, W] -> [M, 1, H, W] at the image's size; the last mask is used for all remaining images."""
     mask = check_mask(mask)
     if len(mask) > len(pixels):
         raise AdapterError(

@@ -1,4 +1,4 @@
-"""An opened file -> AdapterSpec, from tensor shapes; header metadata wins where shapes cannot tell."""
+"""An opened file -> AdapterSpec, from tensor shapes and, where they are ambiguous, the header's metadata."""
 
 from __future__ import annotations
 
@@ -9,35 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from .build import build_projector, check_tensors
+from .build import check_projector
 from .checkpoint import AdapterCheckpoint
 from .errors import AdapterError
 from .infer_layers import Shapes, infer_layers
-from .spec import (
-    FAMILIES,
-    KOLORS_TEXT_DIM,
-    METADATA_BASE_FAMILY,
+from .metadata import (
     METADATA_DIM_HEAD,
     METADATA_ENCODER,
     METADATA_KIND,
     METADATA_NEGATIVE,
-    METADATA_NUM_TOKENS,
     METADATA_RESOLUTION,
-    METADATA_SHORTCUT,
-    AdapterSpec,
-    Kind,
-    family_of,
+    check_family,
+    read_integer,
+    read_num_tokens,
+    read_shortcut,
 )
+from .spec import KOLORS_TEXT_DIM, AdapterSpec, Kind, family_of
 
 _DIM_HEAD = 64  # every published resampler
 _FULL_TOKENS = 257  # ViT-H/14 at 224 pixels: 16 x 16 patches and the class token
 _PORTRAIT_TOKENS = 16
-_FACE_WIDTH = 512  # ArcFace; no published plus adapter reads features of this width
+_FACE_DIM = 512  # ArcFace; no published plus adapter reads features of this dim
 
 
 @dataclass(frozen=True, slots=True)
 class _Projector:
-    """What the image_proj part says."""
+    """The spec fields that come from the image_proj part."""
 
     kind: Kind
     cross_attention_dim: int
@@ -53,11 +50,11 @@ class _Projector:
 def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
     """Describe an opened adapter. Reads shapes and metadata only, never weights or the file name.
 
-    Raises AdapterError for a missing layer, keys without values, shapes that fit no known projector, tensors that
-    the projector has not, and metadata that contradicts the shapes.
+    Raises AdapterError for a missing layer, keys without values, an unknown projector, missing or unexpected tensors,
+    and metadata that contradicts the shapes.
     """
     origin, metadata = checkpoint.path, checkpoint.metadata
-    widths, cross_attention_dim, lora_rank = infer_layers(checkpoint.ip_adapter.shapes, origin)
+    dims, cross_attention_dim, lora_rank = infer_layers(checkpoint.ip_adapter.shapes, origin)
     try:
         projector = _infer_projector(checkpoint.image_proj.shapes, metadata.get(METADATA_KIND), origin)
     except AdapterError:
@@ -73,15 +70,15 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
             f"{cross_attention_dim}. The two parts belong to different adapters."
         )
     kind = _kind(projector, lora_rank, metadata, origin)
-    family = family_of(cross_attention_dim, widths)
-    _check_family(family, metadata, origin)
+    family = family_of(cross_attention_dim, dims)
+    check_family(family, metadata, origin)
     heads, dim_head = _heads(projector.inner_dim, metadata, origin)
-    shortcut = _shortcut(kind, metadata, origin)
+    shortcut = read_shortcut(kind, metadata, origin)
     spec = AdapterSpec(
         kind=kind,
         family=family,
         cross_attention_dim=cross_attention_dim,
-        num_tokens=_tokens(kind, projector.num_tokens, metadata, origin),
+        num_tokens=read_num_tokens(kind, projector.num_tokens, metadata, origin),
         image_dim=projector.image_dim,
         face_dim=projector.face_dim,
         hidden_dim=projector.hidden_dim,
@@ -89,23 +86,21 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
         depth=projector.depth,
         heads=heads,
         dim_head=dim_head,
-        layer_dims=widths,
+        layer_dims=dims,
         lora_rank=lora_rank,
         shortcut=True if kolors_face and shortcut is None else shortcut,  # its only published file is a v2
         unnormalised=kolors_face or (kind == "portrait" and projector.depth is not None),
         encoder_id=metadata.get(METADATA_ENCODER),
         negative=metadata.get(METADATA_NEGATIVE, "zeros"),
         token_dim=projector.cross_attention_dim if kolors_face else None,
-        encoder_resolution=_integer(METADATA_RESOLUTION, metadata, origin),
+        encoder_resolution=read_integer(METADATA_RESOLUTION, metadata, origin),
     )
-    check_tensors(build_projector(spec, device="meta"), checkpoint.image_proj, origin)
+    check_projector(spec, checkpoint.image_proj.shapes, origin)
     return spec
 
 
 def shortcut_hint(path: str | os.PathLike[str]) -> bool | None:
-    """A hint only: True when the file NAME says plusv2, False when it says faceid-plus without v2, else
-    None.
-    """
+    """From the file NAME, so only a hint: True for plusv2, False for faceid-plus without v2, else None."""
     name = re.sub(r"[-_ .]", "", Path(path).name.lower())
     if "plusv2" in name:
         return True
@@ -118,7 +113,7 @@ def _infer_projector(shapes: Shapes, claimed: str | None, origin: str) -> _Proje
     if "perceiver_resampler.proj_in.weight" in shapes:
         context = shapes["norm.weight"][0]
         inner = shapes["perceiver_resampler.layers.0.0.to_q.weight"][0]
-        width, image_dim = shapes["perceiver_resampler.proj_in.weight"]
+        dim, image_dim = shapes["perceiver_resampler.proj_in.weight"]
         return _Projector(
             "faceid-plus",
             context,
@@ -126,7 +121,7 @@ def _infer_projector(shapes: Shapes, claimed: str | None, origin: str) -> _Proje
             image_dim=image_dim,
             face_dim=shapes["proj.0.weight"][1],
             hidden_dim=shapes["proj.0.weight"][0],
-            resampler_dim=width,
+            resampler_dim=dim,
             depth=_depth(shapes, "perceiver_resampler.layers."),
             inner_dim=inner,
         )
@@ -150,16 +145,16 @@ def _infer_projector(shapes: Shapes, claimed: str | None, origin: str) -> _Proje
 
 
 def _infer_resampler(shapes: Shapes, claimed: str | None) -> _Projector:
-    width, feature_dim = shapes["proj_in.weight"]
-    # A resampler over one ArcFace vector is the un-normalised portrait adapter, unless the file says plus.
-    face = feature_dim == _FACE_WIDTH and claimed != "plus"
+    dim, feature_dim = shapes["proj_in.weight"]
+    # A resampler over one ArcFace vector is the un-normalised portrait adapter, unless the metadata has kind plus.
+    face = feature_dim == _FACE_DIM and claimed != "plus"
     return _Projector(
         "portrait" if face else "plus",
         shapes["proj_out.weight"][0],
         shapes["latents"][1],
         image_dim=None if face else feature_dim,
         face_dim=feature_dim if face else None,
-        resampler_dim=width,
+        resampler_dim=dim,
         depth=_depth(shapes, "layers."),
         inner_dim=shapes["layers.0.0.to_q.weight"][0],
     )
@@ -181,35 +176,10 @@ def _ratio(rows: int, cross_attention_dim: int, origin: str) -> int:
     return rows // cross_attention_dim
 
 
-def _kind(projector: _Projector, lora_rank: int | None, metadata: Mapping[str, str], origin: str) -> Kind:
-    kind = projector.kind
-    if kind == "faceid" and lora_rank is None and projector.num_tokens == _PORTRAIT_TOKENS:
-        kind = "portrait"
-    claimed = metadata.get(METADATA_KIND)
-    if claimed is None or claimed == kind:
-        return kind
-    if projector.kind == "faceid" and claimed in ("faceid", "portrait"):
-        return cast("Kind", claimed)  # the same keys, so only the metadata can tell
-    raise AdapterError(
-        f"{origin}: its metadata says {METADATA_KIND}={claimed!r}, its tensors are those of a {kind} adapter. Correct "
-        "the metadata or export it again."
-    )
-
-
-def _check_family(family: str, metadata: Mapping[str, str], origin: str) -> None:
-    claimed = metadata.get(METADATA_BASE_FAMILY)
-    known = claimed is not None and (claimed in FAMILIES or claimed.startswith("context-"))
-    if known and claimed != family:
-        raise AdapterError(
-            f"{origin}: its metadata says {METADATA_BASE_FAMILY}={claimed!r}, its layers are those of {family!r}. "
-            "Correct the metadata or export it again."
-        )
-
-
 def _heads(inner: int | None, metadata: Mapping[str, str], origin: str) -> tuple[int | None, int | None]:
     if inner is None:
         return None, None
-    dim_head = _integer(METADATA_DIM_HEAD, metadata, origin) or _DIM_HEAD
+    dim_head = read_integer(METADATA_DIM_HEAD, metadata, origin) or _DIM_HEAD
     if inner % dim_head:
         raise AdapterError(
             f"{origin}: the resampler's attention is {inner} wide, which does not divide into heads of {dim_head}. "
@@ -218,34 +188,16 @@ def _heads(inner: int | None, metadata: Mapping[str, str], origin: str) -> tuple
     return inner // dim_head, dim_head
 
 
-def _tokens(kind: Kind, num_tokens: int, metadata: Mapping[str, str], origin: str) -> int:
-    claimed = _integer(METADATA_NUM_TOKENS, metadata, origin)
-    if claimed is None or claimed == num_tokens:
-        return num_tokens
-    if kind == "full":  # one token per patch: the encoder's resolution decides, not the weights
-        return claimed
+def _kind(projector: _Projector, lora_rank: int | None, metadata: Mapping[str, str], origin: str) -> Kind:
+    kind = projector.kind
+    if kind == "faceid" and lora_rank is None and projector.num_tokens == _PORTRAIT_TOKENS:
+        kind = "portrait"
+    claimed = metadata.get(METADATA_KIND)
+    if claimed is None or claimed == kind:
+        return kind
+    if projector.kind == "faceid" and claimed in ("faceid", "portrait"):
+        return cast("Kind", claimed)  # faceid and portrait have the same keys
     raise AdapterError(
-        f"{origin}: its metadata says {METADATA_NUM_TOKENS}={claimed}, its projector makes {num_tokens} tokens. "
-        "Correct the metadata or export it again."
+        f"{origin}: its metadata says {METADATA_KIND}={claimed!r}, its tensors are those of a {kind} adapter. Correct "
+        "the metadata or export it again."
     )
-
-
-def _integer(key: str, metadata: Mapping[str, str], origin: str) -> int | None:
-    text = metadata.get(key)
-    if text is None:
-        return None
-    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
-        raise AdapterError(f"{origin}: its metadata says {key}={text!r}; expected a whole number above 0.")
-    return int(text)
-
-
-def _shortcut(kind: Kind, metadata: Mapping[str, str], origin: str) -> bool | None:
-    claimed = metadata.get(METADATA_SHORTCUT)
-    if claimed is None:
-        return None
-    if kind != "faceid-plus" or claimed not in ("true", "false"):
-        raise AdapterError(
-            f"{origin}: its metadata says {METADATA_SHORTCUT}={claimed!r} and it is a {kind} adapter; expected 'true' "
-            "or 'false' on a faceid-plus adapter only. Correct the metadata."
-        )
-    return claimed == "true"

@@ -1,4 +1,4 @@
-"""The `ip_adapter` part of a file -> layer widths, context width and LoRA rank, from shapes."""
+"""The `ip_adapter` part of a file -> layer dims, cross_attention_dim and LoRA rank, from shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LORA = re.compile(r"^([0-9]{1,6})\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 
 
 def infer_layers(shapes: Shapes, origin: str) -> tuple[tuple[int, ...], int, int | None]:
-    """Layer widths in id order, the context width and the LoRA rank."""
+    """Layer dims in id order, the cross_attention_dim and the LoRA rank (None without a LoRA)."""
     sides: dict[str, dict[int, tuple[int, ...]]] = {"k": {}, "v": {}}
     lora: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
@@ -40,8 +40,8 @@ def infer_layers(shapes: Shapes, origin: str) -> tuple[tuple[int, ...], int, int
                 f"{origin}: layer {id} has to_k_ip {list(shape)} and to_v_ip {list(values[id])}; expected two of "
                 f"[width, {cross_attention_dim}]. The file mixes different adapters; download or export it again."
             )
-    widths = tuple(keys[id][0] for id in sorted(keys))
-    return widths, cross_attention_dim, _infer_lora(lora, widths, cross_attention_dim, origin)
+    dims = tuple(keys[id][0] for id in sorted(keys))
+    return dims, cross_attention_dim, _infer_lora(lora, dims, cross_attention_dim, origin)
 
 
 def _check_ids(keys: Mapping[int, object], values: Mapping[int, object], origin: str) -> None:
@@ -69,18 +69,18 @@ def _check_ids(keys: Mapping[int, object], values: Mapping[int, object], origin:
     )
 
 
-def _infer_lora(lora: Shapes, widths: tuple[int, ...], cross_attention_dim: int, origin: str) -> int | None:
+def _infer_lora(lora: Shapes, dims: tuple[int, ...], cross_attention_dim: int, origin: str) -> int | None:
     """The rank of the LoRA, after checking that every attention layer has all eight tensors of the right
     shape.
     """
     if not lora:
         return None
     rank = next(iter(lora.values()))[0 if "down" in next(iter(lora)) else -1]
-    for id in range(2 * len(widths)):
-        width = widths[id // 2]
+    for id in range(2 * len(dims)):
+        dim = dims[id // 2]
         for part in ("q", "k", "v", "out"):
-            source = cross_attention_dim if id % 2 and part in "kv" else width
-            for side, shape in (("down", (rank, source)), ("up", (width, rank))):
+            source = cross_attention_dim if id % 2 and part in "kv" else dim
+            for side, shape in (("down", (rank, source)), ("up", (dim, rank))):
                 name = f"{id}.to_{part}_lora.{side}.weight"
                 if lora.get(name) != shape:
                     raise AdapterError(

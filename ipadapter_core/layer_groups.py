@@ -10,8 +10,8 @@ from .errors import AdapterError
 from .spec import FAMILY_NAMES
 from .weight_types import WEIGHT_LAYOUTS, LayerWeight, WeightLayout
 
-# In execution order. What they carry is known best for SDXL: composition and style from InstantStyle (arXiv
-# 2404.02733), content beside style from B-LoRA (arXiv 2403.14572).
+# Transformers in execution order. Best known for SDXL: composition and style from InstantStyle (arXiv 2404.02733),
+# content from B-LoRA (arXiv 2403.14572).
 LAYER_GROUPS: Mapping[str, Mapping[str, range]] = {
     "early": {"sd15": range(4), "sdxl": range(3)},
     "composition": {"sd15": range(4, 6), "sdxl": range(3, 4)},
@@ -48,7 +48,7 @@ class LayerFactors:
 
 
 def group_factors(family: str, groups: Mapping[str, float]) -> LayerFactors:
-    """Factors by the names of `LAYER_GROUPS`; a group that is not named has 1."""
+    """Factors by the names of `LAYER_GROUPS`; groups that are not listed have 1."""
     factors = [1.0] * WEIGHT_LAYOUTS[family].transformers
     for name, factor in groups.items():
         if not math.isfinite(factor):
@@ -104,7 +104,7 @@ def group_indices(group: str, layout: WeightLayout) -> range:
 
 
 def entries(text: str) -> list[tuple[int, str]]:
-    """What stands between commas and newlines, with its place from 1 on; empty ones are left out."""
+    """(number, entry) of a text separated by commas or newlines, numbered from 1, without empty entries."""
     parts = [part.strip() for part in text.replace("\n", ",").split(",")]
     return list(enumerate((part for part in parts if part), start=1))
 

@@ -1,7 +1,7 @@
 """Which attention layer has which id, and the image keys and values of each.
 
-Published files number the layers by their place in diffusers' `unet.attn_processors`: down blocks, up
-blocks, then the middle. Self-attention takes the even ids, cross-attention the odd ones.
+Published files number the layers in the order of diffusers' `unet.attn_processors`: down blocks, up blocks, then the
+middle block. Self-attention has the even ids, cross-attention the odd ones.
 """
 
 from __future__ import annotations
@@ -9,39 +9,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .attention import KeyValue
 from .errors import AdapterError
 from .operations import Operations
+from .spec import AdapterSpec
 
 _STAGES = ("down_blocks", "up_blocks", "mid_block")  # the order of ids; execution goes down, mid, up
 _MOTION = ("motion_modules", "temporal")
-
-
-class Layer(NamedTuple):
-    """One cross-attention layer of a diffusers UNet: its id in adapter files and its processor's name."""
-
-    id: int
-    name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """One cross-attention layer of a loaded model.
 
-    `id` is its (odd) number in adapter files, `width` the channels C of its keys and `cross_attention_dim` those
-    of the text. `transformer_index` counts the transformers in execution order (input, middle, output),
-    which is what the weight types are defined on. `block` is ComfyUI's patch key, such as ("input", 1, 0);
-    None for diffusers. `heads` are those of the attention.
+    `id` is its odd number in adapter files, `dim` the channels of its queries and keys, `cross_attention_dim` those of
+    the text. `transformer_index` counts the transformers in execution order (input, middle, output); weight types give
+    one weight to each. `block` is ComfyUI's patch key, such as ("input", 1, 0); None for diffusers.
     """
 
     id: int
     name: str
-    width: int
+    dim: int
     cross_attention_dim: int
     transformer_index: int
     block: tuple[str, int, int] | None = None
@@ -49,8 +41,8 @@ class Site:
 
 
 def attention_ids(names: Iterable[str]) -> dict[str, int]:
-    """Attention module or processor names, in any order -> their ids (attn1 even, attn2 odd). Motion
-    modules have none.
+    """Attention module or processor names, in any order -> their ids, in id order (attn1 even, attn2 odd). Motion
+    modules have no id.
 
     Raises AdapterError for a name outside down_blocks, up_blocks and mid_block.
     """
@@ -60,14 +52,8 @@ def attention_ids(names: Iterable[str]) -> dict[str, int]:
             groups.setdefault(re.split(r"\.attn[12]\b", name)[0], []).append(name)
     ids: dict[str, int] = {}
     for index, group in enumerate(sorted(groups, key=_id_order)):
-        ids.update({name: 2 * index + (".attn2" in name) for name in groups[group]})
+        ids.update({name: 2 * index + (".attn2" in name) for name in sorted(groups[group])})
     return ids
-
-
-def layer_table(names: Iterable[str]) -> tuple[Layer, ...]:
-    """The cross-attention layers among `unet.attn_processors`' names, in id order: down, up, mid."""
-    ids = attention_ids(names)
-    return tuple(Layer(id, name) for name, id in sorted(ids.items(), key=lambda item: item[1]) if id % 2)
 
 
 def _id_order(name: str) -> tuple[int, list[int]]:
@@ -83,20 +69,19 @@ def diffusers_sites(unet: nn.Module) -> tuple[Site, ...]:
     Raises AdapterError when the model has no cross-attention layers.
     """
     modules = named_modules(unet)
-    table = layer_table(cast("Mapping[str, Any]", getattr(unet, "attn_processors", {})))
-    if not table:
+    processors = cast("Mapping[str, Any]", getattr(unet, "attn_processors", {}))
+    ids = {name.removesuffix(".processor"): id for name, id in attention_ids(processors).items() if id % 2}
+    if not ids:
         raise AdapterError(f"{type(unet).__name__} has no cross-attention layers. Pass a UNet2DConditionModel.")
-    transformers = sorted({_transformer(layer.name) for layer in table}, key=_execution_order)
-    sites: list[Site] = []
-    for layer in table:
-        name = layer.name.removesuffix(".processor")
-        attention = modules[name]
-        to_k = attention.to_k
-        index = transformers.index(_transformer(name))
-        sites.append(
-            Site(layer.id, name, int(to_k.out_features), int(to_k.in_features), index, heads=int(attention.heads))
-        )
-    return tuple(sites)
+    transformers = sorted({_transformer(name) for name in ids}, key=_execution_order)
+    return tuple(_site(modules[name], id, name, transformers.index(_transformer(name))) for name, id in ids.items())
+
+
+def _site(
+    attention: Any, id: int, name: str, transformer_index: int, block: tuple[str, int, int] | None = None
+) -> Site:
+    dim, cross_attention_dim = int(attention.to_k.out_features), int(attention.to_k.in_features)
+    return Site(id, name, dim, cross_attention_dim, transformer_index, block, int(attention.heads))
 
 
 def named_modules(model: nn.Module) -> dict[str, Any]:
@@ -155,10 +140,8 @@ def cross_attention_sites(diffusion_model: Any) -> tuple[Site, ...]:
     sites: list[Site] = []
     for key, id in comfy_block_ids([len(b) for b in inputs], len(middle), [len(b) for b in outputs]):
         stage, number, i = key
-        attention = blocks[stage, number][i].attn2
-        width, context = int(attention.to_k.out_features), int(attention.to_k.in_features)
-        name, index = f"{stage}.{number}.{i}.attn2", executed.index((stage, number))
-        sites.append(Site(id, name, width, context, index, key, int(attention.heads)))
+        attention, index = blocks[stage, number][i].attn2, executed.index((stage, number))
+        sites.append(_site(attention, id, f"{stage}.{number}.{i}.attn2", index, key))
     if not sites:
         raise AdapterError(f"{type(diffusion_model).__name__} has no cross-attention layers. Use an SD or SDXL model.")
     return tuple(sites)
@@ -174,27 +157,15 @@ def _transformer_blocks(block: Any) -> list[Any]:
 
 
 class ImageKeyValueLayers(nn.Module):
-    """`to_k_ip` and `to_v_ip` of every cross-attention layer; its state dict is the file's `ip_adapter`
-    part.
-    """
+    """`to_k_ip` and `to_v_ip` of every cross-attention layer; its state dict is the file's `ip_adapter` part."""
 
-    def __init__(
-        self,
-        layer_ids: Sequence[int],
-        layer_dims: Sequence[int],
-        cross_attention_dim: int,
-        *,
-        operations: Operations = nn,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, spec: AdapterSpec, *, operations: Operations = nn) -> None:
         super().__init__()
-        self.layer_ids = tuple(layer_ids)
-        for id, width in zip(layer_ids, layer_dims, strict=True):
+        self.layer_ids = spec.layer_ids
+        for id, dim in zip(spec.layer_ids, spec.layer_dims, strict=True):
             layer = nn.Module()
             for name in ("to_k_ip", "to_v_ip"):
-                linear = operations.Linear(cross_attention_dim, width, bias=False, device=device, dtype=dtype)
-                layer.add_module(name, linear)
+                layer.add_module(name, operations.Linear(spec.cross_attention_dim, dim, bias=False))
             self.add_module(str(id), layer)
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -203,23 +174,12 @@ class ImageKeyValueLayers(nn.Module):
             layer = self.get_submodule(str(id))
             yield layer.get_submodule("to_k_ip"), layer.get_submodule("to_v_ip")
 
-    def forward(self, tokens: Tensor) -> tuple[KeyValue, ...]:
-        return tuple(KeyValue(to_k(tokens), to_v(tokens)) for to_k, to_v in self.pairs())
-
-
-def layer_keys_values(layers: ImageKeyValueLayers, tokens: Tensor) -> tuple[KeyValue, ...]:
-    """Image tokens [B, T, D] -> one KeyValue of [B, T, width] tensors per layer, in id order.
-
-    Tokens do not change while sampling, so call this once and keep the result.
-    """
-    return layers(tokens)
-
 
 @torch.no_grad()
 def init_from_unet(layers: ImageKeyValueLayers, unet: nn.Module) -> None:
     """Copy the text `to_k` and `to_v` of a diffusers UNet into the image layers (paper section 4.1.2).
 
-    Raises AdapterError when the UNet has another number of layers or other widths.
+    Raises AdapterError when the UNet has another number of layers or layers of other dims.
     """
     sites = diffusers_sites(unet)
     if len(sites) != len(layers.layer_ids):

@@ -1,4 +1,4 @@
-"""The key layouts in which IP-Adapters are published, dumped and mistaken for something else."""
+"""The key layouts of IP-Adapter files, and the key signatures of other model files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .errors import AdapterError
 from .foreign import foreign_adapter, refuse_foreign
 from .layers import attention_ids
 
-# The published prefix comes first: it wins where a file holds the weights under both (NoobAI's MARK1).
+# The published prefix is first: it is used where a file has the weights under both (NoobAI's MARK1).
 IMAGE_PROJ_PREFIXES = ("image_proj.", "image_proj_model.")
 IP_ADAPTER_PREFIXES = ("ip_adapter.", "adapter_modules.")
 _ADAPTER_TENSOR = re.compile(r"to_([kv]_ip|(q|k|v|out)_lora\.(down|up))\.weight$")
@@ -18,7 +18,7 @@ _ATTENTION = re.compile(r"^(?:unet\.)?((?:down_blocks|up_blocks|mid_block)\..*?a
 
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
 
-# What a file without image_proj and ip_adapter looks like, by guarded key patterns; the first match wins.
+# Key patterns of other model files; the first match wins.
 _OTHER_FILES: tuple[tuple[str, str], ...] = (
     (
         r"^control_model\.|controlnet_cond_embedding\.|input_hint_block\.|controlnet_down_blocks\.",
@@ -42,7 +42,7 @@ _OTHER_FILES: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class KeyPlan:
-    """Where each published tensor is in the file: published key -> key in the file."""
+    """Published key -> key in the file, for both parts of an adapter."""
 
     layout: str
     image_proj: dict[str, str]
@@ -64,16 +64,14 @@ def looks_like(keys: Iterable[str]) -> str:
 
 
 def plan_keys(keys: Iterable[str], origin: str) -> KeyPlan:
-    """Find `image_proj` and `ip_adapter` in a file's keys, whatever its layout, and name them as published.
+    """Find `image_proj` and `ip_adapter` in a file's keys, in any known layout.
 
     Layouts: "flat" (`image_proj.*`, `ip_adapter.*`, also a nested .bin after flattening), "trainer"
-    (`image_proj_model.*`, `adapter_modules.*`) and "training-dump" (the trainer's whole state with
-    `unet.*`, where the K/V may survive only under `unet.<processor>.to_k_ip.weight`). The names that DDP
-    (`module.`) and torch.compile (`_orig_mod.`) put around a module are dropped, wherever they are. Where a file
-    holds a part under two prefixes, the published one is read.
+    (`image_proj_model.*`, `adapter_modules.*`) and "training-dump" (the whole training state with `unet.*`, where
+    keys and values may only be at `unet.<processor>.to_k_ip.weight`). The prefixes of DDP (`module.`) and
+    torch.compile (`_orig_mod.`) are dropped.
 
-    Raises AdapterError, saying what the file looks like, when one of the two parts is missing or it is another
-    kind of adapter.
+    Raises AdapterError when one of the two parts is missing, or for another kind of file, which it names.
     """
     names: dict[str, str] = {}
     for key in keys:
@@ -83,19 +81,19 @@ def plan_keys(keys: Iterable[str], origin: str) -> KeyPlan:
         names[name] = key
     refuse_foreign(names, origin)
     image_proj = _with_prefix(names, IMAGE_PROJ_PREFIXES)
-    listed = _with_prefix(names, IP_ADAPTER_PREFIXES)
-    rescued = {
+    adapter_tensors = _with_prefix(names, IP_ADAPTER_PREFIXES)
+    unet_tensors = {
         name.removeprefix("unet."): key
         for name, key in names.items()
         if name.startswith("unet.") and _ADAPTER_TENSOR.search(name)
     }
-    # LoRA tensors alone are an old diffusers LoRA, which has the names of a FaceID dump.
-    if not image_proj and not listed and not any("to_k_ip" in name for name in rescued):
+    # An old diffusers LoRA has the key names of a FaceID training dump, but no to_k_ip.
+    if not image_proj and not adapter_tensors and not any("to_k_ip" in name for name in unet_tensors):
         raise AdapterError(
             f"{origin}: looks like {looks_like(names)}, not an IP-Adapter. Expected keys that start with "
             "'image_proj.' and 'ip_adapter.'. Choose an IP-Adapter file."
         )
-    ip_adapter = _number_layers(rescued, names, origin) | _number_layers(listed, names, origin)
+    ip_adapter = _number_layers(unet_tensors, names, origin) | _number_layers(adapter_tensors, names, origin)
     if not ip_adapter:
         raise AdapterError(
             f"{origin}: holds an image projector of {len(image_proj)} tensors and 0 'ip_adapter' tensors: the export "
@@ -125,9 +123,7 @@ def _layout(names: dict[str, str]) -> str:
 
 
 def _number_layers(found: dict[str, str], names: dict[str, str], origin: str) -> dict[str, str]:
-    """Replace processor names by ids ("down_blocks...attn2.processor" -> "1") and normalise ids ("001" ->
-    "1").
-    """
+    """Replace processor names by ids ("down_blocks...attn2.processor" -> "1") and "001" by "1"."""
     numbered: dict[str, str] = {}
     ids: dict[str, int] = {}
     for name, key in found.items():
@@ -137,7 +133,7 @@ def _number_layers(found: dict[str, str], names: dict[str, str], origin: str) ->
             continue
         attention = _ATTENTION.match(name)
         if attention is None or not _ADAPTER_TENSOR.search(name):
-            numbered[name] = key  # infer_spec names it as unexpected
+            numbered[name] = key  # infer_spec refuses it
             continue
         ids = ids or attention_ids(_attention_names(names))
         tensor = name.removeprefix(attention.group(1)).removeprefix(".processor").removeprefix(".")
@@ -149,7 +145,7 @@ def _number_layers(found: dict[str, str], names: dict[str, str], origin: str) ->
 
 
 def _attention_names(names: Iterable[str]) -> list[str]:
-    """Every attention module that the file mentions, with or without the prefix of the adapter part."""
+    """The attention modules in the file's keys, with or without the prefix of the adapter part."""
     bare = (name.removeprefix("ip_adapter.").removeprefix("adapter_modules.") for name in names)
     matches = (_ATTENTION.match(name) for name in bare)
     return sorted({match.group(1) for match in matches if match})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import AdapterError
 
-# How far resampling may leave 0..1: bicubic filters overshoot. What lies further out is in another unit.
+# Bicubic filters may leave 0..1 by this much; larger values are in another unit.
 OVERSHOOT = 0.25
 
 EMPTY_MASK_ADVICE = (
@@ -50,7 +50,7 @@ def mask_planes(mask: Tensor, name: str = "mask") -> Tensor:
 def check_range(values: Tensor, name: str, what: str) -> None:
     """Check that a batch of masks or images, [B, ...], is in 0..1 but for the overshoot of resampling.
 
-    Raises AdapterError that says which of them is not.
+    Raises AdapterError for the first that is not.
     """
     for index, (low, high) in enumerate(_ends(values, name)):
         if low < -OVERSHOOT or high > 1 + OVERSHOOT:
@@ -61,7 +61,7 @@ def check_range(values: Tensor, name: str, what: str) -> None:
 
 
 def check_finite(values: Tensor, name: str) -> None:
-    """Raises AdapterError that says which of a batch, [B, ...], holds NaN or infinity."""
+    """Raises AdapterError for NaN or infinity in a batch, [B, ...]."""
     for _ in _ends(values, name):
         pass
 
@@ -83,8 +83,7 @@ def one_of(name: str, index: int, batch: Tensor) -> str:
 def check_attention_mask(
     mask: Tensor, name: str = "attn_mask", advice: str = EMPTY_MASK_ADVICE, what: str = "image prompt"
 ) -> Tensor:
-    """`check_mask`, and some mask of the batch must let the image prompt act, or what else it is for: frames may do
-    without, not all of them.
+    """`check_mask`, and not all masks of the batch may be 0 everywhere: some frames may do without the image prompt.
 
     Raises AdapterError as `check_mask` does, and when all masks are 0 everywhere.
     """

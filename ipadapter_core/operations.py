@@ -9,9 +9,7 @@ from torch import nn
 
 
 class Operations(Protocol):
-    """Anything with `Linear` and `LayerNorm` attributes: `torch.nn` itself, or a class such as
-    `manual_cast`.
-    """
+    """Anything with `Linear` and `LayerNorm`: `torch.nn` itself, or a class such as `comfy.ops.manual_cast`."""
 
     @property
     def Linear(self) -> Callable[..., nn.Module]: ...

@@ -1,6 +1,4 @@
-"""Image features -> image tokens. Parameter names are those of the published files, so no key mapping is
-needed.
-"""
+"""Image features -> image tokens. Parameter names are those of the published files."""
 
 from __future__ import annotations
 
@@ -11,56 +9,35 @@ from torch import Tensor, nn
 from .errors import AdapterError
 from .operations import Operations
 
-Device = torch.device | str | None
-Dtype = torch.dtype | None
-
 
 class ImageProjection(nn.Module):
-    """Base: one Linear to all tokens, then LayerNorm (paper section 3.2.1). image_embeds [B, E] -> [B, T,
-    D].
-    """
+    """Base: one Linear to all tokens, then LayerNorm (paper section 3.2.1). image_embeds [B, E] -> [B, T, D]."""
 
     def __init__(
-        self,
-        image_dim: int,
-        cross_attention_dim: int,
-        num_tokens: int = 4,
-        *,
-        operations: Operations = nn,
-        device: Device = None,
-        dtype: Dtype = None,
+        self, image_dim: int, cross_attention_dim: int, num_tokens: int = 4, *, operations: Operations = nn
     ) -> None:
         super().__init__()
         self.num_tokens = num_tokens
-        self.proj = operations.Linear(image_dim, num_tokens * cross_attention_dim, device=device, dtype=dtype)
-        self.norm = operations.LayerNorm(cross_attention_dim, device=device, dtype=dtype)
+        self.proj = operations.Linear(image_dim, num_tokens * cross_attention_dim)
+        self.norm = operations.LayerNorm(cross_attention_dim)
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         return self.norm(self.proj(image_embeds).unflatten(-1, (self.num_tokens, -1)))
 
 
 class FullProjection(nn.Module):
-    """Full face: every encoder token through one MLP. hidden states [B, T, E] -> [B, T, D], T = 257 for
-    ViT-H at 224.
-    """
+    """Full face: one MLP for every encoder token. Hidden states [B, T, E] -> [B, T, D]; T = 257 for ViT-H at 224."""
 
     def __init__(
-        self,
-        image_dim: int,
-        cross_attention_dim: int,
-        hidden_dim: int | None = None,
-        *,
-        operations: Operations = nn,
-        device: Device = None,
-        dtype: Dtype = None,
+        self, image_dim: int, cross_attention_dim: int, hidden_dim: int | None = None, *, operations: Operations = nn
     ) -> None:
         super().__init__()
-        hidden = hidden_dim or image_dim
+        hidden_dim = hidden_dim or image_dim
         self.proj = nn.Sequential(
-            operations.Linear(image_dim, hidden, device=device, dtype=dtype),
+            operations.Linear(image_dim, hidden_dim),
             nn.GELU(),
-            operations.Linear(hidden, cross_attention_dim, device=device, dtype=dtype),
-            operations.LayerNorm(cross_attention_dim, device=device, dtype=dtype),
+            operations.Linear(hidden_dim, cross_attention_dim),
+            operations.LayerNorm(cross_attention_dim),
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -81,18 +58,16 @@ class FaceIDProjection(nn.Module):
         hidden_dim: int | None = None,
         *,
         operations: Operations = nn,
-        device: Device = None,
-        dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        hidden = hidden_dim or 2 * face_dim
+        hidden_dim = hidden_dim or 2 * face_dim
         self.num_tokens = num_tokens
         self.proj = nn.Sequential(
-            operations.Linear(face_dim, hidden, device=device, dtype=dtype),
+            operations.Linear(face_dim, hidden_dim),
             nn.GELU(),
-            operations.Linear(hidden, num_tokens * cross_attention_dim, device=device, dtype=dtype),
+            operations.Linear(hidden_dim, num_tokens * cross_attention_dim),
         )
-        self.norm = operations.LayerNorm(cross_attention_dim, device=device, dtype=dtype)
+        self.norm = operations.LayerNorm(cross_attention_dim)
 
     def forward(self, face_embeds: Tensor) -> Tensor:
         tokens = self.norm(self.proj(face_embeds).unflatten(-1, (self.num_tokens, -1)))
@@ -102,24 +77,15 @@ class FaceIDProjection(nn.Module):
 class PerceiverAttention(nn.Module):
     """Latents attend to the image features and to themselves. x [B, L, d], latents [B, T, d] -> [B, T, d]."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        dim_head: int,
-        *,
-        operations: Operations = nn,
-        device: Device = None,
-        dtype: Dtype = None,
-    ) -> None:
+    def __init__(self, dim: int, heads: int, dim_head: int, *, operations: Operations = nn) -> None:
         super().__init__()
-        inner = heads * dim_head
+        inner_dim = heads * dim_head
         self.heads = heads
-        self.norm1 = operations.LayerNorm(width, device=device, dtype=dtype)
-        self.norm2 = operations.LayerNorm(width, device=device, dtype=dtype)
-        self.to_q = operations.Linear(width, inner, bias=False, device=device, dtype=dtype)
-        self.to_kv = operations.Linear(width, 2 * inner, bias=False, device=device, dtype=dtype)
-        self.to_out = operations.Linear(inner, width, bias=False, device=device, dtype=dtype)
+        self.norm1 = operations.LayerNorm(dim)
+        self.norm2 = operations.LayerNorm(dim)
+        self.to_q = operations.Linear(dim, inner_dim, bias=False)
+        self.to_kv = operations.Linear(dim, 2 * inner_dim, bias=False)
+        self.to_out = operations.Linear(inner_dim, dim, bias=False)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         normed = self.norm2(latents)
@@ -134,20 +100,13 @@ class PerceiverAttention(nn.Module):
         return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
-def feed_forward(
-    width: int,
-    multiple: int = 4,
-    *,
-    operations: Operations = nn,
-    device: Device = None,
-    dtype: Dtype = None,
-) -> nn.Sequential:
+def feed_forward(dim: int, multiple: int = 4, *, operations: Operations = nn) -> nn.Sequential:
     """LayerNorm, Linear, GELU, Linear; no biases. [B, T, d] -> [B, T, d]."""
     return nn.Sequential(
-        operations.LayerNorm(width, device=device, dtype=dtype),
-        operations.Linear(width, multiple * width, bias=False, device=device, dtype=dtype),
+        operations.LayerNorm(dim),
+        operations.Linear(dim, multiple * dim, bias=False),
         nn.GELU(),
-        operations.Linear(multiple * width, width, bias=False, device=device, dtype=dtype),
+        operations.Linear(multiple * dim, dim, bias=False),
     )
 
 
@@ -162,23 +121,21 @@ class PerceiverResampler(nn.Module):
         image_dim: int,
         cross_attention_dim: int,
         *,
-        width: int,
+        dim: int,
         depth: int = 4,
         heads: int = 12,
         dim_head: int = 64,
         operations: Operations = nn,
-        device: Device = None,
-        dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        self.proj_in = operations.Linear(image_dim, width, device=device, dtype=dtype)
-        self.proj_out = operations.Linear(width, cross_attention_dim, device=device, dtype=dtype)
-        self.norm_out = operations.LayerNorm(cross_attention_dim, device=device, dtype=dtype)
+        self.proj_in = operations.Linear(image_dim, dim)
+        self.proj_out = operations.Linear(dim, cross_attention_dim)
+        self.norm_out = operations.LayerNorm(cross_attention_dim)
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [
-                    PerceiverAttention(width, heads, dim_head, operations=operations, device=device, dtype=dtype),
-                    feed_forward(width, operations=operations, device=device, dtype=dtype),
+                    PerceiverAttention(dim, heads, dim_head, operations=operations),
+                    feed_forward(dim, operations=operations),
                 ]
             )
             for _ in range(depth)
@@ -194,9 +151,7 @@ class PerceiverResampler(nn.Module):
 
 
 class Resampler(PerceiverResampler):
-    """Plus: learned queries read the penultimate hidden states. [B, L, E] -> [B, T, D]; [B, E] counts as L
-    = 1.
-    """
+    """Plus: learned queries read the penultimate hidden states. [B, L, E] -> [B, T, D]; [B, E] counts as L = 1."""
 
     def __init__(
         self,
@@ -204,43 +159,30 @@ class Resampler(PerceiverResampler):
         cross_attention_dim: int,
         num_tokens: int = 16,
         *,
-        width: int,
+        dim: int,
         depth: int = 4,
         heads: int = 12,
         dim_head: int = 64,
         operations: Operations = nn,
-        device: Device = None,
-        dtype: Dtype = None,
     ) -> None:
         super().__init__(
-            image_dim,
-            cross_attention_dim,
-            width=width,
-            depth=depth,
-            heads=heads,
-            dim_head=dim_head,
-            operations=operations,
-            device=device,
-            dtype=dtype,
+            image_dim, cross_attention_dim, dim=dim, depth=depth, heads=heads, dim_head=dim_head, operations=operations
         )
-        self.latents = nn.Parameter(torch.empty(1, num_tokens, width, device=device, dtype=dtype))
-        if not self.latents.is_meta:
-            nn.init.normal_(self.latents, std=width**-0.5)
+        self.latents = nn.Parameter(torch.randn(1, num_tokens, dim) * dim**-0.5)
 
     def forward(self, features: Tensor) -> Tensor:
         features = features.unsqueeze(1) if features.ndim == 2 else features
-        # A raw Parameter is not cast by comfy.ops, so it follows the input by hand.
+        # A raw Parameter is not cast by comfy.ops, so it is cast here.
         latents = self.latents.to(device=features.device, dtype=features.dtype)
         return self.resample(latents.expand(features.shape[0], -1, -1), features)
 
 
-class FaceIDPlusProjection(nn.Module):
+class FaceIDPlusProjection(FaceIDProjection):
     """FaceID-plus: face tokens are the latents of a resampler over CLIP features of the face crop.
 
     face_embeds [B, F], clip_features [B, L, E] -> [B, T, D]. v2 (`shortcut`) returns
-    face tokens + shortcut_scale * resampled, v1 the resampled tokens alone. Both versions have the same keys,
-    so `shortcut` None means that the file did not say; `forward` then raises AdapterError instead of
-    guessing.
+    face tokens + shortcut_scale * resampled, v1 the resampled tokens alone. The keys of both versions are the same,
+    so `shortcut` is None where the file does not say; `forward` then raises AdapterError instead of guessing.
     """
 
     def __init__(
@@ -257,39 +199,29 @@ class FaceIDPlusProjection(nn.Module):
         shortcut: bool | None = None,
         shortcut_scale: float = 1.0,
         operations: Operations = nn,
-        device: Device = None,
-        dtype: Dtype = None,
     ) -> None:
-        super().__init__()
-        hidden = hidden_dim or 2 * face_dim
-        self.num_tokens = num_tokens
+        super().__init__(face_dim, cross_attention_dim, num_tokens, hidden_dim, operations=operations)
         self.shortcut = shortcut
         self.shortcut_scale = shortcut_scale
-        self.proj = nn.Sequential(
-            operations.Linear(face_dim, hidden, device=device, dtype=dtype),
-            nn.GELU(),
-            operations.Linear(hidden, num_tokens * cross_attention_dim, device=device, dtype=dtype),
-        )
-        self.norm = operations.LayerNorm(cross_attention_dim, device=device, dtype=dtype)
         self.perceiver_resampler = PerceiverResampler(
             image_dim,
             cross_attention_dim,
-            width=cross_attention_dim,
+            dim=cross_attention_dim,
             depth=depth,
             heads=heads or cross_attention_dim // dim_head,
             dim_head=dim_head,
             operations=operations,
-            device=device,
-            dtype=dtype,
         )
 
-    def forward(self, face_embeds: Tensor, clip_features: Tensor, shortcut_scale: float | None = None) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - also takes the CLIP features
+        self, face_embeds: Tensor, clip_features: Tensor, shortcut_scale: float | None = None
+    ) -> Tensor:
         if self.shortcut is None:
             raise AdapterError(
                 "This FaceID-plus file does not say whether it is v1 or v2 (their keys are the same). Set "
                 "shortcut=True for a 'plusv2' file, shortcut=False for v1."
             )
-        face_tokens = self.norm(self.proj(face_embeds).unflatten(-1, (self.num_tokens, -1)))
+        face_tokens = super().forward(face_embeds)
         resampled = self.perceiver_resampler.resample(face_tokens, clip_features)
         scale = self.shortcut_scale if shortcut_scale is None else shortcut_scale
         return face_tokens + scale * resampled if self.shortcut else resampled

@@ -10,10 +10,7 @@ ENCODER_FAMILIES: tuple[EncoderFamily, ...] = get_args(EncoderFamily)
 
 
 class PublishedEncoder(NamedTuple):
-    """`hidden_dim` and `embeds_dim` are channels, see `ImageEncoder`; `tokens` is None where the size of the image
-    decides (DINOv3 has no position embedding); `pixels` is the side of the image it was trained on. `download` is for
-    messages.
-    """
+    """Fields as in `ImageEncoder`. `pixels` is the side of the images it was trained on; `download` is for messages."""
 
     name: str
     family: EncoderFamily
@@ -87,12 +84,12 @@ PUBLISHED_ENCODERS = (
 )
 
 
-def encoders_of_dim(width: int, *, embeds: bool) -> list[PublishedEncoder]:
-    """Those whose image_embeds (`embeds`) or hidden states have this width, CLIP alone where there is one.
+def encoders_of_dim(dim: int, *, embeds: bool) -> list[PublishedEncoder]:
+    """Those whose image_embeds (`embeds`) or hidden states have this dim; only CLIP's, where one of them has.
 
-    ViT-L/14's hidden states are the exception: adapters on DINOv2-L have their width too.
+    ViT-L/14's hidden states are the exception: DINOv2-L, which adapters are trained on too, has the same dim.
     """
-    found = [e for e in PUBLISHED_ENCODERS if (e.embeds_dim if embeds else e.hidden_dim) == width]
+    found = [e for e in PUBLISHED_ENCODERS if (e.embeds_dim if embeds else e.hidden_dim) == dim]
     clip = [encoder for encoder in found if encoder.family == "CLIP" and encoder is not CLIP_L_336]
     if clip == [CLIP_L] and not embeds:
         clip += [encoder for encoder in found if encoder.family == "DINOv2"]
@@ -100,7 +97,7 @@ def encoders_of_dim(width: int, *, embeds: bool) -> list[PublishedEncoder]:
 
 
 def families_named(encoder_id: str | None) -> tuple[EncoderFamily, ...]:
-    """The families that a free text, such as "facebook/dinov2-large", may mean; none for a text without a name."""
+    """The encoder families named in a free text such as "facebook/dinov2-large"."""
     text = re.sub(r"[-_ ]", "", (encoder_id or "").lower())
     if "siglip2" in text:  # those of one resolution have SigLIP's architecture
         return ("SigLIP2", "SigLIP")

@@ -1,8 +1,8 @@
-"""Which image prompt each row of a diffusers UNet's batch gets, told by the pipeline that builds the batch.
+"""The image prompt of each row of a diffusers UNet's batch.
 
-Guidance, perturbed-attention guidance and `num_images_per_prompt` all change the batch, and no size tells which
-of them did. A pipeline treats its `ip_adapter_image_embeds` exactly as it treats its batch, so row numbers travel
-there to the UNet's `added_cond_kwargs`.
+Guidance, perturbed-attention guidance and `num_images_per_prompt` all change the batch, and its size does not show
+which of them did. A pipeline treats its `ip_adapter_image_embeds` exactly like its batch, so row numbers are passed
+there and arrive in the UNet's `added_cond_kwargs`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ ROWS = "ipadapter_core.rows"  # in added_cond_kwargs, for injections below the f
 
 
 def pipeline_rows(positive: Sequence[int] = (1,), negative: int = 0) -> list[Tensor]:
-    """What a diffusers pipeline takes as `ip_adapter_image_embeds` while `inject` is at work in its UNet.
+    """`ip_adapter_image_embeds` for a diffusers pipeline whose UNet has an injected adapter.
 
-    `positive` has the row of `key_values` for all images, or one row for each image, in the order in which the
-    pipeline returns them; `negative` has the row of all negative branches. The default fits the rows [negative,
-    positive] and any number of prompts; `pipeline_rows([1, 2])` is for two images with an image each. Guidance may
-    be on or off.
+    `positive`: the row of `key_values` for all generated images, or one row for each in the order of the pipeline's
+    output. `negative`: the row for all negative branches. The default fits key_values of [negative, positive] and any
+    number of prompts; `pipeline_rows([1, 2])` gives two generated images an image prompt each. Works with and without
+    guidance.
 
     Raises AdapterError for anything but whole numbers from 0 on; while the pipeline runs, for another number of
     images.
@@ -48,14 +48,12 @@ def row_numbers(rows: Any) -> list[int]:
 
 
 class _Rows(Tensor):
-    """Row numbers [B, 1, 1]: 3 dims because pipelines refuse 2, 1 channel because no image embedding has only 1."""
+    """Row numbers [B, 1, 1]: pipelines require 3 dims, and no image embedding has a single channel."""
 
     negative_row: int = 0
 
     def chunk(self, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """With guidance, a pipeline splits its embeds into the negative and the positive ones: make the negative
-        ones here.
-        """
+        """With guidance, a pipeline splits its embeds into the negative and the positive ones."""
         if (chunks, dim) != (2, 0):
             raise AdapterError(
                 f"The pipeline splits its image embeds into {chunks} branches of guidance; expected 2, negative and "
@@ -75,7 +73,7 @@ class _Rows(Tensor):
 
 
 def _one_each(rows: Tensor, images: int) -> Tensor:
-    """A pipeline repeats its image embeds once for each image: the row of all, or the rows of each as they are."""
+    """A pipeline repeats its image embeds once for each image; rows that are one for each image already stay."""
     if len(rows) not in (1, images):
         raise AdapterError(
             f"pipeline_rows has {len(rows)} rows, the pipeline makes {images} images. Give one row for all "
@@ -87,7 +85,7 @@ def _one_each(rows: Tensor, images: int) -> Tensor:
 def take_rows(kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
     """The row numbers in the keyword arguments of a UNet's call, and the arguments as the UNet expects them.
 
-    Nothing of the caller's is changed: a pipeline passes the same dict in every step.
+    The caller's dict is not changed: a pipeline passes the same one in every step.
     """
     added = cast("dict[str, Any]", kwargs.get("added_cond_kwargs") or {})
     if ROWS in added:

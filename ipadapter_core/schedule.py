@@ -14,7 +14,7 @@ Over = Literal["steps", "frames"]
 Timing = Literal["linear", "ease in", "ease out", "ease in-out", "custom"]
 OVERS: tuple[Over, ...] = get_args(Over)
 TIMINGS: tuple[Timing, ...] = get_args(Timing)
-LAST = 9999  # as the end: whatever the number of steps or frames
+LAST = 9999  # as `end`: the last step or frame, whatever their number
 
 # Share of the way -> share of the change. As in ComfyUI_IPAdapter_plus, whose "ease in" begins fast.
 _CURVES: Mapping[str, Callable[[float], float]] = {
@@ -29,11 +29,10 @@ _CURVES: Mapping[str, Callable[[float], float]] = {
 class WeightSchedule:
     """A factor for each of N steps or frames, from `start` up to, not including, `end`.
 
-    "custom" takes `weights` one by one. The other timings pass through all of them, from the first at `start` to the
-    last at `end` - 1. The first weight serves what lies before, the last what lies behind.
+    "custom" uses `weights` one by one. The other timings interpolate through all of them, from the first at `start` to
+    the last at `end` - 1. Before `start` the first weight is used, after `end` the last.
 
-    Raises AdapterError for weights that are no numbers, all 0, or too few for the timing, and for an end that is not
-    behind the start.
+    Raises AdapterError for weights that are not finite, all 0, or too few for the timing, and for `end` <= `start`.
     """
 
     over: Over
@@ -76,7 +75,7 @@ class WeightSchedule:
         return self.weights[before] * (1 - share) + self.weights[before + 1] * share
 
     def notes(self, count: int) -> Iterator[str]:
-        """What of the schedule has no effect in a run of `count` steps or frames, in sentences."""
+        """Warnings for what has no effect in a run of `count` steps or frames."""
         listed, there = len(self.weights), min(self.end, count) - self.start
         if count <= self.start:
             yield f"Weight Schedule starts at {self.start}, and there are {count} {self.over}: all get the first."
@@ -105,7 +104,7 @@ def parse_weights(text: str, name: str = "weights") -> tuple[float, ...]:
 
 
 def step_at(sigmas: Sequence[float], sigma: float) -> int:
-    """The step of a run that a call of the model with this sigma belongs to: the one whose own sigma is nearest, as
-    samplers of a higher order also call in between. `sigmas` has the beginning of each step, and the end of the last.
+    """The step whose sigma is nearest: samplers of higher order also call the model between steps. `sigmas` has the
+    start of each step, and the end of the last.
     """
     return min(range(max(len(sigmas) - 1, 1)), key=lambda step: abs(sigmas[step] - sigma))

@@ -13,17 +13,7 @@ Kind = Literal["base", "plus", "full", "faceid", "faceid-plus", "portrait"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Feature = Literal["image_embeds", "penultimate_hidden_states", "face_embeds", "face_embeds+penultimate_hidden_states"]
 
-# Safetensors metadata that this library writes and reads; every other host ignores them.
-METADATA_KIND = "ipadapter.kind"
-METADATA_BASE_FAMILY = "ipadapter.base_family"
-METADATA_SHORTCUT = "ipadapter.shortcut"  # "true" is FaceID-plus v2, "false" v1
-METADATA_ENCODER = "ipadapter.encoder"  # free text, such as a repository id
-METADATA_NEGATIVE = "ipadapter.negative"  # "zeros" or "black": the image of the unconditional branch
-METADATA_NUM_TOKENS = "ipadapter.tokens"
-METADATA_DIM_HEAD = "ipadapter.dim_head"
-METADATA_RESOLUTION = "ipadapter.encoder_resolution"  # pixels of the encoder's input, where not its own
-
-# Cross-attention widths in id order (down, up, mid), as in the published files.
+# Channels of the cross-attention layers in id order (down, up, mid), as in the published files.
 SD15_DIMS = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
 SDXL_DIMS = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
 FAMILIES: Mapping[str, tuple[int, tuple[int, ...]]] = {
@@ -42,13 +32,13 @@ KOLORS_TEXT_DIM = 4096  # channels of ChatGLM's states, which Kolors' UNet narro
 class AdapterSpec:
     """Everything about an adapter but its weights.
 
-    Widths are channels. `hidden_dim` is the MLP's inner width (full, faceid*), `resampler_dim` the
-    resampler's (plus, faceid-plus); `depth`, `heads` and `dim_head` belong to the resampler and are None
-    without one. `layer_dims` has one entry per cross-attention layer in id order. `shortcut`
-    (faceid-plus: True is v2) is None where the file does not say. `unnormalised` asks for raw face
-    embeddings (portrait with a resampler, Kolors FaceID). `token_dim` is that of the tokens where it is not
+    `image_dim` and `face_dim` are the channels of the features that it takes. `hidden_dim` is that of the MLP (full,
+    faceid*), `resampler_dim` that of the resampler (plus, faceid-plus); `depth`, `heads` and `dim_head` are the
+    resampler's and None without one. `layer_dims` has the channels of each cross-attention layer in id order.
+    `shortcut` is True for faceid-plus v2, False for v1 and None when unknown. `unnormalised`: the face embeddings are
+    not normalised (portrait with a resampler, Kolors FaceID). `token_dim` is set where tokens have another dim than
     `cross_attention_dim`: those of Kolors FaceID pass the model's own encoder_hid_proj first. `encoder_resolution` is
-    the side of the encoder's input in pixels where it is not the encoder's own.
+    the side of the encoder's input in pixels, where it differs from the encoder's default.
     """
 
     kind: Kind
@@ -78,7 +68,7 @@ class AdapterSpec:
 
     @property
     def feature(self) -> Feature:
-        """Which encoder output `IPAdapter.encode` takes; two of them, in this order, for faceid-plus."""
+        """The encoder output that `IPAdapter.encode` takes; faceid-plus takes two, in this order."""
         features: dict[Kind, Feature] = {
             "base": "image_embeds",
             "plus": "penultimate_hidden_states",
@@ -91,7 +81,7 @@ class AdapterSpec:
 
     @property
     def encoder(self) -> str:
-        """The encoder to use: what the file's metadata says, else a guess from the feature widths."""
+        """The encoder to use: from the file's metadata, else guessed from the dims of the features."""
         if self.encoder_id:
             return self.encoder_id
         names: list[str] = []
@@ -102,16 +92,16 @@ class AdapterSpec:
             names.append(self._image_encoder(self.image_dim))
         return " and ".join(names)
 
-    def _image_encoder(self, width: int) -> str:
+    def _image_encoder(self, dim: int) -> str:
         if self.is_kolors:
             return CLIP_L_336.name
         base = self.kind == "base"
-        names = dict.fromkeys(encoder.name for encoder in encoders_of_dim(width, embeds=base))
+        names = dict.fromkeys(encoder.name for encoder in encoders_of_dim(dim, embeds=base))
         if names:
             return " or ".join(names)
-        if base and encoders_of_dim(width, embeds=False):
+        if base and encoders_of_dim(dim, embeds=False):
             return "SigLIP with its pooling head, which ComfyUI does not load"
-        return f"an unknown image encoder of width {width}"
+        return f"an unknown image encoder of width {dim}"
 
     @property
     def is_kolors(self) -> bool:
@@ -131,7 +121,7 @@ class AdapterSpec:
 
     @property
     def family_name(self) -> str:
-        """For messages: "SDXL", or the context width of an unknown family."""
+        """For messages: "SDXL", or the cross_attention_dim of an unknown family."""
         if self.is_kolors:
             return "Kolors"
         return FAMILY_NAMES.get(self.family, f"a model of context {self.cross_attention_dim}")
@@ -153,11 +143,11 @@ class AdapterSpec:
 
 
 def family_of(cross_attention_dim: int, layer_dims: Sequence[int]) -> str:
-    """ "sd15", "sd2" or "sdxl" when both the context width and every layer width match, else
-    "context-<width>".
+    """ "sd15", "sd2" or "sdxl" when cross_attention_dim and all layer dims match, else
+    "context-<cross_attention_dim>".
     """
-    for family, (context, widths) in FAMILIES.items():
-        if context == cross_attention_dim and widths == tuple(layer_dims):
+    for family, (context, dims) in FAMILIES.items():
+        if context == cross_attention_dim and dims == tuple(layer_dims):
             return family
     return f"context-{cross_attention_dim}"
 
@@ -179,11 +169,11 @@ def new_spec(
 ) -> AdapterSpec:
     """The spec of a new adapter, with the published defaults for what is left out.
 
-    `image_dim` defaults to ViT-H/14: 1024 for base, 1280 for the others. A resampler is `resampler_dim`
-    wide (default: 1280 for SDXL, else the context width) and has resampler_width / dim_head heads;
-    FaceID-plus always uses the context width. `lora_rank` counts for faceid and faceid-plus only.
+    `image_dim` defaults to that of ViT-H/14: 1024 for base, 1280 for the others. `resampler_dim` defaults to 1280 for
+    SDXL and else to `cross_attention_dim`, which FaceID-plus always uses; the resampler has resampler_dim / dim_head
+    heads. `lora_rank` is used by faceid and faceid-plus only.
 
-    Raises AdapterError for an unknown kind, or widths that do not divide into heads.
+    Raises AdapterError for an unknown kind, or a resampler_dim that does not divide into heads.
     """
     if kind not in KINDS:
         raise AdapterError(f"Unknown adapter kind {kind!r}. Use one of: {', '.join(KINDS)}.")
@@ -191,10 +181,10 @@ def new_spec(
     face = kind in ("faceid", "faceid-plus", "portrait")
     image = kind not in ("faceid", "portrait")
     resampled = kind in ("plus", "faceid-plus")
-    default_width = 1280 if family == "sdxl" and kind == "plus" else cross_attention_dim
-    width = (resampler_dim or default_width) if kind == "plus" else cross_attention_dim
-    if resampled and width % dim_head:
-        raise AdapterError(f"A resampler of width {width} does not divide into heads of {dim_head}. Change dim_head.")
+    default_dim = 1280 if family == "sdxl" and kind == "plus" else cross_attention_dim
+    dim = (resampler_dim or default_dim) if kind == "plus" else cross_attention_dim
+    if resampled and dim % dim_head:
+        raise AdapterError(f"A resampler of width {dim} does not divide into heads of {dim_head}. Change dim_head.")
     image_dim = image_dim or (1024 if kind == "base" else 1280)
     counts: dict[Kind, int] = {
         "base": 4,
@@ -216,9 +206,9 @@ def new_spec(
         image_dim=image_dim if image else None,
         face_dim=face_dim if face else None,
         hidden_dim=hidden.get(kind),
-        resampler_dim=width if resampled else None,
+        resampler_dim=dim if resampled else None,
         depth=depth if resampled else None,
-        heads=width // dim_head if resampled else None,
+        heads=dim // dim_head if resampled else None,
         dim_head=dim_head if resampled else None,
         layer_dims=tuple(layer_dims),
         lora_rank=lora_rank if kind in ("faceid", "faceid-plus") else None,
@@ -227,27 +217,8 @@ def new_spec(
     )
 
 
-def spec_metadata(spec: AdapterSpec) -> dict[str, str]:
-    """The metadata that lets `infer_spec` return this spec from the saved file."""
-    metadata = {
-        METADATA_KIND: spec.kind,
-        METADATA_BASE_FAMILY: spec.family,
-        METADATA_NEGATIVE: spec.negative,
-        METADATA_NUM_TOKENS: str(spec.num_tokens),
-    }
-    if spec.dim_head is not None:
-        metadata[METADATA_DIM_HEAD] = str(spec.dim_head)
-    if spec.shortcut is not None:
-        metadata[METADATA_SHORTCUT] = str(spec.shortcut).lower()
-    if spec.encoder_id:
-        metadata[METADATA_ENCODER] = spec.encoder_id
-    if spec.encoder_resolution is not None:
-        metadata[METADATA_RESOLUTION] = str(spec.encoder_resolution)
-    return metadata
-
-
 def with_shortcut(spec: AdapterSpec, shortcut: bool | None) -> AdapterSpec:
-    """The spec with the shortcut that the user chose; None keeps what the file says."""
+    """The spec with the shortcut that the user chose; None leaves it as it is."""
     if shortcut is None:
         return spec
     if spec.kind != "faceid-plus":

@@ -1,4 +1,4 @@
-"""Tensors of a file by name, read only when asked for."""
+"""Tensors of a file by name, read on access."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _DTYPES: dict[str, torch.dtype] = {
 
 
 class TensorInfo(NamedTuple):
-    """What a file's header says about one tensor. `offset` is where its bytes start in a safetensors file."""
+    """One tensor in a file's header. `offset` is where its bytes start in a safetensors file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -93,8 +93,8 @@ class TensorMap(Mapping[str, Tensor]):
 def check_values(name: str, tensor: Tensor, origin: str) -> None:
     """Refuse a weight that holds NaN or infinity, and a matrix of zeros: `origin` is the file, for the message.
 
-    Zeros are what a broken download leaves, and the layer would do nothing without an error. Vectors (biases) and a
-    LoRA, which starts with a zero half, may be zero. One pass without temporaries.
+    A broken download leaves zeros, and the layer would silently do nothing. Vectors (biases) and a LoRA, whose `up`
+    starts at zero, may be zero. One pass without temporaries.
 
     Raises AdapterError.
     """
@@ -117,7 +117,7 @@ def check_values(name: str, tensor: Tensor, origin: str) -> None:
 
 
 def check_weights(weights: Mapping[str, Tensor], origin: str) -> None:
-    """`check_values` for all weights of a model, such as its `state_dict()`; it takes as long as reading them once."""
+    """`check_values` for all weights of a model, such as its `state_dict()`."""
     for name, tensor in weights.items():
         check_values(name, tensor, origin)
 
@@ -133,8 +133,7 @@ def open_tensors(path: Path, expected: str, advice: str = DOWNLOAD_AGAIN) -> Ten
 
     `expected` ("the weights of a UNet") and `advice`, what to do with a broken file, are for messages.
 
-    Raises AdapterError that says what the file is when it is something else, or damaged; OSError when it cannot be
-    read at all.
+    Raises AdapterError for another kind of file, which it names, and for a damaged one; OSError when it cannot be read.
     """
     found = file_type(path)
     if found == SAFETENSORS:
@@ -242,7 +241,7 @@ def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a file that appears whole or not at all. Raises OSError or SafetensorError when the disk refuses."""
-    # Written beside the target, so that the replacement is atomic (one file system).
+    # In the folder of the target, so that the replacement is atomic (one file system).
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.touch()

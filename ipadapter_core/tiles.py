@@ -1,4 +1,4 @@
-"""Square parts of an image, each of which the encoder sees at its full size."""
+"""Square tiles of an image, each of which is encoded at the encoder's full resolution."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def tile_image(
     fill: tuple[float, float, float] = CLIP_MEAN,
     name: str = "image",
 ) -> Tensor:
-    """The tiles of image [B, H, W, C] as the encoder sees them, [B * tiles, size, size, 3], image by image.
+    """The tiles of image [B, H, W, C] as input of the encoder, [B * tiles, size, size, 3], image by image.
 
-    `mask` and `fill` are those of `crop_image`; tiles that the mask hides are left out.
+    `mask` and `fill` as in `crop_image`; tiles where the mask is 0 are left out.
 
     Raises AdapterError as `crop_image` and `tile_boxes` do.
     """

@@ -1,4 +1,4 @@
-"""Image attention in a diffusers UNet, by duck typing: inject it, eject it, the UNet is as it was."""
+"""Image attention in a diffusers UNet: inject it, and eject it to get the UNet back as it was."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from .rows import take_rows
 
 
 class Injection:
-    """Image attention that is in a UNet now; leaving the `with` block, or `eject`, takes it out."""
+    """Image attention in a UNet; leaving the `with` block, or `eject`, takes it out."""
 
     def __init__(self, unet: nn.Module, applications: Sequence[AdapterApplication]) -> None:
         self.applications = tuple(applications)
         self.latent_size: tuple[int, int] | None = None
-        self.rows: list[int] | None = None
         self.active = True
+        self._rows: list[int] | None = None
         self._rows_tensor: Tensor | None = None
         self._unet = unet = unwrap(unet)
+        self._layer_dims = [site.dim for site in diffusers_sites(unet)]
         modules = named_modules(unet)
         self._replaced = [
             (modules[name], modules[name].processor, processor)
@@ -48,10 +49,10 @@ class Injection:
         return f"Injection({', '.join(application.name for application in self.applications)})"
 
     def eject(self) -> None:
-        """Put back exactly the processors that were there before. A second call does nothing. A processor that
-        replaced one of ours since then stays.
+        """Put back the processors from before; those that have replaced ours since then stay. A second call does
+        nothing.
 
-        Raises AdapterError, and changes nothing, when something was injected on top and is still there.
+        Raises AdapterError, and changes nothing, when another injection on top of it was not ejected yet.
         """
         if not self.active:
             return
@@ -82,7 +83,7 @@ class Injection:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Note what the whole call tells and a single layer cannot know."""
+        """Check this call and note what its layers need: the latent's size and the rows of the batch."""
         for attention, _, processor in self._replaced:
             found = attention.processor
             if found is not processor and not self._is_in(found):
@@ -100,8 +101,12 @@ class Injection:
                 "guidance on or off for the whole run; for pipelines that build their batch otherwise, set "
                 "AdapterApplication.rows."
             )
+        frames = sample.shape[2] if sample.ndim == 5 else 1  # in the attention, each frame of a video is a row
         if rows is not self._rows_tensor:  # once a run: a pipeline passes the same tensor in every step
-            self._rows_tensor, self.rows = rows, None if rows is None else _attention_rows(rows, sample)
+            self._rows_tensor, self._rows = rows, None if rows is None else _row_list(rows, frames)
+        for application in self.applications:
+            _check_layers(application, self._layer_dims)
+            application.start_call(len(sample) * frames, self._rows)
         return args, kwargs
 
 
@@ -138,16 +143,7 @@ def _new_processors(
 
 def _check_fit(application: AdapterApplication, sites: Sequence[Site]) -> None:
     name = application.name
-    if application.key_values is not None:
-        widths = [pair.key.shape[-1] for pair in application.key_values]
-        expected = [site.width for site in sites]
-        if widths != expected:
-            at = next((i for i, (a, b) in enumerate(zip(widths, expected, strict=False)) if a != b), None)
-            detail = f"layer {2 * at + 1} is {widths[at]} wide, the UNet's {expected[at]}" if at is not None else ""
-            raise AdapterError(
-                f"{name}: has {len(widths)} layers, the UNet has {len(expected)}{'; ' + detail if detail else ''}. "
-                "Use an adapter for this base model."
-            )
+    _check_layers(application, [site.dim for site in sites])
     weights = application.weight if isinstance(application.weight, Sequence) else [application.weight]
     for weight in weights:
         values: list[Any] = cast("Any", weight).flatten().tolist() if isinstance(weight, Tensor) else [weight]
@@ -170,8 +166,19 @@ def _check_fit(application: AdapterApplication, sites: Sequence[Site]) -> None:
         )
 
 
-def _attention_rows(rows: Tensor, sample: Tensor) -> list[int]:
-    """The row numbers of the UNet's batch, for the attention's batch: the frames of a video are rows of their own."""
-    frames = sample.shape[2] if sample.ndim == 5 else 1
+def _check_layers(application: AdapterApplication, expected: list[int]) -> None:
+    if application.key_values is None:
+        return
+    dims = [pair.key.shape[-1] for pair in application.key_values]
+    if dims != expected:
+        at = next((i for i, (a, b) in enumerate(zip(dims, expected, strict=False)) if a != b), None)
+        detail = "" if at is None else f"; layer {2 * at + 1} is {dims[at]} wide, the UNet's {expected[at]}"
+        raise AdapterError(
+            f"{application.name}: has {len(dims)} layers, the UNet has {len(expected)}{detail}. Use an adapter for "
+            "this base model."
+        )
+
+
+def _row_list(rows: Tensor, frames: int) -> list[int]:
     numbers = cast("list[int]", rows.flatten().tolist())  # pyright: ignore[reportUnknownMemberType]
     return [int(row) for row in numbers for _ in range(frames)]

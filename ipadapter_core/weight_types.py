@@ -109,13 +109,13 @@ _ROLES = {
     WEIGHT_LAYOUTS["sd15"]: _Roles(frozenset({0, 1, 2, 3, *range(9, 16)}), {4: 0.25, 5: 1.0}, frozenset({6, 7, 8})),
     WEIGHT_LAYOUTS["sdxl"]: _Roles(frozenset({6}), {3: 1.0}, frozenset({0, 1, 2, 4, 5, 7, 8, 9, 10})),
 }
-# Formulas over the transformers of any UNet; all other weight types need its roles.
+# Formulas for any UNet; all other weight types need to know its style and composition transformers.
 _FORMULAS = frozenset(WEIGHT_TYPES[: WEIGHT_TYPES.index("style transfer")])
 _STAGES = {"input": 0, "down_blocks": 0, "middle": 1, "mid_block": 1, "output": 2, "up_blocks": 2}
 
 
 def weight_layout(sites: Sequence[Site]) -> WeightLayout:
-    """The layout of a model in ComfyUI or diffusers, from its cross-attention sites; of pruned and small models too.
+    """The layout of a model in ComfyUI or diffusers, pruned and small ones included.
 
     Raises AdapterError for a site outside the stages of a UNet.
     """

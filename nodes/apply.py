@@ -1,11 +1,9 @@
-"""ApplyIPAdapter: a model that listens to an image prompt."""
+"""ApplyIPAdapter: add an image prompt to a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import comfy.patcher_extension
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -14,24 +12,15 @@ from ..ipadapter_core import (
     WEIGHT_TYPES,
     AdapterError,
     LayerFactors,
-    LayerWeight,
     Scaling,
     WeightSchedule,
-    check_compatible,
-    cross_attention_sites,
     parse_weight_type,
 )
-from ..ipadapter_core.masks import check_attention_mask, check_mask, mask_planes
-from .calls import RUN
-from .checks import check_acts, check_prompt, check_strength, largest
-from .keys_values import inference_dtype, layer_pairs
+from .install import apply_prompt
 from .layer_weights import model_weights
-from .lora import LORA_STRENGTH, add_lora
+from .lora import LORA_STRENGTH
 from .message import advanced
 from .node import Node
-from .patch import SitePatch
-from .run import start_run
-from .steps import Application
 from .types import (
     ImagePrompt,
     ImagePromptType,
@@ -41,9 +30,6 @@ from .types import (
     WeightScheduleType,
     node_schema,
 )
-
-_KEY = "ip_adapter_kit."
-_Wrappers = comfy.patcher_extension.WrappersMP
 
 
 class ApplyIPAdapter(Node):
@@ -152,7 +138,7 @@ class ApplyIPAdapter(Node):
 
     @classmethod
     def validate_inputs(cls, weight_type: str | None = None) -> bool | str:
-        """Instead of ComfyUI's look into the list, so that former names pass; None comes over a wire."""
+        """Accepts former names too, which ComfyUI's own check of the list would refuse; None is a connected input."""
         try:
             return weight_type is None or bool(parse_weight_type(weight_type))
         except AdapterError as error:
@@ -192,82 +178,3 @@ class ApplyIPAdapter(Node):
             needs_negative=needs_negative,
         )
         return io.NodeOutput(patched)
-
-
-def apply_prompt(
-    model: Any,
-    ip_adapter: LoadedAdapter,
-    image_prompt: ImagePrompt,
-    *,
-    weights: Sequence[LayerWeight],
-    start_at: float = 0.0,
-    end_at: float = 1.0,
-    scaling: Scaling = "V only",
-    attn_mask: Tensor | None = None,
-    mask_name: str = "attn_mask",
-    lora_strength: float = LORA_STRENGTH,
-    schedule: WeightSchedule | None = None,
-    token_scale: float = 1.0,
-    needs_negative: str = "",
-    checked: bool = True,
-    node: str = "Apply IP Adapter",
-) -> Any:
-    """A clone of the model with one more image prompt in it. `weights` is one for each transformer of the UNet, see
-    `Site.transformer_index`; `schedule` multiplies all of them; `lora_strength` is that of the LoRA inside a FaceID
-    file, which acts in every step; `token_scale` multiplies keys and values alike; `needs_negative` names the input
-    that acts in the negative branch alone, `mask_name` that of the mask, `node` the node, for the log. Without
-    `checked`, for the old names, an image prompt may act nowhere, and a mask may leave 0..1.
-
-    Raises AdapterError when the adapter is not made for the model, the prompt not for the adapter, or nothing would
-    come of it although the weight is not 0.
-    """
-    unet = model.get_model_object("diffusion_model")
-    sites = cross_attention_sites(unet)
-    check_compatible(ip_adapter.spec, sites, ip_adapter.name, unet=unet)
-    check_prompt(ip_adapter, image_prompt)
-    strength = largest(layer.weight * own for layer in weights for own in image_prompt.positive.weights)
-    check_strength(strength)
-    check = mask_planes
-    if checked:
-        check_acts(strength, start_at, end_at, scaling, sites)
-        check = check_attention_mask if strength else check_mask
-    mask = None if attn_mask is None else check(attn_mask, mask_name)
-    if schedule is not None and scaling != "V only":
-        raise AdapterError(
-            f"A weight schedule multiplies the result of the image attention, embeds_scaling {scaling!r} the keys, "
-            "which are made once. Use 'V only' with a schedule."
-        )
-    patched = model.clone()
-    if not patched.get_wrappers(_Wrappers.SAMPLER_SAMPLE, RUN):
-        patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
-    if not strength:
-        return patched
-    add_lora(patched, ip_adapter, sites, lora_strength)
-    dtype = inference_dtype(model)
-    rows, pairs = layer_pairs(ip_adapter, image_prompt, sites, weights, scaling, dtype, unet, token_scale)
-    negative = "image_negative" if image_prompt.has_negative else needs_negative
-    key = _new_key(patched)
-    install(
-        patched, Application(key, pairs, rows, start_at, end_at, mask, negative, schedule, mask_name, checked, node)
-    )
-    return patched
-
-
-def install(patched: Any, application: Application) -> None:
-    """Put the patches and the wrapper of one application into a model that nobody else holds yet."""
-    before = patched.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
-    for place in application.pairs:
-        stage, number, index = place
-        # ComfyUI looks for the block's own key first, then for the one of all blocks of this transformer.
-        previous = before.get(place) or before.get((stage, number))
-        patched.set_model_attn2_replace(SitePatch(application, place, previous), stage, number, index)
-        # A weight is that of a whole transformer, so ours now stand in all places of that key. See `start_run`.
-        patched.model_options["transformer_options"]["patches_replace"]["attn2"].pop((stage, number), None)
-    patched.add_wrapper_with_key(_Wrappers.APPLY_MODEL, application.key, application)
-
-
-def _new_key(model: Any) -> str:
-    """A key of this model that no earlier application has; the same graph gives the same key."""
-    taken = model.wrappers.get(_Wrappers.APPLY_MODEL, {})
-    count = sum(str(key).startswith(_KEY) for key in taken)
-    return f"{_KEY}{count}"

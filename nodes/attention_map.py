@@ -1,4 +1,4 @@
-"""RecordAttentionMap and ImagePromptAttentionMap: where in the result an image prompt acted."""
+"""RecordAttentionMap and ImagePromptAttentionMap: a heat map of an image prompt's attention."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..ipadapter_core import (
     draw_heat,
     weight_layout,
 )
+from .application import Application
 from .message import advanced
 from .node import Node
 from .patch import SitePatch
 from .record import Record
-from .steps import Application
 from .types import AttentionRecordType, node_schema
 
 _KEY = "ip_adapter_kit.record"
@@ -30,7 +30,7 @@ _log = logging.getLogger("ip_adapter_kit")
 
 
 class RecordAttentionMap(Node):
-    """A model with image prompts -> the same, which notes where they act."""
+    """A model with image prompts -> a clone that records their attention."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

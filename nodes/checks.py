@@ -1,4 +1,4 @@
-"""What makes an image prompt do nothing, or something else than was meant: refused before sampling."""
+"""Checks before sampling: image prompts that would have no effect, or are for another adapter."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from weakref import WeakSet
 from torch import nn
 
 from ..ipadapter_core import AdapterError, Scaling, Site
-from ..ipadapter_core.attention import C_PENALTY_WIDTH
+from ..ipadapter_core.attention import C_PENALTY_DIM
 from ..ipadapter_core.tensors import check_weights
 from .types import ImagePrompt, LoadedAdapter
 
-_NARROWEST = 320  # channels: SD1.5's narrowest layers
+_MIN_DIM = 320  # channels of the smallest layers of SD1.5
 _sound_encoders: WeakSet[nn.Module] = WeakSet()
 
 
 def check_prompt(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> None:
-    """Raises AdapterError for a prompt of another adapter, by the name of its file and by its features."""
+    """Raises AdapterError for a prompt of another adapter, by file name and by features."""
     if image_prompt.adapter not in (ip_adapter.name, None):
         raise AdapterError(
             f"The image prompt was encoded with {image_prompt.adapter}, the connected adapter is {ip_adapter.name}. "
@@ -49,7 +49,7 @@ def check_strength(strength: float) -> None:
 
 
 def check_acts(strength: float, start_at: float, end_at: float, scaling: Scaling, sites: Sequence[Site]) -> None:
-    """Refuse a window without a step and a scaling that leaves next to nothing. Strength 0 is how to switch it off."""
+    """Refuse an empty window, and a scaling that leaves almost nothing. Strength 0 is allowed: it is off."""
     if strength == 0.0:
         return
     if not start_at < end_at:
@@ -57,20 +57,20 @@ def check_acts(strength: float, start_at: float, end_at: float, scaling: Scaling
             f"start_at {start_at:g} is not below end_at {end_at:g}, so the image prompt would act in no step. Change "
             "one of them, or set weight to 0 to switch it off."
         )
-    widest = max(site.width for site in sites)
-    if "C penalty" in scaling and widest < _NARROWEST:
+    max_dim = max(site.dim for site in sites)
+    if "C penalty" in scaling and max_dim < _MIN_DIM:
         raise AdapterError(
-            f"embeds_scaling {scaling!r} multiplies the weight by channels / {C_PENALTY_WIDTH}. The layers of this "
-            f"model have at most {widest} channels, so at most {widest / C_PENALTY_WIDTH:.0%} of the weight would be "
+            f"embeds_scaling {scaling!r} multiplies the weight by channels / {C_PENALTY_DIM}. The layers of this "
+            f"model have at most {max_dim} channels, so at most {max_dim / C_PENALTY_DIM:.0%} of the weight would be "
             "left. Use 'V only' or 'K+V'."
         )
 
 
 def check_encoder(encoder: Any, name: str) -> None:
-    """Refuse an image encoder whose file is damaged; looked at once. `name` is its file's.
+    """Refuse an image encoder with damaged weights; each encoder is checked once. `name` is its file's.
 
-    The projection is left out: encoders for plus adapters may come without, and `encode` looks at what it makes. So
-    is DINO's mask token, which may be zero and is not used.
+    The projection is not checked: encoders for plus adapters may lack it, and `encode` checks its output. Nor is
+    DINO's mask token, which may be zero and is not used.
     """
     model = getattr(encoder, "model", None)
     if not isinstance(model, nn.Module) or model in _sound_encoders:

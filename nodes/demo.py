@@ -18,7 +18,7 @@ from ..ipadapter_core.assets import MODEL, PROMPTS, emoji_folder
 from ..ipadapter_core.encoders import ImageEncoder, encoder_fits, read_encoder
 from . import demo_model
 from .checks import check_encoder
-from .files import ADAPTERS, adapter_path, adapter_spec, existing, stamp
+from .files import ADAPTERS, adapter_path, adapter_spec, model_files, stamp
 from .node import Node
 from .types import IPAdapterModel, manage, node_schema
 
@@ -143,7 +143,7 @@ def list_adapters() -> list[str]:
     if demo is None:
         return []
     names: list[str] = []
-    for path, name in existing(ADAPTERS).items():
+    for path, name in model_files(ADAPTERS).items():
         try:
             spec = adapter_spec(path) if path.stat().st_size < _LARGEST else None
         except (AdapterError, OSError):

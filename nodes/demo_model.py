@@ -134,7 +134,7 @@ def load_text_encoder(folder: Path, tokenizer_folder: Path) -> comfy.sd.CLIP:
     return clip
 
 
-def _fit_vocabulary(embeddings: nn.Module, size: int) -> None:
+def _fit_vocabulary(embeddings: Any, size: int) -> None:
     """ComfyUI's token embedding always has CLIP's 49408 rows; make one of `size`."""
     full = embeddings.token_embedding
     embeddings.token_embedding = type(full)(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,10 +11,10 @@ from comfy_api.latest import io, ui
 from torch import Tensor, nn
 
 from ..ipadapter_core import AdapterError, LayerWeight, Site, cross_attention_sites, layer_weights, weight_layout
-from .apply import apply_prompt
 from .demo import load_image_encoder
 from .encode import EncodeImagePrompt
 from .files import ADAPTERS, ENCODERS, list_files, stamp, version
+from .install import apply_prompt
 from .load import load_adapter_file
 from .message import advanced, show_on_node
 from .node import Node
@@ -99,7 +100,7 @@ class ImagePrompt(Node):
         return io.NodeOutput(patched, ui={**encoded.ui.as_dict(), **ui.PreviewText(text).as_dict()})
 
 
-def _weights(sites: list[Site], weight_type: str, weight: float, use_for: str) -> tuple[LayerWeight, ...]:
+def _weights(sites: Sequence[Site], weight_type: str, weight: float, use_for: str) -> tuple[LayerWeight, ...]:
     layout = weight_layout(sites)
     try:
         return layer_weights(weight_type, layout, weight, weight_composition=weight)

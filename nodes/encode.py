@@ -122,19 +122,19 @@ class EncodeImagePrompt(Node):
         features, seen = encode_images(ip_adapter, clip_vision, image, crop=crop, mask=mask, tiles=tiles)
         features = combine_features(features, combine)
         if image_negative is not None:
-            unwanted, _ = encode_images(ip_adapter, clip_vision, image_negative, crop=crop, name="image_negative")
-            against = combine_features(unwanted, combine)
+            negatives, _ = encode_images(ip_adapter, clip_vision, image_negative, crop=crop, name="image_negative")
+            negatives = combine_features(negatives, combine)
         else:
-            against = negative_features(ip_adapter, clip_vision, negative)
-        branch_rows(len(features), 1 if against is None else len(against), one_each=one_each, swapped=False)
+            negatives = negative_features(ip_adapter, clip_vision, negative)
+        branch_rows(len(features), 1 if negatives is None else len(negatives), one_each=one_each, swapped=False)
         prompt = ImagePrompt(
             EncodedImages(features, weights=(weight,) * len(features)),
-            None if against is None else EncodedImages(against, weights=(weight,) * len(against)),
+            None if negatives is None else EncodedImages(negatives, weights=(weight,) * len(negatives)),
             ip_adapter.name,
             one_each=one_each,
             has_negative=image_negative is not None,
         )
-        project(ip_adapter, prompt)  # here, where a damaged adapter is to be named, and not again in Apply
+        project(ip_adapter, prompt)  # a damaged adapter is reported here; Apply reuses the tokens
         return io.NodeOutput(prompt, ui=ui.PreviewImage(seen.cpu(), cls=cls))
 
 

@@ -9,11 +9,11 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..ipadapter_core import AdapterError, AdapterSpec
-from ..ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, combine_features, crop_image
+from ..ipadapter_core.image_prompt import COMBINES, combine_features, crop_image
 from .checks import check_encoder
 from .face_analysis import FACE_ALIASES, FaceAnalysis, FaceAnalysisType
 from .faces import NO_FACE, ORDERS, FaceFeatures, face_features
-from .features import TRAINED, Encoder, encode, negative_features
+from .features import TRAINED, Encoder, encode, mean_colour, negative_features
 from .node import Node
 from .types import EncodedImages, ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
 
@@ -150,7 +150,7 @@ class EncodeFacePrompt(Node):
             has_negative=image_negative is not None,
             likeness=likeness,
         )
-        project(ip_adapter, prompt)  # here, where a damaged adapter is to be named, and not again in Apply
+        project(ip_adapter, prompt)  # a damaged adapter is reported here; Apply reuses the tokens
         return io.NodeOutput(prompt, found.crops, ui=ui.PreviewImage(found.crops, cls=cls))
 
 
@@ -185,7 +185,7 @@ def negative_faces(
     image_negative: Tensor | None = None,
     negative: str = TRAINED,
 ) -> EncodedImages | None:
-    """The negative branch: no face, for FaceID-Plus beside the negative image; None where the adapter makes it."""
+    """The negative branch of FaceID-Plus: no face, and the negative image; None for adapters that need none."""
     spec = ip_adapter.spec
     if spec.image_dim is None or spec.face_dim is None or clip_vision is None:
         return None
@@ -251,6 +251,4 @@ def _take(encoded: EncodedImages, rows: list[int], weights: tuple[float, ...]) -
 
 
 def _encoder_input(clip_vision: Encoder, image: Tensor, name: str = "image") -> Tensor:
-    return crop_image(
-        image, clip_vision.image_size, fill=tuple(getattr(clip_vision, "image_mean", CLIP_MEAN)), name=name
-    )
+    return crop_image(image, clip_vision.image_size, fill=mean_colour(clip_vision), name=name)

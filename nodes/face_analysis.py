@@ -1,4 +1,4 @@
-"""LoadFaceAnalysis: the models that find faces and tell one from another, run by insightface."""
+"""LoadFaceAnalysis: insightface's models for face detection and recognition."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FaceAnalysisType = io.Custom("FACE_ANALYSIS")
 
 FOLDER = "insightface"
 PAGE = "https://github.com/deepinsight/insightface/releases/tag/v0.7"
-# The published packs: the file that finds faces, and the one that tells them apart. Their other files are not needed.
+# The detection and the recognition model of the published packs. Their other files are not needed.
 PACKS = {
     "buffalo_l": ("det_10g.onnx", "w600k_r50.onnx"),
     "antelopev2": ("scrfd_10g_bnkps.onnx", "glintr100.onnx"),
@@ -117,12 +117,12 @@ def load_face_analysis(name: str, provider: str = "CPU", *, fall_back: bool = Fa
     """
     zoo, runtime = _import_insightface()
     files = find_files(name)
-    finds, tells = PACKS.get(name, PACKS["buffalo_l"])
+    detection, recognition = PACKS.get(name, PACKS["buffalo_l"])
     source = f"{name if name in PACKS else 'buffalo_l'}.zip at {PAGE}"
     if not files:
         raise AdapterError(
-            f"No face models in {_roots()[0] / name}. Put {finds} and {tells} there, from {source} (for non-commercial "
-            "research only)."
+            f"No face models in {_roots()[0] / name}. Put {detection} and {recognition} there, from {source} (for "
+            "non-commercial research only)."
         )
     offered = [short for short, long in PROVIDERS.items() if long in runtime.get_available_providers()]
     if provider not in offered:
@@ -139,8 +139,8 @@ def load_face_analysis(name: str, provider: str = "CPU", *, fall_back: bool = Fa
     if missing or not models["detection"].use_kps:
         found = f"no {missing[0]} model" if missing else "a detection model without landmarks"
         raise AdapterError(
-            f"{files[0].parent} holds {found}: {', '.join(file.name for file in files)}. Put {finds} and {tells} "
-            f"there, from {source}."
+            f"{files[0].parent} holds {found}: {', '.join(file.name for file in files)}. Put {detection} and "
+            f"{recognition} there, from {source}."
         )
     detector, recognizer = models["detection"], models["recognition"]
     for model in (detector, recognizer):
@@ -167,7 +167,7 @@ def _import_insightface() -> tuple[Any, Any]:
 
 
 def _load(zoo: Any, file: Path, providers: list[str]) -> Any:
-    """One model, None when insightface does not know its shape. Given a path, insightface downloads nothing."""
+    """One model; None when insightface does not support it. Given a path, insightface downloads nothing."""
     try:
         # One session serves every detection size; insightface 2 would make one for each.
         return zoo.get_model(str(file), providers=providers, static_shape_sessions=False)
@@ -182,7 +182,7 @@ def _load(zoo: Any, file: Path, providers: list[str]) -> Any:
 
 
 def _other_type(file: Path) -> FileType | None:
-    """What a file that is no model is, such as a web page; None where its first bytes do not show it."""
+    """The type of a file that is no model, such as a web page; None when its first bytes do not show it."""
     try:
         with file.open("rb") as stream:
             return type_of(stream.read(START))

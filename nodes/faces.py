@@ -1,4 +1,4 @@
-"""What face models see in images: faces, their embeddings and their aligned crops."""
+"""Faces in images: detection, embeddings and aligned crops."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What an image encoder makes of images: a few at a time, and once for the same images."""
+"""Image features: encoded in batches, and cached while the image is in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import comfy.clip_vision
 import comfy.model_management
@@ -17,19 +17,19 @@ from ..ipadapter_core import AdapterError
 from ..ipadapter_core.encoders import download_hint, needed_features
 from ..ipadapter_core.image_prompt import BATCH, CLIP_MEAN, crop_image
 from ..ipadapter_core.tiles import tile_image
-from .calls import remember
+from .run import remember
 from .types import LoadedAdapter
 
 TRAINED, BLACK = "as in training", "black image"
 NEGATIVES = [TRAINED, BLACK]
-Encoder = comfy.clip_vision.ClipVisionModel
+Encoder: TypeAlias = comfy.clip_vision.ClipVisionModel
 
 _REMEMBERED = 2  # ways to look at the same images
 
 
 @dataclass(frozen=True, eq=False)
 class _Memo:
-    """What was made of an object, or of several one below the other, for as long as all of them live."""
+    """A cache of tensors by one or more objects, while all of them are in memory."""
 
     made: dict[Hashable, Tensor] = field(default_factory=dict)
     below: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
@@ -37,7 +37,7 @@ class _Memo:
     def remember(self, objects: Sequence[Any], options: Hashable, make: Callable[[], Tensor]) -> Tensor:
         memo = self
         for key in objects:
-            memo = memo.below.setdefault(key, _Memo())
+            memo = cast("_Memo", memo.below.setdefault(key, _Memo()))
         return remember(memo.made, options, make, _REMEMBERED)
 
 
@@ -60,8 +60,7 @@ def encode_images(
 
     Raises AdapterError as `encode`, `crop_image` and `tile_image` do.
     """
-    fill = tuple(getattr(clip_vision, "image_mean", CLIP_MEAN))
-    size = clip_vision.image_size
+    fill, size = mean_colour(clip_vision), clip_vision.image_size
     seen = crop_image(image, size, crop, mask=mask, fill=fill, name=name)
     if tiles:
         seen = torch.cat([seen, tile_image(image, size, tiles, mask=mask, fill=fill, name=name)])
@@ -71,6 +70,12 @@ def encode_images(
         lambda: encode(ip_adapter, clip_vision, seen),
     )
     return _fitting(ip_adapter, features), seen
+
+
+def mean_colour(clip_vision: Encoder) -> tuple[float, float, float]:
+    """The colour that is 0 after the encoder's normalisation."""
+    red, green, blue = getattr(clip_vision, "image_mean", CLIP_MEAN)
+    return red, green, blue
 
 
 def encode(ip_adapter: LoadedAdapter, clip_vision: Encoder, images: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ def encode(ip_adapter: LoadedAdapter, clip_vision: Encoder, images: Tensor) -> T
 
 
 def negative_features(ip_adapter: LoadedAdapter, clip_vision: Encoder, negative: str) -> Tensor | None:
-    """The features of the negative branch; None stands for zeros of image_embeds, as base adapters are trained."""
+    """The features of the negative branch; None for zeros of image_embeds, as in the training of base adapters."""
     spec = ip_adapter.spec
     size = clip_vision.image_size
     kind = (_output(ip_adapter), negative == BLACK or spec.negative == "black")
@@ -118,7 +123,7 @@ def _output(ip_adapter: LoadedAdapter) -> str:
 
 
 def sound_features(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
-    """Features of an encoder that fits and is not damaged."""
+    """Checks features: of the right encoder, finite and not 0."""
     _fitting(ip_adapter, features)
     if not (torch.isfinite(features).all() and features.flatten(1).any(1).all()):
         found = "nothing but 0" if torch.isfinite(features).all() else "NaN or infinity"
@@ -130,7 +135,7 @@ def sound_features(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
 
 
 def _fitting(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
-    """Features as wide as the adapter takes them."""
+    """Checks features against the dims that the adapter takes."""
     spec = ip_adapter.spec
     tokens_differ = spec.kind == "full" and features.shape[1] != spec.num_tokens
     if features.shape[-1] != spec.image_dim or tokens_differ:

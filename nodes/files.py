@@ -1,4 +1,4 @@
-"""The model folders: which files they hold, what is in them, and what to do when they are empty."""
+"""The files in the model folders, and what is in them."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _EMPTY = {
     ENCODERS: f"{NONE}put an image encoder into models/clip_vision",
 }
 
-# The folder that other packs and ComfyUI-Manager use too; extra_model_paths.yaml may have added more places.
+# Other packs and ComfyUI-Manager use this folder too; extra_model_paths.yaml may have added more.
 folder_paths.add_model_folder_path(ADAPTERS, str(Path(folder_paths.models_dir) / ADAPTERS))
 
 
 def list_files(folder: str) -> list[str]:
-    """Names of the model files of a folder; the folder may also hold readme files and the like."""
+    """Names of the model files in a folder, without readme files and the like."""
     return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(_SUFFIXES[folder])]
 
 
 def choices(folder: str) -> list[str]:
-    """What a list of this folder offers: its files, or one line that says where files belong."""
+    """The choices of a list: the files of this folder, or one line about where to put them."""
     return list_files(folder) or [_EMPTY[folder]]
 
 
-def home(folder: str) -> str:
-    """Where to put files of this kind."""
+def main_folder(folder: str) -> str:
+    """The first of the places of a model folder: where to put files."""
     return folder_paths.get_folder_paths(folder)[0]
 
 
@@ -51,7 +51,7 @@ def adapter_path(name: str) -> Path:
     """Raises AdapterError when the folder is empty, or this file is not in it."""
     if not list_files(ADAPTERS):
         raise AdapterError(
-            f"There is no adapter in {home(ADAPTERS)}. Download ip-adapter-plus_sd15.safetensors (SD1.5) or "
+            f"There is no adapter in {main_folder(ADAPTERS)}. Download ip-adapter-plus_sd15.safetensors (SD1.5) or "
             f"ip-adapter-plus_sdxl_vit-h.safetensors (SDXL) from {H94} into it, then press R to reload the lists."
         )
     return model_path(ADAPTERS, name)
@@ -62,14 +62,14 @@ def model_path(folder: str, name: str) -> Path:
     path = folder_paths.get_full_path(folder, name)
     if path is None:
         raise AdapterError(
-            f"{name} is not in {home(folder)}, or it is a link to a file that is gone. Put it there, or press R to "
-            "reload the lists and choose another file."
+            f"{name} is not in {main_folder(folder)}, or it is a link to a file that is gone. Put it there, or press R "
+            "to reload the lists and choose another file."
         )
     return Path(path)
 
 
-def existing(folder: str) -> dict[Path, str]:
-    """The files of a folder by path, and their names in it; safetensors first."""
+def model_files(folder: str) -> dict[Path, str]:
+    """The files of a folder, path -> name; safetensors first."""
     names = sorted(list_files(folder), key=lambda name: not name.lower().endswith((".safetensors", ".sft")))
     paths = {name: folder_paths.get_full_path(folder, name) for name in names}
     return {Path(path): name for name, path in paths.items() if path is not None}
@@ -82,7 +82,7 @@ def stamp(folder: str, name: str) -> tuple[str, int, int] | None:
 
 
 def adapter_spec(path: Path) -> AdapterSpec:
-    """What an adapter file is, from its header alone, which is read once. Raises AdapterError or OSError."""
+    """The spec of an adapter file, from its header, cached. Raises AdapterError or OSError."""
     return _adapter_spec(path, version(path))
 
 

@@ -12,7 +12,7 @@ import torch
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS, apply_torch_compile_factory
 
 from ..ipadapter_core import AdapterError
-from .calls import Options
+from .run import Options
 
 _APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 _GRAPHS = 32  # of one function: with a mask, with two prompts, another size. Torch runs what is new uncompiled after 8.
@@ -35,7 +35,7 @@ class OwnGraphs:
     dynamic: bool | None
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiler = torch._dynamo.lookup_backend(self.backend)
+        compiler: Callable[..., Any] = torch._dynamo.lookup_backend(self.backend)
         if self.backend == "inductor":
             mode = torch._inductor.list_mode_options(self.mode, self.dynamic) if self.mode else {}
             return compiler(graph, inputs, config_patches={**mode, **self.options})

@@ -13,23 +13,22 @@ from ..ipadapter_core import AdapterError, Site
 from ..ipadapter_core.lora import LORA_PARTS
 from .types import LoadedAdapter
 
-# Trained at 1. Below, the model follows the text better and the face stays; other hosts open at 0.6 too.
+# Trained at 1. With less, the model follows the text better and keeps the face; other hosts have 0.6 as default too.
 LORA_STRENGTH = 0.6
 
 _STAGES = {"input": "input_blocks", "output": "output_blocks", "middle": "middle_block"}
 
 
 def add_lora(model: Any, ip_adapter: LoadedAdapter, sites: Sequence[Site], strength: float) -> None:
-    """Patch the attention weights of a model that nobody else holds yet. An adapter without LoRA, or strength 0, leaves
-    them as they are.
+    """Patch the attention weights of a new clone of a model; nothing for an adapter without LoRA, or strength 0.
 
-    A file's LoRA acts once, however many prompts of the file a model has: the largest of their strengths counts.
+    The LoRA of a file is added once, however many prompts of the file a model has, with the largest of their strengths.
     """
     if not math.isfinite(strength):
         raise AdapterError(f"lora_strength is {strength}. Choose a number from 0 to 2; 0 switches the LoRA off.")
     if ip_adapter.lora is None or strength == 0.0:
         return
-    source = f"LoRA of {ip_adapter.name}"  # how a later prompt of the same file finds these patches
+    source = f"LoRA of {ip_adapter.name}"  # a later prompt of the same file finds these patches by it
     patches: dict[str, LoRAAdapter] = {}
     for site in sites:
         block = _block_name(model.get_model_object("diffusion_model"), site)
@@ -53,7 +52,7 @@ def add_lora(model: Any, ip_adapter: LoadedAdapter, sites: Sequence[Site], stren
 
 
 def _take_out(model: Any, source: str, keys: Iterable[str]) -> list[float]:
-    """Remove the patches that an earlier prompt of the same file has left; their strengths."""
+    """Remove the patches of an earlier prompt of the same file, and return their strengths."""
     strengths: list[float] = []
     for key in keys:
         kept = []

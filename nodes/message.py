@@ -1,4 +1,4 @@
-"""What a node shows of its own run, and inputs that newer versions of ComfyUI fold away."""
+"""A text on the node that runs, and advanced inputs, which newer versions of ComfyUI collapse."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
-_KNOWS_ADVANCED = "advanced" in inspect.signature(io.WidgetInput.__init__).parameters
+_HAS_ADVANCED = "advanced" in inspect.signature(io.WidgetInput.__init__).parameters
 
 
 def advanced() -> dict[str, Any]:
-    """Arguments that fold an input away, where ComfyUI knows how."""
-    return {"advanced": True} if _KNOWS_ADVANCED else {}
+    """Arguments of an advanced input, where this ComfyUI supports it."""
+    return {"advanced": True} if _HAS_ADVANCED else {}
 
 
 def show_on_node(cls: type[io.ComfyNode], text: str) -> None:
-    """Show a text on the node that runs. ui.PreviewText alone is drawn by Preview Any only: it keeps the text in the
-    history, this draws it.
-    """
+    """Show a text on the node that runs. (ui.PreviewText only stores it in the history, for Preview Any.)"""
     # Not imported: a host that runs the nodes without ComfyUI's server has none.
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     node = getattr(getattr(cls, "hidden", None), "unique_id", None)

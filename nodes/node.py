@@ -1,4 +1,4 @@
-"""What all nodes have in common: their inputs are checked when they run, whatever way a value came."""
+"""The base class of our nodes: their inputs are checked when they run, connected ones too."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ NONE = "none: "  # how the one line of a list without a file begins, which goes 
 class Node(io.ComfyNode):
     """A node whose `execute` refuses values that its widgets could not have.
 
-    ComfyUI checks what is set in a widget, but not what comes over a wire. As there, a choice that `validate_inputs`
-    takes is left to it.
+    ComfyUI checks the values of widgets, but not those of connected inputs. Inputs that `validate_inputs` takes are
+    left to it, as in ComfyUI.
     """
 
     @classmethod
     def check_inputs(cls, given: dict[str, Any]) -> None:
-        """Raises AdapterError for inputs of which a node knows better what is wrong than that a value is missing."""
+        """Raises AdapterError for inputs for which a node has a better message than that a value is missing."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -1,4 +1,4 @@
-"""Which adapter and image encoder of the model folders fit a model and a use best, by their tensors."""
+"""The adapter and image encoder in the model folders that fit a model and a use best, by their tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..ipadapter_core import (
 )
 from ..ipadapter_core.encoders import find_encoder
 from .demo import BUNDLED, demo_files
-from .files import ADAPTERS, ENCODERS, H94, adapter_spec, encoder_shape, existing, home
+from .files import ADAPTERS, ENCODERS, H94, adapter_spec, encoder_shape, main_folder, model_files
 
 SUBJECT, STYLE, COMPOSITION, FACE = USES = ("subject", "style", "composition", "face")
 LIGHT, STANDARD, PLUS = LIKENESS = ("light", "standard", "plus")
@@ -32,8 +32,7 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
     STANDARD: ("base", "plus", "full"),
     PLUS: ("plus", "full", "base"),
 }
-# Files of equal shapes that were trained for a use of their own: only their names tell, so a name decides among files
-# that fit by their shapes, and never against the shapes.
+# Files for faces or composition have the shapes of all others, so among files with fitting shapes the name decides.
 _HINTS = {FACE: re.compile("face"), COMPOSITION: re.compile("composition"), LIGHT: re.compile("light(?!ning)")}
 _FACE_NODES = "Load IP Adapter, Load Face Analysis, Encode Face Prompt and Apply IP Adapter"
 _KOLORS_PAGE = "https://huggingface.co/Kwai-Kolors/Kolors-IP-Adapter-Plus"
@@ -61,7 +60,7 @@ class Pair:
 
     @property
     def is_for_composition(self) -> bool:
-        """Whether its name says that it was trained on composition alone, so that it needs no weight type for it."""
+        """Whether it was trained on composition only, by its name, and so needs no weight type for it."""
         return bool(_HINTS[COMPOSITION].search(_file_name(self.name)))
 
     def describe(self) -> str:
@@ -78,7 +77,7 @@ class _Candidate:
     spec: AdapterSpec
 
     def mismatch(self, use_for: str) -> int:
-        """How little its name suits a use."""
+        """How badly its name suits a use; 0 is best."""
         named = {use for use in (FACE, COMPOSITION) if _HINTS[use].search(_file_name(self.name))}
         return len(named ^ ({use_for} & {FACE, COMPOSITION}))
 
@@ -88,7 +87,7 @@ class _Candidate:
 
 
 def _file_name(name: str) -> str:
-    """Without its folders, whose names say nothing about the file."""
+    """Without its folders."""
     return PureWindowsPath(name).name.lower()
 
 
@@ -105,11 +104,11 @@ def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: st
     if not candidates and demo is None:
         raise _missing(unet, sites, use_for, likeness, faces, others)
     ranked = sorted(candidates, key=lambda candidate: candidate.rank(use_for, likeness))  # stable: safetensors first
-    encoders, first_error = existing(ENCODERS), None
+    encoders, first_error = model_files(ENCODERS), None
     for candidate in ranked:
         spec, name = candidate.spec, candidate.name
         try:
-            encoder = find_encoder(spec, encoders, name=name, folder=home(ENCODERS), open_file=encoder_shape)
+            encoder = find_encoder(spec, encoders, name=name, folder=main_folder(ENCODERS), open_file=encoder_shape)
         except AdapterError as error:
             first_error = first_error or error
             if demo is None or not demo.fits(spec):
@@ -118,7 +117,7 @@ def find_pair(unet: nn.Module, sites: Sequence[Site], use_for: str, likeness: st
         notes = _notes(candidate, ranked, faces, use_for, likeness)
         return Pair(name, candidate.path, encoder, spec, notes)
     if demo is not None:
-        notes = tuple(f"The image encoder of {each.name} is not in {home(ENCODERS)}." for each in ranked[:1])
+        notes = tuple(f"The image encoder of {each.name} is not in {main_folder(ENCODERS)}." for each in ranked[:1])
         return Pair(BUNDLED, demo.adapter, demo.encoder_folder, demo.spec, notes)
     assert first_error is not None
     raise first_error
@@ -131,7 +130,7 @@ def _candidates(unet: nn.Module, sites: Sequence[Site]) -> tuple[list[_Candidate
     found: list[_Candidate] = []
     faces: list[str] = []
     others: list[str] = []
-    for path, name in existing(ADAPTERS).items():
+    for path, name in model_files(ADAPTERS).items():
         try:
             spec = adapter_spec(path)
         except (AdapterError, OSError):
@@ -158,7 +157,7 @@ def _fits(spec: AdapterSpec, unet: nn.Module, sites: Sequence[Site]) -> bool:
 def _notes(
     chosen: _Candidate, ranked: Sequence[_Candidate], faces: Sequence[str], use_for: str, likeness: str
 ) -> tuple[str, ...]:
-    """What the user should know of the choice."""
+    """Notes for the user about the choice."""
     notes: list[str] = []
     own, kind = chosen.mismatch(use_for), chosen.spec.kind
     if any(other.spec.kind == kind and other.mismatch(use_for) != own for other in ranked):
@@ -170,7 +169,7 @@ def _notes(
     if kind != _KINDS[likeness][0]:
         notes.append(f"Likeness {likeness} asks for a {_KINDS[likeness][0]} adapter, of which none is usable here.")
     if chosen is not ranked[0]:
-        notes.append(f"{ranked[0].name} fits better, but its image encoder is not in {home(ENCODERS)}.")
+        notes.append(f"{ranked[0].name} fits better, but its image encoder is not in {main_folder(ENCODERS)}.")
     return tuple(notes)
 
 
@@ -182,7 +181,7 @@ def _missing(
     faces: Sequence[str],
     others: Sequence[str],
 ) -> AdapterError:
-    context, widths = sites[0].cross_attention_dim, [site.width for site in sites]
+    context, widths = sites[0].cross_attention_dim, [site.dim for site in sites]
     family = "kolors" if is_kolors_unet(unet) else family_of(context, widths)
     file = _DOWNLOADS.get((family, FACE if use_for == FACE else likeness))
     page = H94
@@ -195,9 +194,9 @@ def _missing(
     if file is None:
         what = f"{model} model" if model else f"model (context {context}, {len(sites)} layers)"
         return AdapterError(
-            f"No adapter in {home(ADAPTERS)} fits the connected {what}, and none for it is published. Put one that "
-            f"was trained on it there, or connect an SD1.5 or SDXL model.{looked}"
+            f"No adapter in {main_folder(ADAPTERS)} fits the connected {what}, and none for it is published. Put one "
+            f"that was trained on it there, or connect an SD1.5 or SDXL model.{looked}"
         )
     return AdapterError(
-        f"No adapter for {model} is in {home(ADAPTERS)}. Download {file} from {page} and put it there.{looked}"
+        f"No adapter for {model} is in {main_folder(ADAPTERS)}. Download {file} from {page} and put it there.{looked}"
     )

@@ -1,4 +1,4 @@
-"""What runs inside a cross-attention layer: the text attention as before, plus the attention to the image tokens."""
+"""In every layer: the text attention as before, plus the attention to the image tokens."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from ..ipadapter_core import AdapterError
 from ..ipadapter_core.attention import attend_to_heads
+from .application import Application, Step, step_of
 from .record import Record
-from .steps import Application, Place, Step, step_of
+from .run import Options, Place
 
-Options = dict[str, Any]
 Replacement = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class SitePatch:
-    """The replacement of one attn2 (ComfyUI's `attn2_replace`) by an application of an adapter; immutable.
+    """The patch of one cross-attention layer (ComfyUI's `attn2_replace`) for one application; immutable.
 
-    `place` is the layer's. `previous` is what stood there before, from any pack; None is ComfyUI's own attention.
-    `record` notes where the image acts, for an attention map.
+    `previous`: the earlier patch of this layer, from any pack; None is ComfyUI's own attention. `record`: where to
+    record the attention, for an attention map.
     """
 
     application: Application
@@ -43,38 +43,41 @@ class SitePatch:
             return text
         term, gate = self.image_term(query, step, options)
         if self.record is not None:
-            shown = term if gate is None else term * gate
-            self.record.add(self.place, self.application.key, shown, options)
+            gated = term if gate is None else term * gate
+            self.record.add(self.place, self.application.key, gated, options)
         return text + term if gate is None else torch.addcmul(text, term, gate)
 
     def recorded(self, record: Record) -> SitePatch:
-        """The same with all below it that is ours, for a model that nobody else holds."""
-        below = self.previous.recorded(record) if isinstance(self.previous, SitePatch) else self.previous
-        return replace(self, previous=below, record=record)
+        """A copy of this patch, and of those of ours below it, that records."""
+        previous = self.previous.recorded(record) if isinstance(self.previous, SitePatch) else self.previous
+        return replace(self, previous=previous, record=record)
 
     def image_term(self, query: Tensor, step: Step, options: Options) -> tuple[Tensor, Tensor | None]:
-        """The attention of query [B, N, C] to the image tokens of each row, and what to multiply it with, or None."""
+        """The attention of query [B, N, C] to the image tokens of each row, and its factor [B, N, 1] or None."""
         upcast = options.get("attn_precision") == torch.float32
         key, value, gate = step.of(self.place, options, query)
         attend = _attend_in_fp32 if upcast else F.scaled_dot_product_attention
         return attend_to_heads(query, key, value, attend=attend), gate
 
     def to(self, target: Any, *_: Any, **__: Any) -> SitePatch:
-        """ComfyUI moves patches to the device of the model. Ours hold nothing; one of another pack may."""
-        previous = self.previous.to(target) if hasattr(self.previous, "to") else self.previous
+        """ComfyUI moves patches to the device of the model. Ours have no tensors; those of another pack may."""
+        previous: Any = self.previous
+        previous = previous.to(target) if hasattr(previous, "to") else previous
         return self if previous is self.previous else replace(self, previous=previous)
 
     def models(self) -> list[Any]:
         """The model patchers that a patch of another pack needs loaded; ours needs none."""
-        return self.previous.models() if hasattr(self.previous, "models") else []
+        previous: Any = self.previous
+        return previous.models() if hasattr(previous, "models") else []
 
     def cleanup(self) -> None:
         """After sampling: passed on to a patch of another pack."""
-        if hasattr(self.previous, "cleanup"):
-            self.previous.cleanup()
+        previous: Any = self.previous
+        if hasattr(previous, "cleanup"):
+            previous.cleanup()
 
     def add(self, *_: Any, **__: Any) -> None:
-        """ComfyUI_IPAdapter_plus asks the patch it finds to take in its own. This one never changes, so say it."""
+        """ComfyUI_IPAdapter_plus adds its own image prompt to the patch that it finds; ours is immutable."""
         refuse_late_patch()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SitePatch:
@@ -82,7 +85,7 @@ class SitePatch:
 
 
 def refuse_late_patch() -> NoReturn:
-    """The error for a patch that comes after ours, in a place where it would be without effect."""
+    """The error for a patch of another pack after ours, which ComfyUI would not call."""
     raise AdapterError(
         "Another pack (ComfyUI_IPAdapter_plus?) wants to change the attention after Apply IP Adapter. Connect "
         "its nodes before Apply IP Adapter: model loader, its nodes, Apply IP Adapter, sampler."

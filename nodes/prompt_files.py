@@ -121,7 +121,7 @@ def read_old_features(path: Path) -> EncodedImages:
         )
     if not torch.isfinite(features).all():
         raise AdapterError(f"{path}: the features hold NaN or infinity. Encode and save them again.")
-    return EncodedImages(_here(features), weights=(1.0,) * len(features))
+    return EncodedImages(_on_intermediate_device(features), weights=(1.0,) * len(features))
 
 
 def _images(file: TensorFile, metadata: Mapping[str, str], part: str) -> EncodedImages:
@@ -134,11 +134,11 @@ def _images(file: TensorFile, metadata: Mapping[str, str], part: str) -> Encoded
             tensor = file.read(key)
             if tensor.ndim not in dims or len(tensor) != len(weights) or not torch.isfinite(tensor).all():
                 raise ValueError(f"{key} has the shape {tuple(tensor.shape)} for {len(weights)} images, or NaN")
-            features[name] = _here(tensor.clone())  # off the file, which may be replaced
+            features[name] = _on_intermediate_device(tensor.clone())  # off the file, which may be replaced
     if not features or not weights or not torch.isfinite(torch.tensor(weights)).all():
         raise ValueError(f"{part} has {len(features)} features and the weights {weights}")
     return EncodedImages(features.get("image"), features.get("face"), weights)
 
 
-def _here(features: Tensor) -> Tensor:
+def _on_intermediate_device(features: Tensor) -> Tensor:
     return features.to(comfy.model_management.intermediate_device(), torch.float32)

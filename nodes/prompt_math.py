@@ -153,7 +153,7 @@ def _combine_negatives(
 
 
 def _zeros(prompt: ImagePrompt) -> EncodedImages:
-    """What None stands for, spelled out."""
+    """The negative image of a prompt without one: zeros."""
     images = prompt.positive
     return _mapped([images], lambda features: torch.zeros_like(features[0][:1]), prompt.weights[len(images) :])
 

@@ -1,4 +1,4 @@
-"""Where image prompts act while a model is sampled: what the layers note for an attention map."""
+"""The attention of image prompts, recorded by the layers while a model is sampled, for an attention map."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ipadapter_core import AdapterError, WeightLayout, group_indices, image_share
-from ..ipadapter_core.branches import POSITIVE, grown_rows
-from .calls import Call, Grid, Options, Run, read_call, run_of, step_of_run
+from ..ipadapter_core.branches import POSITIVE, source_rows
+from .run import Call, Grid, Options, Place, declared_chunks, read_call, run_of, step_of_run
 
 _log = logging.getLogger("ip_adapter_kit")
 
-TEXT = ""  # in place of an application's key: the attention to the text
-Place = tuple[str, int, int]
+TEXT = ""  # the key of the attention to the text, beside those of applications
 
 
 class Area(NamedTuple):
-    """The part of the latents that some conds of a call cover: its corner (top, left), its size, and which images."""
+    """The part of the latents that a cond covers: its corner (top, left), its size, and which images."""
 
     corner: Grid
     size: Grid
@@ -32,7 +31,7 @@ class Area(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What a sum of magnitudes is of: a step, a transformer of the UNet, an application or `TEXT`, an area, a grid."""
+    """The key of one sum of magnitudes; `key` is that of an application, or `TEXT`."""
 
     step: int
     transformer: int
@@ -43,18 +42,17 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """One call of the model: its step, and its positive rows by the area that they cover."""
+    """One call of the model: its step, and its positive rows by area."""
 
     step: int
     call: Call
     rows: dict[Area, tuple[int, ...]]
 
     def rows_in(self, batch: int, options: Options) -> Iterator[tuple[Area, list[int]]]:
-        """The positive rows of a batch within a layer, which may have been grown on the way there."""
+        """The positive rows of a batch within a layer, where regional prompts may have enlarged it."""
         sources = list(range(self.call.rows))
         if batch != self.call.rows:
-            declared = options.get("cond_or_uncond_couple") or options.get("cond_or_uncond") or (0,)
-            sources = grown_rows(declared, self.call.chunks, self.call.rows, batch)
+            sources = source_rows(declared_chunks(options), self.call.chunks, self.call.rows, batch)
         for area, rows in self.rows.items():
             # Row i of each chunk is that of image i, so the rows of an area come image by image.
             yield area, [place for place, source in enumerate(sources) if source in rows]
@@ -62,12 +60,12 @@ class Moment:
 
 @dataclass(eq=False)
 class Record:
-    """The magnitudes of the attentions of one run of the sampler, summed over the positive rows of each image. Those of
-    the `latest` step lie on the device, those before in main memory; the next run of the same model replaces them.
+    """The magnitudes of the attentions in one run of the sampler, summed over the positive rows of each image. Those of
+    the `latest` step are on the device, earlier ones in main memory; the next run of the same model replaces them.
 
-    `keys`: of the applications, in the order of their nodes. `transformers`: the index of each by ComfyUI's place.
-    `runs`: how many there were; `prompt`: ComfyUI's id of the prompt of the latest one. `drawn`: the record of the run
-    that made an image, for the images that were asked for, as long as they live.
+    `keys`: of the applications, in the order of their nodes. `transformers`: their indices by ComfyUI's block.
+    `runs`: the number of runs so far; `prompt`: ComfyUI's id of the latest one's prompt. `drawn`: image -> the record
+    of the run that made it, while the image is in memory.
     """
 
     keys: tuple[str, ...]
@@ -84,14 +82,14 @@ class Record:
 
     @property
     def name(self) -> str:
-        """Of the moment in transformer_options."""
+        """The key of the Moment in transformer_options."""
         return f"ip_adapter_kit.record.{id(self)}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
         return self  # ComfyUI before 0.14 deep-copies what a model holds whenever it is cloned
 
     def sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: Options, *args: Any, **kwargs: Any) -> Any:
-        """SAMPLER_SAMPLE wrapper: a record of this run alone."""
+        """SAMPLER_SAMPLE wrapper: start a new record."""
         if "torch_compile_kwargs" in (extra_args.get("model_options") or {}):
             raise AdapterError(
                 "Record Attention Map cannot look into a compiled model. Bypass the node that compiles it while you "
@@ -123,19 +121,19 @@ class Record:
         transformer_options: Options | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """APPLY_MODEL wrapper: which rows are to be noted, for which step."""
+        """APPLY_MODEL wrapper: note the step and the rows to record."""
         options = dict(transformer_options or {})
         step, _ = step_of_run(options, t)
         if step != self.latest:
             self._to_main_memory()
             self.latest = step
-        call, run = read_call(options, x), run_of(options) or Run()
+        call, run = read_call(options, x), run_of(options)
         self.images, self.size = run.images or len(call.frames), call.whole
         options[self.name] = Moment(step, call, _positive_rows(call))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def add(self, place: Place, key: str, term: Tensor, options: Options) -> None:
-        """Note what a layer is about to add, [B, N, C]."""
+        """Record an attention, [B, N, C]."""
         moment = options.get(self.name)
         if not isinstance(moment, Moment):
             return
@@ -154,8 +152,8 @@ class Record:
             self.sums[entry] = total if before is None else before.add_(total.to(before.device))
 
     def of(self, image: Tensor) -> Record:
-        """The record of the run that made an image. ComfyUI may take image and latents from its cache, after other runs
-        of the same model: then it is the one that the image had before, and a line is logged where it had none.
+        """The record of the run that made an image. ComfyUI may take an image from its cache after other runs of the
+        same model: then it is the record that was used for this image before, or the latest one, with a warning.
         """
         if self.prompt == _prompt() or image not in self.drawn:
             if self.runs > 1 and self.prompt != _prompt():
@@ -207,7 +205,7 @@ class Record:
         return torch.stack(shares).mean(0)
 
     def _canvas(self, entry: Entry, total: Tensor) -> Tensor:
-        """The magnitudes in their place of all latents, [images, height, width]."""
+        """The magnitudes of an area within the whole latents, [images, height, width]."""
         (top, left), (height, width), images = entry.area
         part = F.interpolate(total.reshape(-1, 1, *entry.grid), size=(height, width), mode="bilinear")[:, 0]
         canvas = torch.zeros(self.images, *self.size)
@@ -222,7 +220,7 @@ def _prompt() -> str | None:
 
 
 def _rest(totals: dict[str, Tensor], keys: tuple[str, ...]) -> Tensor:
-    """All attention but that of the chosen image prompts."""
+    """The sum of all attention but that of the chosen image prompts."""
     return sum((total for key, total in totals.items() if key not in keys), torch.zeros(()))
 
 
@@ -237,5 +235,5 @@ def _positive_rows(call: Call) -> dict[Area, tuple[int, ...]]:
 
 
 def _is_range(rows: list[int]) -> bool:
-    """Rows that lie side by side are cut out without an index, which would have to go to the device."""
+    """Consecutive rows are sliced, without an index tensor that would have to be copied to the device."""
     return rows == list(range(rows[0], rows[-1] + 1)) if rows else False

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ipadapter_core import WEIGHT_TYPES, AdapterError, parse_weight_type
 from ..ipadapter_core.masks import check_attention_mask
-from .apply import apply_prompt
+from .install import apply_prompt
 from .layer_weights import model_weights
 from .node import Node
 from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema

@@ -1,115 +1,149 @@
-"""What happens once in a run of the sampler, before its first step."""
+"""What is known of a run of the sampler, and of one call of the model in it."""
 
 from __future__ import annotations
 
-import logging
-import math
-import uuid
-from collections.abc import Hashable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
 
-import comfy.patcher_extension
-import comfy.samplers
+import torch
 from torch import Tensor
 
-from ..ipadapter_core.branches import names_by_uuid
-from .calls import RUN, Grid, Options, Run, grid_of
-from .graphs import with_own_graphs
-from .patch import SitePatch, refuse_late_patch
-from .steps import Application
+from ..ipadapter_core import AdapterError, step_at
+from ..ipadapter_core.branches import resolve_branches, rows_each
 
-Conds = Mapping[str, list[dict[str, Any]]]
+RUN = "ip_adapter_kit.run"  # the key of the Run in transformer_options
+_CACHE_SIZE = 4  # calls: positive and negative in calls of their own, at two sizes
 
-_log = logging.getLogger("ip_adapter_kit")
-
-
-def start_run(
-    executor: Any,
-    guider: Any,
-    sigmas: Tensor,
-    extra_args: Options,
-    callback: Any,
-    noise: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """SAMPLER_SAMPLE wrapper: note which cond is positive and which negative, for all adapters of the model."""
-    model_options = dict(extra_args.get("model_options") or {})
-    options = model_options.get("transformer_options", {})
-    patches = options.get("patches_replace", {}).get("attn2", {})
-    _refuse_shadowed(patches)
-    if any(isinstance(patch, SitePatch) for patch in patches.values()):
-        options = with_own_graphs(model_options, options)
-    conds = getattr(guider, "conds", None) or {}
-    if conds:
-        guider.conds = conds = _one_name_each(conds)
-    _check_applications(guider, options, sigmas, noise)
-    run = Run(names_by_uuid(conds), grid_of(noise.shape), _corners(conds), len(noise), sigmas)
-    model_options["transformer_options"] = {**options, RUN: run}
-    return executor(guider, sigmas, {**extra_args, "model_options": model_options}, callback, noise, *args, **kwargs)
+Options = dict[str, Any]  # ComfyUI's transformer_options, or model_options
+Grid = tuple[int, int]  # (height, width)
+Place = tuple[str, int, int]  # ComfyUI's key of an attention layer, such as ("input", 1, 0)
+_T = TypeVar("_T")
 
 
-def _check_applications(guider: Any, options: Options, sigmas: Tensor, noise: Tensor) -> None:
-    """Log what has no effect in this run. A second pass may leave out a window on purpose: no reason to stop."""
-    wrappers = options.get("wrappers", {}).get(comfy.patcher_extension.WrappersMP.APPLY_MODEL, {})
-    sampling = guider.model_patcher.get_model_object("model_sampling")
-    # Guiders with several scales have a `cfg` that they do not use.
-    own = getattr(type(guider), "set_cfg", None) is comfy.samplers.CFGGuider.set_cfg
-    cfg = guider.cfg if own else math.inf
-    patches = options.get("patches_replace", {}).get("attn2", {})
-    for application in (item for items in wrappers.values() for item in items if isinstance(item, Application)):
-        _warn_of_replaced(application, patches)
-        for sentence in application.check_run(sigmas[:-1], sampling, len(noise), grid_of(noise.shape), cfg):
-            _log.warning("%s: %s", application.node, sentence)
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a sampler over `sigmas`, on a batch of `images` latents of `size`; made by `start_run`.
 
-
-def _warn_of_replaced(application: Application, patches: Mapping[Any, Any]) -> None:
-    """Log the layers that another pack took after us. Whether it passes their calls on cannot be known."""
-    others = [patches.get(place) for place in application.pairs if not _holds(patches.get(place), application)]
-    if others:
-        _log.warning(
-            "%s: %s of another pack took %d of its %d layers after it; unless it passes their calls on, the image "
-            "prompt does not act there. Connect its node before %s.",
-            application.node,
-            getattr(others[0], "__qualname__", type(others[0]).__qualname__),
-            len(others),
-            len(application.pairs),
-            application.node,
-        )
-
-
-def _holds(patch: Any, application: Application) -> bool:
-    while isinstance(patch, SitePatch):
-        if patch.application is application:
-            return True
-        patch = patch.previous
-    return False
-
-
-def _one_name_each(conds: Conds) -> Conds:
-    """ComfyUI copies a cond with an area into the guider's other lists, uuid and all: give the copies their own."""
-    names = names_by_uuid(conds)
-
-    def own(cond: dict[str, Any]) -> dict[str, Any]:
-        return {**cond, "uuid": uuid.uuid4()} if len(names.get(cond.get("uuid"), ())) > 1 else cond
-
-    return {name: items and [own(cond) for cond in items] for name, items in conds.items()}
-
-
-def _corners(conds: Conds) -> dict[Hashable, Grid]:
-    """uuid -> (top, left) of the conds that have an area, which is (height, width, top, left)."""
-    every: Iterable[dict[str, Any]] = (cond for items in conds.values() for cond in items or ())
-    return {
-        cond["uuid"]: (int(cond["area"][2]), int(cond["area"][3]))
-        for cond in every
-        if "uuid" in cond and len(cond.get("area") or ()) == 4
-    }
-
-
-def _refuse_shadowed(patches: Mapping[Any, Any]) -> None:
-    """Apply takes over what stands for all blocks of a transformer: what stands there now came later, and ComfyUI
-    would not call it, because it looks for a block's own patch first.
+    By the uuid of a cond: `names` in the guider, `corners` (top, left) of conds with an area. `cache` has what was
+    computed in this run.
     """
-    ours = {place[:2] for place, patch in patches.items() if isinstance(patch, SitePatch)}
-    if any(place in ours for place in patches):
-        refuse_late_patch()
+
+    names: Mapping[Hashable, frozenset[str]] = field(default_factory=dict)
+    size: Grid | None = None
+    corners: Mapping[Hashable, Grid] = field(default_factory=dict)
+    images: int = 0
+    sigmas: Tensor | None = None
+    cache: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        return self
+
+    def remember(self, name: Hashable, key: Hashable, make: Callable[[], _T], size: int = _CACHE_SIZE) -> _T:
+        """The result of `make()` for this key, computed once per run; the last `size` keys of each name are cached."""
+        return remember(self.cache.setdefault(name, {}), key, make, size)
+
+    @cached_property
+    def sigma_list(self) -> tuple[float, ...]:
+        """`sigmas` on the CPU, read once: they may be on the device."""
+        return () if self.sigmas is None else tuple(self.sigmas.tolist())
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model with a batch of `rows` latents of `size`; equal for calls that are alike.
+
+    The batch has one chunk for each cond: `chunks` has their indices in the guider's list, `branches` POSITIVE or
+    NEGATIVE, `corners` where their area begins in the latent of size `whole` (None: no area). `frames` are the images
+    of the whole batch that each chunk has.
+    """
+
+    rows: int
+    size: Grid
+    whole: Grid
+    chunks: tuple[int, ...]
+    branches: tuple[int, ...]
+    corners: tuple[Grid | None, ...]
+    frames: tuple[int, ...]
+    device: torch.device
+
+
+def remember(cache: dict[Hashable, _T], key: Hashable, make: Callable[[], _T], size: int) -> _T:
+    """The result of `make()` for this key; the last `size` keys are cached."""
+    if key not in cache:
+        cache[key] = make()
+        for old in list(cache)[:-size]:
+            cache.pop(old, None)
+    return cache[key]
+
+
+def run_of(options: Options) -> Run:
+    """The run; an empty one when a host calls the model without the wrapper that starts it."""
+    run = options.get(RUN)
+    return run if isinstance(run, Run) else Run()
+
+
+def read_call(options: Options, x: Tensor, size: Grid | None = None) -> Call:
+    """The call with these transformer options and this input [B, C, H, W]; in a layer with its query [B, N, C] and the
+    `size` of the latent.
+
+    Raises AdapterError when the batch does not divide into the conds.
+    """
+    run = run_of(options)
+    chunks = tuple(options.get("cond_or_uncond") or (0,))
+    uuids = options.get("uuids") or ()
+    corners = run.corners if len(uuids) == len(chunks) else {}
+    size = size or grid_of(x.shape)
+    return Call(
+        rows=x.shape[0],
+        size=size,
+        whole=run.size or size,
+        chunks=chunks,
+        branches=resolve_branches(chunks, uuids, run.names),
+        corners=tuple(corners.get(uuid) for uuid in uuids) if corners else (None,) * len(chunks),
+        frames=_frames(options, rows_each(len(chunks), x.shape[0])),
+        device=x.device,
+    )
+
+
+def declared_chunks(options: Options) -> Sequence[int]:
+    """The conds of the chunks in a layer, where regional prompts may have enlarged the batch."""
+    return options.get("cond_or_uncond_couple") or options.get("cond_or_uncond") or (0,)
+
+
+def sigma_of(options: Options, t: Tensor) -> float:
+    """The sigma of this call: one host sync per step, shared by all that need it. It is not put into the options,
+    where torch.compile would make a graph for each number.
+    """
+    return run_of(options).remember("sigma", t, lambda: float(t.max()))
+
+
+def step_of_run(options: Options, t: Tensor) -> tuple[int, int]:
+    """The step that a call with this sigma belongs to, and the number of steps of the run.
+
+    Raises AdapterError when a host calls the model without the wrapper that starts the run.
+    """
+    sigmas = run_of(options).sigma_list
+    if len(sigmas) < 2:
+        raise AdapterError(
+            "The steps of this sampler are not known: a Weight Schedule over steps and an attention map need them. Use "
+            "a sampler of ComfyUI."
+        )
+    return step_at(sigmas, sigma_of(options, t)), len(sigmas) - 1
+
+
+def grid_of(shape: Sequence[int]) -> Grid:
+    """(height, width) of a latent of this shape."""
+    return int(shape[-2]), int(shape[-1])
+
+
+def _frames(options: Options, count: int) -> tuple[int, ...]:
+    """All images, or the window of them that is sampled now (AnimateDiff, ComfyUI's Context Windows)."""
+    window = options.get("context_window")
+    frames = (options.get("ad_params") or {}).get("sub_idxs")
+    if not frames and getattr(window, "dim", None) == 0:
+        anchor = getattr(window, "causal_anchor_index", None)  # a frame before the window, dropped afterwards
+        before = [] if anchor is None or anchor < 0 else [anchor]
+        frames = [*before, *getattr(window, "index_list", ())]
+    return tuple(frames) if frames and len(frames) == count else tuple(range(count))

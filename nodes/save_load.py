@@ -47,8 +47,8 @@ class SaveImagePrompt(Node):
     def execute(cls, image_prompt: ImagePrompt, filename_prefix: str = "prompt") -> io.NodeOutput:
         prefix = relative_name(filename_prefix.strip() or "prompt", "filename_prefix", f"output/{FOLDER}")
         output = Path(folder_paths.get_output_directory())
-        home = (output / FOLDER).resolve()
-        if not (home / prefix.parent).resolve().is_relative_to(home):
+        root = (output / FOLDER).resolve()
+        if not (root / prefix.parent).resolve().is_relative_to(root):
             raise AdapterError(
                 f"output/{FOLDER}/{prefix.parent} is a link to another place, where files are not saved. Change "
                 "filename_prefix."

@@ -1,4 +1,4 @@
-"""What travels on the wires between the nodes, and how a node describes itself."""
+"""The types of the wires between the nodes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 
 def node_schema(**fields: Any) -> io.Schema:
-    """An io.Schema of our category; fields that an older ComfyUI does not know are left out (it would refuse them)."""
+    """An io.Schema of our category, without fields that an older ComfyUI does not support."""
     fields = {"category": CATEGORY, "search_aliases": SEARCH_ALIASES, **fields}
     return io.Schema(**{name: value for name, value in fields.items() if name in _SCHEMA_FIELDS})
 
@@ -37,8 +37,8 @@ def node_schema(**fields: Any) -> io.Schema:
 class LoadedAdapter:
     """An adapter under ComfyUI's memory management. `name` is its file's, for messages.
 
-    ComfyUI finds `patcher` and keeps the weights while a prompt that uses them runs. `lora` is kept beside it: its
-    weights go to the device with the model that they patch, not with the adapter.
+    ComfyUI finds `patcher` and keeps the weights while a workflow that uses them runs. `lora` is not part of it: its
+    weights are moved to the device with the model that they patch.
     """
 
     name: str
@@ -54,14 +54,14 @@ class LoadedAdapter:
         return self.adapter.spec
 
     def on_device(self) -> IPAdapter:
-        """The adapter, ready to compute on `patcher.load_device`; ComfyUI may drop it again at any time after."""
+        """The adapter, loaded to `patcher.load_device`; ComfyUI may unload it again at any time."""
         comfy.model_management.load_models_gpu([self.patcher])
         return self.adapter
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedImages:
-    """What the encoders make of N images, as the adapter's projector takes it, on ComfyUI's intermediate device.
+    """Features of N images, as the adapter's projector takes them, on ComfyUI's intermediate device.
 
     `image`: image_embeds [N, E] or penultimate hidden states [N, L, E]; `face`: face embeddings [N, F]; None where
     the adapter takes none. `weights`: one for each image, on top of Apply's weight.
@@ -86,12 +86,11 @@ class EncodedImages:
 
 @dataclass(frozen=True, eq=False)
 class ImagePrompt:
-    """Encoded images of both branches. `negative` None: the adapter's zeros, as in training.
+    """Encoded images of both branches. `negative` None: zeros, as in training.
 
     The tokens of all images are joined for every latent, or with `one_each` image i is for latent (frame) i and the
-    last one for those that are left. `adapter` names the file they were encoded for; None: unknown. `has_negative`:
-    the negative images were chosen. `likeness`: the share of the resampled part in FaceID-Plus v2. `tokens`: what an
-    adapter's projector made of it, so that it runs once.
+    last one for all remaining. `adapter`: the file they were encoded for; None: unknown. `has_negative`: the user chose
+    the negative images. `likeness`: the shortcut scale of FaceID-Plus v2. `tokens`: the projected tokens by adapter.
     """
 
     positive: EncodedImages
@@ -104,7 +103,7 @@ class ImagePrompt:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of all images, positive and negative; the adapter's zeros have the mean weight."""
+        """Of all images, positive and negative; without negative images the mean weight."""
         own = self.positive.weights
         return (*own, *((sum(own) / len(own),) if self.negative is None else self.negative.weights))
 
@@ -126,8 +125,8 @@ def project(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> Tensor:
 
         def tokens(images: EncodedImages) -> Tensor:
             parts = zip(*(feature.split(BATCH) for feature in images.features), strict=True)
-            here = ([feature.to(device, torch.float32) for feature in part] for part in parts)
-            return torch.cat([adapter.encode(*part, shortcut_scale=likeness) for part in here])
+            on_device = ([feature.to(device, torch.float32) for feature in part] for part in parts)
+            return torch.cat([adapter.encode(*part, shortcut_scale=likeness) for part in on_device])
 
         positive, negative = tokens(image_prompt.positive), image_prompt.negative
         if negative is None and adapter.spec.feature != "image_embeds" and adapter.spec.image_dim is not None:
@@ -136,8 +135,11 @@ def project(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> Tensor:
                 "which needs one. Connect an image prompt to negative of Load Image Prompt: that of a black image, or "
                 "the saved neg_embed."
             )
-        against = adapter.negative_tokens(device=device, dtype=torch.float32) if negative is None else tokens(negative)
-        made = torch.cat([positive, against])
+        if negative is None:
+            negative_tokens = adapter.negative_tokens(device=device, dtype=torch.float32)
+        else:
+            negative_tokens = tokens(negative)
+        made = torch.cat([positive, negative_tokens])
         if not torch.isfinite(made).all():
             parts = [image_prompt.positive, *([] if negative is None else [negative])]
             if not all(torch.isfinite(feature).all() for part in parts for feature in part.features):
@@ -154,7 +156,7 @@ def project(ip_adapter: LoadedAdapter, image_prompt: ImagePrompt) -> Tensor:
 
 
 def manage(name: str, adapter: IPAdapter) -> LoadedAdapter:
-    """Hand an adapter, built with ComfyUI's operations, to ComfyUI's memory management, but for its LoRA."""
+    """Put an adapter, built with ComfyUI's operations, under ComfyUI's memory management, without its LoRA."""
     lora, adapter.lora = adapter.lora, None
     # Looked up late: ComfyUI replaces the class at start when it streams weights.
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)

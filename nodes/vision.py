@@ -1,4 +1,4 @@
-"""Image encoders of ComfyUI: loaded from a file, for images of another size than their own, and DINOv3."""
+"""ComfyUI's image encoders: loaded from a file, also for other resolutions; and a fix for DINOv3."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..ipadapter_core import AdapterError, AdapterSpec
 from ..ipadapter_core.encoders import EXPECTED_ENCODER, find_encoder
 from ..ipadapter_core.tensors import open_tensors
 from .checks import check_encoder
-from .files import ENCODERS, encoder_shape, existing, home, is_empty_choice, model_path, version
+from .files import ENCODERS, encoder_shape, is_empty_choice, main_folder, model_files, model_path, version
 
 AUTO = "auto"
 
@@ -30,7 +30,9 @@ def find_encoder_file(name: str, adapter_name: str, spec: AdapterSpec) -> Path:
     Raises AdapterError when none fits, or the file is damaged.
     """
     if name == AUTO or is_empty_choice(name):
-        return find_encoder(spec, existing(ENCODERS), name=adapter_name, folder=home(ENCODERS), open_file=encoder_shape)
+        return find_encoder(
+            spec, model_files(ENCODERS), name=adapter_name, folder=main_folder(ENCODERS), open_file=encoder_shape
+        )
     path = model_path(ENCODERS, name)
     open_tensors(path, EXPECTED_ENCODER)  # a damaged file, or one that holds code, is refused here
     return path
@@ -103,7 +105,7 @@ def set_resolution(encoder: Any, pixels: int, name: str) -> None:
     encoder.image_size = pixels  # SigLIP2 interpolates by itself, DINOv3 has no position embedding
 
 
-def _patch_size(embeddings: nn.Module) -> int:
+def _patch_size(embeddings: Any) -> int:
     """Pixels of a patch."""
     if isinstance(getattr(embeddings, "patch_size", None), int):
         return embeddings.patch_size
@@ -119,7 +121,7 @@ def _resized(table: Tensor, count: int, extra: int) -> Tensor:
     return torch.cat([table[:extra], grid.flatten(2)[0].T.to(table.dtype)])
 
 
-def _keep_hidden_states(model: nn.Module) -> None:
+def _keep_hidden_states(model: Any) -> None:
     """ComfyUI's DINOv3 gives None for the penultimate hidden states, and encode_image fails on it."""
     kept: list[Tensor] = []
 

@@ -126,14 +126,15 @@ def new_adapter(
     with weights of `dtype` and this many images. Its weights are made on `device` and lie on the CPU.
     """
     sites = pack.core.cross_attention_sites(model.get_model_object("diffusion_model"))
-    widths, context = [site.width for site in sites], sites[0].cross_attention_dim
+    widths, context = [site.dim for site in sites], sites[0].cross_attention_dim
     if face:
-        options = {"tokens": FACE_TOKENS[family], "shortcut": True}
+        options = {"num_tokens": FACE_TOKENS[family], "shortcut": True}
         spec = pack.core.new_spec("faceid-plus", widths, context, image_dim=IMAGE_WIDTH, **options)
     else:
-        options = {"tokens": TOKENS, "resampler_dim": RESAMPLER_WIDTH[family]}
+        options = {"num_tokens": TOKENS, "resampler_dim": RESAMPLER_WIDTH[family]}
         spec = pack.core.new_spec("plus", widths, context, image_dim=IMAGE_WIDTH, **options)
-    module = pack.core.init_adapter(spec, operations=comfy.ops.manual_cast, device=device, dtype=dtype).eval()
+    with torch.device(device):
+        module = pack.core.IPAdapter(spec, operations=comfy.ops.manual_cast).to(dtype).eval()
     randomise(module)
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(images + 1, IMAGE_TOKENS, IMAGE_WIDTH, generator=generator)

@@ -17,7 +17,8 @@ from diffusers.loaders import IPAdapterMixin
 from torch import Tensor
 from torch.nn import functional as F
 
-from ipadapter_core import AdapterSpec, KeyValue, layer_table
+from ipadapter_core import AdapterSpec, KeyValue
+from ipadapter_core.layers import attention_ids
 
 _SDXL_BLOCKS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -93,10 +94,11 @@ class DiffusersAdapter:
     def keys_values(self, tokens: Tensor) -> Iterator[tuple[int, KeyValue]]:
         """Tokens [B, T, D] -> the layer's id and its keys and values [B, T, width], one layer at a time."""
         processors = self.unet.attn_processors
-        for layer in layer_table(self.names):
-            processor: Any = processors[layer.name]
-            key, value = (F.linear(tokens, part[0].weight.float()) for part in (processor.to_k_ip, processor.to_v_ip))
-            yield layer.id, KeyValue(key, value)
+        for name, id in attention_ids(self.names).items():
+            if id % 2:  # cross-attention
+                processor: Any = processors[name]
+                parts = (processor.to_k_ip, processor.to_v_ip)
+                yield id, KeyValue(*(F.linear(tokens, part[0].weight.float()) for part in parts))
 
     def lora(self, id: int, name: str, side: str) -> Tensor | None:
         """The weight of `name` ("to_q_lora", ...), `side` "down" or "up", that it would apply to layer `id`."""

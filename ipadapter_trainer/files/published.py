@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from ipadapter_core import FAMILIES, FAMILY_NAMES, AdapterSpec, export_state, init_adapter, new_spec
+import torch
+
+from ipadapter_core import FAMILIES, FAMILY_NAMES, AdapterSpec, IPAdapter, export_state, new_spec
 
 
 def published_shapes(spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
     """Every flat key of an adapter's file and its shape: `image_proj.*`, then `ip_adapter.*`."""
-    return {key: tuple(tensor.shape) for key, tensor in export_state(init_adapter(spec, device="meta")).items()}
+    with torch.device("meta"):
+        return {key: tuple(tensor.shape) for key, tensor in export_state(IPAdapter(spec)).items()}
 
 
 def published_differences(spec: AdapterSpec) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ipadapter_core import (
@@ -136,7 +136,8 @@ class _Outputs:
         # A file that does not say v1 or v2 is compared as v1; its keys are the same.
         self._adapter = adapter
         known = spec if spec.kind != "faceid-plus" else with_shortcut(spec, bool(spec.shortcut))
-        self._projector: nn.Module = build_projector(known, device="meta")
+        with torch.device("meta"):
+            self._projector = build_projector(known)
         weights = {key: _float(value) for key, value in adapter.projector.state_dict().items()}
         self._projector.load_state_dict(weights, assign=True)
 

@@ -116,7 +116,7 @@ class ModelShapes:
     @property
     def family(self) -> str:
         """ "sd15", "sd2" or "sdxl" for UNets of their shapes, else "context-<width>"."""
-        return family_of(self.sites[0].cross_attention_dim, [site.width for site in self.sites])
+        return family_of(self.sites[0].cross_attention_dim, [site.dim for site in self.sites])
 
     @property
     def has_image_encoder(self) -> bool:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ipadapter_core import AdapterApplication, AdapterSpec, init_adapter, inject
+from ipadapter_core import AdapterApplication, AdapterSpec, IPAdapter, inject
 
 from ..models.base_model import BaseModel
 from ..models.frozen import release_conv_inputs
@@ -45,7 +45,8 @@ def step_cost(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> 
     if config.gradient_checkpointing:
         unet.train()
         unet.enable_gradient_checkpointing()
-    adapter = init_adapter(spec, device="meta", dtype=dtype)
+    with torch.device("meta"):
+        adapter = IPAdapter(spec).to(dtype)
     application = AdapterApplication(lora=adapter.lora, rows=range(batch))
 
     def forward() -> Tensor:

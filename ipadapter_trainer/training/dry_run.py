@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ipadapter_core import AdapterSpec, init_adapter
+from ipadapter_core import AdapterSpec, IPAdapter
 
 from ..cache.plan import Rows
 from ..cache.settings import cache_size
@@ -77,7 +77,8 @@ def plan_training(config: TrainConfig, processes: int = 1, checked: Checked | No
     cost = step_cost(base_model, spec, config)
     modules = _frozen_parts(base_model, cached=config.cache is not None, image=spec.image_dim is not None)
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-    trained = sum(p.numel() for p in init_adapter(spec, device="meta").parameters())
+    with torch.device("meta"):
+        trained = sum(p.numel() for p in IPAdapter(spec).parameters())
     return Plan(
         spec=spec,
         base=base_model.name,

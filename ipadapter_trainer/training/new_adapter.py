@@ -10,7 +10,6 @@ from ipadapter_core import (
     AdapterSpec,
     IPAdapter,
     check_compatible,
-    init_adapter,
     init_from_unet,
     load_adapter,
 )
@@ -25,7 +24,7 @@ def adapter_spec(base_model: BaseModel, kind: TrainKind, num_tokens: int | None 
     """The spec of a new adapter of this kind for this model, from configs alone."""
     return spec_for(
         kind,
-        [site.width for site in base_model.sites],
+        [site.dim for site in base_model.sites],
         base_model.sites[0].cross_attention_dim,
         image_embeds_dim=base_model.image_dim if kind.takes_image else None,
         hidden_dim=base_model.hidden_dim if kind.takes_image else None,
@@ -49,7 +48,7 @@ def new_adapter(
     """
     if init_from is not None:
         return read_initial_adapter(base_model, kind, num_tokens, init_from).requires_grad_(True).train()
-    adapter = init_adapter(adapter_spec(base_model, kind, num_tokens))
+    adapter = IPAdapter(adapter_spec(base_model, kind, num_tokens))
     init_from_unet(adapter.layers, base_model.unet)
     return adapter.train()
 

@@ -197,7 +197,7 @@ class IPAdapterLoadEmbeds(OldNode):
         return str(path and version(path))
 
     @classmethod
-    def load(cls, embeds: str) -> tuple[Tensor]:
+    def load(cls, embeds: str) -> tuple[Tensor | None]:
         path = _saved().get(str(embeds))
         if path is None:  # it may come over a wire
             raise AdapterError(

@@ -1,19 +1,19 @@
-"""What all old apply nodes come down to: images or EMBEDS -> an image prompt in the model, with the old numbers."""
+"""The common part of all old apply nodes: images or EMBEDS -> an image prompt in the model, with the old numbers."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ...ipadapter_core import AdapterError
+from ...ipadapter_core import AdapterError, Scaling
 from ...ipadapter_core.image_prompt import combine_features
-from ..apply import apply_prompt
 from ..face import check_faces, crop_size
+from ..install import apply_prompt
 from ..types import EncodedImages, ImagePrompt
 from .old_faces import read_faces
 from .old_features import image_features, unconditional
@@ -90,7 +90,7 @@ def _apply_one(model: Any, pipeline: Pipeline, node: str, prompt: OldPrompt) -> 
             weights=part.layers,
             start_at=prompt.start_at,
             end_at=prompt.end_at,
-            scaling=prompt.embeds_scaling,
+            scaling=cast("Scaling", prompt.embeds_scaling),
             attn_mask=prompt.attn_mask,
             token_scale=prompt.weight_kolors if pipeline.adapter.spec.token_dim is not None else 1.0,
             lora_strength=0.0,  # the unified loader adds the LoRA's own file
@@ -143,14 +143,14 @@ def _encode(pipeline: Pipeline, node: str, prompt: OldPrompt) -> tuple[_Encoded,
         negative = _sized(unconditional(pipeline, features, prompt.image_negative, **options), len(features))
     if prompt.image_composition is not None and features is not None:
         composition = image_features(pipeline, prompt.image_composition, **enhanced)
-    against = None if face is None else torch.zeros_like(face)
+    negative_face = None if face is None else torch.zeros_like(face)
     if prompt.combine_embeds != "concat" and not prompt.unfold:
         several = any(part is not None and len(part) > 1 for part in (features, face))
         if several:
             features, face = (
                 None if part is None else combine_features(part, prompt.combine_embeds) for part in (features, face)
             )
-            negative, against = (None if part is None else part[:1] for part in (negative, against))
+            negative, negative_face = (None if part is None else part[:1] for part in (negative, negative_face))
         if composition is not None and (several or is_corrected()):
             composition = combine_features(composition, prompt.combine_embeds)
         elif composition is not None and len(composition) > 1:  # the old pack looks at the style images alone
@@ -162,7 +162,7 @@ def _encode(pipeline: Pipeline, node: str, prompt: OldPrompt) -> tuple[_Encoded,
                 len(composition),
             )
     comp = None if composition is None else _images(composition)
-    return _Encoded(_images(features, face), _images(negative, against), comp), faces
+    return _Encoded(_images(features, face), _images(negative, negative_face), comp), faces
 
 
 def _image_prompt(pipeline: Pipeline, encoded: _Encoded, part: Shares, prompt: OldPrompt) -> ImagePrompt:
@@ -181,8 +181,8 @@ def _image_prompt(pipeline: Pipeline, encoded: _Encoded, part: Shares, prompt: O
 
 
 def _images(image: Tensor | None, face: Tensor | None = None) -> EncodedImages:
-    count = len(image if image is not None else face)
-    return EncodedImages(image, face, (1.0,) * count)
+    first = next(part for part in (image, face) if part is not None)
+    return EncodedImages(image, face, (1.0,) * len(first))
 
 
 def _repeated(images: EncodedImages, count: int, weights: tuple[float, ...]) -> EncodedImages:

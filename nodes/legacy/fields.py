@@ -53,7 +53,7 @@ _TOOLTIPS = {
 class _Choices(list[str]):
     """A list that ComfyUI can look up in a dict, as it does with the types of V3 inputs."""
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride] - list has None
         return hash(tuple(self))
 
 

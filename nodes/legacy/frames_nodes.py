@@ -132,7 +132,8 @@ def _cross_fade(image: Tensor, curve: list[float], method: str) -> tuple[list[fl
             f"or use {_METHODS[0]!r}."
         )
     if "shift" in method:
-        return curve * (len(image) - 1), *(half.repeat_interleave(count, 0) for half in (image[:-1], image[1:]))
+        first, second = (half.repeat_interleave(count, 0) for half in (image[:-1], image[1:]))
+        return curve * (len(image) - 1), first, second
     if "alternate" in method:
         low, high = min(curve), max(curve)
         wave = curve + [high - (weight - low) for weight in curve]

@@ -105,7 +105,7 @@ def _side(pipeline: Pipeline) -> int:
 def _encode(pipeline: Pipeline, images: Tensor, mask: Tensor | None, batch_size: int) -> Tensor:
     encoder = _encoder(pipeline)
     comfy.model_management.load_models_gpu([encoder.patcher])
-    home = comfy.model_management.intermediate_device()
+    device = comfy.model_management.intermediate_device()
     is_base = pipeline.adapter.spec.kind == "base"
     made: list[Tensor] = []
     for part in images.split(batch_size or len(images)):
@@ -113,7 +113,7 @@ def _encode(pipeline: Pipeline, images: Tensor, mask: Tensor | None, batch_size:
         if mask is not None:
             pixels = pixels * mask[:, None].to(pixels)
         _, hidden, embeds, *_ = encoder.model(pixel_values=pixels, intermediate_output=-2)
-        made.append((embeds if is_base else hidden).to(home))
+        made.append((embeds if is_base else hidden).to(device))
     return sound_features(pipeline.adapter, torch.cat(made))
 
 
@@ -153,4 +153,4 @@ def _pool(parts: Tensor, tiles: int) -> Tensor:
     """Grids [tiles * tiles, C, grid, grid] side by side, pooled to the size of one: [1, C, grid, grid]."""
     grid: Sequence[int] = parts.shape[-2:]
     rows = [torch.cat(list(row), dim=-1) for row in parts.split(tiles)]
-    return F.adaptive_avg_pool2d(torch.cat(rows, dim=-2)[None], list(grid))
+    return F.adaptive_avg_pool2d(torch.cat(rows, dim=-2)[None], (grid[0], grid[1]))

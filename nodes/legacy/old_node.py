@@ -1,4 +1,4 @@
-"""What all nodes under an old name have in common: a V3 node that also answers the calls of the old class."""
+"""The base class of the old nodes: a V3 node that also has the method of the old class."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class OldNode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, weight_type: str | None = None) -> bool | str:
-        """Instead of ComfyUI's look into the list, so that the former names of its weight types pass; None comes over a
-        wire, and for nodes without a weight type.
+        """Accepts former names of weight types, which ComfyUI's own check of the list would refuse. None: a connected
+        input, or a node without a weight type.
         """
         if weight_type is None:
             return True

@@ -1,4 +1,4 @@
-"""Whether ComfyUI loads ComfyUI_IPAdapter_plus itself: by its files, because the name of a folder says nothing."""
+"""Whether ComfyUI_IPAdapter_plus is installed: by its files, since its folder may have any name."""
 
 from __future__ import annotations
 

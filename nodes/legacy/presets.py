@@ -1,4 +1,4 @@
-"""The presets of the unified loaders: which files they mean, by name as in the old pack, else by their tensors."""
+"""The presets of the unified loaders and their files: by name as in the old pack, else by tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ import folder_paths
 
 from ...ipadapter_core import AdapterError, AdapterSpec
 from ...ipadapter_core.encoders import encoder_fits
-from ..files import ADAPTERS, ENCODERS, H94, adapter_spec, encoder_shape, existing, home, list_files, model_path
+from ..files import (
+    ADAPTERS,
+    ENCODERS,
+    H94,
+    adapter_spec,
+    encoder_shape,
+    list_files,
+    main_folder,
+    model_files,
+    model_path,
+)
 
 _log = logging.getLogger("ip_adapter_kit")
 _FACEID = "https://huggingface.co/h94/IP-Adapter-FaceID"
@@ -175,9 +185,9 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def family_of_context(width: int) -> str:
-    """The family of base models whose text has this many channels; "another" for unknown ones."""
-    return {768: "sd15", 1024: "sd2", 2048: "sdxl"}.get(width, "another")
+def family_of_context(dim: int) -> str:
+    """The family of base models with this cross_attention_dim; "another" if unknown."""
+    return {768: "sd15", 1024: "sd2", 2048: "sdxl"}.get(dim, "another")
 
 
 def find_preset(name: str) -> Preset:
@@ -210,7 +220,7 @@ def find_adapter(name: str, preset: Preset, family: str) -> str:
     found = f"It holds {', '.join(files)}" if files else "It is empty"
     download = f" Download {wanted.published}." if wanted and wanted.published else ""
     raise AdapterError(
-        f"No adapter for preset {name!r} and this {family} model in {home(ADAPTERS)}. {found}.{download}"
+        f"No adapter for preset {name!r} and this {family} model in {main_folder(ADAPTERS)}. {found}.{download}"
     )
 
 
@@ -228,7 +238,7 @@ def _fits(preset: Preset, family: str, name: str, path: str) -> bool:
 
 def find_image_encoder(preset: Preset, spec: AdapterSpec) -> Path | None:
     """The encoder with the preset's usual name if it fits, else any that fits."""
-    files = existing(ENCODERS)
+    files = model_files(ENCODERS)
     usual = [path for path, name in files.items() if re.search(_ENCODERS[preset.encoder], name, re.IGNORECASE)]
     for path in [*usual, *files]:
         try:

@@ -118,7 +118,7 @@ def loaded_adapter(value: Any) -> LoadedAdapter:
 
 
 def _with_version(adapter: IPAdapter, *, is_v2: bool) -> IPAdapter:
-    """FaceID-Plus is version 1 unless the file's name or metadata says 2, as in the old pack; Kolors' is version 2."""
+    """FaceID-Plus is v2 for Kolors or by the file's name or metadata, else v1, as in the old pack."""
     projector = adapter.projector
     if isinstance(projector, FaceIDPlusProjection) and not projector.shortcut:
         projector.shortcut = is_v2 or adapter.spec.is_kolors

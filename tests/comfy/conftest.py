@@ -206,11 +206,11 @@ def new_adapter(pack: SimpleNamespace, model: Any, seed: int = 1, kind: str = "b
     import comfy.ops
 
     sites = pack.core.cross_attention_sites(model.get_model_object("diffusion_model"))
-    widths = [site.width for site in sites]
+    widths = [site.dim for site in sites]
     options = {"resampler_dim": CONTEXT, "dim_head": 16, "depth": 1} if kind == "plus" else {}
     options |= {"lora_rank": 3} if kind == "faceid" else {}
-    spec = pack.core.new_spec(kind, widths, sites[0].cross_attention_dim, image_dim=EMBEDS, tokens=4, **options)
-    adapter = pack.core.init_adapter(spec, operations=comfy.ops.manual_cast)
+    spec = pack.core.new_spec(kind, widths, sites[0].cross_attention_dim, image_dim=EMBEDS, num_tokens=4, **options)
+    adapter = pack.core.IPAdapter(spec, operations=comfy.ops.manual_cast)
     randomise(adapter, seed, scale=0.3)
     return pack.types.manage(f"{name}.safetensors", adapter.eval())
 

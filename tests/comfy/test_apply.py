@@ -126,13 +126,13 @@ def test_windows(world):
 def acting(pack, monkeypatch):
     """By the key of each adapter: whether it acts, in every call of the model."""
     found = {}
-    original = pack.steps.Application._is_active
+    original = pack.application.Application._is_active
 
     def is_active(self, *args):
         found.setdefault(self.key, []).append(original(self, *args))
         return found[self.key][-1]
 
-    monkeypatch.setattr(pack.steps.Application, "_is_active", is_active)
+    monkeypatch.setattr(pack.application.Application, "_is_active", is_active)
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 def seen(pack, monkeypatch):
     """For every call of the model: cond_or_uncond and the branch of each row."""
     calls = []
-    original = pack.steps.Application.__call__
+    original = pack.application.Application.__call__
 
     def call(self, executor, x, t, *args, **kwargs):
         def inner(*inner_args, **inner_kwargs):
@@ -21,7 +21,7 @@ def seen(pack, monkeypatch):
         inner.class_obj = executor.class_obj
         return original(self, inner, x, t, *args, **kwargs)
 
-    monkeypatch.setattr(pack.steps.Application, "__call__", call)
+    monkeypatch.setattr(pack.application.Application, "__call__", call)
     return calls
 
 

@@ -33,7 +33,7 @@ def reference(pack: Any, model: Any, ip_adapter: Any, prompt: Any, weight: float
     def term(layer: int, heads: int) -> Callable[..., Any]:
         def hook(module: Any, args: Any) -> Any:
             key, value = (part[rows] for part in pairs[layer])
-            image = pack.core.image_attention(queries.pop(layer), key, value, heads, weight=weight)
+            image = pack.core.attention.image_attention(queries.pop(layer), key, value, heads, weight=weight)
             return (args[0] + image, *args[1:])
 
         return hook

@@ -56,12 +56,12 @@ def test_the_bundled_images(pack):
 def test_an_adapter_of_ones_own(stack, pack, world, folders):
     """What `ipadapter demo` and `ipadapter train configs/emoji-base.toml` make, copied into models/ipadapter."""
     spec = stack["ip_adapter"].spec
-    own = pack.core.init_adapter(spec)
+    own = pack.core.IPAdapter(spec)
     world.randomise(own, seed=8)
     pack.core.save_adapter(folders["ipadapter"] / "named after nothing.safetensors", own)
     pack.core.save_adapter(folders["ipadapter"] / "for another model.safetensors", world.adapter.adapter)
     plus = pack.core.new_spec("plus", spec.layer_dims, spec.cross_attention_dim, image_dim=48, dim_head=16, depth=1)
-    pack.core.save_adapter(folders["ipadapter"] / "on another encoder.safetensors", pack.core.init_adapter(plus))
+    pack.core.save_adapter(folders["ipadapter"] / "on another encoder.safetensors", pack.core.IPAdapter(plus))
     (folders["ipadapter"] / "no model.safetensors").write_bytes(b"x")
     assert pack.demo.list_adapters() == ["named after nothing.safetensors"]
     options = pack.LoadIPAdapterDemo.define_schema().inputs[0].options

@@ -59,11 +59,11 @@ def test_it_looks_at_tensors_and_not_at_names(pack, world, folders, shelf, image
     save_file({"x": torch.ones(1)}, folders["ipadapter"] / "2 ip-adapter-plus_sd15.safetensors")
     faces = pack.core.new_spec(
         "portrait",
-        [site.width for site in pack.core.cross_attention_sites(world.model.model.diffusion_model)],
+        [site.dim for site in pack.core.cross_attention_sites(world.model.model.diffusion_model)],
         64,
         num_tokens=4,
     )
-    pack.core.save_adapter(folders["ipadapter"] / "3 plus.safetensors", pack.core.init_adapter(faces))
+    pack.core.save_adapter(folders["ipadapter"] / "3 plus.safetensors", pack.core.IPAdapter(faces))
     shelf("the base one.safetensors", "base")
     shelf("the plus one.safetensors", "plus")
     for likeness, expected in (("plus", "the plus one"), ("standard", "the base one"), ("light", "the base one")):
@@ -244,8 +244,8 @@ def test_a_missing_adapter_is_named(pack, world, folders, shelf, family, use_for
 
 def write_face(pack, folder, name, sites):
     """A FaceID adapter for these layers, with no memory for its weights but on disk."""
-    spec = pack.core.new_spec("faceid", [site.width for site in sites], sites[0].cross_attention_dim, lora_rank=4)
-    pack.core.save_adapter(folder / name, pack.core.init_adapter(spec, dtype=torch.float16))
+    spec = pack.core.new_spec("faceid", [site.dim for site in sites], sites[0].cross_attention_dim, lora_rank=4)
+    pack.core.save_adapter(folder / name, pack.core.IPAdapter(spec).half())
     import folder_paths
 
     folder_paths.filename_list_cache.clear()
@@ -307,8 +307,8 @@ def test_a_missing_encoder_is_named(pack, world, folders, shelf, image):
 def test_an_adapter_whose_encoder_is_there_comes_before_a_better_one(pack, world, folders, shelf, image):
     shelf("usable.safetensors", "base")
     sites = pack.core.cross_attention_sites(world.model.model.diffusion_model)
-    spec = pack.core.new_spec("plus", [site.width for site in sites], 64, dim_head=16, depth=1)  # ViT-H's 1280
-    pack.core.save_adapter(folders["ipadapter"] / "better.safetensors", pack.core.init_adapter(spec))
+    spec = pack.core.new_spec("plus", [site.dim for site in sites], 64, dim_head=16, depth=1)  # ViT-H's 1280
+    pack.core.save_adapter(folders["ipadapter"] / "better.safetensors", pack.core.IPAdapter(spec))
     import folder_paths
 
     folder_paths.filename_list_cache.clear()
@@ -340,7 +340,7 @@ def test_an_adapter_of_ones_own_for_the_demo_model(pack, world, folders):
         return world.sample(patched, size=(8, 8), positive=text[0], negative=text[1])
 
     def write(name, spec):
-        own = pack.core.init_adapter(spec)
+        own = pack.core.IPAdapter(spec)
         world.randomise(own, seed=8)
         pack.core.save_adapter(folders["ipadapter"] / name, own)
         folder_paths.filename_list_cache.clear()

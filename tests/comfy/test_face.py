@@ -54,10 +54,8 @@ def new_face_adapter(pack, world, model, kind="faceid", seed=42, folder=None, **
             "dim_head": 64,
             **options,
         }  # depth and heads that diffusers builds
-    spec = pack.core.new_spec(
-        kind, [site.width for site in sites], sites[0].cross_attention_dim, lora_rank=3, **options
-    )
-    adapter = pack.core.init_adapter(spec, operations=comfy.ops.manual_cast)
+    spec = pack.core.new_spec(kind, [site.dim for site in sites], sites[0].cross_attention_dim, lora_rank=3, **options)
+    adapter = pack.core.IPAdapter(spec, operations=comfy.ops.manual_cast)
     world.randomise(adapter, seed, scale=0.15)
     if folder is not None:
         pack.core.save_adapter(folder / "face.safetensors", adapter)
@@ -125,7 +123,7 @@ def test_equality_with_diffusers_own_face_adapters(pack, world, faces, both, enc
     adapter, file = ip_adapter.adapter, pack.core.read_checkpoint(tmp_path / "face.safetensors")
     if ip_adapter.lora is not None:
         modules = dict(own.named_modules())
-        for name, id in pack.core.attention_ids(own.attn_processors).items():
+        for name, id in pack.core.layers.attention_ids(own.attn_processors).items():
             attention = modules[name.removesuffix(".processor")]
             for part in ("to_q", "to_k", "to_v", "to_out"):
                 linear = attention.to_out[0] if part == "to_out" else getattr(attention, part)
@@ -166,7 +164,7 @@ def test_raw_embeddings_for_portrait_unnorm(pack, world, faces, tmp_path):
     plus = pack.core.new_spec(
         "plus", ip_adapter.spec.layer_dims, 64, image_dim=512, num_tokens=16, resampler_dim=64, depth=1
     )
-    adapter = pack.core.init_adapter(plus, operations=comfy.ops.manual_cast)
+    adapter = pack.core.IPAdapter(plus, operations=comfy.ops.manual_cast)
     world.randomise(adapter, 5, scale=0.2)
     state = {name: tensor.contiguous() for name, tensor in pack.core.export_state(adapter).items()}
     save_file(state, str(tmp_path / "unnorm.safetensors"))

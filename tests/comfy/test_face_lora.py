@@ -23,9 +23,9 @@ def new_faceid(world, pack, sites, name="face", seed=11):
     import comfy.ops
 
     with torch.inference_mode():
-        widths = [site.width for site in sites]
+        widths = [site.dim for site in sites]
         spec = pack.core.new_spec("faceid", widths, sites[0].cross_attention_dim, num_tokens=4, lora_rank=3)
-        adapter = pack.core.init_adapter(spec, operations=comfy.ops.manual_cast)
+        adapter = pack.core.IPAdapter(spec, operations=comfy.ops.manual_cast)
         world.randomise(adapter, seed, scale=0.2)
         return pack.types.manage(f"{name}.safetensors", adapter.eval())
 
@@ -59,7 +59,7 @@ def diffusers_ids(pack, model):
 
     table = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     names = {name.rsplit(".to_", 1)[0] for name in table if ".attn" in name and ".to_" in name}
-    ids = pack.core.attention_ids(names)
+    ids = pack.core.layers.attention_ids(names)
     keys = {}
     for name, id in ids.items():
         for part in LORA_PARTS:

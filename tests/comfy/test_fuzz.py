@@ -105,8 +105,8 @@ def arguments_of(cls: Any, wires: dict[str, list[Any]], draw: random.Random) -> 
 def files(pack: Any, world: Any, folders: dict[str, Path], tmp_path: Path, request: Any, monkeypatch: Any) -> set[str]:
     """An adapter file, and face models where insightface is there. Returns the nodes that cannot run without it."""
     sites = pack.core.cross_attention_sites(world.model.get_model_object("diffusion_model"))
-    spec = pack.core.new_spec("faceid", [site.width for site in sites], sites[0].cross_attention_dim, lora_rank=4)
-    adapter = pack.core.init_adapter(spec)
+    spec = pack.core.new_spec("faceid", [site.dim for site in sites], sites[0].cross_attention_dim, lora_rank=4)
+    adapter = pack.core.IPAdapter(spec)
     world.randomise(adapter, seed=7)
     pack.core.save_adapter(folders["ipadapter"] / "face.safetensors", adapter)
     if importlib.util.find_spec("insightface") is None:

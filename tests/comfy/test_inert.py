@@ -151,7 +151,7 @@ def test_what_needs_a_negative_branch(pack, world, caplog):
 
 
 def test_former_names_of_weight_types(pack, world):
-    for name, now in pack.core.WEIGHT_TYPE_ALIASES.items():
+    for name, now in pack.core.weight_types.WEIGHT_TYPE_ALIASES.items():
         assert pack.ApplyIPAdapter.validate_inputs(name) is True
         patched = world.apply(world.model, world.adapter, world.prompt, weight_type=name)
         want = world.apply(world.model, world.adapter, world.prompt, weight_type=now)

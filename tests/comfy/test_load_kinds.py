@@ -14,7 +14,7 @@ def write_adapter(pack, folder, name, kind, **options):
     """A random adapter file of this kind for a narrow UNet."""
     options = {"image_dim": 48, "face_dim": 32, "lora_rank": 2, "dim_head": 16, "depth": 1, **options}
     spec = pack.core.new_spec(kind, [32, 64], 64, **options)
-    pack.core.save_adapter(folder / name, pack.core.init_adapter(spec))
+    pack.core.save_adapter(folder / name, pack.core.IPAdapter(spec))
     return spec
 
 
@@ -113,7 +113,7 @@ def test_another_resolution_equals_transformers(pack, folders, narrow, sound_sta
 def test_the_resolution_of_the_adapters_file(pack, folders, narrow, sound_state):
     save_file(sound_state, folders["clip_vision"] / "e.safetensors")
     spec = pack.core.new_spec("base", [32, 64], 64, image_dim=48)
-    adapter = pack.core.init_adapter(spec)
+    adapter = pack.core.IPAdapter(spec)
     pack.core.save_adapter(folders["ipadapter"] / "b.safetensors", adapter, {pack.core.METADATA_RESOLUTION: "64"})
     sizes = [
         pack.LoadIPAdapter.execute("b.safetensors", encoder_resolution=pixels).args[1].image_size for pixels in (0, 32)
@@ -182,12 +182,13 @@ def test_kolors_is_not_sdxl(pack, world):
     projected = world.new_model("sdxl", **shape)
     projected.model.diffusion_model.encoder_hid_proj = torch.nn.Linear(4096, 2048)
     sites = pack.core.cross_attention_sites(sdxl.model.diffusion_model)
-    widths = [site.width for site in sites]
+    widths = [site.dim for site in sites]
     kolors = pack.core.new_spec("plus", widths, 2048, image_dim=1024, resampler_dim=2048, depth=1)
     base = pack.core.new_spec("base", widths, 2048)
     assert kolors.is_kolors and not base.is_kolors
     for spec, fits, not_fits in ((kolors, [labelled, projected], [sdxl]), (base, [sdxl], [labelled, projected])):
-        adapter = pack.types.manage("x", pack.core.init_adapter(spec, device="meta"))
+        with torch.device("meta"):
+            adapter = pack.types.manage("x", pack.core.IPAdapter(spec))
         prompt = object()
         for model in fits:
             unet = model.model.diffusion_model

@@ -173,25 +173,25 @@ def test_only_the_keys_of_a_window_are_on_the_device(pack, world, encode, adapte
     images = torch.rand(frames, 32, 32, 3, generator=torch.Generator().manual_seed(96))
     patched = world.apply(world.model, adapter, encode(images, adapter, one_each=True))
     application = next(iter(patched.wrappers["apply_model"].values()))[0]
-    assert isinstance(application, pack.steps.Application) and application.rows == (frames, 1)
+    assert isinstance(application, pack.application.Application) and application.rows == (frames, 1)
 
     def size(pairs):
         return sum(part.nbytes for pair in pairs.values() for part in pair)
 
-    a_row = sum(4 * 2 * site.width * 4 for site in pack.core.cross_attention_sites(world.model.model.diffusion_model))
+    a_row = sum(4 * 2 * site.dim * 4 for site in pack.core.cross_attention_sites(world.model.model.diffusion_model))
     assert size(application.pairs) == (frames + 1) * a_row  # 4 tokens, K and V, fp32
     seen = []
     model = animate_diff(patched, [list(range(i, i + length)) for i in range(0, frames, length)])
-    original = pack.steps.Application._select
+    original = pack.application.Application._select
 
     def select(self, rows, device):
         made = original(self, rows, device)
         seen.append((len(set(rows)), len(rows), size(made)))
         return made
 
-    pack.steps.Application._select = select
+    pack.application.Application._select = select
     try:
         world.sample(model, batch=frames, steps=1, size=(8, 8))
     finally:
-        pack.steps.Application._select = original
+        pack.application.Application._select = original
     assert seen and all(found == (length + 1, 2 * length, 2 * length * a_row) for found in seen)

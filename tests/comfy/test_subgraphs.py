@@ -108,9 +108,9 @@ def test_face(pack, world, save, face_models, vision, tmp_path, monkeypatch, kin
     face_models.write_pack(root / "models" / "buffalo_l")
     sites = pack.core.cross_attention_sites(world.model.get_model_object("diffusion_model"))
     options = {"image_dim": vision["hidden_size"], "depth": 1, "dim_head": 16} if kind == "faceid-plus" else {}
-    widths = [site.width for site in sites]
+    widths = [site.dim for site in sites]
     spec = pack.core.new_spec(kind, widths, sites[0].cross_attention_dim, lora_rank=3, **options)
-    made = pack.core.init_adapter(spec, operations=comfy.ops.manual_cast)
+    made = pack.core.IPAdapter(spec, operations=comfy.ops.manual_cast)
     world.randomise(made, 42, scale=0.15)
     adapter, clip_vision = save(made, file)
     assert (clip_vision is None) == (kind == "faceid")

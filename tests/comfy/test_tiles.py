@@ -102,8 +102,8 @@ def test_what_the_encoder_would_see_otherwise_runs_it(encode, runs):
 def test_another_adapter_is_still_checked(pack, world, encode):
     image = images()
     encode(image)
-    spec = pack.core.new_spec("base", [s.width for s in sites(pack, world)], 64, image_dim=52, num_tokens=4)
-    other = pack.types.manage("wide.safetensors", pack.core.init_adapter(spec).eval())
+    spec = pack.core.new_spec("base", [s.dim for s in sites(pack, world)], 64, image_dim=52, num_tokens=4)
+    other = pack.types.manage("wide.safetensors", pack.core.IPAdapter(spec).eval())
     with pytest.raises(pack.core.AdapterError, match=r"image_embeds of 48; wide.safetensors takes"):
         encode(image, adapter=other)
 

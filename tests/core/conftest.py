@@ -56,8 +56,8 @@ def make_adapter(unet: Any, kind: str = "base", seed: int = 1, **spec: Any) -> i
     options: dict[str, Any] = {"image_dim": IMAGE, "face_dim": 12, "resampler_dim": 64, "lora_rank": 3}
     if kind == "faceid-plus":
         options["dim_head"] = 8
-    widths = [site.width for site in sites]
-    adapter = ic.init_adapter(ic.new_spec(kind, widths, sites[0].cross_attention_dim, **(options | spec)))
+    widths = [site.dim for site in sites]
+    adapter = ic.IPAdapter(ic.new_spec(kind, widths, sites[0].cross_attention_dim, **(options | spec)))
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return adapter.requires_grad_(False)

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ipadapter_core as ic
+from ipadapter_core.spec import KINDS
 
 
-@pytest.mark.parametrize("kind", ic.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_save_and_load(tmp_path: Path, unets: Any, new_adapter: Any, features: Any, kind: ic.Kind) -> None:
     adapter = new_adapter(unets["sd15"], kind, **({"shortcut": True} if kind == "faceid-plus" else {}))
     path = tmp_path / "a.safetensors"
@@ -156,7 +157,7 @@ def test_several_faces_become_more_tokens(unets: Any, new_adapter: Any) -> None:
 
 def test_init_from_unet(unet: Any) -> None:
     sites = ic.diffusers_sites(unet)
-    adapter = ic.init_adapter(ic.new_spec("base", [s.width for s in sites], 24, image_dim=20))
+    adapter = ic.IPAdapter(ic.new_spec("base", [s.dim for s in sites], 24, image_dim=20))
     ic.init_from_unet(adapter.layers, unet)
     for site, (to_k, to_v) in zip(sites, adapter.layers.pairs(), strict=True):
         attention = unet.get_submodule(site.name)
@@ -170,7 +171,7 @@ def test_init_from_another_unet(unets: Any, new_adapter: Any) -> None:
 
 
 def test_new_lora_is_an_update_of_zero() -> None:
-    adapter = ic.init_adapter(ic.new_spec("faceid", [8, 16], 24, lora_rank=2))
+    adapter = ic.IPAdapter(ic.new_spec("faceid", [8, 16], 24, lora_rank=2))
     assert adapter.lora is not None
     x = torch.randn(3, 24)
     assert torch.equal(adapter.lora.part(1, "to_k")(x), torch.zeros(3, 8))

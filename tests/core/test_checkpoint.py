@@ -24,7 +24,7 @@ def state() -> dict[str, Tensor]:
     """A small adapter of three layers under its published keys."""
     torch.manual_seed(0)
     spec = ic.new_spec("base", [8, 16, 24], 24, image_dim=20)
-    return {key: tensor.detach() for key, tensor in ic.export_state(ic.init_adapter(spec)).items()}
+    return {key: tensor.detach() for key, tensor in ic.export_state(ic.IPAdapter(spec)).items()}
 
 
 def same(checkpoint: ic.AdapterCheckpoint, state: dict[str, Tensor]) -> bool:
@@ -214,7 +214,7 @@ def test_a_checkpoint_inside_state_dict(tmp_path: Path) -> None:
 def test_flipped_bytes_never_raise_anything_else(tmp_path: Path, write: Any) -> None:
     spec = ic.new_spec("base", [2], 2, image_dim=2)
     path = tmp_path / "flipped"
-    write({k: v.detach() for k, v in ic.export_state(ic.init_adapter(spec)).items()}, path)
+    write({k: v.detach() for k, v in ic.export_state(ic.IPAdapter(spec)).items()}, path)
     whole, generator = path.read_bytes(), random.Random(0)
     for _ in range(150):
         damaged = bytearray(whole)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import ipadapter_core as ic
 from ipadapter_core.encoders import ImageEncoder, encoder_fits, encoder_from_shapes, find_encoder
+from ipadapter_core.layers import ImageKeyValueLayers
 
 WIDTHS = (8, 8, 16)
 
 
 def adapter_state(seed: int = 0, **options: Any) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    return ic.export_state(ic.init_adapter(ic.new_spec("base", WIDTHS, 24, image_dim=12, **options)))
+    return ic.export_state(ic.IPAdapter(ic.new_spec("base", WIDTHS, 24, image_dim=12, **options)))
 
 
 def under(state: dict[str, Tensor], image_proj: str, ip_adapter: str) -> dict[str, Tensor]:
@@ -88,7 +89,8 @@ def kolors_face(**metadata: str) -> ic.AdapterSpec:
     """The shapes of Kolors' FaceID: tokens of 4096 for layers that take 2048, on a narrow UNet."""
     spec = ic.new_spec("faceid-plus", WIDTHS, 2048, image_dim=1024, num_tokens=6, lora_rank=None)
     spec = replace(spec, token_dim=4096, resampler_dim=4096, heads=64)
-    parts = {"image_proj": ic.build_projector(spec, device="meta"), "ip_adapter": ic.build_layers(spec, device="meta")}
+    with torch.device("meta"):
+        parts = {"image_proj": ic.build_projector(spec), "ip_adapter": ImageKeyValueLayers(spec)}
     state = {f"{name}.{key}": t for name, part in parts.items() for key, t in part.state_dict().items()}
     return ic.infer_spec(ic.checkpoint_from_state(state, metadata=metadata))
 
@@ -265,7 +267,7 @@ def test_a_full_adapter_at_another_resolution() -> None:
     spec = replace(spec_for("full", 1280), num_tokens=1025, encoder_resolution=448)
     assert encoder_fits(spec, ENCODERS["CLIP ViT-H/14"][1])
     assert not encoder_fits(replace(spec, encoder_resolution=None), ENCODERS["CLIP ViT-H/14"][1])
-    state = ic.export_state(ic.init_adapter(ic.new_spec("base", WIDTHS, 24, image_dim=12)))
+    state = ic.export_state(ic.IPAdapter(ic.new_spec("base", WIDTHS, 24, image_dim=12)))
     for text, expected in (("448", 448), (None, None)):
         metadata = {} if text is None else {ic.METADATA_RESOLUTION: text}
         spec = ic.infer_spec(ic.checkpoint_from_state(state, metadata=metadata))

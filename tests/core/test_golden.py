@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ipadapter_core as ic
+from ipadapter_core.attention import image_attention, scale_keys_values
 
 # Half precision: relative error of the whole tensor, because resampler layers amplify single roundings.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -47,7 +48,7 @@ def open_projector(weights: dict[str, Tensor]) -> tuple[ic.AdapterCheckpoint, ic
     norm = next(k for k in ("norm.weight", "norm_out.weight", "proj.3.weight") if k in weights)
     context = weights[norm].shape[0]
     state = {f"image_proj.{k}": v for k, v in weights.items()}
-    layer = {f"ip_adapter.1.to_{part}_ip.weight": torch.zeros(8, context) for part in "kv"}
+    layer = {f"ip_adapter.1.to_{part}_ip.weight": torch.ones(8, context) for part in "kv"}
     checkpoint = ic.checkpoint_from_state(state | layer)
     return checkpoint, ic.infer_spec(checkpoint)
 
@@ -59,9 +60,8 @@ def test_projector(golden: Path, name: str, dtype: torch.dtype) -> None:
     weights, given, expected = load_golden(golden / f"{name}.safetensors")
     checkpoint, spec = open_projector(weights)
     assert spec.kind == kind
-    if kind == "faceid-plus":
-        spec = ic.with_shortcut(spec, f"{PLUS}1" in name)
-    projector: Any = ic.load_projector(checkpoint, spec, dtype=dtype)
+    shortcut = f"{PLUS}1" in name if kind == "faceid-plus" else None
+    projector: Any = ic.adapter_from_checkpoint(checkpoint, dtype=dtype, shortcut=shortcut).projector
     if "scale0.6" in name:
         projector.shortcut_scale = 0.6
     with torch.no_grad():
@@ -83,9 +83,9 @@ def test_original_attention(golden: Path, dtype: torch.dtype) -> None:
     hidden, context = given["hidden_states"].to(dtype), given["text_and_image_tokens"].to(dtype)
     query = hidden @ weights["to_q.weight"].T
     text, image = context[:, :-4], context[:, -4:]
-    text_term = ic.image_attention(query, text @ weights["to_k.weight"].T, text @ weights["to_v.weight"].T, 4)
+    text_term = image_attention(query, text @ weights["to_k.weight"].T, text @ weights["to_v.weight"].T, 4)
     key, value = (image @ weights[f"processor.to_{part}_ip.weight"].T for part in "kv")
-    out = text_term + ic.image_attention(query, key, value, 4, weight=0.7)
+    out = text_term + image_attention(query, key, value, 4, weight=0.7)
     out = F.linear(out, weights["to_out.0.weight"], weights["to_out.0.bias"])
     assert_matches(out, expected[""])
 
@@ -103,16 +103,15 @@ def plus_attention(golden: Path) -> tuple[Tensor, ic.KeyValue, dict[str, Tensor]
 def test_scaling_modes(golden: Path, scaling: ic.Scaling, weight: float) -> None:
     query, pair, _, outputs = plus_attention(golden)
     expected = outputs[f".{scaling}.{weight}"]
-    at_once = ic.image_attention(query, *pair, 4, weight=weight, scaling=scaling)
-    torch.testing.assert_close(at_once, expected, atol=1e-5, rtol=1e-5)
-    scaled, left = ic.scale_keys_values(pair, torch.full((4,), weight), scaling)
-    torch.testing.assert_close(ic.image_attention(query, *scaled, 4, weight=left), expected, atol=1e-5, rtol=1e-5)
+    for given in (weight, torch.full((4,), weight)):
+        scaled, left = scale_keys_values(pair, given, scaling)
+        torch.testing.assert_close(image_attention(query, *scaled, 4, weight=left), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_soft_mask(golden: Path) -> None:
     query, pair, given, outputs = plus_attention(golden)
     mask = ic.resize_mask(given["mask"], (5, 6))
-    out = ic.image_attention(query, *pair, 4, mask=mask)
+    out = image_attention(query, *pair, 4, mask=mask)
     torch.testing.assert_close(out, outputs[".masked.V only.1.0"], atol=1e-5, rtol=1e-5)
 
 

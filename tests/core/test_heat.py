@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ipadapter_core import AdapterError, colour_heat, draw_heat, image_share
+from ipadapter_core import AdapterError, draw_heat, image_share
+from ipadapter_core.heat import colour_heat
 
 
 def test_share():

@@ -6,13 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ipadapter_core import FAMILIES, AdapterError, KeyValue, LayerWeight, image_attention, new_spec
+from ipadapter_core import FAMILIES, AdapterError, KeyValue, LayerWeight, new_spec
+from ipadapter_core.attention import image_attention, scale_keys_values
 from ipadapter_core.branches import (
     branch_rows,
-    chunk_branches,
     fold_weights,
     join_images,
     names_by_uuid,
+    resolve_branches,
     rows_each,
 )
 from ipadapter_core.encoders import ImageEncoder, encoder_fits, find_encoder, read_encoder
@@ -105,6 +106,11 @@ def row(pair, *images):
     return KeyValue(*(part[list(images)].flatten(0, 1)[None] for part in pair))
 
 
+def scaled_attention(query, pair, weight, scaling):
+    scaled, left = scale_keys_values(pair, weight, scaling)
+    return image_attention(query, *scaled, 4, weight=left)
+
+
 def test_join_images_repeats_the_shorter_side_without_changing_its_attention():
     positive, negative = torch.randn(3, 4, 8), torch.randn(2, 4, 8)
     left, right = join_images(positive, negative)
@@ -123,7 +129,7 @@ def test_folded_weights_equal_weighted_attention(scaling):
     folded = fold_weights(pair, LayerWeight(0.7), (1.0, 1.0), (1, 1), scaling, positives=1)
     got = image_attention(query, *folded, 4)
     for index in range(2):
-        want = image_attention(query[index : index + 1], *row(pair, index), 4, weight=0.7, scaling=scaling)
+        want = scaled_attention(query[index : index + 1], row(pair, index), 0.7, scaling)
         torch.testing.assert_close(got[index : index + 1], want, atol=1e-5, rtol=1e-5)
 
 
@@ -151,7 +157,7 @@ def test_one_image_each(scaling):
     folded = fold_weights(pair, LayerWeight(0.7), weights, rows, scaling, positives=3, one_each=True)
     assert rows == (3, 1) and folded.key.shape == (4, 6, 16)
     for index, weight in enumerate(weights):
-        want = image_attention(query, *row(pair, index), 4, weight=0.7 * weight, scaling=scaling)
+        want = scaled_attention(query, row(pair, index), 0.7 * weight, scaling)
         got = image_attention(query, folded.key[index, None], folded.value[index, None], 4)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
@@ -162,7 +168,7 @@ def test_swapped_weights_act_in_the_negative_branch_only():
     folded = fold_weights(pair, weight, (1.0, 1.0), (1, 1), "K+mean(V) w/ C penalty", positives=1)
     assert not folded.value[0].any()
     got = image_attention(query, folded.key[1:], folded.value[1:], 4)
-    want = image_attention(query, *row(pair, 0), 4, weight=0.5, scaling="K+mean(V) w/ C penalty")
+    want = scaled_attention(query, row(pair, 0), 0.5, "K+mean(V) w/ C penalty")
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert fold_weights(pair, LayerWeight(0.0), (1.0, 1.0), (1, 1), positives=1) is None
     rows = branch_rows(3, 1, one_each=True, swapped=True)
@@ -187,11 +193,11 @@ def test_branches_by_name_and_by_index():
             "positive": [{"uuid": "p"}, {"uuid": "both"}],
         }
     )
-    assert chunk_branches([0, 1, 2], ["n", "m", "p"], names) == (1, 0, 0)
-    assert chunk_branches([0], ["n"], names) == (1,)
-    assert chunk_branches([1, 0], ["both", "both"], names) == (1, 0)
-    assert chunk_branches([1, 0, 0], None, None) == (1, 0, 0)
-    assert chunk_branches([2, 0], ["x", "y"], names) == (1, 0)
+    assert resolve_branches([0, 1, 2], ["n", "m", "p"], names) == (1, 0, 0)
+    assert resolve_branches([0], ["n"], names) == (1,)
+    assert resolve_branches([1, 0], ["both", "both"], names) == (1, 0)
+    assert resolve_branches([1, 0, 0], None, None) == (1, 0, 0)
+    assert resolve_branches([2, 0], ["x", "y"], names) == (1, 0)
     assert rows_each(2, 6) == 3
     with pytest.raises(AdapterError, match="5 rows"):
         rows_each(2, 5)

@@ -8,7 +8,6 @@ import pytest
 
 from ipadapter_core import (
     LAYER_GROUPS,
-    WEIGHT_LAYOUTS,
     AdapterError,
     LayerFactors,
     WeightLayout,
@@ -17,6 +16,7 @@ from ipadapter_core import (
     layer_weights,
     parse_factors,
 )
+from ipadapter_core.weight_types import WEIGHT_LAYOUTS
 
 
 @pytest.mark.parametrize(("family", "count"), [("sd15", 16), ("sdxl", 11)])

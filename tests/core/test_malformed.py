@@ -31,7 +31,7 @@ def state_of(kind: str) -> tuple[State, dict[str, str]]:
     """A random adapter of three layers, and its metadata."""
     torch.manual_seed(0)
     spec = ic.new_spec(kind, [8, 16, 24], 24, image_dim=20, **KINDS[kind])
-    adapter = ic.init_adapter(spec)
+    adapter = ic.IPAdapter(spec)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter)
     return {key: tensor.detach() for key, tensor in ic.export_state(adapter).items()}, ic.spec_metadata(spec)

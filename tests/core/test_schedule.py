@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from ipadapter_core import AdapterError, WeightSchedule, parse_weights, step_at
+from ipadapter_core import AdapterError, WeightSchedule, step_at
+from ipadapter_core.schedule import parse_weights
 
 MEASURED = [  # timing, start, end, for 8 frames from 1.0 to 0.2
     ("linear", 0, 9999, (1.0, 0.8857143, 0.7714286, 0.6571429, 0.5428571, 0.4285714, 0.3142857, 0.2)),

@@ -12,6 +12,8 @@ import torch
 
 import ipadapter_core as ic
 from ipadapter_core.encoders import ImageEncoder, encoder_fits
+from ipadapter_core.layers import ImageKeyValueLayers
+from ipadapter_core.spec import KINDS
 
 KEYS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "golden/weight_keys.json").read_text())
 FAMILY = {"sd15": "sd15", "sd21": "sd2", "sdxl": "sdxl"}
@@ -72,8 +74,8 @@ def test_published_variant(family: str, variant: str) -> None:
 def resampler(width: int, image: int, context: int, *, depth: int, inner: int, tokens: int = 16) -> dict[str, Any]:
     spec = ic.new_spec("plus", [8, 16], context, image_dim=image, num_tokens=tokens, depth=depth, resampler_dim=width)
     spec = replace(spec, heads=inner // 64, dim_head=64)
-    projector = ic.build_projector(spec, device="meta")
-    layers = ic.build_layers(spec, device="meta")
+    with torch.device("meta"):
+        projector, layers = ic.build_projector(spec), ImageKeyValueLayers(spec)
     parts = {"image_proj": projector, "ip_adapter": layers}
     return {f"{p}.{k}": list(t.shape) for p, module in parts.items() for k, t in module.state_dict().items()}
 
@@ -162,11 +164,12 @@ def test_contradicting_metadata(metadata: dict[str, str], message: str) -> None:
         infer(base(4), **metadata)
 
 
-@pytest.mark.parametrize("kind", ic.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_spec_survives_the_header(kind: ic.Kind) -> None:
     spec = ic.new_spec(kind, [8, 16], 64, dim_head=16, depth=2, face_dim=32, lora_rank=2, encoder_id="x")
     spec = ic.with_shortcut(spec, True) if kind == "faceid-plus" else spec
-    adapter = ic.init_adapter(spec, device="meta")
+    with torch.device("meta"):
+        adapter = ic.IPAdapter(spec)
     checkpoint = ic.checkpoint_from_state(ic.export_state(adapter), metadata=ic.spec_metadata(spec))
     assert ic.infer_spec(checkpoint) == spec
 

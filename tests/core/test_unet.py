@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import ipadapter_core as ic
+from ipadapter_core.attn_processor import ImageAttnProcessor
 
 Pairs = Sequence[ic.KeyValue]
 BOTH = (0, 1)  # an image prompt for each row of a batch of two
@@ -392,8 +393,8 @@ def fuse(unet: Any) -> None:
 
 def load_another_adapter(unet: Any) -> None:
     sites = ic.diffusers_sites(unet)
-    spec = ic.new_spec("base", [site.width for site in sites], sites[0].cross_attention_dim, image_dim=20)
-    unet._load_ip_adapter_weights([state_for_diffusers(ic.init_adapter(spec))], low_cpu_mem_usage=False)
+    spec = ic.new_spec("base", [site.dim for site in sites], sites[0].cross_attention_dim, image_dim=20)
+    unet._load_ip_adapter_weights([state_for_diffusers(ic.IPAdapter(spec))], low_cpu_mem_usage=False)
 
 
 CHANGES = (slice_attention, use_plain_processor, use_xformers, fuse)
@@ -422,7 +423,7 @@ def test_a_processor_that_replaces_ours_is_noticed(
         with ic.inject(unet, application):
             change(unet)  # and no forward pass after it
         assert not unet._forward_pre_hooks
-        assert not any(isinstance(processor, ic.ImageAttnProcessor) for processor in unet.attn_processors.values())
+        assert not any(isinstance(processor, ImageAttnProcessor) for processor in unet.attn_processors.values())
     if change is fuse:
         unet.unfuse_qkv_projections()
         assert all(type(processor).__name__ == "FusedAttnProcessor2_0" for processor in unet.attn_processors.values())

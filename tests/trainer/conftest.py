@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from ipadapter_core import IPAdapter, init_adapter, new_spec
+from ipadapter_core import IPAdapter, new_spec
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
@@ -179,7 +179,7 @@ def random_adapter() -> Callable[..., IPAdapter]:
         chosen = TRAIN_KINDS[kind]
         options = {"image_dim": 24, "face_dim": 16, "lora_rank": 2, "resampler_dim": 64}
         spec = new_spec(chosen.kind, widths, context, shortcut=chosen.shortcut, **(options | changes))
-        adapter = init_adapter(spec)
+        adapter = IPAdapter(spec)
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         return adapter.requires_grad_(False).eval()

@@ -19,7 +19,7 @@ from PIL import Image, ImageChops
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from ipadapter_core import AdapterError, IPAdapter, init_adapter, new_spec, save_adapter
+from ipadapter_core import AdapterError, IPAdapter, new_spec, save_adapter
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.data.images import to_pil_images
 from ipadapter_trainer.errors import DataError, EvaluationError
@@ -210,9 +210,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_generated(
         run(changed(settings, clip=settings.base_model / "image_encoder"))
     with pytest.raises(AdapterError, match=r"a\.safetensors is made for a model of context 32"):
         run(changed(settings, base_model=sd2_folder))
-    widths = [site.width for site in base_model.sites]
-    spec = new_spec("base", widths, base_model.sites[0].cross_attention_dim, image_dim=40)
-    save_adapter(settings.adapter, init_adapter(spec))
+    dims = [site.dim for site in base_model.sites]
+    spec = new_spec("base", dims, base_model.sites[0].cross_attention_dim, image_dim=40)
+    save_adapter(settings.adapter, IPAdapter(spec))
     with pytest.raises(AdapterError, match="40"):  # of another image encoder
         run(settings)
     assert not settings.output.exists()

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from PIL import Image
 from torch import Tensor
 
-from ipadapter_core import AdapterError, IPAdapter, init_adapter, init_from_unet, new_spec, save_adapter
+from ipadapter_core import AdapterError, IPAdapter, init_from_unet, new_spec, save_adapter
 from ipadapter_trainer.errors import TrainerError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import encode_prompts
@@ -29,8 +29,8 @@ def loadable_adapter(model: BaseModel, kind: str) -> IPAdapter:
     if kind != "plus":
         return adapter_of(model, kind)
     torch.manual_seed(0)
-    widths, context = [site.width for site in model.sites], model.sites[0].cross_attention_dim
-    adapter = init_adapter(new_spec("plus", widths, context, image_dim=model.hidden_dim, resampler_dim=64))
+    widths, context = [site.dim for site in model.sites], model.sites[0].cross_attention_dim
+    adapter = IPAdapter(new_spec("plus", widths, context, image_dim=model.hidden_dim, resampler_dim=64))
     init_from_unet(adapter.layers, model.unet)
     return adapter.eval()
 

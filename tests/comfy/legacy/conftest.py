@@ -117,10 +117,10 @@ def adapter_file(pack: SimpleNamespace, models: dict[str, Any], comfyui: Path) -
         if kind == "full":
             options = {"num_tokens": 17, **options}
         changes = options.pop("changes", {})
-        spec = pack.core.new_spec(kind, [site.width for site in sites], CONTEXTS[family], **options)
+        spec = pack.core.new_spec(kind, [site.dim for site in sites], CONTEXTS[family], **options)
         spec = dataclasses.replace(spec, **changes)
         with torch.inference_mode():
-            adapter = pack.core.init_adapter(spec, dtype=torch.float16)
+            adapter = pack.core.IPAdapter(spec).half()
             generator = torch.Generator().manual_seed(len(name))
             for parameter in adapter.parameters():
                 parameter.requires_grad_(False)
