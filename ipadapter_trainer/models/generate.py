@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -16,6 +17,7 @@ from ..errors import TrainerError
 from .base_model import BaseModel
 from .conditioning import TextStates, added_conditions, encode_prompts, time_ids
 from .image_features import dropped_features
+from .parts import from_config
 
 # Images, and pixels of them in all, that the VAE decodes at once; decoding needs the most memory of all.
 DECODE_ROWS, DECODE_PIXELS = 16, 2**20
@@ -100,9 +102,10 @@ def initial_latents(
 @torch.no_grad()
 def decode(base_model: BaseModel, latents: Tensor) -> Tensor:
     """Latents [B, C, h, w] -> pixels [B, 3, H, W] in [-1, 1], in float32."""
+    vae: Any = base_model.vae  # diffusers types its output as a tensor
     scaled = latents.to(base_model.vae_dtype) / base_model.scaling_factor
     rows_at_once = decode_rows(latents.shape[-2:].numel() * base_model.latent_scale**2)
-    pixels = [base_model.vae.decode(rows).sample.float() for rows in scaled.split(rows_at_once)]
+    pixels = [vae.decode(rows).sample.float() for rows in scaled.split(rows_at_once)]
     return torch.cat(pixels).clamp(-1, 1)
 
 
@@ -222,8 +225,9 @@ def _groups(weights: list[float], prompt: _ImagePrompt | None, device: torch.dev
 def _sample(
     base_model: BaseModel, latents: Tensor, conditions: _Conditions, steps: int, schedule: DDPMScheduler
 ) -> Tensor:
-    scheduler = DDIMScheduler.from_config(
-        schedule.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+    # Any, because diffusers types the timesteps as int.
+    scheduler: Any = from_config(
+        DDIMScheduler, schedule.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
     )
     scheduler.set_timesteps(steps, device=base_model.device)
     states, added = conditions.arguments()

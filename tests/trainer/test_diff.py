@@ -110,7 +110,7 @@ def test_other_kinds_and_families(random_adapter: Make, write: Any) -> None:
     other = write("sd2.safetensors", random_adapter("base", "sd2"))
     code, out, _ = ipadapter("diff", base, other, "--tolerance", "100")
     assert code == 1
-    assert "context_width: 64 / 128" in out
+    assert "cross_attention_dim: 64 / 128" in out
     assert "other shapes: 36 tensors, such as image_proj.norm.bias: [64] / [128]" in out
 
 
