@@ -50,7 +50,7 @@ class _UNet(UNet2DConditionModel):
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
+    def to(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] -- wrapped
         return self  # the loader's last step; meta tensors cannot be moved
 
     def _load_ip_adapter_loras(self, state_dicts: Any) -> dict[int, dict[str, Tensor]]:

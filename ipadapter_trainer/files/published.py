@@ -39,9 +39,11 @@ def _encoder(spec: AdapterSpec) -> str:
         return "_unnorm"
     if spec.image_dim is None or spec.kind == "faceid-plus":
         return ""
-    found = next(iter(encoders_of_dim(spec.image_dim, embeds=spec.kind == "base")), None)
     implied = CLIP_H if spec.family != "sdxl" else CLIP_BIGG if spec.kind == "base" else None
-    return f"_{_ENCODERS[found]}" if found in _ENCODERS and found != implied else ""
+    for encoder in encoders_of_dim(spec.image_dim, embeds=spec.kind == "base"):
+        if encoder in _ENCODERS:
+            return "" if encoder == implied else f"_{_ENCODERS[encoder]}"
+    return ""
 
 
 def name_problem(name: str, spec: AdapterSpec) -> str | None:

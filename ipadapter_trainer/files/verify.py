@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -154,7 +154,8 @@ def _outputs(adapter: IPAdapter | DiffusersAdapter) -> dict[str, Tensor]:
     if isinstance(adapter, IPAdapter):
         adapter = cast_adapter(adapter, torch.float32)
         if adapter.spec.kind == "faceid-plus" and adapter.spec.shortcut is None:
-            adapter.projector.shortcut = False  # a file of unknown version is compared as v1
+            projector: Any = adapter.projector
+            projector.shortcut = False  # a file of unknown version is compared as v1
     tokens = adapter.encode(*random_features(adapter.spec))
     outputs = {"the tokens": tokens}
     for id, pair in zip(adapter.spec.layer_ids, adapter.keys_values(tokens), strict=True):

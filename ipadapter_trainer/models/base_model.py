@@ -143,11 +143,6 @@ class BaseModel:
         return self._image_encoder.num_tokens
 
     @property
-    def image_size(self) -> int:
-        """The side of the image encoder's input in pixels."""
-        return self._image_encoder.image_size
-
-    @property
     def encoder_name(self) -> str:
         """The image encoder's published name, or its sizes."""
         return self._image_encoder.name
@@ -166,8 +161,7 @@ class BaseModel:
 
     def meta_image_encoder(self) -> CLIPVisionModelWithProjection:
         """The image encoder. Raises BaseModelError when there is none."""
-        with torch.device("meta"):
-            return CLIPVisionModelWithProjection(self._image_encoder.config)
+        return self._image_encoder.without_weights()
 
     def meta_conditions(self, batch_size: int) -> dict[str, Tensor] | None:
         """`added_cond_kwargs` for B rows on the meta device; None for models without."""
@@ -217,7 +211,7 @@ class BaseModel:
         elif self._config.checkpoint is not None:
             network = load_from_checkpoint(self._config, part, dtype)
         else:
-            options = {} if part in self._config.text_parts else {"torch_dtype": dtype}
+            options: dict[str, Any] = {} if part in self._config.text_parts else {"torch_dtype": dtype}
             network = load_part(PARTS[part].kind, self._config.folder / part, **options)
         if part == "vae":
             network.to(memory_format=torch.channels_last)  # on a CPU its convolutions are a quarter faster then

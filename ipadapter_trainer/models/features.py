@@ -103,8 +103,8 @@ def sample_posterior(base_model: BaseModel, mean: Tensor, std: Tensor, posterior
 
 def _latents(base_model: BaseModel, batch: Mapping[str, Tensor]) -> Tensor:
     if "latents_mean" in batch:
-        moments = (base_model.to_device(batch[key], torch.float32) for key in ("latents_mean", "latents_std"))
-        return sample_posterior(base_model, *moments, batch["posterior_noise"])
+        mean, std = (base_model.to_device(batch[key], torch.float32) for key in ("latents_mean", "latents_std"))
+        return sample_posterior(base_model, mean, std, batch["posterior_noise"])
     return encode_pixels(base_model, batch["images"], batch["posterior_noise"])
 
 

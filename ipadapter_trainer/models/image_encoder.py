@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ipadapter_core import looks_like
@@ -81,6 +82,11 @@ class ImageEncoder:
         state = {name: opened.read(name) for name in opened.infos if not name.endswith("position_ids")}
         return load_network(kind, None, list(state), self.path, _SOURCE, config=self.config, state_dict=state)
 
+    def without_weights(self) -> CLIPVisionModelWithProjection:
+        """A new encoder on the meta device."""
+        with torch.device("meta"):
+            return CLIPVisionModelWithProjection(self.config)
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits of the weights and the preprocessing, read from the files."""
@@ -108,7 +114,7 @@ def find_image_encoder(folder: Path, image_encoder: Path | None, needed: bool) -
     return ImageEncoder(path, folder / "feature_extractor", f" (found in {folder}: {found})")
 
 
-def published_encoder(config: Any, image_dim: int) -> PublishedEncoder | None:
+def published_encoder(config: Any, image_dim: int | None) -> PublishedEncoder | None:
     """The published encoder with the sizes of a CLIPVisionConfig and `image_dim` channels of image_embeds."""
     tokens = (config.image_size // config.patch_size) ** 2 + 1
     shape = (config.hidden_size, config.num_hidden_layers, tokens, config.image_size, image_dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -62,5 +63,6 @@ def dropped_features(base_model: BaseModel, spec: AdapterSpec) -> tuple[Tensor, 
         return features
     if spec.feature == "image_embeds":
         return (*features, torch.zeros(1, spec.image_dim, device=base_model.device))
-    side = base_model.image_size
+    config: Any = base_model.image_encoder.config
+    side = config.image_size
     return (*features, encode_clip_images(base_model, torch.zeros(1, 3, side, side), spec.feature))

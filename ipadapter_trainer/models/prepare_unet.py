@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from .base_model import BaseModel
 from .float8 import store_in_float8
@@ -17,10 +18,10 @@ def prepare_unet(
 
     Make the adapter first: its keys and values start as the UNet's weights, which float8 rounds.
     """
-    unet = base_model.unet
+    unet: Any = base_model.unet  # torch's types of `to` lack memory_format alone
     if base_model.device.type == "cuda" and base_model.dtype != torch.float32:
         # The layout of cuDNN's half-precision kernels; otherwise every convolution transposes its weights.
-        nn.Module.to(unet, memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)
     if fp8:
         store_in_float8(unet)
     elif not compiled:  # a compiler decides by itself what to save

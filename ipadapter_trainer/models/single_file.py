@@ -150,7 +150,7 @@ def _scheduler(
         likely = "v_prediction" if spread > _SD2_SPREAD else "epsilon"
         if likely != target:
             log.warning(
-                "%s: the config says %s, the weights look like %s. Set prediction_type when the config is wrong.",
+                "%s: the config has %s, the weights look like %s. Set prediction_type when the config is wrong.",
                 path,
                 target,
                 likely,

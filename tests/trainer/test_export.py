@@ -415,7 +415,7 @@ def test_published_names() -> None:
     assert name("portrait", "sdxl") == "ip-adapter-faceid-portrait_sdxl"
     unnormalised = replace(real_spec("portrait", "sdxl"), unnormalised=True)
     assert published_name(unnormalised) == "ip-adapter-faceid-portrait_sdxl_unnorm.safetensors"
-    with pytest.raises(ExportError, match="unknown whether this .* v1 or v2"):
+    with pytest.raises(ExportError, match=r"unknown whether this .* v1 or v2"):
         published_name(replace(real_spec("faceid-plus", "sd15"), shortcut=None))
 
 

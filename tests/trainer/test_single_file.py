@@ -160,7 +160,7 @@ def test_sd2_warns_when_the_weights_look_like_the_other_target(
     file = write_single_file(sd2_folder, tmp_path / "x.safetensors", "sd2", {name: spread * torch.linspace(-1, 1, 32)})
     with caplog.at_level(logging.WARNING):
         assert load_base_model(file, base_config=sd2_folder).prediction_type == "v_prediction"
-    assert ("the config says v_prediction, the weights look like epsilon" in caplog.text) == warned
+    assert ("the config has v_prediction, the weights look like epsilon" in caplog.text) == warned
     caplog.clear()
     load_base_model(file, base_config=sd2_folder, prediction_type="v_prediction")
     assert not caplog.text
