@@ -18,8 +18,13 @@ _ATTENTION = re.compile(r"^(?:unet\.)?((?:down_blocks|up_blocks|mid_block)\..*?a
 
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
 
-# Key patterns of other model files; the first match wins.
+FULL_CHECKPOINT = "a full checkpoint"
+# What a file looks like, by key patterns; the first match wins.
 _OTHER_FILES: tuple[tuple[str, str], ...] = (
+    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter"),
+    (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model"),
+    (r"(^|\.)double_blocks\..*img_attn", "a FLUX model"),
+    (r"^edm_mean$", "a Playground v2.5 model"),
     (
         r"^control_model\.|controlnet_cond_embedding\.|input_hint_block\.|controlnet_down_blocks\.",
         "a ControlNet",
@@ -27,7 +32,7 @@ _OTHER_FILES: tuple[tuple[str, str], ...] = (
     (r"lora_up|lora_down|\.lora_A\.|\.lora_B\.|^lora_unet_|_lora\.(down|up)\.weight$", "a LoRA"),
     (
         r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.|^conditioner\.",
-        "a full checkpoint",
+        FULL_CHECKPOINT,
     ),
     (r"^down_blocks\..*attn2\.to_k\.|^input_blocks\.\d+", "a UNet"),
     (r"^double_blocks\.|^joint_blocks\.|^transformer_blocks\.", "a diffusion transformer"),
@@ -35,7 +40,6 @@ _OTHER_FILES: tuple[tuple[str, str], ...] = (
     (r"^text_model\.|^transformer\.text_model|^embeddings\.token_embedding", "a text encoder"),
     (r"^encoder\.conv_in\.|^decoder\.conv_in\.", "a VAE"),
     (r"^adapter\.body\.|^body\.\d+\.", "a T2I-Adapter"),
-    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter"),
     (r"^emb_params$|^string_to_param|^clip_[gl]$", "a textual inversion embedding"),
 )
 

@@ -16,13 +16,13 @@ def _contiguous() -> None:
 
     from ipadapter_trainer.training import setup  # noqa: PLC0415
 
-    tune = setup.tune_unet
+    tune = setup.prepare_unet
 
-    def tune_unet(base_model: Any, **options: Any) -> None:
+    def prepare_unet(base_model: Any, **options: Any) -> None:
         tune(base_model, **options)
         base_model.unet.to(memory_format=torch.contiguous_format)
 
-    setup.tune_unet = tune_unet
+    setup.prepare_unet = prepare_unet
 
 
 def _autocast() -> None:

@@ -35,10 +35,10 @@ def export(
     ipadapter export runs/cats adapters/
     """
     with user_errors():
-        from ..files.export import export
+        from ..files.convert import convert
         from ..files.writing import dtype_of
 
-        _report(export(source, out, dtype=dtype_of(dtype), force=force))
+        _report(convert(source, out, dtype=dtype_of(dtype), force=force))
 
 
 def convert(

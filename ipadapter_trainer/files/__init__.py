@@ -1,1 +1,1 @@
-"""Adapter files: names, export, conversion, comparison, and the proof that others load them."""
+"""Adapter files: names, export, conversion, comparison, and the check that hosts load them."""

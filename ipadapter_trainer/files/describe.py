@@ -1,10 +1,11 @@
-"""`ipadapter inspect`: what an adapter file is, read from its header alone."""
+"""`ipadapter inspect`: an adapter file, described from its header."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from ipadapter_core import AdapterSpec, infer_spec, shortcut_hint
@@ -14,7 +15,7 @@ from .opening import adapter_files, open_checkpoint
 
 @dataclass(frozen=True)
 class Description:
-    """An adapter file. `bytes` is its size, `dtypes` the distinct ones, `layout` that of its keys."""
+    """An adapter file: its size in `bytes`, the `layout` of its keys, the distinct `dtypes`."""
 
     file: str
     bytes: int
@@ -49,7 +50,7 @@ class Description:
         }
 
     def as_text(self) -> str:
-        """A table for people."""
+        """A table for the terminal."""
         spec = self.spec
         rows = [
             ("file", f"{self.file} ({self.bytes / 1e6:.1f} MB, {self.layout} layout)"),
@@ -77,9 +78,9 @@ class Description:
 
 
 def describe(path: Path) -> Description:
-    """Read a file's header; weights stay on disk. `path` may be a folder, see `opening.adapter_files`.
+    """Describe the adapter at `path`, a file or a folder, see `opening.adapter_files`; weights are not read.
 
-    Raises AdapterError, which says what the file is, when it is not an adapter; ExportError for a folder without one.
+    Raises AdapterError for another file, saying what it is; ExportError for a folder without an adapter.
     """
     checkpoint = open_checkpoint(path)
     files = adapter_files(path)
@@ -97,10 +98,4 @@ def describe(path: Path) -> Description:
 
 def _runs(widths: tuple[int, ...]) -> str:
     """(320, 320, 640) -> "2x320, 1x640", in id order."""
-    runs: list[list[int]] = []
-    for width in widths:
-        if runs and runs[-1][1] == width:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, width])
-    return ", ".join(f"{count}x{width}" for count, width in runs)
+    return ", ".join(f"{len(list(run))}x{width}" for width, run in groupby(widths))

@@ -1,12 +1,11 @@
-"""An adapter file through diffusers' own loader, so that what its users get can be compared with what was meant.
+"""An adapter file loaded by diffusers, so that what its users get can be compared with the original.
 
-The UNet is a real one of the adapter's shape whose own weights are never allocated: the loader puts the adapter's
-projector and layers into it, and only these are real.
+The loader needs a UNet. This one has the adapter's shapes and lies on the meta device; only the adapter's projector
+and layers get weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,14 @@ _SDXL_BLOCKS = {
 
 
 class _UNet(UNet2DConditionModel):
-    """A UNet without weights that takes an adapter. Its LoRA is kept aside instead of being applied."""
+    """A UNet without weights that an adapter can be loaded into. It stores the LoRA instead of applying it."""
 
     adapter_lora: dict[str, Tensor]
     _processors: dict[str, Any] | None = None
 
     @property
     def attn_processors(self) -> dict[str, Any]:
-        # The loader asks for them again at every layer, and each time diffusers walks through all modules.
+        # The loader asks for them at every layer, and diffusers walks through all modules each time.
         if self._processors is None:
             self._processors = super().attn_processors
         return self._processors
@@ -52,8 +51,8 @@ class _UNet(UNet2DConditionModel):
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    def to(self, *args: Any, **kwargs: Any) -> _UNet:
-        return self  # the loader's last step; there is nothing to move
+    def to(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] -- wrapped
+        return self  # the loader's last step; meta tensors cannot be moved
 
     def _load_ip_adapter_loras(self, state_dicts: Any) -> dict[int, dict[str, Tensor]]:
         self.adapter_lora = super()._load_ip_adapter_loras(state_dicts).get(0, {})
@@ -61,7 +60,7 @@ class _UNet(UNet2DConditionModel):
 
 
 class _Pipeline(IPAdapterMixin):
-    """The part of a pipeline that `load_ip_adapter` is a method of."""
+    """The part of a pipeline that has `load_ip_adapter`."""
 
     unet_name = "unet"
 
@@ -71,7 +70,7 @@ class _Pipeline(IPAdapterMixin):
 
 @dataclass(frozen=True, eq=False)
 class DiffusersAdapter:
-    """What diffusers made of a file. Everything is computed in float32."""
+    """A file loaded by diffusers; its outputs are those of an `IPAdapter`, in float32."""
 
     spec: AdapterSpec
     unet: _UNet
@@ -80,7 +79,7 @@ class DiffusersAdapter:
     @torch.no_grad()
     def encode(self, *features: Tensor) -> Tensor:
         """Image features as `IPAdapter.encode` takes them -> tokens [B, T, D]."""
-        projection = self.unet.encoder_hid_proj
+        projection: Any = self.unet.encoder_hid_proj
         first = features[0]
         if self.spec.kind == "faceid-plus":
             resampler = projection.image_projection_layers[0]
@@ -91,17 +90,16 @@ class DiffusersAdapter:
         return projection([first.unsqueeze(1)])[0].flatten(1, 2)
 
     @torch.no_grad()
-    def keys_values(self, tokens: Tensor) -> Iterator[tuple[int, KeyValue]]:
-        """Tokens [B, T, D] -> the layer's id and its keys and values [B, T, width], one layer at a time."""
-        processors = self.unet.attn_processors
-        for name, id in attention_ids(self.names).items():
-            if id % 2:  # cross-attention
-                processor: Any = processors[name]
-                parts = (processor.to_k_ip, processor.to_v_ip)
-                yield id, KeyValue(*(F.linear(tokens, part[0].weight.float()) for part in parts))
+    def keys_values(self, tokens: Tensor) -> tuple[KeyValue, ...]:
+        """Tokens [B, T, D] -> keys and values [B, T, C] per layer, in id order."""
+        ids = attention_ids(self.names)
+        names = sorted((name for name, id in ids.items() if id % 2), key=ids.__getitem__)  # cross-attention has odd ids
+        processors: list[Any] = [self.unet.attn_processors[name] for name in names]
+        weights = ((p.to_k_ip[0].weight.float(), p.to_v_ip[0].weight.float()) for p in processors)
+        return tuple(KeyValue(F.linear(tokens, key), F.linear(tokens, value)) for key, value in weights)
 
     def lora(self, id: int, name: str, side: str) -> Tensor | None:
-        """The weight of `name` ("to_q_lora", ...), `side` "down" or "up", that it would apply to layer `id`."""
+        """The weight of `name` ("to_q_lora", ...), `side` "down" or "up", for layer `id`."""
         return self.unet.adapter_lora.get(f"unet.{self.names[id]}.{name}.{side}.weight")
 
 
@@ -112,19 +110,20 @@ def load_with_diffusers(file: Path, spec: AdapterSpec) -> DiffusersAdapter:
     """
     with torch.device("meta"):
         unet = _UNet(**unet_config(spec) or {})
-    names = tuple(unet.attn_processors)  # before the loading: a resampler's attention will be among them then
+    names = tuple(unet.attn_processors)  # before loading, which adds those of a resampler
     _Pipeline(unet).load_ip_adapter(
         str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None, local_files_only=True
     )
-    left = [name for name, parameter in unet.encoder_hid_proj.named_parameters() if parameter.is_meta]
+    projection: Any = unet.encoder_hid_proj
+    left = [name for name, parameter in projection.named_parameters() if parameter.is_meta]
     if left:
         raise RuntimeError(f"{len(left)} tensors of the projector stayed empty, the first is {left[0]}")
-    unet.encoder_hid_proj.float()
+    projection.float()
     return DiffusersAdapter(spec, unet, names)
 
 
 def unsupported(spec: AdapterSpec) -> str | None:
-    """Why diffusers' loader cannot take this adapter, or None: it hard-codes numbers that files may vary."""
+    """Why diffusers' loader cannot take this adapter, or None. It hard-codes numbers that files may vary."""
     fixed: list[tuple[str, int | None, int | None]] = []
     if spec.kind in ("base", "faceid-plus"):
         fixed.append(("tokens", spec.num_tokens, 4))
@@ -137,7 +136,7 @@ def unsupported(spec: AdapterSpec) -> str | None:
     for what, found, wanted in fixed:
         if found != wanted:
             return f"its loader takes {wanted} {what}, this adapter has {found}"
-    if spec.kind in ("faceid", "portrait") and not spec.unnormalised and (spec.hidden_dim or 0) % spec.face_dim:
+    if spec.kind in ("faceid", "portrait") and not spec.unnormalised and (spec.hidden_dim or 0) % (spec.face_dim or 1):
         return f"its loader takes an MLP of a multiple of {spec.face_dim}, this one is {spec.hidden_dim} wide"
     return None if unet_config(spec) else f"no known UNet has {len(spec.layer_dims)} layers of these widths"
 

@@ -1,8 +1,10 @@
-"""Where an adapter is in what the user names: a file, a training's output, a checkpoint, or what Accelerate saved."""
+"""The adapter in a file, a training's output, a checkpoint, or a folder that Accelerate saved."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,32 +16,44 @@ from ipadapter_core import (
     IPAdapter,
     adapter_from_checkpoint,
     checkpoint_from_state,
+    export_state,
     infer_spec,
     read_checkpoint,
     shortcut_hint,
+    spec_metadata,
 )
 from ipadapter_core.tensors import open_tensors
 
 from ..errors import ExportError, TrainerError
+from .published import PREFIX
 
 ADAPTER_FILE = "adapter.safetensors"
-EXPORTED = "ip-adapter"  # how published names begin
-# What Accelerate's save_state and save_model write, and DeepSpeed's own file of the weights, in order of preference.
+STATE_FILE = "training.pt"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What Accelerate's save_state and save_model write, and DeepSpeed's file of weights, in order of preference.
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "pytorch_model/mp_rank_00_model_states.pt")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
-def adapter_files(path: Path) -> tuple[Path, ...]:
-    """The files that hold the adapter named by `path`: the file itself; of a training's output its newest
-    checkpoint, or its only export when there is none; of a checkpoint its adapter; of a folder that Accelerate wrote
-    its model, which may be in shards.
+def checkpoint_folders(output: Path) -> list[Path]:
+    """The complete checkpoints in a training's output folder, oldest first."""
+    complete = (file.parent for file in output.glob(f"*/{STATE_FILE}") if (file.parent / ADAPTER_FILE).is_file())
+    return sorted((folder for folder in complete if _CHECKPOINT.fullmatch(folder.name)), key=step_of)
 
-    Raises ExportError, listing what was found, when a folder holds none of these.
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def adapter_files(path: Path) -> tuple[Path, ...]:
+    """The files that hold the adapter at `path`: the file itself; in a training's output the newest checkpoint, or the
+    only export when there is none; in a checkpoint its adapter; in a folder of Accelerate's its model, all shards.
+
+    Raises ExportError, listing what was found, for a folder with none of these.
     """
     if not path.is_dir():
-        return (path,)  # read_checkpoint says what is wrong with it
-    from .run_folder import checkpoint_folders
-
+        return (path,)  # read_checkpoint raises when it is missing
     checkpoints = checkpoint_folders(path)
     if checkpoints:
         return (checkpoints[-1] / ADAPTER_FILE,)
@@ -49,7 +63,7 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
     for name in _INDEXES:
         if (path / name).is_file():
             return _shards(path / name)
-    exported = sorted(path.glob(f"{EXPORTED}*.safetensors"))  # a training whose checkpoints were deleted
+    exported = sorted(path.glob(f"{PREFIX}*.safetensors"))  # a training whose checkpoints were deleted
     if len(exported) == 1:
         return (exported[0],)
     found = ", ".join(sorted(p.name + "/" * p.is_dir() for p in path.iterdir())[:8]) or "nothing"
@@ -57,32 +71,6 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
         f"{path}: no adapter in this folder (found: {found}). Expected {ADAPTER_FILE}, a checkpoint-<step> folder of a "
         f"training, or Accelerate's {_WHOLE[0]} or {_WHOLE[1]}."
     )
-
-
-def open_checkpoint(path: Path) -> AdapterCheckpoint:
-    """Open an adapter wherever it is, without reading its weights; see `adapter_files`.
-
-    Raises AdapterError or ExportError.
-    """
-    files = adapter_files(path)
-    if len(files) == 1:
-        return read_checkpoint(files[0])
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        opened = open_tensors(file, "a shard of a checkpoint")
-        tensors.update({name: opened.read(name) for name in opened.infos})  # mapped from disk, not yet read
-    return checkpoint_from_state(tensors, path=str(path))
-
-
-def open_adapter(path: Path, shortcut: bool | None = None) -> IPAdapter:
-    """Load an adapter wherever it is, frozen, on the CPU, in its own dtype; `shortcut` as for `load_adapter`.
-
-    Raises AdapterError or ExportError.
-    """
-    checkpoint = open_checkpoint(path)
-    # "format": "pt" is what the safetensors library writes of itself.
-    metadata = {key: value for key, value in checkpoint.metadata.items() if key != "format"}
-    return adapter_from_checkpoint(replace(checkpoint, metadata=metadata), shortcut=shortcut)
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
@@ -98,11 +86,37 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return files
 
 
-def adapter_to_use(path: Path, shortcut: bool | None = None) -> IPAdapter:
-    """An adapter in float32, from a file or the folder of a training. FaceID-plus files without metadata take their
-    version from `shortcut`, else from their name.
+def open_checkpoint(path: Path) -> AdapterCheckpoint:
+    """Open the adapter at `path`, see `adapter_files`, without reading its weights.
 
-    Raises AdapterError for what is no adapter, TrainerError when the version stays unknown.
+    Raises AdapterError or ExportError.
+    """
+    files = adapter_files(path)
+    if len(files) == 1:
+        return read_checkpoint(files[0])
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        opened = open_tensors(file, "a shard of a checkpoint")
+        tensors.update({name: opened.read(name) for name in opened.infos})  # mapped from disk, not yet read
+    return checkpoint_from_state(tensors, path=str(path))
+
+
+def open_adapter(path: Path, shortcut: bool | None = None) -> IPAdapter:
+    """Load the adapter at `path`, frozen, on the CPU, in its own dtype; `shortcut` as for `load_adapter`.
+
+    Raises AdapterError or ExportError.
+    """
+    checkpoint = open_checkpoint(path)
+    # The safetensors library adds "format": "pt".
+    metadata = {key: value for key, value in checkpoint.metadata.items() if key != "format"}
+    return adapter_from_checkpoint(replace(checkpoint, metadata=metadata), shortcut=shortcut)
+
+
+def adapter_to_use(path: Path, shortcut: bool | None = None) -> IPAdapter:
+    """Load the adapter at `path` in float32. The version of a faceid-plus file without metadata is `shortcut`, else
+    guessed from its name.
+
+    Raises AdapterError for another file, TrainerError when the version stays unknown.
     """
     checkpoint = open_checkpoint(path)
     spec = infer_spec(checkpoint)
@@ -114,3 +128,21 @@ def adapter_to_use(path: Path, shortcut: bool | None = None) -> IPAdapter:
                 "shortcut=false for v1."
             )
     return adapter_from_checkpoint(checkpoint, dtype=torch.float32, shortcut=shortcut)
+
+
+def cast_adapter(adapter: IPAdapter, dtype: torch.dtype) -> IPAdapter:
+    """A copy of an adapter on the CPU with its weights rounded to `dtype`.
+
+    Raises ExportError that names the first tensor whose values `dtype` cannot hold.
+    """
+    name, limit = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+    state: dict[str, Tensor] = {}
+    for key, tensor in export_state(adapter).items():
+        largest = tensor.detach().abs().max().item()
+        if math.isfinite(largest) and largest > limit:
+            raise ExportError(
+                f"{key} has values up to {largest:.4g}, {name} holds at most {limit:.4g}. Use bfloat16 or float32."
+            )
+        state[key] = tensor.detach().to("cpu", dtype)
+    checkpoint = checkpoint_from_state(state, metadata=spec_metadata(adapter.spec))
+    return adapter_from_checkpoint(checkpoint, shortcut=getattr(adapter.projector, "shortcut", None))

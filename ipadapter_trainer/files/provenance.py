@@ -1,4 +1,4 @@
-"""Where an adapter comes from: metadata in the header of its file, which hosts may read and may ignore."""
+"""The origin of a trained adapter, as metadata in its file's header; hosts ignore it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ipadapter_core import METADATA_ENCODER, METADATA_NEGATIVE, AdapterSpec, IPA
 from ..models.base_model import BaseModel
 from .writing import write_adapter
 
-BASE_MODEL = "ipadapter.base_model"  # a name for people
+BASE_MODEL = "ipadapter.base_model"  # its name
 BASE_HASH = "ipadapter.base_hash"  # BaseModel.fingerprint
 ENCODER_HASH = "ipadapter.encoder_hash"  # BaseModel.encoder_fingerprint
 PREDICTION_TYPE = "ipadapter.prediction_type"
@@ -45,15 +45,15 @@ def provenance(
     data_hash: str = "",
     data_size: int | None = None,
 ) -> dict[str, str]:
-    """Header metadata of an adapter of this `spec` that was trained on `base_model`. No paths, no dates: equal
-    trainings give equal files.
+    """Header metadata of an adapter of this `spec` that was trained on `base_model`. It holds no paths and no dates, so
+    equal trainings give equal metadata.
     """
     metadata = {
         BASE_MODEL: base_model.name,
         BASE_HASH: base_model.fingerprint(),
         PREDICTION_TYPE: prediction_type or base_model.prediction_type,
         METADATA_ENCODER: spec.encoder,
-        METADATA_NEGATIVE: "zeros",  # zero embeddings, or the encoding of zero pixel values, as in training
+        METADATA_NEGATIVE: "zeros",  # zero embeddings, or the encoding of zero pixel values; see `dropped_features`
         STEPS: str(steps),
         IMAGES_SEEN: str(images_seen),
         SEED: str(seed),
@@ -77,11 +77,7 @@ def export_adapter(
     verify: bool = False,
     with_diffusers: bool = True,
 ) -> Path:
-    """Write the published layout, whole or not at all; a wrapper of Accelerate's is taken off. `dtype` None keeps the
-    adapter's own; `verify` reads the file back with ipadapter_core and (`with_diffusers`) diffusers before it appears.
-
-    Raises as `writing.write_adapter` does.
-    """
+    """`write_adapter` for an adapter in training, which Accelerate may have wrapped; see there for the options."""
     plain = extract_model_from_parallel(adapter)
     write_adapter(Path(path), plain, metadata, dtype=dtype, verify=verify, with_diffusers=with_diffusers)
     return Path(path)

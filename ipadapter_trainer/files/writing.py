@@ -1,15 +1,13 @@
-"""Adapter files as hosts read them: .safetensors with a header, or the original's .bin; whole or not at all."""
+"""Adapter files as hosts read them: .safetensors with metadata, or the original's .bin; written atomically."""
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,26 +20,22 @@ from ipadapter_core import (
     METADATA_SHORTCUT,
     AdapterError,
     IPAdapter,
-    adapter_from_checkpoint,
-    checkpoint_from_state,
     export_state,
     save_adapter,
-    spec_metadata,
 )
 
 from ..errors import ExportError, VerificationError
 from ..runtime.disk import disk_errors
-from .file_names import SUFFIXES
-
-if TYPE_CHECKING:
-    from .verify import Verification
+from .opening import cast_adapter
+from .published import SUFFIXES
+from .verify import Verification, verify_export
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-# What a file says of its tensors; an older file's claim must not win over what is written.
+# Written from the tensors; values in the given metadata may come from an older file.
 _OF_THE_TENSORS = (METADATA_KIND, METADATA_BASE_FAMILY, METADATA_SHORTCUT, METADATA_NUM_TOKENS, METADATA_DIM_HEAD)
 
 
@@ -64,29 +58,28 @@ def write_adapter(
     with_diffusers: bool = True,
 ) -> Verification | None:
     """Write an adapter in the published layout, in `dtype` (None: each tensor in its own). The suffix decides the
-    format: .safetensors, or .bin (`{"image_proj": {...}, "ip_adapter": {...}}`), which has no place for metadata.
+    format: .safetensors, or .bin (`{"image_proj": {...}, "ip_adapter": {...}}`), which holds no metadata.
 
-    The file appears under its name by one rename, and only after `verify_export` has passed (`verify`; its part
-    `with_diffusers` may be left out).
+    The file appears under its name by one rename, after `verify_export` has passed (if `verify`, and with diffusers if
+    `with_diffusers`).
 
     Raises ExportError for another suffix or values that `dtype` cannot hold; AdapterError for weights that are not
     finite; VerificationError; DiskError.
     """
     if path.suffix not in SUFFIXES:
         raise ExportError(f"{path}: the suffix {path.suffix!r} is unknown. Use {' or '.join(SUFFIXES)}.")
-    rounded = cast_adapter(adapter, dtype)
+    rounded = adapter if dtype is None else cast_adapter(adapter, dtype)
     metadata = {key: value for key, value in (metadata or {}).items() if key not in _OF_THE_TENSORS}
-    # A folder beside the target, so that loaders meet the real name and the rename stays on one file system.
+    size = sum(tensor.numel() * tensor.element_size() for tensor in export_state(rounded).values())
+    # A folder next to the target, so that loaders get the real file name and the rename stays on one file system.
     folder = path.parent / f".{path.name}-{secrets.token_hex(4)}.tmp"
     file = folder / path.name
     try:
-        with disk_errors(path, need=_size(rounded)):
+        with disk_errors(path, need=size):
             folder.mkdir(parents=True)
             _write(file, rounded, metadata)
         result = None
         if verify:
-            from .verify import verify_export
-
             result = replace(verify_export(file, adapter, metadata, with_diffusers=with_diffusers), file=path)
         with disk_errors(path):
             file.replace(path)
@@ -97,45 +90,16 @@ def write_adapter(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def cast_adapter(adapter: IPAdapter, dtype: torch.dtype | None) -> IPAdapter:
-    """The adapter on the CPU with its weights rounded to `dtype`; the given one stays as it is.
-
-    Raises ExportError that names the first tensor whose values `dtype` cannot hold.
-    """
-    if dtype is None:
-        return adapter
-    name, limit = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
-    state: dict[str, Tensor] = {}
-    for key, tensor in export_state(adapter).items():
-        largest = tensor.detach().abs().max().item()
-        if math.isfinite(largest) and largest > limit:
-            raise ExportError(
-                f"{key} has values up to {largest:.4g}, {name} holds at most {limit:.4g}. Use bfloat16 or float32."
-            )
-        state[key] = tensor.detach().to("cpu", dtype)
-    shortcut = getattr(adapter.projector, "shortcut", None)
-    checkpoint = checkpoint_from_state(state, metadata=spec_metadata(adapter.spec))
-    return adapter_from_checkpoint(checkpoint, shortcut=shortcut)
-
-
-def _size(adapter: IPAdapter) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in export_state(adapter).values())
-
-
 def _write(file: Path, adapter: IPAdapter, metadata: dict[str, str]) -> None:
     if file.suffix == ".safetensors":
         save_adapter(file, adapter, metadata)
-    else:
-        _write_bin(file, adapter)
-
-
-def _write_bin(file: Path, adapter: IPAdapter) -> None:
+        return
     parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for key, tensor in export_state(adapter).items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{file}: not saved, {key} holds NaN or infinity. The training diverged.")
         part, _, name = key.partition(".")
-        # A clone: a view would take the whole storage behind it into the file.
+        # Cloned, because torch.save writes the whole storage of a view.
         parts[part][name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     with file.open("wb") as stream:
         torch.save(parts, stream)

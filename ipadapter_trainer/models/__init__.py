@@ -1,1 +1,1 @@
-"""The frozen models: base models of every family and image encoders, how they are loaded, what they say."""
+"""The frozen models: base models of every family, image encoders, and what they compute."""

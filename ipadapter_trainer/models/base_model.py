@@ -1,87 +1,71 @@
-"""The frozen base: every part of a text-to-image model, from a diffusers folder or a single file."""
+"""The frozen base model: the parts of a text-to-image model, and the encoder of image prompts."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from ipadapter_core import Site, diffusers_sites, family_of
 
 from ..errors import BaseModelError
 from .hub import find_model, refuse_missing
-from .image_encoder import ImageEncoder
-from .model_folder import PREDICTION_TYPES, ModelFolder
-from .model_shapes import ModelParts, ModelShapes
-from .single_file import SingleFile
-
-_NOISE_SCHEDULE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "prediction_type",
-)
+from .image_encoder import ImageEncoder, find_image_encoder
+from .image_processor import CLIPImageProcessor
+from .model_config import PARTS, ModelConfig
+from .model_folder import PREDICTION_TYPES, TIME_IDS, read_folder
+from .parts import freeze, load_part
+from .single_file import load_from_checkpoint, read_single_file
 
 
-class BaseModel(ModelShapes):
-    """A frozen text-to-image model and the encoder of image prompts; `load_base_model` makes it.
+class BaseModel:
+    """A frozen text-to-image model with its image encoder; `load_base_model` makes it.
 
-    Weights are read when a part is first used, and again after `release`; what the configs say needs none. The UNet
-    and the encoders have `dtype`, and so has the VAE, but for SDXL's, and any in float16: its activations grow so large
-    that half precision loses the image, so it is in float32 unless its config has `force_upcast` false, as the fixed
-    variants have.
+    A part's weights are read when it is first used, and again after `release`. All parts have `dtype`, except the VAE
+    of SDXL, and any in float16: half precision overflows in it, so it is in float32 unless its config has
+    `force_upcast` false, as fixed variants do.
     """
 
     def __init__(
-        self, parts: ModelParts, encoder: ImageEncoder | None, dtype: torch.dtype, device: torch.device | str
+        self, config: ModelConfig, encoder: ImageEncoder | None, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        super().__init__(parts, encoder, dtype)
-        self.device = torch.device(device)  # of all parts
+        self._config, self._encoder = config, encoder
         self._loaded: dict[str, Any] = {}
-        self._weight_digests: dict[str, str] = {}
+        self.dtype, self.device = dtype, torch.device(device)
+        self.name = config.name
+        self.is_sdxl = config.is_sdxl  # two text encoders, pooled text embeddings and time ids
+        self.tokenizers, self.scheduler = config.tokenizers, config.scheduler
+        self.prediction_type = str(self.scheduler.config["prediction_type"])  # "epsilon" or "v_prediction"
+        self.num_train_timesteps = int(self.scheduler.config["num_train_timesteps"])  # 1000
+        self.text_length = config.text_length  # tokens of a prompt, padding included (77)
+        overflows = self.is_sdxl or dtype == torch.float16
+        self.vae_dtype = torch.float32 if overflows and config.vae["force_upcast"] else dtype
+        self.latent_channels = int(config.vae["latent_channels"])  # 4
+        self.latent_scale = 2 ** (len(config.vae["block_out_channels"]) - 1)  # pixels per latent (8)
+        self.sample_size = int(config.unet["sample_size"]) * self.latent_scale  # side of its images in pixels
+        self.scaling_factor = float(config.vae["scaling_factor"])  # of the latents (0.18215, for SDXL 0.13025)
 
     @property
     def unet(self) -> UNet2DConditionModel:
         """The UNet."""
-        return self._part("unet", lambda: self._parts.load_unet(self.dtype))
+        return self._part("unet")
 
     @property
     def vae(self) -> AutoencoderKL:
         """The VAE."""
-        # channels_last: its convolutions are a quarter faster so on a CPU.
-        return self._part("vae", lambda: self._parts.load_vae(self.vae_dtype).to(memory_format=torch.channels_last))
+        return self._part("vae")
 
     @property
     def text_encoders(self) -> tuple[Any, ...]:
         """The text encoders: one, or SDXL's two."""
-        return self._part("text_encoders", lambda: self._parts.load_text_encoders(self.dtype))
-
-    def to_device(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor of the data loader on the device of the model, without waiting for the device.
-
-        It is moved before it is cast: a cast on the CPU would leave the loader's pinned memory, and a copy from other
-        memory waits for all work that is queued.
-        """
-        return tensor.to(self.device, non_blocking=True).to(dtype or tensor.dtype)
-
-    @contextmanager
-    def temporarily_loaded(self) -> Iterator[None]:
-        """Parts that are first used inside are freed at the end."""
-        before = set(self._loaded)
-        try:
-            yield
-        finally:
-            self.release(*(set(self._loaded) - before))
+        return self._part("text_encoders")
 
     @property
     def text_encoder(self) -> CLIPTextModel:
@@ -91,66 +75,147 @@ class BaseModel(ModelShapes):
     @property
     def image_encoder(self) -> CLIPVisionModelWithProjection:
         """The encoder of image prompts. Raises BaseModelError when there is none."""
-        return self._part("image_encoder", lambda: self._image_encoder.load().to(self.dtype))
+        return self._part("image_encoder")
 
     def release(self, *names: str) -> None:
-        """Free parts: "unet", "vae", "text_encoders", "image_encoder". A later use reads them again."""
-        known = ("unet", "vae", "text_encoders", "image_encoder")
+        """Free "unet", "vae", "text_encoders" or "image_encoder". They are read again when they are used."""
+        parts = ("unet", "vae", "text_encoders", "image_encoder")
         for name in names:
-            if name not in known:
-                raise ValueError(f"There is no part {name!r}; parts are {', '.join(known)}.")
+            if name not in parts:
+                raise ValueError(f"There is no part {name!r}; parts are {', '.join(parts)}.")
             self._loaded.pop(name, None)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing on a CPU
+
+    @contextmanager
+    def temporarily_loaded(self) -> Iterator[None]:
+        """Free at the end of the `with` block what was loaded inside it."""
+        before = set(self._loaded)
+        try:
+            yield
+        finally:
+            self.release(*(set(self._loaded) - before))
+
+    def to_device(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Copy a tensor of the data loader to the model's device without blocking, then cast it there.
+
+        A cast on the CPU would leave the loader's pinned memory, and copies from other memory wait for queued work.
+        """
+        return tensor.to(self.device, non_blocking=True).to(dtype or tensor.dtype)
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The first tokenizer."""
+        return self.tokenizers[0]
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The UNet's cross-attention layers in id order."""
+        return diffusers_sites(self.meta_unet())
+
+    @property
+    def family(self) -> str:
+        """ "sd15", "sd2" or "sdxl" for UNets of their shapes, else "context-<dim>"."""
+        return family_of(self.sites[0].cross_attention_dim, [site.dim for site in self.sites])
+
+    @property
+    def has_image_encoder(self) -> bool:
+        """Whether there is an image encoder; `image_processor` to `encoder_name` raise BaseModelError without one."""
+        return self._encoder is not None
+
+    @property
+    def image_processor(self) -> CLIPImageProcessor:
+        """The image encoder's preprocessing."""
+        return self._image_encoder.processor
+
+    @property
+    def image_dim(self) -> int:
+        """Channels of the image encoder's `image_embeds`."""
+        return self._image_encoder.image_dim
+
+    @property
+    def hidden_dim(self) -> int:
+        """Channels of the image encoder's hidden states."""
+        return self._image_encoder.hidden_dim
+
+    @property
+    def image_tokens(self) -> int:
+        """Hidden states per image: its patches and the class token (257 for ViT-H/14)."""
+        return self._image_encoder.num_tokens
+
+    @property
+    def encoder_name(self) -> str:
+        """The image encoder's published name, or its sizes."""
+        return self._image_encoder.name
+
+    def meta_unet(self) -> UNet2DConditionModel:
+        """A new UNet on the meta device, without weights. The other `meta_*` likewise."""
+        return self._config.without_weights("unet")
+
+    def meta_vae(self) -> AutoencoderKL:
+        """The VAE."""
+        return self._config.without_weights("vae")
+
+    def meta_text_encoders(self) -> nn.ModuleList:
+        """The text encoders."""
+        return nn.ModuleList(self._config.without_weights(part) for part in self._config.text_parts)
+
+    def meta_image_encoder(self) -> CLIPVisionModelWithProjection:
+        """The image encoder. Raises BaseModelError when there is none."""
+        return self._image_encoder.without_weights()
+
+    def meta_conditions(self, batch_size: int) -> dict[str, Tensor] | None:
+        """`added_cond_kwargs` for B rows on the meta device; None for models without."""
+        dims = {"text_embeds": int(self._config.texts[-1].projection_dim), "time_ids": TIME_IDS}
+        added = {name: torch.zeros(batch_size, dim, device="meta") for name, dim in dims.items()}
+        return added if self.is_sdxl else None
 
     def fingerprint(self) -> str:
         """16 hex digits of the UNet's weights and config and of the noise schedule; fine-tunes differ.
 
-        Read from the files, so the precision of a run does not change it, nor does float16 instead of float32, nor a
-        single file instead of a folder of the same weights. The other fingerprints likewise.
+        Equal for every precision of the run and of the files, and for a folder and a single file (but for the text
+        encoders of SD2 and SDXL, which single files hold in OpenCLIP's layout). The other fingerprints likewise.
         """
-        schedule = {key: self.scheduler.config.get(key) for key in _NOISE_SCHEDULE}
-        return self._digest("unet", _set_values(UNet2DConditionModel, self._parts.unet_config), schedule)
+        return self._config.unet_fingerprint
 
     def vae_fingerprint(self) -> str:
-        """16 hex digits of the VAE's weights and config."""
-        return self._digest("vae", _set_values(AutoencoderKL, self._parts.vae_config))
+        """Of the VAE's weights and config."""
+        return self._config.vae_fingerprint
 
     def text_fingerprint(self) -> str:
-        """16 hex digits of the text encoders' weights and of what the tokenizers make of two texts.
-
-        SD2's and SDXL's single files hold OpenCLIP's layout, which has another fingerprint than the folder.
-        """
-        texts = ["", "The quick brown fox jumps over 13 lazy dogs; naïve façade, 50%!"]
-        ids = [
-            t(texts, padding="max_length", truncation=True, max_length=self.text_length).input_ids
-            for t in self.tokenizers
-        ]
-        return self._digest("text_encoders", ids, [len(t) for t in self.tokenizers])
+        """Of the text encoders' weights and of how the tokenizers split text."""
+        return self._config.text_fingerprint
 
     def encoder_fingerprint(self) -> str:
-        """16 hex digits of the image encoder's weights and preprocessing. Raises BaseModelError without one."""
-        return self._remembered("image_encoder", self._image_encoder.fingerprint)
+        """Of the image encoder's weights and preprocessing. Raises BaseModelError when there is none."""
+        return self._image_encoder.fingerprint
 
-    def _part(self, name: str, load: Callable[[], Any]) -> Any:
+    @property
+    def _image_encoder(self) -> ImageEncoder:
+        if self._encoder is None:
+            raise BaseModelError(
+                f"{self.name}: no image encoder was given. Set image_encoder to the folder of a "
+                "CLIPVisionModelWithProjection, or its .safetensors file."
+            )
+        return self._encoder
+
+    def _part(self, name: str) -> Any:
         if name not in self._loaded:
-            loaded = load()
-            for module in loaded if isinstance(loaded, tuple) else (loaded,):
-                module.requires_grad_(False).eval().to(self.device)
-                if self.device.type == "cpu":
-                    _copy_into_memory(module)
-            self._loaded[name] = loaded
+            parts = self._config.text_parts
+            self._loaded[name] = tuple(map(self._load, parts)) if name == "text_encoders" else self._load(name)
         return self._loaded[name]
 
-    def _digest(self, part: str, *more: Any) -> str:
-        weights = self._remembered(part, lambda: self._parts.fingerprint(part))
-        text = json.dumps([weights, *more], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def _remembered(self, part: str, compute: Callable[[], str]) -> str:
-        if part not in self._weight_digests:
-            self._weight_digests[part] = compute()
-        return self._weight_digests[part]
+    def _load(self, part: str) -> Any:
+        dtype = self.vae_dtype if part == "vae" else self.dtype
+        if part == "image_encoder":
+            network: Any = self._image_encoder.load()
+        elif self._config.checkpoint is not None:
+            network = load_from_checkpoint(self._config, part, dtype)
+        else:
+            options: dict[str, Any] = {} if part in self._config.text_parts else {"torch_dtype": dtype}
+            network = load_part(PARTS[part].kind, self._config.folder / part, **options)
+        if part == "vae":
+            network.to(memory_format=torch.channels_last)  # on a CPU its convolutions are a quarter faster then
+        return freeze(network, self.device, dtype)
 
 
 def load_base_model(
@@ -162,61 +227,24 @@ def load_base_model(
     needs_image_encoder: bool = True,
     prediction_type: str | None = None,
 ) -> BaseModel:
-    """A frozen model of SD1.5, SD2 or SDXL. What is wrong with it is said now; its weights are read when used.
+    """A frozen SD1.5, SD2 or SDXL model. Its configs are checked now; its weights are read when they are used.
 
-    `path` is a diffusers folder, a Hub id, or a single .safetensors checkpoint in the original (LDM, SGM) layout. A
-    single file takes its configs and tokenizers from `base_config`, a diffusers folder of the same family (its
-    weights are not needed); by default from the repository of its family's base model, in the hub's cache or
-    downloaded into it.
+    `path` is a diffusers folder, a Hub id, or a single .safetensors checkpoint, which takes its configs and tokenizers
+    from `base_config`, see `read_single_file`. `image_encoder` is the folder, Hub id or .safetensors file of the image
+    encoder when it is not `image_encoder` inside `path` (or `base_config`). With `needs_image_encoder` False there may
+    be none. `prediction_type` ("epsilon" or "v_prediction") must agree with the model, and decides for a single file
+    that does not state its own.
 
-    `image_encoder` is the folder, Hub id or .safetensors file of the image encoder when it is not `image_encoder`
-    inside `path` (or `base_config`). With `needs_image_encoder` False there may be none.
-
-    `prediction_type` ("epsilon" or "v_prediction") must be what the model says. A single file says it with a `v_pred`
-    tensor or in its metadata (`modelspec.prediction_type`); where it is silent, `prediction_type` wins over the
-    scheduler of `base_config`.
-
-    Raises BaseModelError for a missing part, naming it and what was found; for another model (inpainting, refiner,
-    SD3, FLUX, flow matching) or another file (LoRA, VAE, ControlNet, IP-Adapter); and, when they are used, for
-    weights that cannot be read.
+    Raises BaseModelError for a missing part, another model (inpainting, refiner, SD3, FLUX, flow matching) or another
+    file (LoRA, VAE, ControlNet, IP-Adapter), saying what was found; and for damaged weights when they are used.
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise BaseModelError(f"prediction_type is {prediction_type!r}; expected {' or '.join(PREDICTION_TYPES)}.")
     refuse_missing(path, image_encoder)
     path = find_model(path)
-    image_encoder = None if image_encoder is None else find_model(image_encoder)
     if path.suffix == ".safetensors" and path.is_file():
-        single = SingleFile(path, base_config, prediction_type)
-        encoder = _find_encoder(single.configs.folder, image_encoder, needs_image_encoder)
-        return BaseModel(single, encoder, dtype, device)
-    parts = ModelFolder(path)
-    says = parts.scheduler.config["prediction_type"]
-    if prediction_type not in (None, says):
-        raise BaseModelError(
-            f"prediction_type is {prediction_type!r}, the scheduler of {path} says {says!r}. Leave it out, or correct "
-            "scheduler/scheduler_config.json."
-        )
-    return BaseModel(parts, _find_encoder(path, image_encoder, needs_image_encoder), dtype, device)
-
-
-def _find_encoder(folder: Path, image_encoder: Path | None, needed: bool) -> ImageEncoder | None:
-    inside = folder / "image_encoder"
-    if image_encoder is None and not needed and not any(inside.glob("*.safetensors")) and not any(inside.glob("*.bin")):
-        return None
-    found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folders"
-    return ImageEncoder(Path(image_encoder or inside), folder / "feature_extractor", f" (found in {folder}: {found})")
-
-
-def _copy_into_memory(module: nn.Module) -> None:
-    """Weights on the CPU are a view of their file, wherever they lie in it. Own ones survive a change of the file, and
-    are aligned: sums over unaligned ones may round differently, so a folder and a single file would not be equal.
-    """
-    for parameter in module.parameters():
-        parameter.data = parameter.data.clone()
-
-
-def _set_values(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config that are not the defaults: versions of diffusers differ in the rest."""
-    defaults = {k: p.default for k, p in inspect.signature(kind.__init__).parameters.items()}
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
-    return {k: v for k, v in config.items() if k in plain and v not in (plain[k], defaults[k])}
+        config = read_single_file(path, base_config, prediction_type)
+    else:
+        config = read_folder(path, prediction_type)
+    encoder = find_image_encoder(config.folder, image_encoder, needs_image_encoder)
+    return BaseModel(config, encoder, dtype, device)

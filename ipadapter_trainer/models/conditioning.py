@@ -1,4 +1,4 @@
-"""What a UNet is conditioned on besides images: the states of one or two text encoders, and SDXL's time ids."""
+"""Text states and SDXL's time ids, which condition the UNet besides the image prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base_model import BaseModel
 
 @dataclass(frozen=True, eq=False)
 class TextStates:
-    """Texts as the UNet reads them. `pooled` is None for models with one text encoder."""
+    """Encoded texts. `pooled` is None for models with one text encoder."""
 
     states: Tensor  # [B, L, D]
     pooled: Tensor | None = None  # [B, P], the second text encoder's text_embeds
@@ -86,7 +86,7 @@ def time_ids(original_size: Tensor, crop_coords_top_left: Tensor, target_size: T
 def added_conditions(text: TextStates, time_ids: Tensor | None) -> dict[str, Tensor] | None:
     """`added_cond_kwargs` of a diffusers UNet; None for models without.
 
-    The time ids stay in float32: bfloat16 holds no whole numbers above 256 exactly.
+    The time ids stay in float32: bfloat16 cannot represent all whole numbers above 256.
 
     Raises TrainerError when SDXL's time ids are missing.
     """

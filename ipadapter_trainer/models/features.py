@@ -1,11 +1,13 @@
-"""What the frozen models say about a batch. A training step needs nothing else, so a cache can stand in for
-them.
+"""Latents, text states and image features of a batch: all that a training step takes from the frozen models.
+
+A cache can therefore replace them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,15 +64,16 @@ class Features:
 
 @torch.no_grad()
 def encode_batch(base_model: BaseModel, batch: Batch, spec: AdapterSpec) -> Features:
-    """What the frozen models say, run on the base model's device for whatever the batch does not hold already.
+    """Run the frozen models, on their device, for what the batch does not hold already.
 
-    `spec` is the adapter's, for the image features that it takes.
+    `spec` is the adapter's and decides which image features are computed.
     """
+    tensors = cast("Mapping[str, Tensor]", batch)  # which keys there are depends on the kind and the cache
     return Features(
-        latents=_latents(base_model, batch),
-        text=_text(base_model, batch),
-        image_features=_image_features(base_model, batch, spec),
-        time_ids=_time_ids(base_model, batch) if base_model.is_sdxl else None,
+        latents=_latents(base_model, tensors),
+        text=_text(base_model, tensors),
+        image_features=_image_features(base_model, tensors, spec),
+        time_ids=_time_ids(base_model, tensors) if base_model.is_sdxl else None,
     )
 
 
@@ -78,7 +81,7 @@ def encode_batch(base_model: BaseModel, batch: Batch, spec: AdapterSpec) -> Feat
 def encode_pixels(base_model: BaseModel, images: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
     """Pixels [B, 3, H, W] in [-1, 1] -> latents [B, 4, H/8, W/8], times the scaling factor, in float32.
 
-    The VAE's posterior is drawn from with `posterior_noise`; without it the latents are its means.
+    Sampled from the VAE's posterior with `posterior_noise`; without it, its mean.
     """
     return sample_posterior(base_model, *encode_moments(base_model, images), posterior_noise)
 
@@ -86,33 +89,33 @@ def encode_pixels(base_model: BaseModel, images: Tensor, posterior_noise: Tensor
 @torch.no_grad()
 def encode_moments(base_model: BaseModel, images: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels [B, 3, H, W] in [-1, 1] -> mean and standard deviation [B, 4, H/8, W/8] of the VAE's posterior."""
-    vae = base_model.vae
+    vae: Any = base_model.vae  # diffusers types its output as a tuple
     posterior = vae.encode(base_model.to_device(images, vae.dtype)).latent_dist
-    # Contiguous, as from a cache: the VAE's own memory format would go on through the UNet.
+    # Contiguous, as from a cache; else the UNet would run in the VAE's memory format.
     return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
 
 
 def sample_posterior(base_model: BaseModel, mean: Tensor, std: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-    """A draw of the VAE's posterior, times the scaling factor."""
+    """A sample of the VAE's posterior, or its mean without noise, times the scaling factor."""
     latents = mean if posterior_noise is None else mean + std * base_model.to_device(posterior_noise)
     return latents * base_model.scaling_factor
 
 
-def _latents(base_model: BaseModel, batch: Batch) -> Tensor:
+def _latents(base_model: BaseModel, batch: Mapping[str, Tensor]) -> Tensor:
     if "latents_mean" in batch:
-        moments = (base_model.to_device(batch[key], torch.float32) for key in ("latents_mean", "latents_std"))
-        return sample_posterior(base_model, *moments, batch["posterior_noise"])
+        mean, std = (base_model.to_device(batch[key], torch.float32) for key in ("latents_mean", "latents_std"))
+        return sample_posterior(base_model, mean, std, batch["posterior_noise"])
     return encode_pixels(base_model, batch["images"], batch["posterior_noise"])
 
 
-def _text(base_model: BaseModel, batch: Batch) -> TextStates:
+def _text(base_model: BaseModel, batch: Mapping[str, Tensor]) -> TextStates:
     if "text_states" in batch:
         pooled = base_model.to_device(batch["text_embeds"], base_model.dtype) if "text_embeds" in batch else None
         return TextStates(base_model.to_device(batch["text_states"], base_model.dtype), pooled)
     return encode_tokens(base_model, batch["text_input_ids"], batch.get("text_input_ids_2"))
 
 
-def _image_features(base_model: BaseModel, batch: Batch, spec: AdapterSpec) -> tuple[Tensor, ...]:
+def _image_features(base_model: BaseModel, batch: Mapping[str, Tensor], spec: AdapterSpec) -> tuple[Tensor, ...]:
     features: tuple[Tensor, ...] = ()
     if spec.face_dim is not None:
         features = (base_model.to_device(batch["face_id_embed"]),)
@@ -123,6 +126,6 @@ def _image_features(base_model: BaseModel, batch: Batch, spec: AdapterSpec) -> t
     return (*features, encode_clip_images(base_model, batch["clip_images"], spec.feature))
 
 
-def _time_ids(base_model: BaseModel, batch: Batch) -> Tensor:
+def _time_ids(base_model: BaseModel, batch: Mapping[str, Tensor]) -> Tensor:
     sizes = (batch["original_size"], batch["crop_coords_top_left"], batch["target_size"])
     return time_ids(*(base_model.to_device(size) for size in sizes))

@@ -1,7 +1,7 @@
-"""A frozen network stored in 8 bit: half the memory of bfloat16, and gradients still flow through it.
+"""A frozen network stored in float8: half the memory of bfloat16, and gradients still flow through it.
 
-diffusers' layerwise casting stores weights so too, but autograd then finds 8-bit weights where it saved others, so it
-cannot train anything behind them.
+diffusers' layerwise casting stores weights like this too, but fails in the backward pass: autograd finds float8
+weights in place of those that it saved.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from .frozen import FrozenFunction
 
@@ -52,7 +53,7 @@ class _Float8Layer(nn.Module):
 
 
 class Float8Linear(_Float8Layer):
-    """A frozen nn.Linear in 8 bit."""
+    """A frozen nn.Linear in float8."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer)
@@ -67,18 +68,18 @@ class Float8Linear(_Float8Layer):
 
 
 class Float8Conv2d(_Float8Layer):
-    """A frozen nn.Conv2d in 8 bit."""
+    """A frozen nn.Conv2d in float8."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__(layer)
-        self._options = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self._options: tuple[Any, ...] = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def compute(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.conv2d(x, self.full_weight(x.dtype), bias, *self._options)
 
     def input_gradient(self, shape: torch.Size, grad: Tensor) -> Tensor:
-        return torch.nn.grad.conv2d_input(shape, self.full_weight(grad.dtype), grad, *self._options)
+        return conv2d_input(shape, self.full_weight(grad.dtype), grad, *self._options)
 
 
 def store_in_float8(network: nn.Module) -> None:

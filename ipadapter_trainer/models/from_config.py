@@ -1,4 +1,4 @@
-"""TODO."""
+"""The base model, and the preprocessing for it, of a training config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base_model import BaseModel, load_base_model
 
 
 def preprocessor_from_config(config: TrainConfig, base_model: BaseModel) -> Preprocessor:
-    """What the workers need of the base model."""
+    """The preprocessing for a base model, which data workers run without its weights."""
     kind = config.train_kind
     return Preprocessor(
         tokenizers=base_model.tokenizers,
@@ -27,7 +27,10 @@ def preprocessor_from_config(config: TrainConfig, base_model: BaseModel) -> Prep
 
 
 def base_model_from_config(config: TrainConfig, device: torch.device | str = "cpu") -> BaseModel:
-    """The base model of a training, in its precision; refuses a resolution that is no whole number of latents."""
+    """The base model of a training, in its precision.
+
+    Raises BaseModelError as `load_base_model` does; ConfigError for a resolution that is no whole number of latents.
+    """
     base_model = load_base_model(
         config.base_model,
         {"no": torch.float32, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16),

@@ -1,7 +1,7 @@
-"""Frozen convolutions that keep no input for the backward pass.
+"""Frozen convolutions that save no input for the backward pass.
 
-PyTorch keeps the input of every convolution, which only the gradient of its weight needs. In a frozen UNet nobody
-asks for that gradient, and the inputs are a sixth of what a training step keeps.
+PyTorch saves the input of every convolution, which only the gradient of its weight needs. A frozen UNet needs no such
+gradient, and these inputs are a sixth of the memory that a training step saves.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 
 class FrozenLayer(Protocol):
@@ -26,7 +27,7 @@ class FrozenLayer(Protocol):
 
 
 class FrozenFunction(torch.autograd.Function):
-    """A `FrozenLayer` that keeps nothing but itself for the backward pass."""
+    """Run a `FrozenLayer`, saving nothing but the layer for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLayer) -> Tensor:
@@ -39,15 +40,16 @@ class FrozenFunction(torch.autograd.Function):
 
 
 class FrozenConv2d(nn.Conv2d):
-    """An nn.Conv2d whose weights are not trained; shares them with the layer it is made of."""
+    """An nn.Conv2d whose weights are not trained; it shares them with the layer that it is made from."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
         self.options: tuple[Any, ...] = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        super().__init__(layer.in_channels, layer.out_channels, layer.kernel_size, *self.options, device="meta")  # type: ignore[arg-type]
+        size: Any = layer.kernel_size
+        super().__init__(layer.in_channels, layer.out_channels, size, *self.options, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return FrozenFunction.apply(x, self) if x.requires_grad else self.compute(x)
+    def forward(self, input: Tensor) -> Tensor:
+        return FrozenFunction.apply(input, self) if input.requires_grad else self.compute(input)
 
     def compute(self, x: Tensor) -> Tensor:
         """The layer's output."""
@@ -56,11 +58,11 @@ class FrozenConv2d(nn.Conv2d):
     def input_gradient(self, shape: torch.Size, grad: Tensor) -> Tensor:
         """The gradient of the input, from that of the output."""
         weight = self.weight.to(grad.dtype)  # they differ after autocast
-        return nn.grad.conv2d_input(shape, weight, grad, *self.options)
+        return conv2d_input(shape, weight, grad, *self.options)
 
 
 def release_conv_inputs(network: nn.Module) -> None:
-    """Replace every nn.Conv2d of a frozen network, in place. Weights and their names stay."""
+    """Replace every nn.Conv2d of a frozen network, in place; weights and their names stay."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Conv2d and child.padding_mode == "zeros":

@@ -1,25 +1,26 @@
-"""Images from text and image prompts: classifier-free guidance and DDIM in one short loop."""
+"""Images from text and image prompts: classifier-free guidance and DDIM."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from ipadapter_core import AdapterApplication, IPAdapter, KeyValue, LoraLayers, check_compatible, inject
+from ipadapter_core import AdapterApplication, IPAdapter, inject
 
 from ..errors import TrainerError
 from .base_model import BaseModel
 from .conditioning import TextStates, added_conditions, encode_prompts, time_ids
-from .image_features import dropped_features
+from .image_prompt import ImagePrompt, encode_image_prompt
+from .parts import from_config
 
-# Images, and pixels of them in all, that the VAE decodes at once; decoding needs the most memory of all.
+# Largest number of images, and of their pixels in all, that the VAE decodes at once: decoding needs the most memory.
 DECODE_ROWS, DECODE_PIXELS = 16, 2**20
-# Beyond these there is only noise, and beyond the last a number of pixels that no memory holds.
+# Larger weights and guidance only give noise; larger images fit into no memory.
 MAX_WEIGHT, MAX_GUIDANCE, MAX_SIDE = 10.0, 100.0, 16384
 
 
@@ -43,15 +44,15 @@ def generate(
     B is the longest of `prompts` (1 or B texts, "" for none, or their states), `image_features` (what
     `IPAdapter.encode` takes, each with 1 or B rows; see `image_features.encode_images`) and `weight` (a number, or 1
     or B of them). The weight is that of the image attention and, for the faceid kinds, of the LoRA. Weight 0, no
-    adapter and no features are all the same: the base model alone. `guidance` of 1 or less turns guidance off; else the
-    image of the negative rows is that of a dropped image in training. Image i starts from the noise of seed + i, or
-    of seed[i], drawn on the CPU, so it can be made again alone and on another device. `size` is a side or (height,
-    width) in pixels; the default is what the model was made for. SDXL is told that images of that size were not
-    cropped. `scheduler` replaces the base model's noise schedule.
+    adapter and no features all generate with the base model alone. `guidance` of 1 or less turns guidance off; else
+    negative rows get the features of a dropped image, as in training. Image i starts from noise of seed + i, or of
+    seed[i], sampled on the CPU, so it can be reproduced alone and on another device. `size` is a side or (height,
+    width) in pixels; the default is the UNet's. SDXL's time ids are those of uncropped images of that size.
+    `scheduler` replaces the base model's noise schedule.
 
-    DDIM (arXiv 2010.02502), deterministic. The steps are spaced "trailing" (arXiv 2305.08891): they begin at
-    the last timestep, where pure noise is what the model was trained on -- right for v-prediction, needed for
-    zero-terminal-SNR schedules, and harmless for epsilon. The last step returns the predicted clean latent.
+    Deterministic DDIM (arXiv 2010.02502) with "trailing" steps (arXiv 2305.08891): they begin at the last timestep,
+    which zero-terminal-SNR schedules need and epsilon models tolerate. The last step returns the predicted clean
+    latent.
 
     Raises TrainerError for lengths and numbers that do not fit and for an image prompt that is not finite, AdapterError
     for an adapter or features that do not fit.
@@ -60,13 +61,13 @@ def generate(
     check_numbers(weights, guidance, steps, (scheduler or base_model.scheduler).config["num_train_timesteps"])
     features = tuple(image_features or ())
     count = _batch(len(prompts), [len(feature) for feature in features], len(weights))
-    weights = _repeated(weights, count)
+    weights = weights * count if len(weights) == 1 else weights
     height, width = _size(base_model, size)
     text = _states(base_model, prompts, count)
     negative = _states(base_model, negative_prompt, 1) if guidance > 1 else None
     prompt = None
     if adapter is not None and features and any(weights):
-        prompt = _image_prompt(base_model, adapter, features, guided=negative is not None)
+        prompt = encode_image_prompt(base_model, adapter, features, guided=negative is not None)
     noise = initial_latents(base_model, count, seed, (height, width))
     latents = torch.empty_like(noise)
     for rows in _groups(weights, prompt, base_model.device):
@@ -82,7 +83,7 @@ def generate(
 def initial_latents(
     base_model: BaseModel, count: int, seed: int | Sequence[int], size: int | tuple[int, int] | None
 ) -> Tensor:
-    """Unit noise [count, C, h, w] for a side or (height, width) in pixels; row i is drawn with seed + i, or seed[i].
+    """Unit noise [count, C, h, w] for a side or (height, width) in pixels; row i is sampled with seed + i, or seed[i].
 
     Raises TrainerError when the size in pixels is not a whole number of latents, and for another number of seeds.
     """
@@ -100,41 +101,16 @@ def initial_latents(
 @torch.no_grad()
 def decode(base_model: BaseModel, latents: Tensor) -> Tensor:
     """Latents [B, C, h, w] -> pixels [B, 3, H, W] in [-1, 1], in float32."""
+    vae: Any = base_model.vae  # diffusers types its output as a tensor
     scaled = latents.to(base_model.vae_dtype) / base_model.scaling_factor
     rows_at_once = decode_rows(latents.shape[-2:].numel() * base_model.latent_scale**2)
-    pixels = [base_model.vae.decode(rows).sample.float() for rows in scaled.split(rows_at_once)]
+    pixels = [vae.decode(rows).sample.float() for rows in scaled.split(rows_at_once)]
     return torch.cat(pixels).clamp(-1, 1)
 
 
 def decode_rows(pixels: int) -> int:
-    """How many images of so many pixels `decode` takes at once."""
+    """The number of images of so many pixels each that `decode` decodes at once."""
     return max(1, min(DECODE_ROWS, DECODE_PIXELS // pixels))
-
-
-@dataclass(frozen=True, eq=False)
-class _ImagePrompt:
-    """Keys and values of 1 or B rows, once for all steps; those of the negative image, 1 row; the LoRA."""
-
-    positive: Sequence[KeyValue]
-    negative: Sequence[KeyValue] | None
-    lora: LoraLayers | None
-
-    def application(self, rows: Tensor, weights: list[float]) -> AdapterApplication:
-        """What the UNet sees for some rows; negative rows first, as in the text."""
-        pairs: list[KeyValue] = [_rows(pair, rows) for pair in self.positive]
-        if self.negative is not None:
-            first = torch.zeros_like(rows)
-            both = zip((_rows(pair, first) for pair in self.negative), pairs, strict=True)
-            pairs = [KeyValue(*map(torch.cat, zip(*pair, strict=True))) for pair in both]
-            weights = weights + weights
-        same = len(set(weights)) == 1
-        return AdapterApplication(
-            pairs,
-            weights[0] if same else torch.tensor(weights, device=rows.device),
-            lora=self.lora,
-            lora_weight=weights[0],
-            rows=range(len(weights)),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,45 +131,8 @@ class _Conditions:
         return text.states, added_conditions(text, time_ids(size, torch.zeros_like(size), size))
 
 
-def _image_prompt(
-    base_model: BaseModel, adapter: IPAdapter, features: tuple[Tensor, ...], guided: bool
-) -> _ImagePrompt:
-    check_compatible(adapter.spec, base_model.sites)
-    like, device = next(adapter.parameters()), base_model.device
-
-    def tokens_of(parts: Sequence[Tensor]) -> Tensor:
-        longest = max(map(len, parts))
-        return adapter.encode(*(p.to(like).expand(longest, *p.shape[1:]) for p in parts))
-
-    def keys_values(tokens: Tensor) -> list[KeyValue]:
-        return [KeyValue(*(part.to(device) for part in pair)) for pair in adapter.keys_values(tokens)]
-
-    tokens = tokens_of(features)
-    _check_finite(features, tokens, "the image prompt")
-    negative = None
-    if guided:
-        dropped = dropped_features(base_model, adapter.spec)
-        none = tokens_of(dropped)
-        _check_finite(dropped, none, "the negative image")
-        # Several faces bring the tokens of each.
-        negative = keys_values(none.repeat(1, tokens.shape[1] // none.shape[1], 1))
-    # A LoRA computes in the UNet's precision; the adapter's own weights stay as they are.
-    lora = None if adapter.lora is None else copy.deepcopy(adapter.lora).to(device, base_model.dtype)
-    return _ImagePrompt(keys_values(tokens), negative, lora)
-
-
-def _check_finite(features: Sequence[Tensor], tokens: Tensor, what: str) -> None:
-    """One wait for the device, where the tokens of an image are made; training steps do without."""
-    for values, origin in ((features, "The image encoder"), ((tokens,), "The adapter")):
-        if not all(part.isfinite().all() for part in values):
-            raise TrainerError(
-                f"{origin} makes NaN or infinity of {what}: its weights are damaged or overflow in this precision. "
-                "Download it again, or use float32."
-            )
-
-
 def check_numbers(weights: Sequence[float], guidance: float, steps: int, timesteps: int = 1000) -> None:
-    """Raises TrainerError for numbers that generate no image: NaN, infinity, and those far outside what is of use."""
+    """Raises TrainerError for NaN, infinity and numbers far outside the useful range."""
     for name, values, low, high in (
         ("weight", weights, -MAX_WEIGHT, MAX_WEIGHT),
         ("guidance", [guidance], 0, MAX_GUIDANCE),
@@ -204,14 +143,14 @@ def check_numbers(weights: Sequence[float], guidance: float, steps: int, timeste
 
 
 def _states(base_model: BaseModel, texts: str | Sequence[str] | TextStates, count: int) -> TextStates:
-    """Texts, encoded unless they are already, as `count` rows."""
+    """The states of texts, or states that are given, as `count` rows."""
     if not isinstance(texts, TextStates):
         texts = encode_prompts(base_model, [texts] if isinstance(texts, str) else texts)
     return texts.expand(count) if len(texts) == 1 else texts
 
 
-def _groups(weights: list[float], prompt: _ImagePrompt | None, device: torch.device) -> list[Tensor]:
-    """Rows to sample at once: all, but for a LoRA, which has one weight at a time."""
+def _groups(weights: list[float], prompt: ImagePrompt | None, device: torch.device) -> list[Tensor]:
+    """Rows to sample at once: all of them, or those of one weight when there is a LoRA, which takes a single one."""
     rows = torch.arange(len(weights), device=device)
     if prompt is None or prompt.lora is None:
         return [rows]
@@ -222,8 +161,9 @@ def _groups(weights: list[float], prompt: _ImagePrompt | None, device: torch.dev
 def _sample(
     base_model: BaseModel, latents: Tensor, conditions: _Conditions, steps: int, schedule: DDPMScheduler
 ) -> Tensor:
-    scheduler = DDIMScheduler.from_config(
-        schedule.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+    # Any, because diffusers types the timesteps as int.
+    scheduler: Any = from_config(
+        DDIMScheduler, schedule.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
     )
     scheduler.set_timesteps(steps, device=base_model.device)
     states, added = conditions.arguments()
@@ -237,13 +177,6 @@ def _sample(
             predicted = negative + conditions.guidance * (positive - negative)
         latents = scheduler.step(predicted, timestep, latents).prev_sample
     return latents
-
-
-def _rows(pair: KeyValue, rows: Tensor) -> KeyValue:
-    """Some rows of keys and values [B, T, C], or the only one for each of them."""
-    if len(pair.key) == 1:
-        return KeyValue(*(part.expand(len(rows), -1, -1) for part in pair))
-    return KeyValue(*(part[rows.to(part.device)] for part in pair))
 
 
 def _size(base_model: BaseModel, size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -264,7 +197,3 @@ def _batch(prompts: int, features: list[int], weights: int) -> int:
         if length not in (1, count):
             raise TrainerError(f"{name} has {length} rows in a batch of {count}; expected 1 or {count}.")
     return count
-
-
-def _repeated(items: list, count: int) -> list:  # type: ignore[type-arg]
-    return items * count if len(items) == 1 else items

@@ -1,4 +1,4 @@
-"""Models by name: a local path, else a repository of the Hugging Face Hub through its cache, else one sentence."""
+"""Models by name: a local path, or a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 
 def find_model(name: Path) -> Path:
-    """A base model or image encoder as a local path. One that exists wins; a Hub id (`OWNER/REPOSITORY`, a folder
-    inside it after another slash) comes from the hub's cache or is downloaded into it; the emoji model comes with this
-    package. Other names are returned as they are.
+    """The local path of a base model or image encoder. A path that exists is returned as it is; a Hub id
+    (`OWNER/REPOSITORY`, or `OWNER/REPOSITORY/FOLDER`) is looked up in the Hub's cache, else downloaded into it; the
+    emoji model comes with this package. Other names are returned unchanged.
 
     Raises BaseModelError for a Hub id that is neither cached nor can be downloaded.
     """
@@ -42,8 +42,8 @@ def find_model(name: Path) -> Path:
 
 
 def refuse_missing(*names: Path | None) -> None:
-    """Raise BaseModelError for those of the published models that are not there, or not complete, all at once, with the
-    command that downloads them; and for a path that is missing and has the name of a published model.
+    """Raises BaseModelError for published models that are missing or incomplete, all at once, with the command that
+    downloads them; and for a missing path that has the name of a published model.
     """
     given = [name for name in names if name is not None]
     models = [model for name in given if (model := model_at(name)) is not None and model.lacking()]
@@ -66,7 +66,7 @@ def _no_such(path: Path) -> str:
 
 
 def is_hub_id(name: PurePath) -> bool:
-    """Whether a path that does not exist can be a repository: its first folder does not exist either."""
+    """Whether a path that does not exist can be a Hub id; if its first folder exists it is a mistyped path."""
     return (
         _HUB_ID.fullmatch(name.as_posix()) is not None
         and name.suffix not in WEIGHT_SUFFIXES
@@ -76,9 +76,9 @@ def is_hub_id(name: PurePath) -> bool:
 
 
 def hub_folder(name: PurePath) -> Path:
-    """The folder of a Hub id: from the cache when it is complete there, without network; else downloaded.
+    """The folder of a Hub id: from the cache, without network, when it is complete there; else downloaded.
 
-    Raises BaseModelError when neither works, or the repository holds no such model.
+    Raises BaseModelError when neither works, or when the repository has no such model.
     """
     from huggingface_hub import snapshot_download
 
@@ -97,9 +97,9 @@ def hub_folder(name: PurePath) -> Path:
 
 
 def download(model: PublishedModel) -> None:
-    """Download what is missing of a published model into the folder that the configs name.
+    """Download the missing files of a published model into the folder that the configs name.
 
-    Raises BaseModelError with what stands in the way.
+    Raises BaseModelError with the reason when that fails.
     """
     from huggingface_hub import snapshot_download
 
@@ -126,7 +126,7 @@ def hub_tool() -> str:
 
 @contextmanager
 def _hub_errors(repository: str, what: str) -> Iterator[None]:
-    """Raise BaseModelError, `what` and the reason, where the Hub gives nothing."""
+    """Turn every error of the Hub into a BaseModelError: `what`, then the reason."""
     try:
         yield
     except BaseModelError:
@@ -136,7 +136,7 @@ def _hub_errors(repository: str, what: str) -> Iterator[None]:
 
 
 def hub_reason(error: BaseException, repository: str) -> str:
-    """Why the Hub gave nothing, as a sentence or two for people."""
+    """Why a request to the Hub failed, in a sentence or two."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -160,14 +160,14 @@ def hub_reason(error: BaseException, repository: str) -> str:
 
 
 def _files_of(repository: str) -> list[str]:
-    """The names of a repository's files. Fails at once without network, where a download tries for half a minute."""
+    """The names of a repository's files. Without network it fails at once; a download retries for half a minute."""
     from huggingface_hub import HfApi
 
     return [file.rfilename for file in HfApi().model_info(repository, timeout=TIMEOUT).siblings or []]
 
 
 def cached_snapshot(repository: str) -> Path | None:
-    """The newest snapshot in the hub's cache, of all files or of some."""
+    """The newest snapshot in the Hub's cache, complete or not; None when there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -179,7 +179,7 @@ def cached_snapshot(repository: str) -> Path | None:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a snapshot has every part that is read: it may be of the configs alone, or broken off."""
+    """Whether a snapshot has all files that are read; it may hold the configs alone, or be a broken download."""
 
     def names(part: str) -> set[str]:
         return {file.name for file in (folder / part).glob("*")}
@@ -188,25 +188,22 @@ def _is_complete(folder: Path) -> bool:
     if not index.is_file():
         return "config.json" in names("") and are_complete(names(""))
     given = {part for part, library in json.loads(index.read_text(encoding="utf-8")).items() if library and library[0]}
+    tokenizers = [names(part) for part in given.intersection(_TOKENIZERS)]
     return (
         all("config.json" in names(part) and are_complete(names(part)) for part in given.intersection(_PARTS))
-        and all(
-            "tokenizer.json" in names(part) or {"vocab.json", "merges.txt"} <= names(part)
-            for part in given.intersection(_TOKENIZERS)
-        )
+        and all("tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files for files in tokenizers)
         and "scheduler_config.json" in names("scheduler")
     )
 
 
 def _wanted(files: Sequence[str], inside: str) -> list[str]:
-    """Of a repository's files, those of the base model or encoder in the folder `inside`; empty when there is none."""
+    """The files of a repository that belong to the base model or encoder in its folder `inside`; [] when none do."""
     names = [file.removeprefix(f"{inside}/") for file in files if not inside or file.startswith(f"{inside}/")]
     is_base = "model_index.json" in names
     wanted = []
     for part in _PARTS if is_base else ("",):
-        here = [PurePath(name).name for name in names if str(PurePath(name).parent) == (part or ".")]
-        chosen = choose_weights(here)
-        wanted += [f"{part}/{name}".lstrip("/") for name in (chosen.names if chosen else ())]
+        in_part = [PurePath(name).name for name in names if str(PurePath(name).parent) == (part or ".")]
+        wanted += [f"{part}/{name}".lstrip("/") for name in choose_weights(in_part)]
     if not wanted:
         return []
     depth = 2 if is_base else 1
@@ -216,7 +213,7 @@ def _wanted(files: Sequence[str], inside: str) -> list[str]:
 
 @contextmanager
 def _progress_bars() -> Iterator[None]:
-    """Downloads show their progress, also where the loading of parts does not."""
+    """Show the progress of downloads, even if progress bars are disabled for the loading of parts."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     were_disabled = are_progress_bars_disabled()

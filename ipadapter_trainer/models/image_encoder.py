@@ -1,79 +1,77 @@
-"""The frozen encoder of image prompts: a CLIP vision model from a folder or a single file, and its preprocessing."""
+"""The encoder of image prompts: a CLIP vision model from a folder or a single file, and its preprocessing."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import math
-from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ipadapter_core import looks_like
-from ipadapter_core.tensors import TensorFile, TensorInfo
+from ipadapter_core.encoders import encoder_from_shapes
+from ipadapter_core.published_encoders import CLIP_H, CLIP_L, PUBLISHED_ENCODERS, PublishedEncoder
+from ipadapter_core.tensors import TensorFile
 
 from ..errors import BaseModelError
+from .hub import find_model
 from .image_processor import CLIPImageProcessor
-from .parts import chosen_weights, load_network, load_part, read_json
+from .parts import load_network, load_part, read_json, weight_files
 from .weight_files import check_header, open_weights, weights_fingerprint
 
-_VIT_H = "CLIP ViT-H/14"
-_ENCODER_NAMES = {  # (width, layers, patch, projection) -> the name that adapters are published with
-    (1280, 32, 14, 1024): _VIT_H,
-    (1664, 48, 14, 1280): "OpenCLIP ViT-bigG/14",
-    (1024, 24, 14, 768): "CLIP ViT-L/14",
-}
-# What shapes cannot tell: (heads, activation) of the encoders that adapters are published with, by width.
-_BY_WIDTH = {1024: (16, "quick_gelu"), 1280: (16, "gelu"), 1664: (16, "gelu")}
 _SOURCE = "its page; published adapters use models/image_encoder of https://huggingface.co/h94/IP-Adapter"
 _EXPECTED = "image encoder weights"
 _PREFIXES = ("vision_model.", "visual_projection.")
+_HEADS = 16  # of all published CLIP encoders
 
 log = logging.getLogger(__name__)
 
 
 class ImageEncoder:
-    """An image encoder on disk: its config and preprocessing; `load` reads the weights.
+    """An image encoder on disk: its sizes and its preprocessing; `load` reads the weights.
 
     `path` is a folder of a CLIPVisionModelWithProjection (or of a whole CLIP), or a .safetensors file with
-    transformers' names, as in ComfyUI's models/clip_vision. `fallback` is the base model's feature_extractor.
+    transformers' names, as in ComfyUI's models/clip_vision. `fallback` is the base model's feature_extractor, and
+    `found` describes the folder that `path` was looked for in.
 
-    Raises BaseModelError when it is neither, saying what is there.
+    Raises BaseModelError when `path` is neither.
     """
 
-    def __init__(self, path: Path, fallback: Path | None = None, found_beside: str = "") -> None:
+    def __init__(self, path: Path, fallback: Path | None = None, found: str = "") -> None:
         self.path = path
         if path.is_file():
             self._files = [path]
-            self.config = _config_from_shapes(path, self._open().infos)
+            self.config = _config_from_shapes(path, self._open())
         elif path.is_dir():
             self.config = _config_of_folder(path)
-            self._files = chosen_weights(path).files
+            self._files = weight_files(path)
             for file in self._files:
                 check_header(file, _EXPECTED, _SOURCE)
         else:
             raise BaseModelError(
-                f"{path}: no image encoder there{found_beside}. Set image_encoder to a folder, a .safetensors file or "
-                f"a Hub id such as h94/IP-Adapter/models/image_encoder, the {_VIT_H} of the published adapters; "
+                f"{path}: no image encoder there{found}. Set image_encoder to a folder, a .safetensors file or a Hub "
+                f"id such as h94/IP-Adapter/models/image_encoder, the {CLIP_H.name} of the published adapters; "
                 "`ipadapter models clip-vit-h --download` downloads it."
             )
-        self.processor = _image_processor([path, fallback], int(self.config.image_size))
+        self.image_dim = int(self.config.projection_dim)  # channels of image_embeds
+        self.hidden_dim = int(self.config.hidden_size)  # channels of the hidden states
+        self.image_size = int(self.config.image_size)  # side of its input in pixels
+        self.num_tokens = (self.image_size // int(self.config.patch_size)) ** 2 + 1  # patches and the class token
+        self.processor = _image_processor([path, fallback], self.image_size)
 
     @property
     def name(self) -> str:
-        """The image encoder as people know it, or its sizes (`fingerprint` tells them apart)."""
+        """The published name, or the sizes."""
+        published = published_encoder(self.config, self.image_dim)
+        if published is not None:
+            return published.name
         c = self.config
-        shape = (c.hidden_size, c.num_hidden_layers, c.patch_size, c.projection_dim)
         sizes = f"{c.num_hidden_layers} layers of {c.hidden_size}, {c.patch_size} px patches at {c.image_size} px"
-        return _ENCODER_NAMES.get(shape, f"CLIP vision encoder ({sizes}, {c.projection_dim} wide)")
-
-    @property
-    def num_tokens(self) -> int:
-        """Patches and the class token."""
-        return (int(self.config.image_size) // int(self.config.patch_size)) ** 2 + 1
+        return f"CLIP vision encoder ({sizes}, {c.projection_dim} wide)"
 
     def load(self) -> CLIPVisionModelWithProjection:
         """Read the weights, in the file's dtype."""
@@ -84,9 +82,12 @@ class ImageEncoder:
         state = {name: opened.read(name) for name in opened.infos if not name.endswith("position_ids")}
         return load_network(kind, None, list(state), self.path, _SOURCE, config=self.config, state_dict=state)
 
-    def _open(self) -> TensorFile:
-        return open_weights(self.path, _EXPECTED, _SOURCE)
+    def without_weights(self) -> CLIPVisionModelWithProjection:
+        """A new encoder on the meta device."""
+        with torch.device("meta"):
+            return CLIPVisionModelWithProjection(self.config)
 
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits of the weights and the preprocessing, read from the files."""
         p: Any = self.processor
@@ -99,8 +100,31 @@ class ImageEncoder:
         text = weights_fingerprint(self._files, _PREFIXES) + json.dumps(steps, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def _open(self) -> TensorFile:
+        return open_weights(self.path, _EXPECTED, _SOURCE)
 
-def _config_of_folder(folder: Path) -> CLIPVisionConfig:
+
+def find_image_encoder(folder: Path, image_encoder: Path | None, needed: bool) -> ImageEncoder | None:
+    """The image encoder that is named, else that of the base model in `folder`; None if none is there nor `needed`."""
+    inside = folder / "image_encoder"
+    if image_encoder is None and not needed and not any((*inside.glob("*.safetensors"), *inside.glob("*.bin"))):
+        return None
+    found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folders"
+    path = inside if image_encoder is None else find_model(image_encoder)
+    return ImageEncoder(path, folder / "feature_extractor", f" (found in {folder}: {found})")
+
+
+def published_encoder(config: Any, image_dim: int | None) -> PublishedEncoder | None:
+    """The published encoder with the sizes of a CLIPVisionConfig and `image_dim` channels of image_embeds."""
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    shape = (config.hidden_size, config.num_hidden_layers, tokens, config.image_size, image_dim)
+    for known in PUBLISHED_ENCODERS:
+        if shape == (known.hidden_dim, known.layers, known.num_tokens, known.pixels, known.embeds_dim):
+            return known
+    return None
+
+
+def _config_of_folder(folder: Path) -> Any:
     """The config of a CLIP vision model, or of the vision half of a whole CLIP. Raises BaseModelError for others."""
     if not (folder / "config.json").is_file():
         inside = folder / "image_encoder"
@@ -115,42 +139,38 @@ def _config_of_folder(folder: Path) -> CLIPVisionConfig:
     if found != "clip_vision_model":
         raise BaseModelError(
             f"{folder}: its config.json is of {found}; expected an image encoder (clip_vision_model). Set "
-            f"image_encoder to another folder; published adapters use {_VIT_H}."
+            f"image_encoder to another folder; published adapters use {CLIP_H.name}."
         )
     return load_part(CLIPVisionConfig, folder, _SOURCE)
 
 
-def _config_from_shapes(file: Path, infos: Mapping[str, TensorInfo]) -> CLIPVisionConfig:
-    shapes = {name: info.shape for name, info in infos.items()}
-    layers = {name.split(".")[3] for name in shapes if name.startswith("vision_model.encoder.layers.")}
+def _config_from_shapes(path: Path, file: TensorFile) -> Any:
+    shapes = {name: info.shape for name, info in file.infos.items()}
     try:
-        width = shapes["vision_model.embeddings.class_embedding"][0]
-        patch = shapes["vision_model.embeddings.patch_embedding.weight"][-1]
-        tokens = shapes["vision_model.embeddings.position_embedding.weight"][0]
+        encoder = encoder_from_shapes(shapes)
         intermediate = shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0]
-        projection = shapes["visual_projection.weight"][0]
-        side = math.isqrt(tokens - 1) * patch
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError):
+        encoder, intermediate = None, 0
+    if encoder is None or encoder.family != "CLIP" or encoder.embeds_dim is None or not encoder.patch:
         raise BaseModelError(
-            f"{file}: looks like {looks_like(shapes)}, not an image encoder with transformers' names ({error} is "
-            f"missing). Use the model.safetensors of a CLIPVisionModelWithProjection; published adapters use {_VIT_H}."
-        ) from error
-    if width not in _BY_WIDTH:
-        known = ", ".join(map(str, _BY_WIDTH))
-        raise BaseModelError(
-            f"{file}: an image encoder {width} wide; a file alone does not say how many heads it has (known widths: "
-            f"{known}). Use its folder, with config.json."
+            f"{path}: looks like {looks_like(shapes)}, not an image encoder with transformers' names. Use the "
+            f"model.safetensors of a CLIPVisionModelWithProjection; published adapters use {CLIP_H.name}."
         )
-    heads, activation = _BY_WIDTH[width]
+    known = sorted({published.hidden_dim for published in PUBLISHED_ENCODERS if published.family == "CLIP"})
+    if encoder.hidden_dim not in known:
+        raise BaseModelError(
+            f"{path}: an image encoder {encoder.hidden_dim} wide. The number of its heads cannot be read from a file "
+            f"(known widths: {', '.join(map(str, known))}). Use its folder, with config.json."
+        )
     return CLIPVisionConfig(
-        hidden_size=width,
+        hidden_size=encoder.hidden_dim,
         intermediate_size=intermediate,
-        projection_dim=projection,
-        num_hidden_layers=len(layers),
-        num_attention_heads=heads,
-        image_size=side,
-        patch_size=patch,
-        hidden_act=activation,
+        projection_dim=encoder.embeds_dim,
+        num_hidden_layers=encoder.layers,
+        num_attention_heads=_HEADS,
+        image_size=round(((encoder.num_tokens or 1) - 1) ** 0.5) * encoder.patch,
+        patch_size=encoder.patch,
+        hidden_act="quick_gelu" if encoder.hidden_dim == CLIP_L.hidden_dim else "gelu",
     )
 
 
@@ -161,12 +181,7 @@ def _image_processor(candidates: list[Path | None], size: int) -> CLIPImageProce
             processor = load_part(CLIPImageProcessor, candidate)
             if _side(processor) == size:
                 return processor
-            log.warning(
-                "%s makes images of %s px, the image encoder takes %d px: ignored",
-                candidate,
-                _side(processor),
-                size,
-            )
+            log.warning("%s: ignored, makes %s px; the image encoder takes %d px", candidate, _side(processor), size)
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 

@@ -1,8 +1,9 @@
-"""Images, and faces, as an adapter reads them: what the frozen image encoder says, by the adapter's kind."""
+"""Image features and face embeddings, in the form that each kind of adapter takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,8 +18,8 @@ from .base_model import BaseModel
 
 @torch.no_grad()
 def encode_clip_images(base_model: BaseModel, clip_images: Tensor, feature: Feature = "image_embeds") -> Tensor:
-    """Normalised pixels [B, 3, S, S] -> image_embeds [B, E], or penultimate hidden states [B, L, E] for every
-    feature that names them.
+    """Normalised pixels [B, 3, S, S] -> image_embeds [B, E], or penultimate hidden states [B, L, E] for the other
+    features.
     """
     pixels = base_model.to_device(clip_images, base_model.dtype)
     if feature == "image_embeds":
@@ -34,7 +35,7 @@ def encode_images(
 ) -> tuple[Tensor, ...]:
     """Images of any size and mode, and face embeddings [B, F], -> what `IPAdapter.encode` takes.
 
-    Raises DataError when the adapter needs face embeddings and none are given, or needs none.
+    Raises DataError when the adapter needs face embeddings and none are given, and the other way around.
     """
     takes_face = spec.face_dim is not None
     if takes_face != (face_embeds is not None):
@@ -50,7 +51,7 @@ def encode_images(
 
 @torch.no_grad()
 def dropped_features(base_model: BaseModel, spec: AdapterSpec) -> tuple[Tensor, ...]:
-    """What stands for a dropped image in training and for the negative one at inference, each [1, ...].
+    """The features of a dropped image in training and of the negative image at inference, each [1, ...].
 
     Zeros for embeddings of images and faces (tutorial_train.py, tutorial_train_faceid.py); the encoding of zero pixel
     values, which are mean grey after normalisation, where hidden states are read (tutorial_train_plus.py).
@@ -62,5 +63,6 @@ def dropped_features(base_model: BaseModel, spec: AdapterSpec) -> tuple[Tensor, 
         return features
     if spec.feature == "image_embeds":
         return (*features, torch.zeros(1, spec.image_dim, device=base_model.device))
-    side = int(base_model.image_encoder.config.image_size)
+    config: Any = base_model.image_encoder.config
+    side = config.image_size
     return (*features, encode_clip_images(base_model, torch.zeros(1, 3, side, side), spec.feature))

@@ -14,9 +14,9 @@ except ImportError:
 _STRIP = 8  # an image that is so many times longer than wide
 
 
-class CLIPImageProcessor(_Processor):
-    """transformers' own, which scales the short side and then cuts off the rest of the long one: of a strip of 8192 x 4
-    pixels it would make one of 458,752 x 224 first. Of strips only the middle is scaled here.
+class CLIPImageProcessor(_Processor):  # pyright: ignore[reportGeneralTypeIssues] -- a class in either version
+    """transformers' processor, which scales the short side first and crops then: a strip of 8192 x 4 pixels would
+    become one of 458,752 x 224. So strips are cropped to their middle before they are scaled.
     """
 
     def preprocess(self, images: Any, *arguments: Any, **options: Any) -> Any:
@@ -29,7 +29,7 @@ class CLIPImageProcessor(_Processor):
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """Of a strip what the square in its centre, and the filter of the scaling around it, are made of."""
+    """The middle of a strip: its centre square, and a margin for the filter of the scaling."""
     short, long = sorted(image.size)
     if long <= _STRIP * short:
         return image

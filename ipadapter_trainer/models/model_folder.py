@@ -1,4 +1,4 @@
-"""A text-to-image model as a diffusers folder: what it is, from its configs, and its parts."""
+"""A base model as a diffusers folder: its configs, and the models that are refused."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig
 
 from ..errors import BaseModelError
-from .parts import chosen_weights, load_part, load_tokenizer, read_json
-from .weight_files import PAGE, check_header, weights_fingerprint
+from .model_config import ModelConfig
+from .parts import from_config, load_part, load_tokenizer, read_json, weight_files
+from .weight_files import PAGE, check_header
 from .weight_names import WEIGHT_SUFFIXES
 
 FAMILIES = "SD1.5, SD2 and SDXL"
+_REFINER = "the SDXL refiner"
 _REFUSED = {  # in model_index.json's _class_name -> the name to refuse
     "StableDiffusion3": "Stable Diffusion 3",
     "Flux": "FLUX",
     "Kolors": "Kolors",
     "StableCascade": "Stable Cascade",
     "Inpaint": "an inpainting model",
-    "Refiner": "the SDXL refiner",
+    "Refiner": _REFINER,
 }
 TIME_IDS = 6  # SDXL: (height, width), (top, left), (height, width)
 _EXPECTED = (
@@ -34,100 +35,79 @@ _EXPECTED_CONFIGS = "Set base_config to a folder in the diffusers layout; its we
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
-class ModelFolder:
-    """A diffusers folder whose configs, tokenizers and scheduler are read; the weights wait for `load_*`.
+def read_folder(folder: Path, prediction_type: str | None = None, *, needs_weights: bool = True) -> ModelConfig:
+    """Read the configs, tokenizers and scheduler of a diffusers folder.
 
-    With `needs_weights` False the folder lends its configs and tokenizers to weights from elsewhere.
+    With `needs_weights` False, the folder is used for its configs and tokenizers alone.
 
-    Raises BaseModelError for a missing part, naming it and what was found, and for models that cannot be trained:
-    diffusion transformers (SD3, FLUX), Kolors, the SDXL refiner, inpainting and depth models, unCLIP, flow matching,
-    and prediction types other than epsilon and v_prediction.
+    Raises BaseModelError for a missing part, naming it and what was found, for a scheduler of another
+    `prediction_type`, and for models that cannot be trained: diffusion transformers (SD3, FLUX), Kolors, the SDXL
+    refiner, inpainting and depth models, unCLIP, flow matching, and prediction types other than epsilon and
+    v_prediction.
     """
+    _check_pipeline(folder, _EXPECTED if needs_weights else _EXPECTED_CONFIGS)
+    _check_parts(folder, "unet", "vae", "scheduler")
+    unet, vae = _config(UNet2DConditionModel, folder / "unet"), _config(AutoencoderKL, folder / "vae")
+    suffixes = ("", "_2") if unet["addition_embed_type"] == "text_time" else ("",)
+    text_parts = tuple(f"text_encoder{suffix}" for suffix in suffixes)
+    _check_parts(folder, *text_parts, *(f"tokenizer{suffix}" for suffix in suffixes))
+    texts = tuple(_text_config(folder / part) for part in text_parts)
+    check_configs(str(folder), unet, vae, texts)
+    if needs_weights:
+        for part in ("unet", "vae", *text_parts):
+            for file in weight_files(folder / part):
+                check_header(file, f"{part} weights")
+    scheduler = _read_scheduler(folder)
+    found = scheduler.config["prediction_type"]
+    if prediction_type not in (None, found):
+        raise BaseModelError(
+            f"prediction_type is {prediction_type!r}, the scheduler of {folder} has {found!r}. Leave it out, or "
+            "correct scheduler/scheduler_config.json."
+        )
+    tokenizers = tuple(
+        load_tokenizer(folder / f"tokenizer{suffix}", int(text.vocab_size))
+        for suffix, text in zip(suffixes, texts, strict=True)
+    )
+    return ModelConfig(_name(folder), folder, unet, vae, texts, tokenizers, scheduler)
 
-    def __init__(self, folder: Path, needs_weights: bool = True) -> None:
-        self.folder = folder
-        self._check_parts(needs_weights)
-        self.unet_config = _config(UNet2DConditionModel, folder / "unet")
-        self.vae_config = _config(AutoencoderKL, folder / "vae")
-        self.is_sdxl = self.unet_config["addition_embed_type"] == "text_time"
-        encoders = ("text_encoder", "text_encoder_2") if self.is_sdxl else ("text_encoder",)
-        self.parts = ("unet", "vae", *encoders)
-        for part in (*encoders, *(name.replace("text_encoder", "tokenizer") for name in encoders)):
-            self._check_part(part)
-        self.text_configs = tuple(_text_config(folder / part) for part in encoders)
-        check_configs(str(folder), self.unet_config, self.vae_config, self.text_configs)
-        if needs_weights:
-            for part in self.parts:
-                for file in chosen_weights(folder / part).files:
-                    check_header(file, f"{part} weights")
-        self.scheduler_config, self.scheduler = _read_scheduler(folder)
-        self.tokenizers: tuple[CLIPTokenizer, ...] = tuple(
-            load_tokenizer(folder / part.replace("text_encoder", "tokenizer"), int(config.vocab_size))
-            for part, config in zip(encoders, self.text_configs, strict=True)
+
+def _name(folder: Path) -> str:
+    """The folder's name, or the repository of a Hub cache folder (models--owner--name/snapshots/revision)."""
+    resolved = folder.resolve()
+    if resolved.parent.name == "snapshots":
+        return resolved.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return resolved.name
+
+
+def _check_pipeline(folder: Path, expected: str) -> None:
+    if not folder.is_dir():
+        missing = "no such file" if folder.suffix in WEIGHT_SUFFIXES else "no such folder"
+        what = "a file, but no .safetensors" if folder.exists() else missing
+        raise BaseModelError(f"{folder}: {what}. {expected}")
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    pipeline = str(index.get("_class_name", ""))
+    refused = next((name for word, name in _REFUSED.items() if word in pipeline), None)
+    if (folder / "transformer").is_dir() and not (folder / "unet").is_dir():
+        refused = refused or "a diffusion transformer"
+    if (folder / "text_encoder_2").is_dir() and not (folder / "text_encoder").is_dir():
+        refused = refused or _REFINER
+    if index.get("requires_aesthetics_score"):
+        refused = refused or _REFINER
+    if refused:
+        named = f" (its pipeline is {pipeline})" if pipeline else ""
+        raise BaseModelError(
+            f"{folder}: {refused}{named}, which this version cannot train. Use {FAMILIES} text-to-image models."
         )
 
-    @property
-    def name(self) -> str:
-        """The folder's name, or the repository of a hub cache folder (models--owner--name/snapshots/revision)."""
-        resolved = self.folder.resolve()
-        if resolved.parent.name == "snapshots":
-            return resolved.parent.parent.name.removeprefix("models--").replace("--", "/")
-        return resolved.name
 
-    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
-        """Read the UNet."""
-        return self._load(UNet2DConditionModel, "unet", torch_dtype=dtype)
-
-    def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        """Read the VAE."""
-        return self._load(AutoencoderKL, "vae", torch_dtype=dtype)
-
-    def load_text_encoders(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Read the text encoders, one or two."""
-        kinds = (CLIPTextModel, CLIPTextModelWithProjection)
-        loaded = zip(kinds, self.parts[2:], strict=False)
-        return tuple(self._load(kind, part).to(dtype) for kind, part in loaded)
-
-    def fingerprint(self, part: str) -> str:
-        """A digest of the weights of "unet", "vae" or "text_encoders", read from the files."""
-        names = self.parts[2:] if part == "text_encoders" else (part,)
-        return "".join(weights_fingerprint(chosen_weights(self.folder / name).files) for name in names)
-
-    def _load(self, kind: Any, part: str, **options: Any) -> Any:
-        return load_part(kind, self.folder / part, **options)
-
-    def _check_parts(self, needs_weights: bool) -> None:
-        folder = self.folder
-        if not folder.is_dir():
-            missing = "no such file" if folder.suffix in WEIGHT_SUFFIXES else "no such folder"
-            what = "a file, but no .safetensors" if folder.exists() else missing
-            raise BaseModelError(f"{folder}: {what}. {_EXPECTED if needs_weights else _EXPECTED_CONFIGS}")
-        index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-        pipeline = str(index.get("_class_name", ""))
-        refiner = bool(index.get("requires_aesthetics_score")) or (
-            (folder / "text_encoder_2").is_dir() and not (folder / "text_encoder").is_dir()
-        )
-        refused = next((name for word, name in _REFUSED.items() if word in pipeline), None)
-        if (folder / "transformer").is_dir() and not (folder / "unet").is_dir():
-            refused = refused or "a diffusion transformer"
-        if refused or refiner:
-            says = f" (its pipeline is {pipeline})" if pipeline else ""
-            raise BaseModelError(
-                f"{folder}: {refused or 'the SDXL refiner'}{says}, which this version cannot train. Use {FAMILIES} "
-                "text-to-image models."
-            )
-        for part in ("unet", "vae", "scheduler"):
-            self._check_part(part)
-
-    def _check_part(self, part: str) -> None:
-        if not (self.folder / part).is_dir():
-            found = ", ".join(sorted(p.name for p in self.folder.iterdir() if p.is_dir())) or "no folders"
-            raise BaseModelError(f"{self.folder}: {part} is missing (found: {found}). Use a complete diffusers folder.")
+def _check_parts(folder: Path, *parts: str) -> None:
+    for part in parts:
+        if not (folder / part).is_dir():
+            found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folders"
+            raise BaseModelError(f"{folder}: {part} is missing (found: {found}). Use a complete diffusers folder.")
 
 
-def check_configs(
-    origin: str, unet: Mapping[str, Any], vae: Mapping[str, Any], texts: tuple[CLIPTextConfig, ...]
-) -> None:
+def check_configs(origin: str, unet: Mapping[str, Any], vae: Mapping[str, Any], texts: tuple[Any, ...]) -> None:
     """Refuse models whose UNet takes more than noisy latents, a timestep, text and SDXL's time ids.
 
     Raises BaseModelError.
@@ -165,13 +145,12 @@ def check_configs(
 
 
 def new_scheduler(config: Mapping[str, Any], **changes: Any) -> DDPMScheduler:
-    """The noise schedule of any scheduler's config: which solver the file names does not count."""
+    """The noise schedule of any scheduler's config; its solver is of no use in training."""
     known = inspect.signature(DDPMScheduler.__init__).parameters
-    return DDPMScheduler.from_config({k: v for k, v in {**config, **changes}.items() if k in known})
+    return from_config(DDPMScheduler, {k: v for k, v in {**config, **changes}.items() if k in known})
 
 
-def _read_scheduler(folder: Path) -> tuple[dict[str, Any], DDPMScheduler]:
-    """The config, and its noise schedule."""
+def _read_scheduler(folder: Path) -> DDPMScheduler:
     file = folder / "scheduler" / "scheduler_config.json"
     config = read_json(file)
     _check_class(file, config, "Scheduler")
@@ -181,14 +160,14 @@ def _read_scheduler(folder: Path) -> tuple[dict[str, Any], DDPMScheduler]:
         found = name if foreign else f"prediction type {kind!r}"
         raise BaseModelError(f"{file}: {found} cannot be trained; expected {' or '.join(PREDICTION_TYPES)}.")
     try:
-        return config, new_scheduler(config)
+        return new_scheduler(config)
     except Exception as error:  # values of a wrong type or range, whatever diffusers makes of them
         reason = " ".join(str(error).split())[:200]
         raise BaseModelError(f"{file}: no noise schedule ({reason}). Download it again from {PAGE}.") from error
 
 
 def _config(kind: Any, folder: Path) -> dict[str, Any]:
-    """A part's config with the defaults of what it leaves out, without its weights."""
+    """A part's config, with the defaults of what it leaves out."""
     given = read_json(folder / "config.json")
     _check_class(folder / "config.json", given, kind.__name__)
     parameters = inspect.signature(kind.__init__).parameters
@@ -196,13 +175,13 @@ def _config(kind: Any, folder: Path) -> dict[str, Any]:
 
 
 def _check_class(file: Path, config: Mapping[str, Any], expected: str) -> None:
-    """Refuse the config of another class: what it leaves out would be filled in with defaults."""
+    """Refuse the config of another class, which would be filled up with defaults."""
     found = config.get("_class_name", config.get("model_type", "no class"))
     if not str(found).endswith(expected):
         raise BaseModelError(f"{file}: a config of {found}; expected one of {expected}. Download it again from {PAGE}.")
 
 
-def _text_config(folder: Path) -> CLIPTextConfig:
+def _text_config(folder: Path) -> Any:
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type not in ("clip_text_model", "clip"):
         raise BaseModelError(

@@ -1,4 +1,4 @@
-"""The published models that the configs name: where they lie, what they consist of, where they come from."""
+"""The published models that the configs name: their local folders, their files and their repositories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOKENIZER = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", 
 class PublishedModel:
     """A model on the Hugging Face Hub. Its local copy is `models/REPOSITORY NAME`, with the repository's own paths.
 
-    `files` are all that this package reads of it; `path` is what a setting names inside the copy.
+    `files` are all files that are used; `path` is the file or folder inside the copy that a setting names.
     """
 
     name: str
@@ -30,7 +30,7 @@ class PublishedModel:
 
     @property
     def size(self) -> str:
-        """What the download takes, for people."""
+        """The size of the download, such as "4.3 GB"."""
         return show_size(self.gigabytes)
 
     @property
@@ -40,15 +40,15 @@ class PublishedModel:
 
     @property
     def place(self) -> Path:
-        """What base_model, image_encoder or init_from is set to."""
+        """The value of base_model, image_encoder or init_from."""
         return self.folder / self.path
 
     def missing(self) -> list[str]:
-        """The files that are not there. Other weights of the same part, such as fp16 ones, count as the part."""
+        """The missing files. Other weights of the same part, such as fp16 ones, are as good."""
         return [file for file in self.files if not self._has(self.folder / file)]
 
     def lacking(self) -> list[str]:
-        """Those of the missing files without which nothing can be loaded: configs and weights."""
+        """The missing configs and weights, without which the model cannot be loaded."""
         needed = ("config.json", "scheduler_config.json")
         return [f for f in self.missing() if Path(f).name in needed or Path(f).suffix in WEIGHT_SUFFIXES]
 
@@ -56,7 +56,7 @@ class PublishedModel:
         if file.is_file():
             return True
         names = [found.name for found in file.parent.glob("*")]
-        return WEIGHTS.fullmatch(file.name) is not None and choose_weights(names) is not None
+        return WEIGHTS.fullmatch(file.name) is not None and bool(choose_weights(names))
 
 
 def _base(name: str, use: str, owner: str, gigabytes: float, text_encoders: int, *more: str) -> PublishedModel:
@@ -121,14 +121,14 @@ PUBLISHED_MODELS: Sequence[PublishedModel] = (
 
 
 def model_at(path: Path) -> PublishedModel | None:
-    """The published model that `path` is the place of."""
+    """The published model whose place is `path`."""
     return next((model for model in PUBLISHED_MODELS if model.place == path), None)
 
 
 def models_of(names: Iterable[str]) -> list[PublishedModel]:
-    """The models with these names or places, and those that configs of these names ask for; each once.
+    """The models with these names or places, and those that configs with these names use; each once.
 
-    Raises ConfigError for a name that is neither, with the nearest one.
+    Raises ConfigError for an unknown name, suggesting the nearest one.
     """
     by_name = {key: model for model in PUBLISHED_MODELS for key in (model.name, model.place.as_posix())}
     found: dict[str, PublishedModel] = {}
@@ -155,7 +155,7 @@ def repository_of(name: str) -> str:
 
 
 def download_command(models: Iterable[PublishedModel]) -> str:
-    """The command that downloads these models, and how much it is."""
+    """The command that downloads these models, and its size."""
     chosen = list(models)
     names, size = " ".join(model.name for model in chosen), sum(model.gigabytes for model in chosen)
     return f"`ipadapter models {names} --download` ({show_size(size)})"

@@ -1,4 +1,4 @@
-"""Weight files from the outside: what they are, and a fingerprint from a few values of every tensor."""
+"""Weight files: their headers, and a fingerprint from a few values of every tensor."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ PAGE = "its page"  # where to download a model whose origin is unknown
 
 
 def open_weights(file: Path, expected: str = "model weights", source: str = PAGE) -> TensorFile:
-    """The header of a .safetensors or .bin file; its tensors stay on disk. `expected` ("UNet weights") and
-    `source`, where to download it from, are for messages.
+    """Open a .safetensors or .bin file; its tensors stay on disk. `expected` ("UNet weights") and `source`, where to
+    download it from, are for messages.
 
-    Raises BaseModelError that says what the file is when it is something else, or damaged.
+    Raises BaseModelError for a damaged file and for another one, saying what it is.
     """
     try:
         return open_tensors(file, expected, download_again(source))
@@ -35,20 +35,20 @@ def open_weights(file: Path, expected: str = "model weights", source: str = PAGE
 
 
 def check_header(file: Path, expected: str, source: str = PAGE) -> None:
-    """`open_weights`, but for pickles of the old format, which cannot be opened without reading all of them."""
+    """Check a file as `open_weights` does, except pickles of the old format, which would be read as a whole."""
     if file_type(file) != PICKLE:
         open_weights(file, expected, source)
 
 
 def weights_fingerprint(files: Iterable[Path], prefixes: tuple[str, ...] = ("",)) -> str:
-    """A digest of the floating-point tensors whose names start with one of `prefixes`: shapes and `SAMPLES` values
-    of each, read from the files alone.
+    """A digest of the floating-point tensors whose names start with one of `prefixes`: the shape and `SAMPLES` values
+    of each.
 
-    Equal for a model in float32 and in float16, because values are rounded to both float16 and bfloat16. Names do
-    not count: the layouts of one model, and the versions of the libraries that write it, differ in nothing else.
+    It is the same for float32, float16 and bfloat16 files, because values are rounded to both of the latter, and for
+    all layouts, because names are left out.
     """
     digests = sorted(
-        hashlib.sha256(repr(_core(shape)).encode() + _canonical(values)).digest()
+        hashlib.sha256(repr(_trimmed(shape)).encode() + _rounded(values)).digest()
         for file in files
         for shape, values in _sampled(file, prefixes)
     )
@@ -63,7 +63,7 @@ def _sampled(file: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[tuple[int,
             yield info.shape, opened.read(name).flatten()[_positions(math.prod(info.shape))]
         return
     with file.open("rb", buffering=0) as stream:
-        if hasattr(os, "posix_fadvise"):  # else the system reads ahead, in effect the whole file
+        if hasattr(os, "posix_fadvise"):  # without it the system reads ahead, in effect the whole file
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         for info in floats.values():
             yield info.shape, _read_values(stream, info)
@@ -83,13 +83,12 @@ def _positions(count: int) -> list[int]:
     return [i * (count - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
 
 
-def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape without trailing ones: a 1 x 1 convolution in one layout is a matrix in another."""
-    kept = list(shape)
-    while kept and kept[-1] == 1:
-        kept.pop()
-    return tuple(kept)
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
-def _canonical(values: Tensor) -> bytes:
+def _rounded(values: Tensor) -> bytes:
     return values.to(torch.float16).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()

@@ -4,60 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from ipadapter_core import AdapterSpec, Kind, new_spec
+from ipadapter_core import FAMILIES, AdapterSpec, Kind, new_spec
 
 FACE_DIM = 512  # ArcFace's embedding
 
 
 @dataclass(frozen=True)
 class TrainKind:
-    """What a kind is made of. `name` is the config's word; `kind` and `shortcut` are the file's.
+    """A kind by the name that configs use, and its `kind` and `shortcut` in an `AdapterSpec`.
 
-    `summary` is for messages and config files.
+    `file_suffix` follows "ip-adapter" in the names of published files; `summary` is for messages and config files.
     """
 
     name: str
     kind: Kind
+    file_suffix: str
     summary: str
     shortcut: bool | None = None
 
+    @cached_property
+    def _published(self) -> AdapterSpec:
+        return new_spec(self.kind, FAMILIES["sd15"][1], FAMILIES["sd15"][0])
+
     @property
     def takes_image(self) -> bool:
-        """Whether it reads the image through the image encoder."""
-        return self.kind not in ("faceid", "portrait")
+        """Whether it takes image features."""
+        return self._published.image_dim is not None
 
     @property
     def takes_face(self) -> bool:
-        """Whether it reads a face embedding."""
-        return self.kind in ("faceid", "faceid-plus", "portrait")
+        """Whether it takes a face embedding."""
+        return self._published.face_dim is not None
 
     @property
     def takes_hidden_states(self) -> bool:
-        """Whether the image encoder's part is its penultimate hidden states and not its embedding."""
-        return self.kind in ("plus", "full", "faceid-plus")
+        """Whether its image features are the encoder's penultimate hidden states instead of image_embeds."""
+        return "penultimate_hidden_states" in self._published.feature
 
 
 TRAIN_KINDS: Mapping[str, TrainKind] = {
     kind.name: kind
     for kind in (
-        TrainKind("base", "base", "4 tokens from the image's global embedding"),
-        TrainKind("plus", "plus", "16 tokens from its patches through a resampler"),
-        TrainKind("full", "full", "every patch as a token, through an MLP"),
-        TrainKind("faceid", "faceid", "4 tokens from a face embedding, and a LoRA"),
+        TrainKind("base", "base", "", "4 tokens from the image's global embedding"),
+        TrainKind("plus", "plus", "-plus", "16 tokens from its patches through a resampler"),
+        TrainKind("full", "full", "-full-face", "every patch as a token, through an MLP"),
+        TrainKind("faceid", "faceid", "-faceid", "4 tokens from a face embedding, and a LoRA"),
         TrainKind(
             "faceid-plus",
             "faceid-plus",
+            "-faceid-plus",
             "4 tokens from a face embedding and the patches of the face, and a LoRA",
             shortcut=False,
         ),
         TrainKind(
             "faceid-plusv2",
             "faceid-plus",
+            "-faceid-plusv2",
             "faceid-plus with the face tokens added to the result, so that the patches' share can be set",
             shortcut=True,
         ),
-        TrainKind("portrait", "portrait", "16 tokens from a face embedding, no LoRA"),
+        TrainKind("portrait", "portrait", "-faceid-portrait", "16 tokens from a face embedding, no LoRA"),
     )
 }
 
@@ -76,7 +84,7 @@ def spec_for(
     """The spec of a new adapter in its published shape for a UNet and an image encoder.
 
     `image_embeds_dim`, `hidden_dim` and `image_tokens` (patches and the class token) are the encoder's;
-    `tokens` None takes the published number. A full adapter has as many tokens as the encoder.
+    `num_tokens` None takes the published number. A full adapter has as many tokens as the encoder.
 
     Raises AdapterError for widths that do not divide into heads of 64 or fewer.
     """

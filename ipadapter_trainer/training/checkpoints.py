@@ -24,8 +24,8 @@ from torch import Tensor
 from ipadapter_core import AdapterError, IPAdapter, load_adapter, read_checkpoint
 
 from ..errors import CheckpointError
+from ..files.opening import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ..files.provenance import export_adapter
-from ..files.run_folder import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from .optimizers import AveragedWeights
 
 _UNFINISHED = ".unfinished-"

@@ -12,7 +12,7 @@ from accelerate import Accelerator, PartialState
 
 from ..data.check import is_inside
 from ..errors import CheckpointError, ConfigError
-from ..files.run_folder import checkpoint_folders, step_of
+from ..files.opening import checkpoint_folders, step_of
 from ..models.base_model import BaseModel
 from ..models.from_config import base_model_from_config
 from ..runtime.processes import check_precision, launched_on_cpu

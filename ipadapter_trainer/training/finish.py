@@ -12,9 +12,9 @@ from accelerate.utils import gather_object
 from ipadapter_core import AdapterError, load_adapter
 
 from ..errors import DiskError, ExportError, TrainerError
-from ..files.file_names import published_name
+from ..files.opening import checkpoint_folders
 from ..files.provenance import export_adapter
-from ..files.run_folder import checkpoint_folders
+from ..files.published import published_name
 from ..files.verify import verify_with_diffusers
 from ..report.page import write_report
 from ..report.run_files import read_log

@@ -14,7 +14,7 @@ from ..data.images import open_rgb
 from ..files.provenance import provenance
 from ..models.base_model import BaseModel
 from ..models.features import Features, encode_batch
-from ..models.tuning import tune_unet
+from ..models.prepare_unet import prepare_unet
 from ..settings.config import TrainConfig
 from .checkpoints import Position, State, resume
 from .checks import Checked, check_training, notes
@@ -91,7 +91,7 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
     if accelerator.is_main_process:
         for line in notes(checked, "Resuming"):
             say(line)
-    tune_unet(
+    prepare_unet(
         base_model,
         fp8=config.mixed_precision == "fp8",
         gradient_checkpointing=config.gradient_checkpointing,

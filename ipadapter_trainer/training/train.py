@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..files.run_folder import checkpoint_folders
+from ..files.opening import checkpoint_folders
 from ..models.features import encode_batch
 from ..report.verdict import validation_line
 from ..runtime.disk import disk_errors

@@ -211,7 +211,7 @@ def test_an_image_encoder_may_be_a_single_file(model_folder: Path, tmp_path: Pat
 
 def test_a_single_file_that_is_no_known_image_encoder_is_refused(model_folder: Path) -> None:
     for part, words in (
-        (f"unet/{WEIGHTS}", "class_embedding' is missing"),
+        (f"unet/{WEIGHTS}", "looks like a UNet, not an image encoder"),
         ("image_encoder/model.safetensors", "32 wide.*1024, 1280, 1664.*Use its folder"),
         ("model_index.json", "model_index.json: a JSON file; expected image encoder weights"),
     ):
@@ -310,7 +310,7 @@ def test_a_missing_base_is_named(tmp_path: Path) -> None:
 
 def test_a_prediction_type_must_be_the_schedulers(model_folder: Path) -> None:
     assert load_base_model(model_folder, prediction_type="epsilon").prediction_type == "epsilon"
-    with pytest.raises(BaseModelError, match=r"'v_prediction', the scheduler of .* says 'epsilon'"):
+    with pytest.raises(BaseModelError, match=r"'v_prediction', the scheduler of .* has 'epsilon'"):
         load_base_model(model_folder, prediction_type="v_prediction")
     with pytest.raises(BaseModelError, match="'vpred'; expected epsilon or v_prediction"):
         load_base_model(model_folder, prediction_type="vpred")

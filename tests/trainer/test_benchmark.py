@@ -320,9 +320,9 @@ def test_every_try_still_changes_the_trainer():
         "from training_tries import TRIES; import torch\n"
         "from ipadapter_trainer.training.steps import AdaptedUNet as D\n"
         "from ipadapter_trainer.training import setup as s\n"
-        "before = D._unet_precision, s.tune_unet, torch.backends.cudnn.benchmark\n"
+        "before = D._unet_precision, s.prepare_unet, torch.backends.cudnn.benchmark\n"
         "for change in TRIES.values(): change()\n"
-        "after = D._unet_precision, s.tune_unet, torch.backends.cudnn.benchmark\n"
+        "after = D._unet_precision, s.prepare_unet, torch.backends.cudnn.benchmark\n"
         "print(sum(a is not b for a, b in zip(before, after)))"
     )
     child = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ipadapter_core import AdapterError, IPAdapter, export_state
 from ipadapter_trainer.errors import CacheError, CheckpointError, ConfigError, DataError
-from ipadapter_trainer.files.run_folder import ADAPTER_FILE, STATE_FILE
+from ipadapter_trainer.files.opening import ADAPTER_FILE, STATE_FILE
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.checks import check_training

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from ipadapter_core import AdapterError, load_adapter, save_adapter
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.files.run_folder import checkpoint_folders
+from ipadapter_trainer.files.opening import checkpoint_folders
 from ipadapter_trainer.models.base_model import BaseModel
 from ipadapter_trainer.training.new_adapter import new_adapter
 

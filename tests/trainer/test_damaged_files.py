@@ -260,7 +260,7 @@ def test_a_config_that_says_nothing_is_not_filled_in_with_defaults(copy: Path, p
         ("scheduler/scheduler_config.json", "prediction_type", 5, "prediction type 5"),
         ("tokenizer/tokenizer_config.json", "model_max_length", "x", "model_max_length is 'x', expected a number"),
         ("text_encoder/config.json", "vocab_size", None, "vocab_size"),
-        ("text_encoder/config.json", "vocab_size", 20, r"a tokenizer of \d+ tokens; the text encoder knows 20"),
+        ("text_encoder/config.json", "vocab_size", 20, r"a tokenizer of \d+ tokens; the text encoder has 20"),
         ("image_encoder/config.json", "num_hidden_layers", "x", "num_hidden_layers"),
         ("image_encoder/config.json", "hidden_size", 48, "has .* tensors of other shapes than those that its config"),
         ("image_encoder/config.json", "num_hidden_layers", 3, r"lacks \d+ of the tensors that its config names"),

@@ -81,7 +81,7 @@ def test_tolerance_is_a_share_of_the_largest_value(random_adapter: Make, write: 
     """float16 rounds each number by at most 2^-11 of itself."""
     a = write("a.safetensors", random_adapter("plus"))
     b = write("b.safetensors", random_adapter("plus"), dtype=torch.float16)
-    worst = max(t.relative for t in diff(a, b).tensors)
+    worst = max(t.relative for t in diff(a, b).tensors.values())
     assert 2**-14 < worst <= 2**-11
     assert ipadapter("diff", a, b)[0] == 1
     assert ipadapter("diff", a, b, "--tolerance", "1e-5")[0] == 1
@@ -94,7 +94,7 @@ def test_tolerance_is_a_share_of_the_largest_value(random_adapter: Make, write: 
 def test_the_same_numbers_in_another_dtype_are_equal_with_any_tolerance(random_adapter: Make, write: Any) -> None:
     half = write("half.safetensors", random_adapter(), dtype=torch.float16)
     single = convert(half, half.with_name("single.safetensors"), dtype=torch.float32).file
-    assert all(t.max_abs == 0 for t in diff(half, single).tensors)
+    assert all(t.max_abs == 0 for t in diff(half, single).tensors.values())
     assert ipadapter("diff", half, single)[0] == 1  # not the same bytes
     assert ipadapter("diff", half, single, "--tolerance", "1e-12")[0] == 0
 
@@ -110,7 +110,7 @@ def test_other_kinds_and_families(random_adapter: Make, write: Any) -> None:
     other = write("sd2.safetensors", random_adapter("base", "sd2"))
     code, out, _ = ipadapter("diff", base, other, "--tolerance", "100")
     assert code == 1
-    assert "context_width: 64 / 128" in out
+    assert "cross_attention_dim: 64 / 128" in out
     assert "other shapes: 36 tensors, such as image_proj.norm.bias: [64] / [128]" in out
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ipadapter_trainer.cache.files import ShardHeader, write_shard
 from ipadapter_trainer.errors import DiskError, ExportError
-from ipadapter_trainer.files.run_folder import checkpoint_folders
+from ipadapter_trainer.files.opening import checkpoint_folders
 from ipadapter_trainer.files.writing import write_adapter
 from ipadapter_trainer.runtime.disk import disk_errors, whole_file
 from ipadapter_trainer.settings.config_file import make_config

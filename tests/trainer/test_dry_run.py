@@ -14,7 +14,7 @@ from ipadapter_trainer.cli import app
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import TextStates
 from ipadapter_trainer.models.features import Features
-from ipadapter_trainer.models.tuning import tune_unet
+from ipadapter_trainer.models.prepare_unet import prepare_unet
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
@@ -75,7 +75,7 @@ def test_a_real_step_takes_what_was_counted(model_folder: Path, kind: str, check
     base_model = load_base_model(model_folder)
     counted = step_cost(base_model, adapter_spec(base_model, TRAIN_KINDS[kind]), config)
     adapter = new_adapter(base_model, TRAIN_KINDS[kind])
-    tune_unet(base_model, fp8=False, gradient_checkpointing=checkpointing, compiled=False)
+    prepare_unet(base_model, fp8=False, gradient_checkpointing=checkpointing, compiled=False)
     for parameter in adapter.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     features = Features(

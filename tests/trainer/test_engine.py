@@ -195,7 +195,7 @@ def test_a_lora_rests_between_steps(base_model: BaseModel) -> None:
 def test_memory_and_speed_options_leave_the_gradients(tuning: str, model_folder: Path) -> None:
     """Checkpointing and compiling give the same gradients, a base in 8 bit nearly the same."""
     from ipadapter_trainer.models.base_model import load_base_model
-    from ipadapter_trainer.models.tuning import tune_unet
+    from ipadapter_trainer.models.prepare_unet import prepare_unet
 
     model = load_base_model(model_folder)
     torch.manual_seed(0)
@@ -212,7 +212,7 @@ def test_memory_and_speed_options_leave_the_gradients(tuning: str, model_folder:
     plain = gradients()
     if tuning == "compile":
         torch._dynamo.reset()
-    tune_unet(
+    prepare_unet(
         model,
         fp8=tuning == "fp8",
         gradient_checkpointing=tuning == "checkpointing",

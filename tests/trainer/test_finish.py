@@ -12,7 +12,7 @@ import torch
 
 from ipadapter_core import load_adapter
 from ipadapter_trainer.errors import ExportError
-from ipadapter_trainer.files.run_folder import checkpoint_folders
+from ipadapter_trainer.files.opening import checkpoint_folders
 from ipadapter_trainer.report.verdict import read_verdict
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train

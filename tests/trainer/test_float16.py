@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ipadapter_trainer.errors import ConfigError, DivergedError
-from ipadapter_trainer.files.run_folder import ADAPTER_FILE, STATE_FILE, checkpoint_folders
+from ipadapter_trainer.files.opening import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.runtime.processes import check_precision, inference_dtype
 from ipadapter_trainer.settings.config_file import make_config

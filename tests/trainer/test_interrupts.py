@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ipadapter_trainer.files.run_folder import checkpoint_folders
+from ipadapter_trainer.files.opening import checkpoint_folders
 
 from .test_cli import keys
 from .test_finish import more_images

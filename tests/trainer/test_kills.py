@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ipadapter_trainer.files.run_folder import ADAPTER_FILE, STATE_FILE, checkpoint_folders
+from ipadapter_trainer.files.opening import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from ipadapter_core import load_adapter
 from ipadapter_trainer.errors import CheckpointError, ConfigError
+from ipadapter_trainer.files.opening import ADAPTER_FILE, checkpoint_folders
 from ipadapter_trainer.files.provenance import IMAGES_SEEN
-from ipadapter_trainer.files.run_folder import ADAPTER_FILE, checkpoint_folders
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import load_config, make_config
 from ipadapter_trainer.training.checks import check_training, notes

@@ -140,7 +140,7 @@ def test_what_the_file_says_wins_over_the_setting_over_the_config(
 
 def test_a_contradiction_is_refused(sdxl_folder: Path, tmp_path: Path) -> None:
     file = write_single_file(sdxl_folder, tmp_path / "x.safetensors", "sdxl", {"v_pred": FLAG})
-    with pytest.raises(BaseModelError, match=r"'epsilon', .*x.safetensors says 'v_prediction'"):
+    with pytest.raises(BaseModelError, match=r"'epsilon', .*x.safetensors has 'v_prediction'"):
         load_base_model(file, base_config=sdxl_folder, prediction_type="epsilon")
 
 
@@ -160,7 +160,7 @@ def test_sd2_warns_when_the_weights_look_like_the_other_target(
     file = write_single_file(sd2_folder, tmp_path / "x.safetensors", "sd2", {name: spread * torch.linspace(-1, 1, 32)})
     with caplog.at_level(logging.WARNING):
         assert load_base_model(file, base_config=sd2_folder).prediction_type == "v_prediction"
-    assert ("the config says v_prediction, the weights look like epsilon" in caplog.text) == warned
+    assert ("the config has v_prediction, the weights look like epsilon" in caplog.text) == warned
     caplog.clear()
     load_base_model(file, base_config=sd2_folder, prediction_type="v_prediction")
     assert not caplog.text
@@ -175,7 +175,7 @@ def test_sd2_warns_when_the_weights_look_like_the_other_target(
         ({"control_model.input_hint_block.0.weight": FLAG}, "looks like a ControlNet"),
         ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": FLAG}, "a Stable Diffusion 3 model"),
         ({"double_blocks.0.img_attn.norm.key_norm.scale": FLAG}, "a FLUX model"),
-        ({"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": FLAG}, "in the diffusers layout"),
+        ({"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": FLAG}, "looks like a UNet"),
         ({"vision_model.embeddings.class_embedding": FLAG}, "an image encoder"),
         ({"x.weight": FLAG}, "something unknown"),
         ({}, r"an empty file"),

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from ipadapter_core import AdapterApplication, inject, load_adapter
 from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.errors import CheckpointError, ConfigError, DivergedError
+from ipadapter_trainer.files.opening import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.files.provenance import BASE_MODEL, DATA_SIZE, PREDICTION_TYPE, STEPS
-from ipadapter_trainer.files.run_folder import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import encode_prompts
 from ipadapter_trainer.models.generate import generate, initial_latents
