@@ -1,1 +1,1 @@
-"""What the frozen models say of a data set, written once and read in training."""
+"""Precomputed latents, text states and image features."""

@@ -1,12 +1,13 @@
-"""The files of a feature cache, and the manifest that says what made them.
+"""The files of a feature cache.
 
-    cache/manifest.json                          settings; shards with their sizes and SHA-256; what could not be read
-          texts/shard-00000.safetensors          text_states [n, L, D], text_embeds [n, P] (SDXL)
+    cache/manifest.json                          settings, hashes of the shards, what could not be read
+          captions/shard-00000.safetensors       text_states [n, L, D], text_embeds [n, P] (SDXL)
           references/shard-00000.safetensors     image_features [n, V, ...] of images that are others' references
-          images/shard-00000.safetensors       latents_mean, latents_std [n, V, C, h, w], sizes, and image_features
-                                                 of images that are their own reference
+          images/shard-00000.safetensors         latents_mean and latents_std [n, V, C, h, w], sizes [n, V, 2], and
+                                                 image_features of images that are their own reference
 
-V counts variants: crops (`cache_variants`), and of each the image and its mirror image where `flip` is set.
+`row` [n] of every shard numbers its rows in the table. V are variants: random crops (`cache_variants`), each followed
+by its mirror image with `flip`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
-import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -29,121 +30,143 @@ from ipadapter_core.file_types import JSON, file_type
 from ..errors import CacheError
 from ..runtime.disk import whole_file
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished.json"  # the manifest of a cache that is being written
-TABLES = ("texts", "references", "images")
-_HEADER = "ipadapter.cache"  # one entry of metadata: safetensors writes several in an order that changes
-SCALES = "image_features_scale"
+_METADATA = "ipadapter.cache"  # a single entry, because safetensors writes several in a random order
 _TAIL = 64  # bytes
-_GROUP = 64  # channels that share a scale of the quantised features
 
 
 @dataclass(frozen=True)
-class ShardEntry:
-    """A shard in the manifest: its rows of the table are `start` to `stop`, without the last."""
+class ShardFile:
+    """A shard as it was written."""
 
-    file: str
-    start: int
-    stop: int
     bytes: int
     sha256: str
-    key: str = ""  # `Shard.key`; "" in a cache of an earlier version
+
+    @classmethod
+    def of(cls, file: Path) -> ShardFile:
+        """Read a file and compute its hash."""
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+            return cls(stream.tell(), digest.hexdigest())
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache is made of. Only `settings` decide whether a training may read it."""
+    """What a cache is made of. Only `complete` and `settings` decide whether a training may read it."""
 
-    settings: dict[str, Any]
+    complete: bool
+    settings: dict[str, Any]  # CacheSettings
+    key: str  # CacheSettings.digest, which every shard repeats
     library: str
     base_model: str
-    encoded_in: dict[str, str]  # part -> the dtype that it computed in
-    stored_in: str
-    buckets: list[list[int]]  # width, height
+    encoded_in: dict[str, str]  # model -> dtype
+    buckets: list[tuple[int, int]]  # width, height
     counts: dict[str, int]  # table -> rows
-    shards: dict[str, list[ShardEntry]] = field(default_factory=dict[str, list[ShardEntry]])
-    broken: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # table -> row -> reason
+    shards: dict[str, ShardFile]  # by file
+    broken: dict[str, dict[int, str]]  # table -> row -> why it could not be read
     format: int = FORMAT
 
-    def save(self, file: Path) -> None:
-        """Write it, whole or not at all."""
-        write_whole(file, json.dumps(asdict(self), indent=1).encode())
+    def save(self, folder: Path) -> None:
+        """Write the manifest of a cache, whole or not at all."""
+        write_whole(folder / MANIFEST, json.dumps(asdict(self), indent=1).encode())
 
     @property
     def size(self) -> int:
         """Bytes of all shards."""
-        return sum(entry.bytes for entries in self.shards.values() for entry in entries)
+        return sum(shard.bytes for shard in self.shards.values())
 
 
-def read_manifest(file: Path) -> Manifest:
-    """Raises CacheError for a file that is none, or of another version."""
+def read_manifest(folder: Path) -> Manifest:
+    """Raises CacheError for a file that is no manifest, or that of another format."""
+    file = folder / MANIFEST
     try:
         content = json.loads(file.read_bytes())
         version = content["format"]
         if version == FORMAT:
-            manifest = TypeAdapter(Manifest).validate_python(content)
-            if set(manifest.shards) == set(TABLES):
-                return manifest
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        version = FORMAT
-    if version == FORMAT:
+            return TypeAdapter(Manifest).validate_python(content)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         found = file_type(file).name if file.is_file() else "no such file"
         found = "it is damaged" if found == JSON.name else found
-        raise CacheError(f"{file}: not a cache's manifest ({found}). Make the cache again.")
+        raise CacheError(f"{file}: not a cache's manifest ({found}). Make the cache again.") from error
     raise CacheError(
         f"{file}: a cache of format {version}, this version reads {FORMAT}. Make the cache again with "
         "`ipadapter cache`, in another folder."
     )
 
 
+def read_complete_manifest(folder: Path) -> Manifest:
+    """Raises CacheError as `read_manifest`, and for a cache that is not complete."""
+    manifest = read_manifest(folder)
+    if not manifest.complete:
+        raise CacheError(f"{folder} was not finished. Run `ipadapter cache` with these settings.")
+    return manifest
+
+
 def check_hashes(folder: Path) -> Manifest:
-    """Compare every shard with the manifest, byte by byte.
+    """Compare every shard with its hash in the manifest.
 
     Raises CacheError that names every shard that is missing, cut off or changed.
     """
-    manifest = read_manifest(folder / MANIFEST)
-    problems: list[str] = []
-    for entry in (entry for entries in manifest.shards.values() for entry in entries):
-        problem = shard_problem(folder, entry)
-        if problem is None and sha256_of(folder / entry.file) != entry.sha256:
-            problem = f"{entry.file} has other content than when it was written"
-        if problem is not None:
-            problems.append(problem)
+    manifest = read_complete_manifest(folder)
+    problems = shard_problems(folder, manifest)
+    for name, shard in manifest.shards.items():
+        if name not in problems and ShardFile.of(folder / name) != shard:
+            problems[name] = f"{name} has other content than when it was written"
     if problems:
         raise CacheError(
-            f"{folder}: {'; '.join(problems)}. Delete the named files and run `ipadapter cache` again: it makes only "
-            "these."
+            f"{folder}: {'; '.join(problems.values())}. Delete these files and run `ipadapter cache` again, which "
+            "makes only these."
         )
     return manifest
 
 
-def shard_problem(folder: Path, entry: ShardEntry) -> str | None:
-    """What is wrong with a shard at first sight: its size, its header and its last bytes."""
-    file = folder / entry.file
+def shard_problems(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Shards that are wrong by their size, header or last bytes, each with a clause that names it."""
+    found = {name: _problem(folder / name, shard, manifest.key) for name, shard in manifest.shards.items()}
+    return {name: f"{name} {problem}" for name, problem in found.items() if problem is not None}
+
+
+def _problem(file: Path, shard: ShardFile, key: str) -> str | None:
     if not file.is_file():
-        return f"{entry.file} is missing"
-    found = file.stat().st_size
-    if found != entry.bytes:
-        return f"{entry.file} has {found:,} bytes instead of {entry.bytes:,}"
+        return "is missing"
+    if (found := file.stat().st_size) != shard.bytes:
+        return f"has {found:,} bytes instead of {shard.bytes:,}"
     if _ends_in_zeros(file):
-        return f"{entry.file} ends in zeros"
+        return "ends in zeros"
     header = read_header(file)
     if header is None:
-        return f"{entry.file} is damaged"
-    return f"{entry.file} belongs to another cache" if entry.key and header.key != entry.key else None
+        return "is damaged"
+    return None if header.key == key else "belongs to another cache"
 
 
 class ShardHeader(NamedTuple):
-    """What a shard says of itself: `Shard.key`, and the reasons by the numbers of its rows that could not be read."""
+    """What identifies a shard, and the rows that could not be read with the reasons."""
 
-    key: str
-    broken: dict[str, str]
+    key: str  # that of the manifest
+    rows: np.ndarray
+    broken: dict[int, str]
 
 
-def write_shard(file: Path, tensors: Mapping[str, Tensor], header: ShardHeader) -> None:
+def read_header(file: Path) -> ShardHeader | None:
+    """The header of a shard; None when the file is missing, cut off or something else."""
+    try:
+        if _ends_in_zeros(file):
+            return None
+        with safe_open(file, "pt") as opened:
+            metadata = json.loads(opened.metadata()[_METADATA])
+            broken = {int(row): reason for row, reason in metadata["broken"].items()}
+            return ShardHeader(metadata["key"], opened.get_tensor("row").numpy(), broken)
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return None
+
+
+def write_shard(file: Path, tensors: Mapping[str, Tensor], key: str, broken: Mapping[int, str]) -> None:
     """Write a shard, whole or not at all. Raises DiskError."""
-    write_whole(file, safetensors.torch.save(dict(tensors), {_HEADER: json.dumps(header._asdict())}))
+    metadata = {_METADATA: json.dumps({"key": key, "broken": broken})}
+    write_whole(file, safetensors.torch.save(dict(tensors), metadata))
 
 
 def write_whole(file: Path, content: bytes) -> None:
@@ -152,50 +175,8 @@ def write_whole(file: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def read_header(file: Path) -> ShardHeader | None:
-    """Of a shard that is all there; None when it is missing, cut off or another file. Tensors are not read."""
-    try:
-        if _ends_in_zeros(file):
-            return None
-        with safe_open(file, "pt") as opened:
-            return ShardHeader(**json.loads(opened.metadata()[_HEADER]))
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
-        return None
-
-
 def _ends_in_zeros(file: Path) -> bool:
-    """Whether the end of a file was never written; what encoders give is never zero for so long."""
+    """Whether the end of a file was never written: a shard never ends in so many zeros."""
     with file.open("rb") as stream:
         stream.seek(max(0, stream.seek(0, 2) - _TAIL))  # 2: from the end
         return not stream.read().strip(b"\0")
-
-
-def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file."""
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 22):
-            digest.update(block)
-        return digest.hexdigest()
-
-
-def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [..., E] -> int8 [..., E] and float16 scales [..., E / 64], one for 64 channels of a token, since the
-    hidden states of vision transformers have a few channels that dwarf the others. (One for all channels where 64
-    does not divide E.)
-    """
-    groups = features.float().unflatten(-1, (-1, channels_per_scale(features.shape[-1])))
-    scales = (groups.abs().amax(-1) / 127).clamp(min=2**-24).half()  # the smallest float16
-    values = (groups / scales.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
-    return values.flatten(-2), scales
-
-
-def dequantise(values: Tensor, scales: Tensor) -> Tensor:
-    """float16 [..., E] of what `quantise` made."""
-    groups = values.float().unflatten(-1, (scales.shape[-1], -1))
-    return (groups * scales.float()[..., None]).flatten(-2).half()
-
-
-def channels_per_scale(channels: int) -> int:
-    """How many channels of the quantised features share a scale."""
-    return _GROUP if channels % _GROUP == 0 else channels

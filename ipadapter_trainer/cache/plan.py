@@ -1,146 +1,194 @@
-"""Which rows a feature cache has, and how they are dealt to shards. It depends on the data and the settings alone, so
-every process, and every resume, makes the same plan.
+"""What a feature cache holds: its settings, tables, rows and shards. All follow from the config, the data and the
+models' configs, so every process and every resume finds the same.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+import torch
+from torch import Tensor
 
 from ..data.buckets import Buckets
 from ..data.examples import Example
-from ..data.files import TarMember
+from ..data.from_config import data_fingerprint
 from ..data.images import Size, StoredImage
 from ..models.base_model import BaseModel
-from .settings import RowBytes, Settings, row_bytes
+from ..settings.config import TrainConfig
+from .quantise import pack_features
 
-LARGEST_SHARD = 256 * 10**6  # bytes
-SMALLEST_SHARD = 16 * 10**6
-SHARDS = 64  # wished for, so that there are enough for all processes
+TABLES = ("captions", "references", "images")
+SIZES = ("original_size", "crop_coords_top_left", "target_size")
+SHARD_BYTES = 128 * 10**6  # what an interruption loses at most, in each process
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """The distinct captions and other references of a data set, and which of them belong to each example."""
+@dataclass(frozen=True)
+class CacheSettings:
+    """What a cache and a training that reads it must have in common."""
 
-    captions: list[str]  # the empty one first
-    caption_of: np.ndarray  # int32 [N]
-    references: list[StoredImage]
-    references_of: list[tuple[int, ...]]  # empty: the image is its own reference
+    image_feature: Literal["image_embeds", "penultimate_hidden_states"] | None  # None: no image features are stored
+    cache_image_features: Literal["float16", "int8", "none"]
+    own_references: bool  # images with other references have the features of themselves, too
+    resolution: int
+    buckets: bool
+    bucket_step: int | None
+    crop: str
+    flip: bool
+    reference_crop: float
+    seed: int | None  # of the random crops; None without
+    cache_variants: int  # random crops of an image
+    # Fingerprints; "" in a forecast.
+    data: str
+    vae: str
+    text_encoders: str
+    image_encoder: str | None
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> Rows:
-        """Of the examples in their order."""
-        captions = {"": 0}
-        references: dict[Path | TarMember | int, int] = {}  # images in memory by their id
-        images: list[StoredImage] = []
-        caption_of = np.empty(len(examples), dtype=np.int32)
-        references_of: list[tuple[int, ...]] = []
-        for row, example in enumerate(examples):
-            caption_of[row] = captions.setdefault(example.text, len(captions))
-            numbers: list[int] = []
-            for reference in example.references:
-                key = id(reference) if isinstance(reference, Image.Image) else reference
-                if key not in references:
-                    references[key] = len(references)
-                    images.append(reference)
-                numbers.append(references[key])
-            references_of.append(tuple(numbers))
-        return cls(list(captions), caption_of, images, references_of)
+    def of(cls, config: TrainConfig, examples: Sequence[Example], base_model: BaseModel | None = None) -> CacheSettings:
+        """Of a training's cache. Without `base_model` there are no fingerprints, and no weights are read."""
+        kind = config.train_kind
+        # An embedding is small: `cache_image_features` is about hidden states only.
+        stored = config.cache_image_features if kind.takes_hidden_states else "float16"
+        encoded = kind.takes_image and stored != "none"
+        feature = "penultimate_hidden_states" if kind.takes_hidden_states else "image_embeds"
+        random = config.crop == "random" or (encoded and config.reference_crop < 1)
+        return cls(
+            image_feature=feature if encoded else None,
+            cache_image_features=stored if encoded else "none",
+            own_references=encoded and config.self_reference > 0 and any(e.references for e in examples),
+            resolution=config.resolution,
+            buckets=config.buckets,
+            bucket_step=config.bucket_step if config.buckets else None,
+            crop=config.crop,
+            flip=config.flip,
+            reference_crop=config.reference_crop if encoded else 1.0,
+            seed=config.seed if random else None,
+            cache_variants=config.cache_variants if random else 1,
+            data=data_fingerprint(config, examples) if base_model else "",
+            vae=base_model.vae_fingerprint() if base_model else "",
+            text_encoders=base_model.text_fingerprint() if base_model else "",
+            image_encoder=base_model.encoder_fingerprint() if base_model and encoded else None,
+        )
+
+    @property
+    def variants(self) -> int:
+        """Stored image features per image that is its own reference: crops and, with `flip`, mirror images."""
+        return self.cache_variants * (2 if self.flip else 1)
+
+    @property
+    def latent_variants(self) -> int:
+        """Stored latents per image."""
+        return self.variants if self.crop == "random" else self.variants // self.cache_variants
+
+    @property
+    def reference_variants(self) -> int:
+        """Stored image features per other reference."""
+        return self.variants if self.reference_crop < 1 else self.variants // self.cache_variants
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits that mark the shards of one cache."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:32]
+
+    def differences(self, found: Mapping[str, Any]) -> list[str]:
+        """One clause for each of the `found` settings that differs from these."""
+        return [
+            f"{key} was {found.get(key)!r} and is now {value!r}"
+            for key, value in asdict(self).items()
+            if found.get(key) != value
+        ]
+
+
+def distinct_captions(examples: Sequence[Example]) -> list[str]:
+    """The rows of the table of captions; the empty one, for dropped texts, is the first."""
+    return list(dict.fromkeys(["", *(example.text for example in examples)]))
+
+
+def distinct_references(examples: Sequence[Example]) -> dict[str, StoredImage]:
+    """The rows of the table of references, by their names."""
+    return {str(reference): reference for example in examples for reference in example.references}
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Rows `start` to `stop` of a table. `items` are the numbers of their captions, references or examples."""
+    """A file of a table. The images of a shard belong to one bucket."""
 
     table: str
     number: int
-    start: int
-    items: np.ndarray
-    key: str  # of the settings and the rows: another cache's shard has another
-    size: Size | None = None  # of images
-    own: bool = False  # images that are their own reference
-
-    @property
-    def stop(self) -> int:
-        """One after the last row."""
-        return self.start + len(self.items)
+    rows: np.ndarray  # int32, numbers of captions, of references or of examples
+    tensors: dict[str, Tensor]  # of one row, on the meta device
+    size: Size | None  # the bucket
 
     @property
     def file(self) -> str:
-        """Relative to the cache's folder."""
+        """The path in the cache's folder."""
         return f"{self.table}/shard-{self.number:05d}.safetensors"
 
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """All shards of a cache, by table."""
-
-    shards: dict[str, list[Shard]]
-    bytes: dict[str, int]  # forecast
-
-    def __iter__(self) -> Iterator[Shard]:
-        return (shard for shards in self.shards.values() for shard in shards)
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors of all rows."""
+        return len(self.rows) * _row_bytes(self.tensors)
 
 
-def make_plan(settings: Settings, base_model: BaseModel, rows: Rows, buckets: Buckets, dtype_bytes: int = 2) -> Plan:
-    """Deal the rows of all tables to shards of at most `LARGEST_SHARD` bytes.
+def plan_shards(
+    settings: CacheSettings,
+    base_model: BaseModel,
+    examples: Sequence[Example],
+    buckets: Buckets,
+    dtype: torch.dtype = torch.float16,
+) -> list[Shard]:
+    """All shards of a cache, table by table. No weights are read; the sum of `bytes` is the size of the cache."""
+    # Rows with equal tensors: table, rows, bucket, whether image features are stored.
+    groups: list[tuple[str, np.ndarray, Size | None, bool]]
+    groups = [("captions", np.arange(len(distinct_captions(examples))), None, False)]
+    own = np.zeros(len(examples), dtype=bool)
+    if settings.image_feature is not None:
+        groups.append(("references", np.arange(len(distinct_references(examples))), None, True))
+        own |= np.array([settings.own_references or not example.references for example in examples])
+    for size, rows in zip(buckets.sizes, map(np.array, buckets.rows), strict=True):
+        groups += [("images", rows[own[rows] == encoded], size, encoded) for encoded in (True, False)]
+    shards: list[Shard] = []
+    count = Counter[str]()
+    for table, rows, size, encoded in groups:
+        tensors = _row_tensors(settings, base_model, dtype, table, size, encoded)
+        each = max(1, SHARD_BYTES // _row_bytes(tensors))
+        for start in range(0, len(rows), each):
+            shards.append(Shard(table, count[table], rows[start : start + each].astype(np.int32), tensors, size))
+            count[table] += 1
+    return shards
 
-    The images of a shard belong to one bucket and have the same tensors.
-    """
-    row = row_bytes(settings, base_model, None, dtype_bytes)
-    encoded = settings.image_feature is not None
-    texts = _Dealer(settings, "texts", len(rows.captions) * row.text)
-    texts.deal(np.arange(len(rows.captions)), row.text)
-    references = _Dealer(settings, "references", len(rows.references) * row.reference)
+
+def _row_tensors(
+    settings: CacheSettings, base_model: BaseModel, dtype: torch.dtype, table: str, size: Size | None, encoded: bool
+) -> dict[str, Tensor]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    if table == "captions":
+        shapes["text_states"] = (base_model.text_length, base_model.sites[0].cross_attention_dim)
+        conditions = base_model.meta_conditions(1)
+        if conditions is not None:
+            shapes["text_embeds"] = (conditions["text_embeds"].shape[-1],)
+    if size is not None:
+        sides = (size[1] // base_model.latent_scale, size[0] // base_model.latent_scale)
+        shapes["latents_mean"] = shapes["latents_std"] = (settings.latent_variants, base_model.latent_channels, *sides)
+    tensors = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}
+    tensors["row"] = torch.empty((), dtype=torch.int32, device="meta")
+    if size is not None:  # float16 has no whole numbers above 2048
+        tensors |= {key: torch.empty(settings.latent_variants, 2, device="meta") for key in SIZES}
     if encoded:
-        references.deal(np.arange(len(rows.references)), row.reference)
-    groups = list(_image_groups(settings, rows, buckets))
-    sizes = [_image_bytes(row_bytes(settings, base_model, size, dtype_bytes), own) for _, size, own in groups]
-    images = _Dealer(settings, "images", sum(len(g[0]) * s for g, s in zip(groups, sizes, strict=True)))
-    for (items, size, own), each in zip(groups, sizes, strict=True):
-        images.deal(items, each, size, own)
-    dealers = (texts, references, images)
-    return Plan({d.table: d.shards for d in dealers}, {d.table: d.bytes for d in dealers})
+        variants = settings.reference_variants if size is None else settings.variants
+        shape = (variants, base_model.image_dim)
+        if settings.image_feature == "penultimate_hidden_states":
+            shape = (variants, base_model.image_tokens, base_model.hidden_dim)
+        features = torch.empty(shape, dtype=dtype, device="meta")
+        tensors |= pack_features(features, settings.cache_image_features == "int8")
+    return tensors
 
 
-def _image_groups(settings: Settings, rows: Rows, buckets: Buckets) -> Iterator[tuple[np.ndarray, Size, bool]]:
-    alone = np.array([not references for references in rows.references_of])
-    with_own = alone | settings.own_references if settings.image_feature is not None else alone & False
-    for size, bucket in zip(buckets.sizes, buckets.rows, strict=True):
-        items = np.array(bucket)
-        for own in (True, False):
-            chosen = items[with_own[items] == own]
-            if len(chosen):
-                yield chosen, size, own
-
-
-def _image_bytes(row: RowBytes, own: bool) -> int:
-    return row.image + (row.own if own else 0)
-
-
-class _Dealer:
-    """Cuts the rows of a table into shards, one group of like rows after the other."""
-
-    def __init__(self, settings: Settings, table: str, total: int) -> None:
-        self.table = table
-        self.shards: list[Shard] = []
-        self.bytes = 0
-        self._start = 0
-        self._settings = repr(sorted(asdict(settings).items()))
-        self._target = min(max(total // SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
-
-    def deal(self, items: np.ndarray, row_bytes: int, size: Size | None = None, own: bool = False) -> None:
-        each = max(1, self._target // row_bytes)
-        for first in range(0, len(items), each):
-            part = items[first : first + each]
-            what = f"{self._settings}/{self.table}/{size}/{own}/".encode() + part.astype("<i8").tobytes()
-            key = hashlib.sha256(what).hexdigest()[:32]
-            self.shards.append(Shard(self.table, len(self.shards), self._start, part, key, size, own))
-            self._start += len(part)
-            self.bytes += len(part) * row_bytes
+def _row_bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,10 +1,9 @@
-"""Training from a feature cache: the same draws as from images, with what the frozen models said about them."""
+"""Training from a feature cache: items with the outputs of the frozen models instead of pixels and tokens."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +11,44 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..data.augmentation import Augmentation, CropParams, SampleIndex, crop_params, noise_params
+from ..data.augmentation import CropParams, SampleIndex, crop_params, noise_params
 from ..data.buckets import Buckets
 from ..data.dataset import ImageDataset
 from ..data.examples import Example
 from ..data.face_embeds import face_id_embed
-from ..data.images import Size
-from ..data.preprocess import Preprocessor, image_tensors, noise_tensors, open_image, reference_tensor
+from ..data.from_config import augmentation_from_config
+from ..data.images import Size, StoredImage
+from ..data.preprocess import image_tensors, noise_tensors, open_image, reference_tensor
 from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
+from ..models.from_config import preprocessor_from_config
 from ..settings.config import TrainConfig
-from .files import MANIFEST, SCALES, UNFINISHED, ShardEntry, dequantise, read_manifest, shard_problem
-from .plan import Rows
-from .settings import Settings, settings_of
-
-_SIZES = ("original_size", "crop_coords_top_left", "target_size")
+from .files import MANIFEST, Manifest, read_complete_manifest, shard_problems
+from .plan import SIZES, TABLES, CacheSettings, distinct_captions, distinct_references
+from .quantise import unpack_features
 
 
 class Table:
-    """The rows of a table, memory-mapped: a row is read when it is used, and processes share what was read."""
+    """The rows of a table, memory-mapped: only rows that are used are read, and processes share them."""
 
-    def __init__(self, folder: Path, entries: Sequence[ShardEntry]) -> None:
-        self._files = [folder / entry.file for entry in entries]
-        self._starts = [entry.start for entry in entries]
-        self._mapped: list[dict[str, Tensor] | None] = [None] * len(entries)
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        self._mapped: list[dict[str, Tensor] | None] = [None] * len(files)  # each process maps for itself
+        rows = [_map(file)["row"].numpy() for file in files]
+        self._shard_of = np.empty(sum(map(len, rows)), dtype=np.int32)
+        self._index_in_shard = np.empty_like(self._shard_of)
+        for shard, numbers in enumerate(rows):
+            self._shard_of[numbers], self._index_in_shard[numbers] = shard, np.arange(len(numbers))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:  # for workers that are spawned
         return {**self.__dict__, "_mapped": [None] * len(self._files)}
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._shard_of)
 
-    def row(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a row. Copy what is kept. Raises CacheError for a shard that cannot be read."""
-        shard = bisect_right(self._starts, number) - 1
-        place = number - self._starts[shard]
-        return {key: tensor[place] for key, tensor in self.shard(shard).items()}
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        """The tensors of a row. Raises CacheError for a shard that cannot be read."""
+        return {key: tensor[self._index_in_shard[row]] for key, tensor in self.shard(self._shard_of[row]).items()}
 
     def shard(self, number: int) -> dict[str, Tensor]:
         """The tensors of a shard."""
@@ -56,170 +57,114 @@ class Table:
             mapped = self._mapped[number] = _map(self._files[number])
         return mapped
 
-    def column(self, key: str) -> np.ndarray:
-        """A tensor of all shards."""
-        return np.concatenate([self.shard(i)[key].numpy() for i in range(len(self._files))])
-
-
-@dataclass(frozen=True, eq=False)
-class Cache:
-    """A cache that fits a data set; made by `open_cache`."""
-
-    folder: Path
-    settings: Settings
-    buckets: Buckets
-    rows: Rows
-    texts: Table
-    references: Table
-    images: Table
-    place_of: np.ndarray  # int32 [N], of an example in the table of images
-    broken: Mapping[str, Mapping[int, str]]  # table -> number -> why it could not be read
-
-    def text(self, row: int, dropped: bool) -> dict[str, Tensor]:
-        """`text_states` [L, D] of an example's caption, or of the empty one, and SDXL's `text_embeds` [P]."""
-        return self.texts.row(0 if dropped else int(self.rows.caption_of[row]))
-
-    def latents(self, row: int, variant: int, flip: bool) -> dict[str, Tensor]:
-        """`latents_mean`, `latents_std` [C, h, w] and the sizes of an example's image.
-
-        Raises DataError when it could not be read.
-        """
-        tensors = self._image(row)
-        keys = ("latents_mean", "latents_std", *_SIZES)
-        return {key: self._pick(tensors[key], variant, flip) for key in keys}
-
-    def own_features(self, row: int, variant: int, flip: bool) -> Tensor:
-        """`image_features` [E] or [L, E] of an example's image as its own reference. Raises DataError as above."""
-        return self._features(self._image(row), variant, flip)
-
-    def reference_features(self, number: int, variant: int, flip: bool) -> Tensor:
-        """`image_features` of another image. Raises DataError as above."""
-        self._check("references", number)
-        return self._features(self.references.row(number), variant, flip)
-
-    def _image(self, row: int) -> dict[str, Tensor]:
-        self._check("images", row)
-        return self.images.row(int(self.place_of[row]))
-
-    def _check(self, table: str, number: int) -> None:
-        if number in self.broken.get(table, {}):
-            raise DataError(f"could not be read when the cache was made ({self.broken[table][number]})")
-
-    def _features(self, tensors: Mapping[str, Tensor], variant: int, flip: bool) -> Tensor:
-        values = self._pick(tensors["image_features"], variant, flip)
-        return dequantise(values, self._pick(tensors[SCALES], variant, flip)) if SCALES in tensors else values
-
-    def _pick(self, variants: Tensor, variant: int, flip: bool) -> Tensor:
-        flips = 2 if self.settings.flip else 1
-        return variants[(variant * flips + flip) % len(variants)]
+    def buckets(self, latent_scale: int, broken: Mapping[int, str]) -> Buckets:
+        """The buckets of a table of images, without those of which no image could be read."""
+        rows: dict[Size, list[int]] = {}
+        for shard in map(_map, self._files):
+            height, width = (side * latent_scale for side in shard["latents_mean"].shape[-2:])
+            rows.setdefault((width, height), []).extend(shard["row"].tolist())
+        readable = {size: sorted(part) for size, part in rows.items() if any(row not in broken for row in part)}
+        return Buckets(tuple(readable), tuple(tuple(part) for part in readable.values()))
 
 
 class CachedDataset(ImageDataset):
-    """The items of a `ImageDataset` over the same examples, from a cache: `latents_mean`, `latents_std`,
+    """The items of an `ImageDataset` over the same examples, from a cache: `latents_mean`, `latents_std`,
     `text_states`, `text_embeds` (SDXL) and `image_features` instead of `images`, `text_input_ids` and `clip_images`.
 
-    Order, noise, timesteps, dropout and flips are the same. The crop is that of an image's use in epoch number
-    (epoch modulo `cache_variants`). A cache without image features (`cache_image_features=none`) leaves `clip_images`,
-    of the reference that the same use of the images would see, beside the cached crop.
+    Order, noise, timesteps, dropout and flips are the same; the random crop of epoch e is that of epoch e modulo
+    `cache_variants`. From a cache without image features (`cache_image_features=none`), items have `clip_images` of
+    the cached crop, made from the images. No model is loaded.
+
+    Raises CacheError for a folder without a complete cache, for one of other data, models or settings (naming every
+    difference), and for shards that are missing or damaged.
     """
 
-    def __init__(
-        self, examples: Sequence[Example], preprocessor: Preprocessor, augmentation: Augmentation, cache: Cache
-    ) -> None:
+    def __init__(self, config: TrainConfig, base_model: BaseModel, examples: Sequence[Example]) -> None:
+        self.settings, manifest = _open(config, base_model, examples)
+        assert config.cache is not None
+        self.tables = {
+            table: Table([config.cache / name for name in manifest.shards if name.startswith(f"{table}/")])
+            for table in TABLES
+        }
+        if {name: len(table) for name, table in self.tables.items()} != manifest.counts:
+            file = config.cache / MANIFEST
+            raise CacheError(f"{file}: not a cache's manifest (it is damaged). Make the cache again.")
+        self.broken = manifest.broken  # table -> row -> why it could not be read
+        self._caption_rows = {text: row for row, text in enumerate(distinct_captions(examples))}
+        self._reference_rows = {name: row for row, name in enumerate(distinct_references(examples))}
         # Workers need no tokenizers, which are slow to send.
-        super().__init__(examples, replace(preprocessor, tokenizers=()), augmentation, cache.buckets)
-        self.cache = cache
+        preprocessor = replace(preprocessor_from_config(config, base_model), tokenizers=())
+        buckets = self.tables["images"].buckets(base_model.latent_scale, self.broken.get("images", {}))
+        super().__init__(examples, preprocessor, augmentation_from_config(config), buckets)
 
     def _item(self, row: int, size: Size, index: SampleIndex) -> dict[str, Any]:
         example, key = self.examples[row], index.key(self.augmentation.seed)
-        where = crop_params(self.augmentation, key)
+        crop = crop_params(self.augmentation, key)
         shape = self.preprocessor.latent_shape(size)
-        drawn = noise_params(self.augmentation, key, shape, self.preprocessor.num_train_timesteps)
+        noise = noise_params(self.augmentation, key, shape, self.preprocessor.num_train_timesteps)
         variant = index.epoch + index.repeat
-        latents = self.cache.latents(row, variant, where.flip)
-        if latents["latents_mean"].shape != shape:
+        image = self._read("images", row, variant, crop.flip)
+        if image["latents_mean"].shape != shape:
             raise DataError(f"of another bucket than {size[0]}x{size[1]}")
-        item = {**latents, **noise_tensors(drawn), **self.cache.text(row, drawn.drop_text)}
+        caption = self.tables["captions"][self._caption_rows["" if noise.drop_text else example.text]]
+        item = {
+            **{name: image[name] for name in ("latents_mean", "latents_std", *SIZES)},
+            **{name: caption[name] for name in ("text_states", "text_embeds") if name in caption},
+            **noise_tensors(noise),
+        }
         if self.preprocessor.image_processor is not None:
-            item |= self._reference(row, size, variant, where)
+            others = () if crop.own_reference else example.references
+            chosen = others[int(crop.reference * len(others))] if others else None
+            if self.settings.image_feature is None:
+                item["clip_images"] = self._clip_images(row, size, variant, crop, chosen)
+            elif chosen is None:
+                item["image_features"] = unpack_features(image)
+            else:
+                reference = self._read("references", self._reference_rows[str(chosen)], variant, crop.flip)
+                item["image_features"] = unpack_features(reference)
         if self.preprocessor.takes_face:
             item["face_id_embed"] = face_id_embed(example, self.preprocessor.face_dim)
         return item
 
-    def _reference(self, row: int, size: Size, variant: int, where: CropParams) -> dict[str, Tensor]:
-        numbers = self.cache.rows.references_of[row]
-        own = not numbers or where.own_reference
-        chosen = 0 if own else int(where.reference * len(numbers))
-        if self.cache.settings.image_feature is None:
-            return {"clip_images": self._clip_images(row, size, variant, where, None if own else chosen)}
-        if own:
-            return {"image_features": self.cache.own_features(row, variant, where.flip)}
-        return {"image_features": self.cache.reference_features(numbers[chosen], variant, where.flip)}
+    def _read(self, table: str, row: int, variant: int, flip: bool) -> dict[str, Tensor]:
+        """A variant of a row. Raises DataError for a row that could not be read when the cache was made."""
+        if row in self.broken.get(table, {}):
+            raise DataError(f"could not be read when the cache was made ({self.broken[table][row]})")
+        number = 2 * variant + flip if self.settings.flip else variant
+        tensors = self.tables[table][row]
+        return {key: tensor[number % len(tensor)] for key, tensor in tensors.items() if key != "row"}
 
-    def _clip_images(self, row: int, size: Size, variant: int, where: CropParams, chosen: int | None) -> Tensor:
-        example, augmentation = self.examples[row], self.augmentation
-        if chosen is not None:
-            opened, _ = open_image(self.preprocessor, augmentation, size, example.references[chosen])
-            return reference_tensor(self.preprocessor, where, opened)
-        cached = crop_params(augmentation, (augmentation.seed, variant % self.cache.settings.cache_variants, row))
-        where = replace(where, left=cached.left, top=cached.top)
-        opened = open_image(self.preprocessor, augmentation, size, example.image)
-        return image_tensors(self.preprocessor, augmentation, size, where, opened)["clip_images"]
+    def _clip_images(
+        self, row: int, size: Size, variant: int, crop: CropParams, reference: StoredImage | None
+    ) -> Tensor:
+        augmentation = self.augmentation
+        if reference is not None:
+            opened, _ = open_image(self.preprocessor, augmentation, size, reference)
+            return reference_tensor(self.preprocessor, crop, opened)
+        cached = crop_params(augmentation, (augmentation.seed, variant % self.settings.cache_variants, row))
+        crop = replace(crop, left=cached.left, top=cached.top)
+        opened = open_image(self.preprocessor, augmentation, size, self.examples[row].image)
+        return image_tensors(self.preprocessor, augmentation, size, crop, opened)["clip_images"]
 
 
-def open_cache(
-    folder: Path, config: TrainConfig, base_model: BaseModel, examples: Sequence[Example], data_hash: str
-) -> Cache:
-    """Open the cache of a training; no model is loaded.
-
-    Raises CacheError for a folder without finished cache, one that was made of other data, models or settings (naming
-    every difference), and for shards that are missing or damaged.
-    """
-    folder, rows = Path(folder), Rows.of(examples)
-    wanted = settings_of(config, base_model, data_hash, len(examples), any_reference=bool(rows.references))
-    if not (folder / MANIFEST).is_file():
-        found = "was not finished" if (folder / UNFINISHED).is_file() else "holds no cache"
-        raise CacheError(f"{folder} {found}. Run `ipadapter cache` with these settings.")
-    manifest = read_manifest(folder / MANIFEST)
-    if manifest.settings.get("own_references"):  # more than is needed
-        wanted = replace(wanted, own_references=True)
-    differences = wanted.differences(manifest.settings)
-    if differences:
+def _open(config: TrainConfig, base_model: BaseModel, examples: Sequence[Example]) -> tuple[CacheSettings, Manifest]:
+    folder = config.cache
+    if folder is None or not (folder / MANIFEST).is_file():
+        raise CacheError(f"{folder} holds no cache. Run `ipadapter cache` with these settings.")
+    settings, manifest = CacheSettings.of(config, examples, base_model), read_complete_manifest(folder)
+    if manifest.settings.get("own_references"):  # more features than are needed do no harm
+        settings = replace(settings, own_references=True)
+    if differences := settings.differences(manifest.settings):
         raise CacheError(
             f"{folder} is the cache of other settings: {'; '.join(differences)}. Set them back, or run `ipadapter "
             "cache` with these and another folder, cache=..."
         )
-    entries = [entry for entries in manifest.shards.values() for entry in entries]
-    problems = [problem for entry in entries if (problem := shard_problem(folder, entry)) is not None]
-    if problems:
+    if problems := list(shard_problems(folder, manifest).values()):
         raise CacheError(
             f"{folder}: {'; '.join(problems[:5])}{' and more' if len(problems) > 5 else ''}. Run `ipadapter cache` "
             "with the same settings again: it makes these again."
         )
-    tables = {name: Table(folder, entries) for name, entries in manifest.shards.items()}
-    broken = {name: {int(n): why for n, why in reasons.items()} for name, reasons in manifest.broken.items()}
-    place_of = np.empty(len(examples), dtype=np.int32)
-    place_of[tables["images"].column("row")] = np.arange(len(examples), dtype=np.int32)
-    return Cache(
-        folder=folder,
-        settings=Settings(**{key: manifest.settings[key] for key in asdict(wanted)}),
-        buckets=_buckets(tables["images"], broken.get("images", {})),
-        rows=rows,
-        place_of=place_of,
-        broken=broken,
-        **tables,
-    )
-
-
-def _buckets(images: Table, broken: Mapping[int, str]) -> Buckets:
-    """The buckets of the cached images, without those of which no image could be read."""
-    rows: dict[Size, list[int]] = {}
-    for number in range(len(images)):
-        shard = images.shard(number)
-        height, width = (int(side) for side in shard["target_size"][0, 0])
-        rows.setdefault((width, height), []).extend(shard["row"].tolist())
-    readable = {size: sorted(part) for size, part in rows.items() if any(row not in broken for row in part)}
-    return Buckets(tuple(readable), tuple(tuple(part) for part in readable.values()))
+    return settings, manifest
 
 
 def _map(file: Path) -> dict[str, Tensor]:

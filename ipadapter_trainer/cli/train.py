@@ -72,8 +72,8 @@ def cache(
             if arguments or force:
                 raise ConfigError("Write `ipadapter cache --check FOLDER` alone.")
             manifest = check_hashes(check)
-            count = sum(len(entries) for entries in manifest.shards.values())
-            typer.echo(f"{check}: all {count} shards, {show_bytes(manifest.size)}, are as they were written.")
+            count, size = len(manifest.shards), show_bytes(manifest.size)
+            typer.echo(f"{check}: all {count} shards, {size}, are as they were written.")
             return
         from ..settings.config import TrainConfig
 

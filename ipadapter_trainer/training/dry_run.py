@@ -12,8 +12,8 @@ from torch import nn
 
 from ipadapter_core import AdapterSpec, IPAdapter
 
-from ..cache.plan import Rows
-from ..cache.settings import cache_size
+from ..cache.plan import CacheSettings, plan_shards
+from ..data.buckets import Buckets
 from ..data.examples import Example
 from ..data.from_config import image_root
 from ..models.base_model import BaseModel
@@ -93,15 +93,10 @@ def plan_training(config: TrainConfig, processes: int = 1, checked: Checked | No
 
 
 def _cache_bytes(config: TrainConfig, base_model: BaseModel, examples: Sequence[Example]) -> int:
-    rows = Rows.of(examples)
-    return cache_size(
-        config,
-        base_model,
-        images=len(examples),
-        captions=len(rows.captions),
-        references=len(rows.references),
-        own=sum(not references for references in rows.references_of),
-    )
+    """Buckets count as squares, whose areas differ by a few percent."""
+    squares = Buckets.square(config.resolution, len(examples))
+    shards = plan_shards(CacheSettings.of(config, examples), base_model, examples, squares)
+    return sum(shard.bytes for shard in shards)
 
 
 def _frozen_parts(base_model: BaseModel, *, cached: bool, image: bool) -> dict[str, nn.Module]:

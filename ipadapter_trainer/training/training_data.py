@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from ..cache.read import CachedDataset
 from ..data.augmentation import Augmentation
 from ..data.buckets import BucketBatchSampler
 from ..data.dataset import Batch, ImageDataset, collate, loader
@@ -112,10 +113,7 @@ def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: 
     if config.cache is None:
         dataset = ImageDataset(examples, preprocessor, augmentation, buckets_from_config(config, examples))
     else:
-        from ..cache.read import CachedDataset, open_cache
-
-        cache = open_cache(config.cache, config, base_model, examples, data_hash)
-        dataset = CachedDataset(examples, preprocessor, augmentation, cache)
+        dataset = CachedDataset(config, base_model, examples)
     rows = [[row for row in bucket if row not in held_out] for bucket in dataset.buckets.rows]
     batches = BucketBatchSampler([bucket for bucket in rows if bucket], global_batch, config.seed)
 

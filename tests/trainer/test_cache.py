@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ipadapter_trainer.cache import plan as cache_plan
-from ipadapter_trainer.cache.files import MANIFEST, check_hashes, dequantise, quantise, read_manifest, write_whole
-from ipadapter_trainer.cache.read import open_cache
+from ipadapter_trainer.cache.files import MANIFEST, check_hashes, read_manifest, write_whole
+from ipadapter_trainer.cache.quantise import dequantise, quantise
+from ipadapter_trainer.cache.read import CachedDataset
 from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.data.from_config import data_fingerprint, examples_from_config
+from ipadapter_trainer.data.from_config import examples_from_config
 from ipadapter_trainer.errors import CacheError, ConfigError, DiskError
 from ipadapter_trainer.models.from_config import base_model_from_config
 from ipadapter_trainer.runtime.disk import show_bytes
@@ -49,8 +50,7 @@ def settings(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_plan, "LARGEST_SHARD", 4000)
-    monkeypatch.setattr(cache_plan, "SMALLEST_SHARD", 4000)
+    monkeypatch.setattr(cache_plan, "SHARD_BYTES", 4000)
 
 
 def keys(settings: dict[str, Any], **changes: Any) -> list[str]:
@@ -80,7 +80,7 @@ def test_cache_and_train(settings: dict[str, Any], tmp_path: Path) -> None:
     assert "11 distinct captions" in out
     assert "free" in out
     assert f"Train with cache={folder}" in out
-    assert sorted(p.name for p in folder.iterdir()) == [MANIFEST, "images", "texts"]
+    assert sorted(p.name for p in folder.iterdir()) == ["captions", "images", MANIFEST]
     code, out, err = ipadapter("train", file, f"cache={folder}", "steps=2", "validation_images=0")
     assert code == 0, err
     assert "features from the cache" in out
@@ -127,11 +127,14 @@ def test_the_manifest_says_what_made_it(settings: dict[str, Any]) -> None:
     assert manifest["buckets"] == [[64, 64]]
     expected = {"resolution": 64, "flip": True, "cache_image_features": "int8", "crop": "center", "seed": None}
     assert expected.items() <= manifest["settings"].items()
-    (entry,) = manifest["shards"]["images"]
-    assert (entry["start"], entry["stop"]) == (0, 18)
-    assert entry["bytes"] == (folder / entry["file"]).stat().st_size
-    # What sha256sum says too.
-    known = subprocess.run(["sha256sum", folder / entry["file"]], capture_output=True, text=True, check=True)
+    assert manifest["complete"]
+    name = "images/shard-00000.safetensors"
+    assert list(manifest["shards"]) == ["captions/shard-00000.safetensors", name]
+    entry = manifest["shards"][name]
+    assert load_file(folder / name)["row"].tolist() == list(range(18))
+    assert manifest["counts"] == {"captions": 11, "references": 0, "images": 18}
+    assert entry["bytes"] == (folder / name).stat().st_size
+    known = subprocess.run(["sha256sum", folder / name], capture_output=True, text=True, check=True)
     assert entry["sha256"] == known.stdout.split()[0]
 
 
@@ -200,12 +203,14 @@ def test_a_disk_without_room_is_refused_before_the_start(
     code, out, err = ipadapter("cache", *keys(settings))
     assert code == 2
     assert "has 1.5 KB free" in err
-    assert "The cache needs 31.1 KB" in err  # 18 x (2 x 4 x 8 x 8 x 2 + 24 + 4 + 24 x 2) + 11 x 16 x 32 x 2 = 31,064
+    assert (
+        "The cache needs 31.1 KB" in err
+    )  # 18 x (2 x 4 x 8 x 8 x 2 + 24 + 4 + 24 x 2) + 11 x (16 x 32 x 2 + 4) = 31,108
     assert "31.1 KB" in out
     assert not Path(settings["cache"]).exists()
     code, out, _ = ipadapter("cache", *keys(settings), "--force")
     assert code == 0
-    assert "only 1.5 KB free: going on" in out
+    assert "only 1.5 KB free: continuing because of --force" in out
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
@@ -237,7 +242,7 @@ def test_only_missing_shards_are_made_again(settings: dict[str, Any], small_shar
     files[1].write_bytes(files[1].read_bytes()[:-1])
     write_cache(config, say=lines.append)
     total = len(before) - 1
-    assert f"Going on: {total - 2} of {total} shards are written already." in "\n".join(lines)
+    assert f"Resuming: {total - 2} of {total} shards are written already." in "\n".join(lines)
     assert contents(folder) == before
     assert [file for file in files if file.stat().st_mtime_ns == times[file]] == files[2:]
 
@@ -262,14 +267,14 @@ def test_a_changed_byte_is_found_by_check(settings: dict[str, Any], small_shards
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    (folder / "texts" / "shard-00000.safetensors").unlink()
+    (folder / "captions" / "shard-00000.safetensors").unlink()
     with pytest.raises(CacheError) as error:
         check_hashes(folder)
     assert "images/shard-00001.safetensors has other content" in str(error.value)
-    assert "texts/shard-00000.safetensors is missing" in str(error.value)
+    assert "captions/shard-00000.safetensors is missing" in str(error.value)
     code, _, err = ipadapter("cache", "--check", folder)
     assert code == 2
-    assert "Delete the named files" in err
+    assert "Delete these files" in err
     file.unlink()
     write_cache(make_config(settings))
     check_hashes(folder)
@@ -294,35 +299,34 @@ def test_kills_at_any_moment(settings: dict[str, Any], tmp_path: Path, small_sha
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status)
         made = len(list(folder.glob("*/[!.]*.safetensors")))
-        assert not (folder / MANIFEST).exists()
+        assert not read_manifest(folder).complete
     examples = examples_from_config(config)
     with pytest.raises(CacheError, match=r"was not finished\. Run `ipadapter cache`"):
-        open_cache(folder, config, base_model_from_config(config), examples, data_fingerprint(config, examples))
+        CachedDataset(config, base_model_from_config(config), examples)
     lines: list[str] = []
     write_cache(config, say=lines.append)
-    assert f"Going on: {made} of {total} shards are written already." in "\n".join(lines)
+    assert f"Resuming: {made} of {total} shards are written already." in "\n".join(lines)
     assert contents(folder) == contents(whole)
 
 
 def _write_slowly(config: TrainConfig) -> None:
     """So that kills come in the middle of a shard, too."""
-    from ipadapter_trainer.cache import encoding as cache_encoding
+    from ipadapter_trainer.cache import encode as cache_encode
 
-    encode = cache_encoding.encode_moments
+    encode = cache_encode.encode_moments
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.005)
         return encode(*arguments)
 
-    cache_encoding.encode_moments = slow
+    cache_encode.encode_moments = slow
     write_cache(config)
 
 
 def test_two_processes_write_what_one_does(settings: dict[str, Any], tmp_path: Path, small_shards: None) -> None:
     script = tmp_path / "cache.py"
     script.write_text(
-        "import ipadapter_trainer.cache.plan as p\np.LARGEST_SHARD = p.SMALLEST_SHARD = 4000\n"
-        "from ipadapter_trainer.cli import main\nmain()"
+        "import ipadapter_trainer.cache.plan as p\np.SHARD_BYTES = 4000\nfrom ipadapter_trainer.cli import main\nmain()"
     )
     settings |= {"kind": "plus", "num_workers": 1}
     # "--multi_gpu" is its launcher over torch.distributed; "--cpu" starts one process, whatever their number.
@@ -373,10 +377,10 @@ def test_quantised_rows_are_near_although_some_channels_dwarf_the_others() -> No
 
 
 def test_values_that_float16_cannot_hold_are_refused(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from ipadapter_trainer.cache import encoding as cache_encoding
+    from ipadapter_trainer.cache import encode as cache_encode
 
-    encode = cache_encoding.encode_moments
-    monkeypatch.setattr(cache_encoding, "encode_moments", lambda *a: tuple(m * 1e6 for m in encode(*a)))
+    encode = cache_encode.encode_moments
+    monkeypatch.setattr(cache_encode, "encode_moments", lambda *a: tuple(m * 1e6 for m in encode(*a)))
     with pytest.raises(CacheError, match=r"latents_mean of images/shard-00000.* not finite in float16"):
         write_cache(make_config(settings))
 
@@ -388,6 +392,6 @@ def test_bytes_are_shown_for_people() -> None:
 
 def test_the_manifest_is_read_back(settings: dict[str, Any], tmp_path: Path) -> None:
     folder = write_cache(make_config(settings))
-    manifest = read_manifest(folder / MANIFEST)
-    manifest.save(tmp_path / "again.json")
-    assert read_manifest(tmp_path / "again.json") == manifest
+    manifest = read_manifest(folder)
+    manifest.save(tmp_path)
+    assert read_manifest(tmp_path) == manifest

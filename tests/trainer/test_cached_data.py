@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ import torch
 from PIL import Image
 
 from ipadapter_trainer.cache.files import MANIFEST, read_manifest
-from ipadapter_trainer.cache.read import CachedDataset, open_cache
-from ipadapter_trainer.cache.settings import cache_size
+from ipadapter_trainer.cache.read import CachedDataset
 from ipadapter_trainer.cache.write import write_cache
 from ipadapter_trainer.data.augmentation import SampleIndex
 from ipadapter_trainer.data.buckets import BucketBatchSampler
@@ -24,7 +22,6 @@ from ipadapter_trainer.data.dataset import Batch, ImageDataset, loader
 from ipadapter_trainer.data.from_config import (
     augmentation_from_config,
     buckets_from_config,
-    data_fingerprint,
     examples_from_config,
 )
 from ipadapter_trainer.errors import CacheError, DataError
@@ -64,12 +61,7 @@ def many(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 
 def cached(config: TrainConfig, base_model: BaseModel) -> CachedDataset:
-    assert config.cache is not None
-    examples = examples_from_config(config)
-    cache = open_cache(config.cache, config, base_model, examples, data_fingerprint(config, examples))
-    return CachedDataset(
-        examples, preprocessor_from_config(config, base_model), augmentation_from_config(config), cache
-    )
+    return CachedDataset(config, base_model, examples_from_config(config))
 
 
 def uncached(config: TrainConfig, base_model: BaseModel) -> ImageDataset:
@@ -212,7 +204,7 @@ def test_with_variants_the_epochs_take_turns(many: dict[str, Any], base_model: B
     config = make_config({**many, "crop": "random", "flip": True, "cache_variants": 3})
     write_cache(config)
     dataset = cached(config, base_model)
-    tables = dataset.cache.images.shard(0)
+    tables = dataset.tables["images"].shard(0)
     assert tables["latents_mean"].shape[1] == 6
     crops = [dataset[SampleIndex(epoch, 0)]["latents_mean"] for epoch in range(6)]
     assert len({tuple(crop.flatten().tolist()) for crop in crops}) > 3  # crops and mirror images
@@ -221,8 +213,8 @@ def test_with_variants_the_epochs_take_turns(many: dict[str, Any], base_model: B
 def test_shared_captions_and_references_are_kept_once(many: dict[str, Any]) -> None:
     config = make_config({**many, "kind": "plus"})
     write_cache(config)
-    manifest = read_manifest(Path(many["cache"]) / MANIFEST)
-    assert manifest.counts == {"texts": 3 + 1, "references": 3, "images": 8}
+    manifest = read_manifest(Path(many["cache"]))
+    assert manifest.counts == {"captions": 3 + 1, "references": 3, "images": 8}
 
 
 def test_the_forecast_is_what_is_written(many: dict[str, Any], base_model: BaseModel, sdxl_folder: Path) -> None:
@@ -230,7 +222,7 @@ def test_the_forecast_is_what_is_written(many: dict[str, Any], base_model: BaseM
         ({}, {"kind": "plus", "cache_image_features": "int8", "flip": True}, {"base_model": sdxl_folder})
     ):
         config = make_config({**many, **case, "cache": f"{many['cache']}{number}"})
-        forecast = cache_size(config, base_model_from_config(config), images=8, captions=4, references=3, own=5)
+        forecast = plan_training(config).cache
         assert config.cache is not None
         folder = write_cache(config)
         found = 0
@@ -238,7 +230,7 @@ def test_the_forecast_is_what_is_written(many: dict[str, Any], base_model: BaseM
             content = file.read_bytes()
             found += len(content) - 8 - int.from_bytes(content[:8], "little")
         assert forecast == found
-        assert plan_training(config).cache == found
+        assert found > 8 * 2 * 4 * 8 * 8 * 2
 
 
 # --- Broken images
@@ -252,9 +244,9 @@ def test_broken_images_are_replaced_and_named_as_without_cache(many: dict[str, A
     lines: list[str] = []
     write_cache(config, say=lines.append)
     assert any("Could not be read and are left out: 2, such as" in line for line in lines)
-    manifest = read_manifest(Path(many["cache"]) / MANIFEST)
-    assert list(manifest.broken["images"]) == ["2"]
-    assert "2.png: a text file that begins with 'not an image'" in manifest.broken["images"]["2"]
+    manifest = read_manifest(Path(many["cache"]))
+    assert list(manifest.broken["images"]) == [2]
+    assert "2.png: a text file that begins with 'not an image'" in manifest.broken["images"][2]
     plain, kept = uncached(config, base_model), cached(config, base_model)
     for epoch in range(3):
         for row in range(8):
@@ -373,8 +365,8 @@ def test_damaged_caches_are_refused(many: dict[str, Any], base_model: BaseModel)
     manifest.write_text(text[:-20])
     with pytest.raises(CacheError, match=r"manifest.json: not a cache's manifest"):
         cached(config, base_model)
-    manifest.write_text(text.replace('"format": 1', '"format": 7'))
-    with pytest.raises(CacheError, match="a cache of format 7, this version reads 1"):
+    manifest.write_text(text.replace('"format": 2', '"format": 7'))
+    with pytest.raises(CacheError, match="a cache of format 7, this version reads 2"):
         cached(config, base_model)
 
 
@@ -385,7 +377,7 @@ def test_a_shard_that_breaks_while_training_is_no_broken_image(many: dict[str, A
     from accelerate import Accelerator
 
     source = open_training_data(config, base_model, Accelerator(cpu=True))
-    texts = Path(many["cache"]) / "texts" / "shard-00000.safetensors"
+    texts = Path(many["cache"]) / "captions" / "shard-00000.safetensors"
     texts.write_bytes(b"\xff" * texts.stat().st_size)
     with pytest.raises(CacheError, match=r"^\S*shard-00000.safetensors: cannot be read .* Delete it"):
         next(source.batches(0))
@@ -410,7 +402,7 @@ def test_a_row_of_another_bucket_stands_in_for_none(many: dict[str, Any], base_m
     write_cache(config)
     dataset = cached(config, base_model)
     first, second = (rows[0] for rows in dataset.buckets.rows[:2])
-    dataset.cache = replace(dataset.cache, broken={"images": dict.fromkeys(dataset.buckets.rows[0], "gone")})
+    dataset.broken = {"images": dict.fromkeys(dataset.buckets.rows[0], "gone")}
     with pytest.raises(DataError, match="None of the 8 images can be read"):
         dataset[first]
     assert dataset[second]["latents_mean"].shape == dataset.preprocessor.latent_shape(dataset.buckets.sizes[1])

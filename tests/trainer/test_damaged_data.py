@@ -336,7 +336,7 @@ def keys(settings: dict[str, Any], **changes: object) -> list[str]:
 
 def test_damaged_shards_of_a_cache_are_named_and_made_again(cache: dict[str, Any]) -> None:
     folder = Path(cache["cache"])
-    texts, images = (folder / name / "shard-00000.safetensors" for name in ("texts", "images"))
+    texts, images = (folder / name / "shard-00000.safetensors" for name in ("captions", "images"))
     whole = {shard: shard.read_bytes() for shard in (texts, images)}
     missing = {
         "has {0:,} bytes instead of {1:,}": CUT["cut off"],
@@ -363,12 +363,12 @@ def test_a_shard_of_another_cache_is_named(cache: dict[str, Any], tmp_path: Path
     for file in images.glob("*.txt"):
         file.write_text(file.read_text().replace("square", "circle"))
     write_cache(make_config({**cache, "cache": str(other)}))
-    for name in ("texts", "images"):
+    for name in ("captions", "images"):
         shard = folder / name / "shard-00000.safetensors"
         shard.write_bytes((other / name / shard.name).read_bytes())
     for file in images.glob("*.txt"):
         file.write_text(file.read_text().replace("circle", "square"))
-    named = "texts/shard-00000.safetensors belongs to another cache; images/shard-00000.safetensors belongs"
+    named = "captions/shard-00000.safetensors belongs to another cache; images/shard-00000.safetensors belongs"
     assert_refused(named, "train", *keys(cache))
 
 
@@ -376,7 +376,7 @@ def test_a_shard_of_another_cache_is_named(cache: dict[str, Any], tmp_path: Path
 def test_a_damaged_manifest_is_named(cache: dict[str, Any], damage: str) -> None:
     manifest = Path(cache["cache"]) / MANIFEST
     content = json.loads(manifest.read_text())
-    del content["shards"]["images"]
+    del content["shards"]["images/shard-00000.safetensors"]
     others = {"no table": lambda whole: json.dumps(content).encode(), "a list": lambda whole: b"[1, 2]"}
     manifest.write_bytes({**DAMAGE, **CUT, **others}[damage](manifest.read_bytes()))
     found = damage if damage in DAMAGE else "it is damaged"
@@ -392,12 +392,13 @@ def test_what_is_no_cache_is_named(cache: dict[str, Any], images: Path, tmp_path
         assert_refused(words, "train", *keys(cache, cache=folder))
 
 
-def test_a_key_of_an_earlier_version_is_not_asked_for(cache: dict[str, Any]) -> None:
+def test_a_manifest_of_an_earlier_format_is_named(cache: dict[str, Any]) -> None:
     manifest = Path(cache["cache"]) / MANIFEST
     content = json.loads(manifest.read_text())
-    for entries in content["shards"].values():
-        for entry in entries:
-            assert len(entry.pop("key")) == 32
-    manifest.write_text(json.dumps(content))
     assert check_hashes(Path(cache["cache"])).size > 0
-    assert load_file(Path(cache["cache"]) / "texts" / "shard-00000.safetensors")
+    assert load_file(Path(cache["cache"]) / "captions" / "shard-00000.safetensors")
+    manifest.write_text(json.dumps({**content, "format": 1, "shards": {"texts": [], "images": []}}))
+    words = f"{manifest}: a cache of format 1, this version reads 2. Make the cache again with `ipadapter cache`, in"
+    assert_refused(words, "train", *keys(cache))
+    assert_refused(words, "cache", *keys(cache))
+    assert_refused(words, "cache", "--check", cache["cache"])

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from ipadapter_trainer.cache.files import ShardHeader, write_shard
+from ipadapter_trainer.cache.files import write_shard
 from ipadapter_trainer.errors import DiskError, ExportError
 from ipadapter_trainer.files.opening import checkpoint_folders
 from ipadapter_trainer.files.writing import write_adapter
@@ -122,7 +122,7 @@ def test_a_shard_of_a_cache(disk: Path) -> None:
     filler = fill(disk, 8192)
     file = disk / "images" / "shard-00000.safetensors"
     with pytest.raises(DiskError, match=f"^{file}: {FULL} the same command again; the shards that") as raised:
-        write_shard(file, {"a": torch.zeros(10**5)}, ShardHeader("key", {}))
+        write_shard(file, {"a": torch.zeros(10**5)}, "key", {})
     assert "needs 400.1 KB" in str(raised.value)
     assert [p for p in disk.rglob("*") if p.is_file()] == [filler]
 

@@ -175,7 +175,7 @@ def test_ctrl_c_while_the_finished_training_is_exported(settings: dict[str, Any]
 
 def test_ctrl_c_while_a_cache_is_written(settings: dict[str, Any], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    moment = AT.format(module="ipadapter_trainer.cache.encoding", name="encode_moments", seconds=0.2)
+    moment = AT.format(module="ipadapter_trainer.cache.encode", name="encode_moments", seconds=0.2)
     arguments = keys(settings, cache=cache, num_workers=2, batch_size=1, cache_variants=4, crop="random")
     command = Command(["cache", *arguments], moment)
     command.wait_for_moment()
@@ -185,7 +185,7 @@ def test_ctrl_c_while_a_cache_is_written(settings: dict[str, Any], tmp_path: Pat
     assert status == 130
     assert lines[-1] == "Stopped; the shards that are written stay. Run the same command again to resume."
     assert half_files(cache) == []
-    assert list(cache.glob("texts/*.safetensors"))
+    assert list(cache.glob("captions/*.safetensors"))
 
 
 def test_ctrl_c_while_a_image_is_generated(model_folder: Path, tmp_path: Path) -> None:
