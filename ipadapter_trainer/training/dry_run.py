@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from ipadapter_core import AdapterSpec, init_adapter
+from ipadapter_core import AdapterSpec
 
 from ..cache.plan import Rows
 from ..cache.settings import cache_size
@@ -39,11 +38,19 @@ class Plan:
     base: str
     examples: int | None  # None for shards
     steps: int
-    trained: int  # parameters
-    frozen: int  # parameters that stay in memory
     cost: Cost
     bytes: dict[str, int]  # expected memory by what needs it
     cache: int | None  # bytes on disk of what `ipadapter cache` keeps; None for shards that stream
+
+    @property
+    def trained(self) -> int:
+        """Parameters of the adapter."""
+        return self.cost.trained_parameters
+
+    @property
+    def frozen(self) -> int:
+        """Parameters of the frozen models that stay in memory."""
+        return sum(self.cost.frozen_parameters.values())
 
     @property
     def memory(self) -> int:
@@ -70,23 +77,18 @@ def plan_training(config: TrainConfig, processes: int = 1, checked: Checked | No
     """
     base_model = base_model_from_config(config) if checked is None else checked.base_model
     spec = adapter_spec(base_model, config.train_kind, config.num_tokens)
-    known = known_examples(config) if checked is None else checked.source.examples
+    known = known_examples(config) if checked is None else checked.data.examples
     examples = None
     if known is not None:
         examples = len(known) - len(held_out_rows(known, config.validation_images, image_root(config)))
     cost = step_cost(base_model, spec, config)
-    modules = _frozen_parts(base_model, cached=config.cache is not None, image=spec.image_dim is not None)
-    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-    trained = sum(p.numel() for p in init_adapter(spec, device="meta").parameters())
     return Plan(
         spec=spec,
         base=base_model.name,
         examples=examples,
         steps=total_steps(config, examples, config.batch_size * processes),
-        trained=trained,
-        frozen=sum(parameters.values()),
         cost=cost,
-        bytes=_memory(config, base_model, parameters, trained, cost),
+        bytes=_memory(config, base_model, cost),
         cache=None if known is None else _cache_bytes(config, base_model, known),
     )
 
@@ -103,27 +105,16 @@ def _cache_bytes(config: TrainConfig, base_model: BaseModel, examples: Sequence[
     )
 
 
-def _frozen_parts(base_model: BaseModel, *, cached: bool, image: bool) -> dict[str, nn.Module]:
-    parts: dict[str, nn.Module] = {"UNet": base_model.meta_unet()}
-    if not cached:
-        parts["VAE"] = base_model.meta_vae()
-        parts["text"] = base_model.meta_text_encoders()
-        if image:
-            parts["image"] = base_model.meta_image_encoder()
-    return parts
-
-
-def _memory(
-    config: TrainConfig, base_model: BaseModel, parameters: dict[str, int], trained: int, cost: Cost
-) -> dict[str, int]:
+def _memory(config: TrainConfig, base_model: BaseModel, cost: Cost) -> dict[str, int]:
     half = 4 if config.mixed_precision == "no" else 2
     vae = 4 if base_model.vae_dtype == torch.float32 else 2
     width = {"UNet": _FROZEN_BYTES[config.mixed_precision], "VAE": vae, "text": half, "image": half}
     average = 4 if config.ema_decay else 0
     copy = 0 if config.mixed_precision == "no" else 2  # what autocast computes with
     return {
-        "frozen weights": sum(count * width[name] for name, count in parameters.items()),
-        "adapter, gradients and optimizer": trained * (4 + 4 + _OPTIMIZER_BYTES[config.optimizer] + average + copy),
+        "frozen weights": sum(count * width[name] for name, count in cost.frozen_parameters.items()),
+        "adapter, gradients and optimizer": cost.trained_parameters
+        * (4 + 4 + _OPTIMIZER_BYTES[config.optimizer] + average + copy),
         "activations": cost.activation_bytes,
     }
 
