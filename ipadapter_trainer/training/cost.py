@@ -72,22 +72,22 @@ def step_cost(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> 
 def count_adapter(base_model: BaseModel, spec: AdapterSpec, dtype: torch.dtype) -> Count:
     """The forward and backward pass of projector, keys and values."""
     adapter = init_adapter(spec, device="meta", dtype=dtype)
-    _discard_gradients(adapter)
     features = [] if spec.face_dim is None else [_zeros(1, spec.face_dim, dtype=dtype)]
     if spec.image_dim is not None:
         tokens = () if spec.feature == "image_embeds" else (base_model.image_tokens,)
         features.append(_zeros(1, *tokens, spec.image_dim, dtype=dtype))
     with metered(adapter.parameters()) as (flops, memory):
         outputs = [tensor for key_value in adapter(*features) for tensor in key_value]
-        forward_flops = flops.get_total_flops()
+        # The backward pass adds gradients of weights only, which count with the optimizer.
+        forward_flops, peak_bytes = flops.get_total_flops(), memory.peak_bytes
         torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
-    return Count(forward_flops, flops.get_total_flops(), memory.peak_bytes)
+    return Count(forward_flops, flops.get_total_flops(), peak_bytes)
 
 
 def count_unet(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Count:
     """The forward and backward pass of the frozen UNet, given image keys and values (and a LoRA)."""
     dtype, side = train_dtype(config), config.resolution // base_model.latent_scale
-    unet = nn.Module.to(base_model.meta_unet().requires_grad_(False), dtype)  # `unet.to` would log a warning
+    unet: Any = nn.Module.to(base_model.meta_unet().requires_grad_(False), dtype)  # `unet.to` would log a warning
     if config.mixed_precision != "fp8" and not config.compile:
         release_conv_inputs(unet)  # as `tune_unet` does
     if config.gradient_checkpointing:
@@ -98,8 +98,9 @@ def count_unet(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) ->
     ]
     lora = init_adapter(spec, device="meta", dtype=dtype).lora
     weights = [*unet.parameters(), *(() if lora is None else lora.parameters())]
-    if lora is not None:
-        _discard_gradients(lora)
+    for weight in weights:  # gradients count with the optimizer
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with inject(unet, AdapterApplication(key_values, lora=lora)), metered(weights) as (flops, memory):
         predicted = unet(
             _zeros(1, base_model.latent_channels, side, side, dtype=dtype),
@@ -115,9 +116,9 @@ def count_unet(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) ->
 def count_encoders(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Count:
     """The frozen encoders on one image and its caption."""
     dtype, vae_dtype = base_model.dtype, base_model.vae_dtype
-    vae = nn.Module.to(base_model.meta_vae(), vae_dtype)
+    vae: Any = nn.Module.to(base_model.meta_vae(), vae_dtype)
     texts = nn.Module.to(base_model.meta_text_encoders(), dtype)
-    image = None if spec.image_dim is None else nn.Module.to(base_model.meta_image_encoder(), dtype)
+    image: Any = None if spec.image_dim is None else nn.Module.to(base_model.meta_image_encoder(), dtype)
     weights = [p for module in (vae, texts, image) if module is not None for p in module.parameters()]
     with torch.no_grad(), metered(weights) as (flops, memory):
         vae.encode(_zeros(1, 3, config.resolution, config.resolution, dtype=vae_dtype))
@@ -133,7 +134,8 @@ def sampling_bytes(base_model: BaseModel, config: TrainConfig) -> int:
     """Peak memory while the validation decodes its samples, including the models that it loads again for that."""
     if not config.validation_images or not config.sample_images or config.streams:
         return 0
-    vae, side = nn.Module.to(base_model.meta_vae(), base_model.vae_dtype), config.resolution // base_model.latent_scale
+    vae: Any = nn.Module.to(base_model.meta_vae(), base_model.vae_dtype)
+    side = config.resolution // base_model.latent_scale
     with torch.no_grad(), metered(vae.parameters()) as (_, memory):
         vae.decode(_zeros(1, base_model.latent_channels, side, side, dtype=base_model.vae_dtype))
     loaded = [] if config.cache is None else list(vae.parameters())
@@ -154,12 +156,6 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _discard_gradients(module: nn.Module) -> None:
-    """They count with the optimizer."""
-    for parameter in module.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
 
 class PeakMemory(TorchDispatchMode):

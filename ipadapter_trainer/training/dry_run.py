@@ -1,6 +1,4 @@
-"""`ipadapter train --dry-run`: every check of a training, and what it would need, computed on the meta device without
-reading a weight of the frozen models.
-"""
+"""`ipadapter train --dry-run`: all checks of a training, and its expected work and memory, without reading weights."""
 
 from __future__ import annotations
 
@@ -25,21 +23,21 @@ from .cost import Cost, step_cost
 from .new_adapter import adapter_spec
 from .training_data import held_out_rows, known_examples
 
-# Bytes beside each float32 weight in training: its gradient and what the optimizer remembers of it.
+# Optimizer state in bytes per trained weight.
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "schedulefree": 8}
 _FROZEN_BYTES = {"no": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan_training` found."""
+    """Expected work and memory of a training."""
 
     spec: AdapterSpec
     base: str
     examples: int | None  # None for shards
     steps: int
     cost: Cost
-    bytes: dict[str, int]  # expected memory by what needs it
+    bytes: dict[str, int]  # expected memory by use
     cache: int | None  # bytes on disk of what `ipadapter cache` keeps; None for shards that stream
 
     @property
@@ -59,7 +57,7 @@ class Plan:
 
 
 def dry_run(config: TrainConfig, say: Say) -> None:
-    """Do all that `train` does before it reads weights, and say what it would need and what it would begin with.
+    """Run all checks of `train`, and print the plan, the warnings and the checkpoint it would resume from.
 
     Raises TrainerError or AdapterError as `train` would.
     """
@@ -71,7 +69,7 @@ def dry_run(config: TrainConfig, say: Say) -> None:
 
 
 def plan_training(config: TrainConfig, processes: int = 1, checked: Checked | None = None) -> Plan:
-    """Count what a training needs; no weight is read, nothing is written.
+    """Compute the plan of a training. No weight is read, nothing is written.
 
     Raises TrainerError for a base model or data that cannot be used.
     """
@@ -120,7 +118,7 @@ def _memory(config: TrainConfig, base_model: BaseModel, cost: Cost) -> dict[str,
 
 
 def plan_text(config: TrainConfig, plan: Plan) -> str:
-    """A `Plan` for people."""
+    """The text of a `Plan`."""
     images = config.batch_size
     per_image = (plan.cost.flops + plan.cost.encoder_flops) / images
     found = "shards, of unknown length" if plan.examples is None else f"{plan.examples:,} images to train on"
