@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,7 +40,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Count:
-    """FLOPs and bytes for one image."""
+    """FLOPs and bytes for one batch."""
 
     forward_flops: int
     flops: int
@@ -49,33 +48,34 @@ class Count:
 
 
 def step_cost(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Cost:
-    """The cost of one batch: that of one image, times `batch_size`."""
-    batch, cached = config.batch_size, config.cache is not None
-    adapter, unet = count_adapter(base_model, spec, train_dtype(config)), count_unet(base_model, spec, config)
+    """Count one batch of the settings."""
+    cached = config.cache is not None
+    adapter, unet = count_adapter(base_model, spec, config), count_unet(base_model, spec, config)
     encoders = Count(0, 0, 0) if cached else count_encoders(base_model, spec, config)
     frozen: dict[str, nn.Module] = {"UNet": base_model.meta_unet()}
     if not cached:
         frozen |= {"VAE": base_model.meta_vae(), "text": base_model.meta_text_encoders()}
         if spec.image_dim is not None:
             frozen["image"] = base_model.meta_image_encoder()
-    step_bytes = batch * max(adapter.peak_bytes + unet.peak_bytes, encoders.peak_bytes)
+    step_bytes = max(adapter.peak_bytes + unet.peak_bytes, encoders.peak_bytes)
     return Cost(
-        forward_flops=batch * (adapter.forward_flops + unet.forward_flops),
-        flops=batch * (adapter.flops + unet.flops),
-        encoder_flops=batch * encoders.flops,
+        forward_flops=adapter.forward_flops + unet.forward_flops,
+        flops=adapter.flops + unet.flops,
+        encoder_flops=encoders.flops,
         activation_bytes=max(step_bytes, sampling_bytes(base_model, config)),
         trained_parameters=_parameters(init_adapter(spec, device="meta")),
         frozen_parameters={name: _parameters(module) for name, module in frozen.items()},
     )
 
 
-def count_adapter(base_model: BaseModel, spec: AdapterSpec, dtype: torch.dtype) -> Count:
+def count_adapter(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Count:
     """The forward and backward pass of projector, keys and values."""
+    batch, dtype = config.batch_size, train_dtype(config)
     adapter = init_adapter(spec, device="meta", dtype=dtype)
-    features = [] if spec.face_dim is None else [_zeros(1, spec.face_dim, dtype=dtype)]
+    features = [] if spec.face_dim is None else [_zeros(batch, spec.face_dim, dtype=dtype)]
     if spec.image_dim is not None:
         tokens = () if spec.feature == "image_embeds" else (base_model.image_tokens,)
-        features.append(_zeros(1, *tokens, spec.image_dim, dtype=dtype))
+        features.append(_zeros(batch, *tokens, spec.image_dim, dtype=dtype))
     with metered(adapter.parameters()) as (flops, memory):
         outputs = [tensor for key_value in adapter(*features) for tensor in key_value]
         # The backward pass adds gradients of weights only, which count with the optimizer.
@@ -86,14 +86,15 @@ def count_adapter(base_model: BaseModel, spec: AdapterSpec, dtype: torch.dtype) 
 
 def count_unet(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Count:
     """The forward and backward pass of the frozen UNet, given image keys and values (and a LoRA)."""
-    dtype, side = train_dtype(config), config.resolution // base_model.latent_scale
-    unet: Any = nn.Module.to(base_model.meta_unet().requires_grad_(False), dtype)  # `unet.to` would log a warning
+    batch, dtype = config.batch_size, train_dtype(config)
+    side = config.resolution // base_model.latent_scale
+    unet: Any = nn.Module.to(base_model.meta_unet().requires_grad_(False), dtype)  # `unet.to` would warn
     if config.mixed_precision != "fp8" and not config.compile:
         release_conv_inputs(unet)  # as `tune_unet` does
     if config.gradient_checkpointing:
         unet.train().enable_gradient_checkpointing()
     key_values = [
-        KeyValue(*(_zeros(1, spec.num_tokens, dim, dtype=dtype).requires_grad_() for _ in "kv"))
+        KeyValue(*(_zeros(batch, spec.num_tokens, dim, dtype=dtype).requires_grad_() for _ in "kv"))
         for dim in spec.layer_dims
     ]
     lora = init_adapter(spec, device="meta", dtype=dtype).lora
@@ -101,12 +102,15 @@ def count_unet(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) ->
     for weight in weights:  # gradients count with the optimizer
         if weight.requires_grad:
             weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with inject(unet, AdapterApplication(key_values, lora=lora)), metered(weights) as (flops, memory):
+    with (
+        inject(unet, AdapterApplication(key_values, lora=lora, rows=range(batch))),
+        metered(weights) as (flops, memory),
+    ):
         predicted = unet(
-            _zeros(1, base_model.latent_channels, side, side, dtype=dtype),
-            _zeros(1),
-            _zeros(1, base_model.text_length, spec.cross_attention_dim, dtype=dtype),
-            added_cond_kwargs=base_model.meta_conditions(1),
+            _zeros(batch, base_model.latent_channels, side, side, dtype=dtype),
+            _zeros(batch),
+            _zeros(batch, base_model.text_length, spec.cross_attention_dim, dtype=dtype),
+            added_cond_kwargs=base_model.meta_conditions(batch),
         ).sample
         forward_flops = flops.get_total_flops()
         predicted.float().mean().backward()
@@ -114,19 +118,19 @@ def count_unet(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) ->
 
 
 def count_encoders(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Count:
-    """The frozen encoders on one image and its caption."""
-    dtype, vae_dtype = base_model.dtype, base_model.vae_dtype
+    """The frozen encoders on images and captions."""
+    batch, dtype, vae_dtype = config.batch_size, base_model.dtype, base_model.vae_dtype
     vae: Any = nn.Module.to(base_model.meta_vae(), vae_dtype)
     texts = nn.Module.to(base_model.meta_text_encoders(), dtype)
     image: Any = None if spec.image_dim is None else nn.Module.to(base_model.meta_image_encoder(), dtype)
     weights = [p for module in (vae, texts, image) if module is not None for p in module.parameters()]
     with torch.no_grad(), metered(weights) as (flops, memory):
-        vae.encode(_zeros(1, 3, config.resolution, config.resolution, dtype=vae_dtype))
+        vae.encode(_zeros(batch, 3, config.resolution, config.resolution, dtype=vae_dtype))
         for encoder in texts.children():
-            encoder(_zeros(1, base_model.text_length, dtype=torch.long))
+            encoder(_zeros(batch, base_model.text_length, dtype=torch.long))
         if image is not None:
             side = int(image.config.image_size)
-            image(_zeros(1, 3, side, side, dtype=dtype))
+            image(_zeros(batch, 3, side, side, dtype=dtype))
     return Count(0, flops.get_total_flops(), memory.peak_bytes)
 
 
@@ -136,13 +140,13 @@ def sampling_bytes(base_model: BaseModel, config: TrainConfig) -> int:
         return 0
     vae: Any = nn.Module.to(base_model.meta_vae(), base_model.vae_dtype)
     side = config.resolution // base_model.latent_scale
+    rows = min(config.batch_size, config.sample_images, decode_rows(config.resolution**2))
     with torch.no_grad(), metered(vae.parameters()) as (_, memory):
-        vae.decode(_zeros(1, base_model.latent_channels, side, side, dtype=base_model.vae_dtype))
+        vae.decode(_zeros(rows, base_model.latent_channels, side, side, dtype=base_model.vae_dtype))
     loaded = [] if config.cache is None else list(vae.parameters())
     if config.cache is not None and config.train_kind.takes_hidden_states:
         loaded += nn.Module.to(base_model.meta_image_encoder(), base_model.dtype).parameters()
-    rows = min(config.batch_size, config.sample_images, decode_rows(config.resolution**2))
-    return rows * memory.peak_bytes + sum(p.nbytes for p in loaded)
+    return memory.peak_bytes + sum(p.nbytes for p in loaded)
 
 
 def train_dtype(config: TrainConfig) -> torch.dtype:
@@ -180,14 +184,9 @@ class PeakMemory(TorchDispatchMode):
         self._now -= size
 
 
-class FusedAttention(TorchFunctionMode):
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Attention by a fused kernel, as on GPUs: on the meta device PyTorch would materialise the attention matrix."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            query, key, value = args[:3]
-            return aten._scaled_dot_product_efficient_attention(query, key, value, None, torch.is_grad_enabled())[0]
-        return func(*args, **(kwargs or {}))
+    return aten._scaled_dot_product_efficient_attention(query, key, value, None, torch.is_grad_enabled())[0]
 
 
 def _attention_backward_flops(*args: Any, **kwargs: Any) -> int:
@@ -203,5 +202,10 @@ def metered(ignored: Iterable[Tensor] = ()) -> Iterator[tuple[FlopCounterMode, P
     """Count what runs inside on the meta device; the tensors `ignored` take no memory."""
     formulas = {aten._scaled_dot_product_efficient_attention_backward: _attention_backward_flops}
     flops = FlopCounterMode(display=False, custom_mapping=formulas)
-    with flops, PeakMemory(ignored) as memory, FusedAttention():
-        yield flops, memory
+    attention = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _fused_attention
+    try:
+        with flops, PeakMemory(ignored) as memory:
+            yield flops, memory
+    finally:
+        F.scaled_dot_product_attention = attention

@@ -1,8 +1,8 @@
 """Validation: whether the adapter uses its image prompt, measured on held-out examples.
 
 The training loss barely shows it: the base model alone reaches nearly the same loss, and random timesteps hide the
-rest. So every validation uses the same noise and timesteps, and compares the loss with the right image prompt to the losses
-without one and with that of another example.
+rest. So every validation uses the same noise and timesteps, and compares the loss with the right image prompt to the
+losses without one and with that of another example.
 """
 
 from __future__ import annotations

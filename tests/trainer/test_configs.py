@@ -72,7 +72,13 @@ def _shared_counts() -> Iterator[None]:
     count_unet, count_encoders = cost.count_unet, cost.count_encoders
 
     def settings_of(config: TrainConfig) -> tuple[Any, ...]:
-        return config.resolution, config.mixed_precision, config.gradient_checkpointing, config.compile
+        return (
+            config.batch_size,
+            config.resolution,
+            config.mixed_precision,
+            config.gradient_checkpointing,
+            config.compile,
+        )
 
     def unet_once(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> cost.Count:
         key = ("UNet", base_model.name, spec.num_tokens, spec.lora_rank, *settings_of(config))

@@ -221,7 +221,7 @@ def test_a_model_knows_its_tokens(base_model: BaseModel, model_folder: Path) -> 
     spec = adapter_spec(base_model, TRAIN_KINDS["plus"])
     adapter = new_adapter(base_model, TRAIN_KINDS["plus"])
     states = torch.zeros(1, base_model.image_tokens, base_model.hidden_dim)
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+    with FlopCounterMode(display=False) as flops:
         adapter(states)
     unet_alone = step_cost(base_model, adapter_spec(base_model, TRAIN_KINDS["base"]), config).forward_flops
     more = step_cost(base_model, spec, config).forward_flops - unet_alone
