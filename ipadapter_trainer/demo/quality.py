@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL, emoji_folder
-from tools.shipped_emoji.clip import tokenize
 
+from ..data.preprocess import tokenize
 from ..models.base_model import BaseModel, load_base_model
 from ..models.generate import generate
 from ..models.image_features import encode_clip_images
@@ -55,6 +55,9 @@ class Judges:
         """Pixels [N, 3, 64, 64] in [-1, 1] -> unit CLIP embeddings [N, D]."""
         return F.normalize(encode_clip_images(self.base_model, normalize(pixels)), dim=-1)
 
+    def _token_ids(self, texts: list[str]) -> Tensor:
+        return tokenize(self.base_model.tokenizers[:1], texts, self.base_model.text_length)[0]
+
     @torch.no_grad()
     def concepts(self, pixels: Tensor) -> Tensor:
         """int64 [N]: which of the sixteen text concepts each image shows, by CLIP against their captions.
@@ -62,7 +65,7 @@ class Judges:
         A concept is the mean of its captions in all styles, so that no style draws images to a concept.
         """
         captions = [styled_caption(caption(c), style) for c in TEXT_CONCEPTS for style in STYLE_NAMES]
-        pooled = self.base_model.text_encoder(tokenize(self.base_model.tokenizer, captions)).pooler_output
+        pooled = self.base_model.text_encoder(self._token_ids(captions)).pooler_output
         texts = F.normalize(pooled @ self.text_projection.T, dim=-1)
         concepts = texts.unflatten(0, (len(TEXT_CONCEPTS), len(STYLE_NAMES))).mean(dim=1)
         return (self.image_embeds(pixels) @ F.normalize(concepts, dim=-1).T).argmax(-1)
@@ -71,7 +74,7 @@ class Judges:
     def styles_by_encoder(self, pixels: Tensor) -> Tensor:
         """int64 [N]: which of the styles the image encoder sees, by CLIP against "noto style" and the like."""
         captions = [f"{style} style" for style in STYLE_NAMES]
-        pooled = self.base_model.text_encoder(tokenize(self.base_model.tokenizer, captions)).pooler_output
+        pooled = self.base_model.text_encoder(self._token_ids(captions)).pooler_output
         texts = F.normalize(pooled @ self.text_projection.T, dim=-1)
         return torch.cat([self.image_embeds(chunk) @ texts.T for chunk in pixels.split(64)]).argmax(-1)
 

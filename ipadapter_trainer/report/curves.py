@@ -1,4 +1,4 @@
-"""The charts of a run's report: what is drawn of log.jsonl, and what each curve is good for."""
+"""The charts of a run's report, drawn from log.jsonl, with an explanation each."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 Lines = Sequence[dict[str, float]]
 
-POINTS = 1000  # of a curve; more cannot be told apart, and make the file large
-_SMOOTHED = 40  # a curve is averaged over a fortieth of its length
-# Of Okabe and Ito, which colour-blind people tell apart.
+POINTS = 1000  # of a curve at most; more are not visible and make the file large
+_SMOOTHED = 40  # a curve is averaged over 1/40 of its length
+# Okabe and Ito's palette for colour-blind readers.
 _BLUE, _ORANGE, _GREY, _BLACK = "#0072b2", "#e69f00", "#999999", "#000000"
 _BY_NOISE = ("#c6dbef", "#6baed6", "#2171b5", "#08306b")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart. `error` is the key of its standard error, of which two are shaded."""
+    """One line of a chart. `error` is the key of its standard error; two of them are shaded."""
 
     label: str
     key: str
@@ -29,7 +29,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over the steps, from the lines of the training or of the validations."""
+    """Curves over the steps, from the log lines of training steps or of validations."""
 
     title: str
     meaning: str
@@ -102,7 +102,7 @@ CHARTS = (
 
 
 def draw(chart: Chart, train: Lines, validations: Lines) -> bytes | None:
-    """The chart as SVG, its title left out; None when nothing of it was measured."""
+    """The chart as SVG, without its title; None if the log has no data for it."""
     from matplotlib.figure import Figure
 
     lines = validations if chart.of_validation else train
@@ -129,7 +129,7 @@ def _plot(axes: Any, curve: Curve, lines: Lines, smooth: bool) -> None:
     if not lines:
         return
     every = -(-len(lines) // POINTS)
-    shown = slice((len(lines) - 1) % every, None, every)  # the last one always
+    shown = slice((len(lines) - 1) % every, None, every)  # always with the last one
     steps = [line["step"] for line in lines][shown]
     values = [line[curve.key] for line in lines]
     style: dict[str, Any] = {"color": curve.colour, "linestyle": "--" if curve.dashed else "-"}
@@ -145,7 +145,7 @@ def _plot(axes: Any, curve: Curve, lines: Lines, smooth: bool) -> None:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponentially, over a fortieth of the curve; corrected for its start, as Adam's averages are."""
+    """Exponential average over 1/40 of the curve, with Adam's bias correction."""
     decay = 1 - 1 / max(2.0, len(values) / _SMOOTHED)
     average, weight, smooth = 0.0, 0.0, list[float]()
     for value in values:

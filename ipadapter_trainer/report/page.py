@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that needs nothing beside it, with what the numbers mean in words."""
+"""The report of a run: a self-contained HTML page with charts, samples and a verdict."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ img { max-width: 100%; background: white; border-radius: .4rem } figure img { wi
 
 
 def write_report(output: Path, summary: str) -> Path:
-    """Write output/report.html from the log, the settings and the samples of a run; `summary` is its head in words.
+    """Write output/report.html from the log, the settings and the samples of a run; `summary` is shown at the top.
 
-    Raises DataError for a folder that is no run.
+    Raises DataError if the folder is not a run.
     """
     train, validations = read_run(output)
     config = output / CONFIG_FILE
@@ -67,7 +67,7 @@ def _figure(chart: Chart, drawn: bytes) -> str:
 
 
 def _samples(output: Path) -> list[str]:
-    """The first grid, the one in the middle and the last."""
+    """The first grid of samples, the middle one and the last."""
     files = list(sample_files(output).items())
     if not files:
         return []
@@ -79,7 +79,7 @@ def _samples(output: Path) -> list[str]:
 
 
 def _as_jpeg(file: Path) -> bytes:
-    """A tenth of the size of the PNG beside the page."""
+    """The grid as JPEG, a tenth of the size of its PNG file."""
     stream = io.BytesIO()
     with Image.open(file) as image:
         image.convert("RGB").save(stream, "JPEG", quality=90)

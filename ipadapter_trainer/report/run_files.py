@@ -1,7 +1,7 @@
-"""What a run leaves in its output folder besides checkpoints, for its own log, the report and any plotting tool.
+"""The log files in the output folder of a run.
 
 output/config.toml              the settings; `ipadapter train config.toml` repeats the run
-output/log.jsonl                lines about the training and about validations, told apart by their keys
+output/log.jsonl                lines of training steps ("loss") and of validations ("validation/loss")
 output/samples/step-000200.png  the grid of samples of a validation
 """
 
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 
 def read_run(output: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """`read_log` of a folder that a user names; lines that cannot be read are counted in a warning.
+    """`read_log` of a folder given by the user, with a warning about unreadable lines.
 
-    Raises DataError that says what a run is, and which ones are near, when this is none.
+    Raises DataError if it is no run, with an explanation and similar folder names.
     """
     file = output / LOG_FILE
     if not file.is_file():
@@ -58,7 +58,7 @@ def _what_a_run_is(near: Path) -> str:
 
 
 def read_log(output: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """The lines of a run about its training and about its validations; a line cut short by a kill is left out."""
+    """The lines of training steps and those of validations; incomplete lines are left out."""
     parsed = [found for line in _lines(output / LOG_FILE) if (found := _parse(line)) is not None]
     return [line for line in parsed if "loss" in line], [line for line in parsed if "validation/loss" in line]
 
@@ -70,12 +70,12 @@ def sample_files(output: Path) -> dict[int, Path]:
 
 
 def image_file(output: Path, name: str, step: int) -> Path:
-    """Where a run keeps an image."""
+    """The file of an image of a run."""
     return output / name / f"step-{step:06d}.png"
 
 
 def drop_past(output: Path, start: int) -> None:
-    """Drop the lines and samples past the step `start`. A training that starts at step 0 starts anew: nothing stays."""
+    """Delete the lines and samples after the step `start`; with 0 all of them."""
     kept_until = start or -1
     file = output / LOG_FILE
     kept = [line for line in _lines(file) if (found := _parse(line)) is not None and found["step"] <= kept_until]
@@ -90,7 +90,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _parse(line: str) -> dict[str, float] | None:
-    """A line of the log; None when it was cut short by a kill, or is of something else."""
+    """A line of the log; None if it is incomplete or has other content."""
     try:
         found = json.loads(line)
     except ValueError:
@@ -101,14 +101,14 @@ def _parse(line: str) -> dict[str, float] | None:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file by one rename, so that a kill leaves the old one or the new one. Raises DiskError."""
+    """Replace a file atomically. Raises DiskError."""
     data = text.encode("utf-8")
     with whole_file(file, need=len(data)) as temporary:
         temporary.write_bytes(data)
 
 
 def append_line(file: Path, line: str) -> None:
-    """Add a line, all of it or nothing: half of one would spoil the next."""
+    """Append a line completely or not at all: half a line would damage the next."""
     with file.open("ab", buffering=0) as stream:
         before, data = stream.tell(), f"{line}\n".encode()
         try:
@@ -120,9 +120,9 @@ def append_line(file: Path, line: str) -> None:
 
 
 def to_toml(config: Mapping[str, Any]) -> str:
-    """Settings as TOML; None, which it has no word for, is left out: it is the default where it is allowed."""
+    """Settings as TOML. None, which TOML lacks, is left out; it is always the default."""
     return "".join(
-        # A JSON string, number or truth value is a TOML one.
+        # Strings, numbers and booleans are written alike in JSON and TOML.
         f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
         for name, value in config.items()
         if value is not None

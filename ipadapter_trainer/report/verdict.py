@@ -1,4 +1,4 @@
-"""What the numbers of a run mean for its user, in sentences."""
+"""The verdict about a run: what its validation numbers mean, in sentences."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 Lines = Sequence[dict[str, float]]
 
-RISEN = 0.03  # share by which a validation loss above its lowest is worth a word
+RISEN = 0.03  # relative increase of the validation loss over its minimum that is mentioned
 
 
 def validation_line(step: int, numbers: Mapping[str, float]) -> str:
-    """The numbers of a validation that count, in a line."""
+    """The main numbers of a validation, in a line."""
     line = f"Validation at step {step:,}: loss {numbers['validation/loss']:.4f}"
     if "validation/gap_shuffled" in numbers:
         error = numbers.get("validation/gap_shuffled_error", 0.0)
@@ -19,9 +19,9 @@ def validation_line(step: int, numbers: Mapping[str, float]) -> str:
 
 
 def read_verdict(validations: Lines) -> tuple[bool | None, str]:
-    """Whether the adapter reads its image, and what the validations say; None when it cannot be told.
+    """Whether the adapter uses its image prompt (None: unknown), and the verdict in sentences.
 
-    The gap counts when it is more than twice its standard error.
+    A gap is significant if it is larger than twice its standard error.
     """
     if not validations:
         return None, (
@@ -73,7 +73,7 @@ def _strength(last: dict[str, float]) -> str | None:
 
 
 def _trend(validations: Lines) -> str | None:
-    """Whether training on is worth it."""
+    """Whether more training would help."""
     if len(validations) < 3:
         return None
     last = validations[-1]

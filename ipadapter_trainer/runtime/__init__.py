@@ -1,1 +1,1 @@
-"""What every command needs of the machine: files that appear whole, a lock on a folder, processes and signals."""
+"""Atomic files, a lock for folders, processes, devices and signals."""

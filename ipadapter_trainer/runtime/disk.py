@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what a disk that refuses one means for the user."""
+"""Atomic files, and errors of the disk as messages for users."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _OS_ERROR = re.compile(r"os error (\d+)|code: (\d+)")  # how Rust's libraries wr
 
 @contextmanager
 def disk_errors(path: Path, need: int | None = None, kept: str = "") -> Iterator[None]:
-    """Turn a full or read-only disk into a DiskError that names `path`, the bytes that it needs and those that are
-    free. `kept` ends the advice: what is not lost.
+    """Turn the error of a full or read-only disk into a DiskError that names `path`, the bytes it needs and those that
+    are free. `kept` is appended to the advice: what is not lost.
 
-    The libraries report a full disk with an OSError without a file name, a SafetensorError, or (PyTorch) a
-    RuntimeError in whose context the OSError is. Nested, the outermost path is named: users know that one.
+    Libraries report a full disk as an OSError without a file name, a SafetensorError, or (PyTorch) a RuntimeError with
+    the OSError in its context. If nested, the error names the outermost path, which is the one users know.
     """
     try:
         yield
@@ -39,10 +39,10 @@ def disk_errors(path: Path, need: int | None = None, kept: str = "") -> Iterator
 
 @contextmanager
 def whole_file(path: Path, need: int | None = None, kept: str = "") -> Iterator[Path]:
-    """A temporary file in the folder of `path` that takes its name when all of it is on the disk; after an error or an
-    interruption nothing of it stays. Raises DiskError.
+    """Yield a temporary file in the folder of `path`, which is renamed to `path` after all is written; after an error
+    or an interruption it is deleted. Raises DiskError.
     """
-    # The suffix stays: it decides the format of an image.
+    # Keep the suffix: Pillow takes the image format from it.
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp{path.suffix}")
     with disk_errors(path, need, kept):
         try:

@@ -1,9 +1,9 @@
-"""One process at a time writes into a folder: the output of a training, a cache, an evaluation.
+"""A lock, so that only one process at a time writes into a folder: the output of a training, a cache, an evaluation.
 
-The lock is filelock's lease, a file that its owner touches every few seconds. It needs no lock support of the file
-system, so it works on NFS and Lustre. An owner of this machine whose process is gone (or whose process id belongs to
-another process by now) is replaced at once; an owner that cannot be looked at, on another machine or in another
-container, when its file has not changed for `LIFETIME`. So a node that died does not keep a requeued job out.
+The lock is filelock's lease: a file that its owner touches every few seconds. It does not need the file system's own
+locks, so it works on NFS and Lustre. If the owner ran on this machine and has ended, the lock is taken over at once. An
+owner on another machine or in another container counts as ended when its file has not changed for `LIFETIME`; so a
+requeued job can start after its node died.
 """
 
 from __future__ import annotations
@@ -23,26 +23,25 @@ from ..errors import ConfigError, InUseError, TrainerError
 from .disk import disk_errors
 from .processes import launched_on_cpu
 
-LOCK, NOTE = ".in-use.lock", ".in-use.txt"  # the note is the owner in words
-LIFETIME = 120.0  # seconds; file servers and suspended processes pause for less, a requeued job waits longer anyway
-HEARTBEAT = 5.0  # seconds between two touches, so that long is a living owner watched before a refusal
+LOCK, NOTE = ".in-use.lock", ".in-use.txt"  # the note describes the owner, for messages
+LIFETIME = 120.0  # seconds; longer than usual pauses of a file server
+HEARTBEAT = 5.0  # seconds between two touches; so long does it take to see that an owner is alive
 
 Say = Callable[[str], None]
 
 
 @contextmanager
 def lock_folder(folder: Path, say: Say = lambda line: None) -> Iterator[Callable[[], None]]:
-    """Hold `folder`, which is made when it is missing and removed again when it stays empty. The main process of a
-    launch holds it for all; the others wait until it does.
+    """Lock `folder`. It is created if missing, and removed again if it stays empty. The main process of a launch holds
+    the lock for all its processes.
 
-    Yields a function that raises InUseError when the folder was lost to another process, which happens to a process
-    that was suspended for longer than `LIFETIME`.
+    Yields a function that raises InUseError if another process took over the folder, which happens if this one was
+    suspended for longer than `LIFETIME`.
 
-    Raises ConfigError for a file, DiskError when nothing can be written there, InUseError when another process
-    writes into it.
+    Raises ConfigError if `folder` is a file, DiskError if it cannot be written, InUseError if another process uses it.
     """
     state = PartialState(cpu=launched_on_cpu())
-    made = [path for path in (folder, *folder.parents) if not path.exists()] if state.is_main_process else []
+    created = [path for path in (folder, *folder.parents) if not path.exists()] if state.is_main_process else []
     lease, problems = None, list[Exception | None]([None])
     try:
         if state.is_main_process:
@@ -53,13 +52,13 @@ def lock_folder(folder: Path, say: Say = lambda line: None) -> Iterator[Callable
         broadcast_object_list(problems)
         if problems[0] is not None:
             raise problems[0]
-        yield _nothing if lease is None else lambda: _check(folder, lease)
+        yield lambda: None if lease is None else _check(folder, lease)
     finally:
         if lease is not None:
             if lease.compromise is None:
                 (folder / NOTE).unlink(missing_ok=True)
             lease.release()
-        for path in made:
+        for path in created:
             with suppress(OSError):  # not empty
                 path.rmdir()
 
@@ -82,11 +81,11 @@ def _acquire(folder: Path, say: Say) -> SoftFileLease:
 
         try:
             lease.acquire(timeout=LIFETIME + 2 * HEARTBEAT, poll_interval=HEARTBEAT / 10, cancel_check=owner_lives)
-        except (Timeout, LeaseSettingsMismatch) as error:  # a living owner; of another version, with another lifetime
+        except (Timeout, LeaseSettingsMismatch) as error:  # mismatch: a version with another lifetime
             raise InUseError(
                 f"{folder} is in use by {_owner(folder)}. Wait until it ends, stop it, or choose another folder."
             ) from error
-        broken = note.exists()  # an owner that ends properly takes it away
+        broken = note.exists()  # an owner that ends properly deletes it
         try:
             note.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
         except OSError:
@@ -106,7 +105,7 @@ def _check(folder: Path, lease: SoftFileLease) -> None:
 
 
 def _mark(lock: Path) -> tuple[int, int] | None:
-    """Changes when the owner touches its lock, and with the owner."""
+    """Modification time and inode: they change when the owner touches its lock, and with the owner."""
     try:
         status = lock.stat()
     except FileNotFoundError:
@@ -119,7 +118,3 @@ def _owner(folder: Path) -> str:
         return (folder / NOTE).read_text().strip() or "another process"
     except OSError:
         return "another process"
-
-
-def _nothing() -> None:
-    pass

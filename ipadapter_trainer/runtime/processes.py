@@ -1,4 +1,4 @@
-"""The processes that a launcher started, and the device that they compute on."""
+"""Launched processes, and the precision of their device."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..errors import ConfigError
 
 
 def launched_on_cpu() -> bool:
-    """Whether Accelerate has to be told that the processes work on the CPU: several of them without a GPU, which would
-    otherwise not know of each other, or `ACCELERATE_USE_CPU`, which its launcher sets and PartialState does not read.
+    """Whether Accelerate needs `cpu=True`: for several processes without a GPU, which it would not connect otherwise,
+    or with `ACCELERATE_USE_CPU`, which its launcher sets and PartialState ignores.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.cuda.is_available())
 
 
 def check_precision(mixed_precision: str, device: torch.device) -> None:
-    """Raises ConfigError for a precision that the device cannot compute in, naming one that it can."""
+    """Raises ConfigError for a precision that the device does not support, and names one that it does."""
     if mixed_precision == "fp16" and device.type == "cpu":
         raise ConfigError("mixed_precision=fp16 needs a GPU, but this runs on the CPU. Set mixed_precision=no or bf16.")
     if mixed_precision in ("bf16", "fp8") and _lacks_bfloat16(device):
@@ -31,12 +31,12 @@ def check_precision(mixed_precision: str, device: torch.device) -> None:
 
 
 def inference_dtype(device: torch.device) -> torch.dtype:
-    """What frozen models compute in: float32 on the CPU, on a GPU bfloat16, or float16 where it has no bfloat16."""
+    """The dtype of frozen models: float32 on the CPU; bfloat16 on a GPU, or float16 if it lacks bfloat16."""
     if device.type == "cpu":
         return torch.float32
     return torch.float16 if _lacks_bfloat16(device) else torch.bfloat16
 
 
 def _lacks_bfloat16(device: torch.device) -> bool:
-    """NVIDIA GPUs have it from Ampere (8.0) on; PyTorch emulates it on older ones, slower than float32."""
+    """NVIDIA GPUs before Ampere (8.0) lack it; PyTorch emulates it there, slower than float32."""
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] < 8

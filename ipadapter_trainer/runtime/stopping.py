@@ -1,4 +1,4 @@
-"""Ctrl-C, and a scheduler's SIGTERM, as a request between two steps."""
+"""Ctrl-C and SIGTERM as a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-_ECHO = 2.0  # seconds in which the same request may arrive again, from the terminal and from a launcher
+_ECHO = 2.0  # seconds in which a launcher may repeat the signal of the terminal or scheduler
 
 
 class Interrupted(Exception):
-    """The user, or the system, stopped the training. The message says what is saved."""
+    """The user or the system stopped the training. The message names what is saved."""
 
 
 @contextmanager
 def interruptions(message: Callable[[], str]) -> Iterator[None]:
-    """Raise Interrupted with `message` for a KeyboardInterrupt, and for the error that a library made of one: the
-    command line's handler of SIGINT is another one from its first call on.
+    """Raise Interrupted with `message` for a KeyboardInterrupt, or for the error that a library raised because of one.
+    The latter is recognised by the SIGINT handler, which the command line replaces at the first signal.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -43,10 +43,10 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request, so that no step is cut in half; a later SIGINT stops at once, as
-    it would have without this (a KeyboardInterrupt).
+    """Turn the first SIGINT or SIGTERM into a request, so that the step is finished; the next SIGINT stops at once with
+    a KeyboardInterrupt.
 
-    Outside of the main thread signals cannot be caught, and nothing changes.
+    Has no effect outside of the main thread, where signals cannot be handled.
     """
     stop = StopRequest()
     previous: dict[int, Any] = {}
@@ -54,10 +54,10 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal first, launched
-        if os.getpid() != process:  # a worker that was just forked: this process decides
+        if os.getpid() != process:  # a worker that was just forked
             return
         if stop.requested:
-            # Schedulers signal a launcher and its processes, and the launcher passes it on: that is one request.
+            # A scheduler signals the launcher and its processes, and the launcher repeats the signal: one request.
             if number == signal.SIGINT and not (launched and time.monotonic() - first < _ECHO):
                 signal.signal(number, previous[number])
                 if callable(previous[number]):
@@ -66,7 +66,7 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
             return
         stop.requested, first = True, time.monotonic()
         launched = launched or number != signal.SIGINT
-        with suppress(RuntimeError):  # the signal may come while the same stream is written to
+        with suppress(RuntimeError):  # the signal may arrive during a write to the same stream
             say("Stopping after this step; Ctrl-C again stops at once, without saving.")
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -78,5 +78,5 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
         yield stop
     finally:
         for number, handler in previous.items():
-            if signal.getsignal(number) is ask:  # not after a second SIGINT, which set its own
+            if signal.getsignal(number) is ask:  # a second SIGINT replaces it
                 signal.signal(number, handler)

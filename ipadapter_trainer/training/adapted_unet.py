@@ -1,4 +1,10 @@
-"""TODO."""
+"""The loss of a training step: the frozen UNet with the adapter in it (paper, arXiv 2308.06721).
+
+x_t = alpha_t x_0 + sigma_t eps                     noisy latents (eq. 1); eps and t come with the batch
+c_i = projector(image features)                     image tokens, those of no image where the image is dropped
+Z = Attention(Q, K, V) + Attention(Q, K_i, V_i)     in every cross-attention layer (eq. 5), K_i = c_i W'_k
+L = || eps - eps_theta(x_t, c_t, c_i, t) ||^2       (eq. 3); gradients reach the projector, W'_k and W'_v only
+"""
 
 from __future__ import annotations
 
@@ -26,17 +32,17 @@ from .objective import Objective, dropped, noisy_latents_and_target
 
 @dataclass(frozen=True, eq=False)
 class TrainBatch:
-    """B examples, and the draws that make a training step of them."""
+    """B encoded examples with their noise, timesteps and dropout, so that the loss has no randomness of its own."""
 
     features: Features
-    drop_image_embeds: Tensor  # [B], true or 1 for the rows whose image is dropped
+    drop_image_embeds: Tensor  # [B], true or 1 where the image prompt is dropped
     noise: Tensor  # [B, 4, h, w]
     timesteps: Tensor  # int64 [B]
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptedUNet:
-    """The frozen UNet with the adapter in it; made by `adapt_unet`. `no_image` are the features of a dropped image."""
+    """The frozen UNet with the adapter in it, by `adapt_unet`. `no_image`: features [1, ...] of a dropped image."""
 
     base_model: BaseModel
     adapter: Any  # IPAdapter, or Accelerate's wrapper of one
@@ -49,8 +55,8 @@ class AdaptedUNet:
         return self.sample_losses(batch).mean()
 
     def sample_losses(self, batch: TrainBatch, image_features: Sequence[Tensor] | None = None) -> Tensor:
-        """The error [B] of the UNet's predictions; gradients reach the adapter only. `image_features` replaces the
-        batch's own.
+        """The losses [B] of the UNet's predictions; gradients reach the adapter only. `image_features` replaces those
+        of the batch. Leaves the adapter enabled, which gradient checkpointing needs in the backward pass.
         """
         receive, features = self.base_model.to_device, batch.features
         timesteps = receive(batch.timesteps)
@@ -68,32 +74,32 @@ class AdaptedUNet:
         return self.objective.sample_losses(predicted, target, timesteps)
 
     def _unet_precision(self) -> AbstractContextManager[Any]:
-        """The frozen UNet computes in its own dtype: autocast would cast what its norms read and return to float32 on
-        a GPU, which doubles much of the memory and costs time. A LoRA in float32 inside the UNet needs autocast.
+        """No autocast: on a GPU it would run the frozen UNet's norms in float32, which doubles much of the memory and
+        takes longer. A float32 LoRA inside the UNet needs autocast.
         """
         if self.application.lora is not None:
             return nullcontext()
         return torch.autocast(self.base_model.device.type, enabled=False)
 
     def enable_adapter(self, image_features: Sequence[Tensor], drop_image_embeds: Tensor) -> None:
-        """Let the UNet see these features [B, ...], but for the rows [B] that are dropped."""
-        seen = dropped(image_features, self.no_image, drop_image_embeds)
-        self.application.key_values = self.adapter(*(feature.float() for feature in seen))
+        """Use these image features [B, ...] in the UNet, and `no_image` where `drop_image_embeds` [B] is true."""
+        features = dropped(image_features, self.no_image, drop_image_embeds)
+        self.application.key_values = self.adapter(*(feature.float() for feature in features))
         self.application.rows = range(len(drop_image_embeds))
         self.application.lora_weight = 1.0
 
     def disable_adapter(self) -> None:
-        """Let the UNet behave as without adapter; call it after the backward pass."""
+        """Make the UNet behave as without adapter. Call it after the backward pass."""
         self.application.key_values = None
         self.application.lora_weight = 0.0
 
 
 @contextmanager
 def adapt_unet(base_model: BaseModel, adapter: Any, objective: Objective | None = None) -> Iterator[AdaptedUNet]:
-    """Put the adapter (or Accelerate's wrapper of it) into the UNet; afterwards the UNet is as it was."""
+    """Put the adapter (or Accelerate's wrapper of it) into the UNet, and restore the UNet on exit."""
     plain: IPAdapter = extract_model_from_parallel(adapter)
     application = AdapterApplication(lora=plain.lora, name="the adapter in training")
-    with base_model.temporarily_loaded():  # a training from a cache needs no image encoder afterwards
+    with base_model.temporarily_loaded():  # with a cache, the image encoder is not needed again
         no_image = dropped_features(base_model, plain.spec)
     with inject(base_model.unet, application):
         model = AdaptedUNet(base_model, adapter, application, objective or Objective(base_model.scheduler), no_image)

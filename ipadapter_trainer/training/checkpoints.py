@@ -1,9 +1,9 @@
-"""Checkpoints of a training: the adapter as any host loads it, and beside it what an exact resume needs.
+"""Checkpoints: an adapter file that every host can load, and the state for an exact resume.
 
-    output/checkpoint-000200/adapter.safetensors   the published layout; the averaged weights where there are such
-                             training.pt           optimizer, average, position, settings
+    output/checkpoint-000200/adapter.safetensors   published layout; the averaged weights if there is an average
+                             training.pt           optimizer, loss scaler, average, position and settings
 
-A checkpoint appears under its name by one rename, so whatever has that name is complete.
+A checkpoint is written to a temporary folder and then renamed, so a folder of that name is always complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +31,20 @@ from .optimizers import AveragedWeights
 _UNFINISHED = ".unfinished-"
 
 
-@dataclass(frozen=True)
-class Position:
-    """How far the training is: optimizer steps done, batches (of all processes together) used, and images in them."""
-
-    step: int = 0
-    batches: int = 0
-    images: int = 0
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class State:
-    """Everything that changes while training. The optimizer may be Accelerate's wrapper of one, with a loss scaler."""
+    """Everything that changes during a training. The optimizer may be wrapped by Accelerate, with a loss scaler."""
 
     adapter: IPAdapter
     optimizer: torch.optim.Optimizer
     average: AveragedWeights
+    step: int = 0  # optimizer steps done
+    batches: int = 0  # used so far, by all processes together
+    images: int = 0  # in these batches
 
     @property
     def size(self) -> int:
-        """Bytes of a checkpoint, but for a few KB."""
+        """Approximate size of a checkpoint in bytes."""
         values = [value for group in self.optimizer.state.values() for value in group.values()]
         tensors = [*self.adapter.parameters(), *(value for value in values if isinstance(value, Tensor))]
         weights = sum(p.numel() * p.element_size() for p in self.adapter.parameters())
@@ -63,21 +57,15 @@ class State:
 
 
 def save_checkpoint(
-    output: Path,
-    position: Position,
-    facts: Mapping[str, Any],
-    state: State,
-    *,
-    metadata: dict[str, str],
-    keep: int,
+    output: Path, state: State, settings: Mapping[str, Any], *, metadata: dict[str, str], keep: int
 ) -> Path:
-    """Write `checkpoint-<step>`, then delete all but the newest `keep`. A step that is already saved stays as
-    it is. `facts` are what `changes` compares.
+    """Write `checkpoint-<step>`, then delete all but the newest `keep`. A step that is already saved is not written
+    again. `settings` are the `run_settings` that a resumed run is compared with.
 
-    Raises AdapterError for weights that are not finite, and what the disk raises (see `disk_errors`); older checkpoints
-    stay.
+    Raises AdapterError for weights that are not finite, and OSError and the like for the disk (see `disk_errors`);
+    older checkpoints stay.
     """
-    target = output / f"checkpoint-{position.step:06d}"
+    target = output / f"checkpoint-{state.step:06d}"
     if target in checkpoint_folders(output):
         return target
     output.mkdir(parents=True, exist_ok=True)
@@ -89,47 +77,49 @@ def save_checkpoint(
         with state.average.applied():
             export_adapter(temporary / ADAPTER_FILE, state.adapter, metadata)
         content = {
-            "position": asdict(position),
-            "facts": dict(facts),
-            "weights": state.adapter.state_dict() if state.average.exist else {},  # else adapter.safetensors has them
+            "position": {"step": state.step, "batches": state.batches, "images": state.images},
+            "settings": dict(settings),
+            "weights": state.adapter.state_dict()
+            if state.average.exist
+            else {},  # else they are in adapter.safetensors
             "optimizer": state.optimizer.state_dict(),
             "scaler": {} if state.scaler is None else state.scaler.state_dict(),
             "average": state.average.state_dict(),
         }
         _write(temporary / STATE_FILE, content)
-        if target.exists():  # the name without the files: not ours, or damaged
+        if target.exists():  # an incomplete folder of that name
             target.rename(output / f"damaged-{target.name}-{secrets.token_hex(4)}")
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoint_folders(output)[:-keep]:
-        # Renamed first: a deletion that is cut short must not leave something that looks complete.
-        doomed = old.rename(output / f"{_UNFINISHED}{old.name}-{secrets.token_hex(4)}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        # Renamed first: an interrupted deletion must not leave a folder that looks complete.
+        unwanted = old.rename(output / f"{_UNFINISHED}{old.name}-{secrets.token_hex(4)}")
+        shutil.rmtree(unwanted, ignore_errors=True)
     return target
 
 
-def read_run_settings(folder: Path) -> tuple[Position, Mapping[str, Any]]:
-    """Where a checkpoint is, and what it was trained with; its tensors are not read.
+def read_run_settings(folder: Path) -> tuple[int, Mapping[str, Any]]:
+    """The step of a checkpoint and the `run_settings` it was trained with; its tensors are not read.
 
     Raises CheckpointError when it cannot be read.
     """
     content = _read(folder, mmap=True)
-    with _whole_adapter(folder):
+    with _damaged_adapter(folder):
         read_checkpoint(folder / ADAPTER_FILE)
-    return Position(**content["position"]), content.get("facts", {})
+    return content["position"]["step"], content.get("settings", {})
 
 
 def resume(folder: Path, state: State) -> None:
-    """Put a checkpoint's state into a training that was built the same way. The optimizer keeps its learning rate and
-    weight decay, which the settings may have changed.
+    """Load a checkpoint into `state`, which was built with the same settings. The optimizer keeps its learning rate
+    and weight decay, since the settings may have changed them.
 
     Raises CheckpointError when it cannot be read.
     """
     content = _read(folder)
     kept = ("lr", "initial_lr", "weight_decay")
     settings = [{k: group[k] for k in kept if k in group} for group in state.optimizer.param_groups]
-    with _whole_adapter(folder):
+    with _damaged_adapter(folder):
         weights = content["weights"] or load_adapter(folder / ADAPTER_FILE, dtype=torch.float32).state_dict()
     state.adapter.load_state_dict(weights)
     state.optimizer.load_state_dict(content["optimizer"])
@@ -139,6 +129,8 @@ def resume(folder: Path, state: State) -> None:
     if state.scaler is not None and content.get("scaler"):
         state.scaler.load_state_dict(content["scaler"])
     state.average.load_state_dict(content["average"])
+    position = content["position"]
+    state.step, state.batches, state.images = position["step"], position["batches"], position["images"]
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
@@ -156,8 +148,8 @@ def _read(folder: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 @contextmanager
-def _whole_adapter(folder: Path) -> Iterator[None]:
-    """The advice for a file that was downloaded is none for a checkpoint."""
+def _damaged_adapter(folder: Path) -> Iterator[None]:
+    """Replace the core's advice, meant for downloaded files, by what to do about a checkpoint."""
     try:
         yield
     except AdapterError as error:

@@ -1,196 +1,216 @@
-"""The work and the memory of a training step, counted on the meta device without reading a weight."""
+"""FLOPs and memory of a training step, counted on the meta device: no weight is read and nothing is computed."""
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
-from ipadapter_core import AdapterApplication, AdapterSpec, IPAdapter, inject
+from ipadapter_core import AdapterApplication, AdapterSpec, IPAdapter, KeyValue, inject
 
 from ..models.base_model import BaseModel
 from ..models.frozen import release_conv_inputs
 from ..models.generate import decode_rows
 from ..settings.config import TrainConfig
 
+aten: Any = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step on one device. Floating point operations count a multiplication and an addition as two."""
+    """Of one training step on one device. A multiplication and an addition count as two FLOPs."""
 
     forward_flops: int
     flops: int  # forward and backward of the UNet and the adapter
     encoder_flops: int  # VAE, text and image encoders; 0 with a cache
-    activation_bytes: int  # the most beside weights, gradients and optimizer: in the step, the encoders or a sample
+    activation_bytes: int  # the peak besides weights, gradients and optimizer state
+    trained_parameters: int
+    frozen_parameters: Mapping[str, int]  # of the models that stay in memory, by name
+
+
+@dataclass(frozen=True)
+class Count:
+    """FLOPs and bytes for one batch."""
+
+    forward_flops: int
+    flops: int
+    peak_bytes: int
 
 
 def step_cost(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Cost:
-    """Count one batch of the settings on the meta device."""
-    batch, side = config.batch_size, config.resolution // base_model.latent_scale
-    dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
-    unet = base_model.meta_unet().requires_grad_(False)
-    nn.Module.to(unet, dtype)  # diffusers' own `to` warns of weights that stay in float32; there are none
-    if config.mixed_precision != "fp8" and not config.compile:
-        release_conv_inputs(unet)  # as in the training
-    if config.gradient_checkpointing:
-        unet.train()
-        unet.enable_gradient_checkpointing()
+    """Count one batch of the settings."""
+    cached = config.cache is not None
+    adapter, unet = count_adapter(base_model, spec, config), count_unet(base_model, spec, config)
+    encoders = Count(0, 0, 0) if cached else count_encoders(base_model, spec, config)
+    frozen: dict[str, nn.Module] = {"UNet": base_model.meta_unet()}
+    if not cached:
+        frozen |= {"VAE": base_model.meta_vae(), "text": base_model.meta_text_encoders()}
+        if spec.image_dim is not None:
+            frozen["image"] = base_model.meta_image_encoder()
+    step_bytes = max(adapter.peak_bytes + unet.peak_bytes, encoders.peak_bytes)
+    return Cost(
+        forward_flops=adapter.forward_flops + unet.forward_flops,
+        flops=adapter.flops + unet.flops,
+        encoder_flops=encoders.flops,
+        activation_bytes=max(step_bytes, sampling_bytes(base_model, config)),
+        trained_parameters=_parameters(_meta_adapter(spec)),
+        frozen_parameters={name: _parameters(module) for name, module in frozen.items()},
+    )
+
+
+def _meta_adapter(spec: AdapterSpec) -> IPAdapter:
     with torch.device("meta"):
-        adapter = IPAdapter(spec).to(dtype)
-    application = AdapterApplication(lora=adapter.lora, rows=range(batch))
+        return IPAdapter(spec)
 
-    def forward() -> Tensor:
-        application.key_values = adapter(*_meta_features(base_model, spec, batch, dtype))
-        text = torch.zeros(batch, base_model.text_length, spec.cross_attention_dim, device="meta", dtype=dtype)
-        latents = torch.zeros(batch, base_model.latent_channels, side, side, device="meta", dtype=dtype)
-        added = base_model.meta_conditions(batch)
-        timesteps = torch.zeros(batch, device="meta")
-        return unet(latents, timesteps, text, added_cond_kwargs=added).sample
 
-    for parameter in adapter.parameters():
-        parameter.register_post_accumulate_grad_hook(_forget_gradient)
-    with inject(unet, application), metered([*unet.parameters(), *adapter.parameters()]) as step:
-        predicted = forward()
-        forward_flops = step.flops
+def count_adapter(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Count:
+    """The forward and backward pass of projector, keys and values."""
+    batch, dtype = config.batch_size, train_dtype(config)
+    adapter = _meta_adapter(spec).to(dtype)
+    features = [] if spec.face_dim is None else [_zeros(batch, spec.face_dim, dtype=dtype)]
+    if spec.image_dim is not None:
+        tokens = () if spec.feature == "image_embeds" else (base_model.image_tokens,)
+        features.append(_zeros(batch, *tokens, spec.image_dim, dtype=dtype))
+    with metered(adapter.parameters()) as (flops, memory):
+        outputs = [tensor for key_value in adapter(*features) for tensor in key_value]
+        # The backward pass adds gradients of weights only, which count with the optimizer.
+        forward_flops, peak_bytes = flops.get_total_flops(), memory.peak_bytes
+        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+    return Count(forward_flops, flops.get_total_flops(), peak_bytes)
+
+
+def count_unet(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Count:
+    """The forward and backward pass of the frozen UNet, given image keys and values (and a LoRA)."""
+    batch, dtype = config.batch_size, train_dtype(config)
+    side = config.resolution // base_model.latent_scale
+    unet: Any = nn.Module.to(base_model.meta_unet().requires_grad_(False), dtype)  # `unet.to` would warn
+    if config.mixed_precision != "fp8" and not config.compile:
+        release_conv_inputs(unet)  # as `tune_unet` does
+    if config.gradient_checkpointing:
+        unet.train().enable_gradient_checkpointing()
+    key_values = [
+        KeyValue(*(_zeros(batch, spec.num_tokens, dim, dtype=dtype).requires_grad_() for _ in "kv"))
+        for dim in spec.layer_dims
+    ]
+    lora = _meta_adapter(spec).to(dtype).lora
+    weights = [*unet.parameters(), *(() if lora is None else lora.parameters())]
+    for weight in weights:  # gradients count with the optimizer
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with (
+        inject(unet, AdapterApplication(key_values, lora=lora, rows=range(batch))),
+        metered(weights) as (flops, memory),
+    ):
+        predicted = unet(
+            _zeros(batch, base_model.latent_channels, side, side, dtype=dtype),
+            _zeros(batch),
+            _zeros(batch, base_model.text_length, spec.cross_attention_dim, dtype=dtype),
+            added_cond_kwargs=base_model.meta_conditions(batch),
+        ).sample
+        forward_flops = flops.get_total_flops()
         predicted.float().mean().backward()
-    # One after the other, so the largest counts.
-    most, encoder_flops = max(step.most_bytes, _sampling_bytes(base_model, config)), 0
-    if config.cache is None:
-        encoders = _encoder_meter(base_model, spec, config)
-        most, encoder_flops = max(most, encoders.most_bytes), encoders.flops
-    return Cost(forward_flops, step.flops, encoder_flops, most)
+    return Count(forward_flops, flops.get_total_flops(), memory.peak_bytes)
 
 
-def _meta_features(base_model: BaseModel, spec: AdapterSpec, batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    shapes: list[tuple[int, ...]] = []
-    if spec.face_dim is not None:
-        shapes.append((batch, spec.face_dim))
-    if spec.image_dim is not None and spec.feature == "image_embeds":
-        shapes.append((batch, spec.image_dim))
-    elif spec.image_dim is not None:
-        shapes.append((batch, base_model.image_tokens, spec.image_dim))
-    return tuple(torch.zeros(shape, device="meta", dtype=dtype) for shape in shapes)
-
-
-def _encoder_meter(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Meter:
-    """What the frozen encoders do with one batch."""
-    batch, side = config.batch_size, config.resolution
-    vae, texts = base_model.meta_vae(), base_model.meta_text_encoders()
-    image = base_model.meta_image_encoder() if spec.image_dim is not None else None
-    nn.Module.to(vae, base_model.vae_dtype)
-    modules = nn.ModuleList([texts, *([] if image is None else [image])])
-    nn.Module.to(modules, base_model.dtype)
-    with torch.no_grad(), metered([*vae.parameters(), *modules.parameters()]) as meter:
-        vae.encode(torch.zeros(batch, 3, side, side, device="meta", dtype=base_model.vae_dtype))
+def count_encoders(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Count:
+    """The frozen encoders on images and captions."""
+    batch, dtype, vae_dtype = config.batch_size, base_model.dtype, base_model.vae_dtype
+    vae: Any = nn.Module.to(base_model.meta_vae(), vae_dtype)
+    texts = nn.Module.to(base_model.meta_text_encoders(), dtype)
+    image: Any = None if spec.image_dim is None else nn.Module.to(base_model.meta_image_encoder(), dtype)
+    weights = [p for module in (vae, texts, image) if module is not None for p in module.parameters()]
+    with torch.no_grad(), metered(weights) as (flops, memory):
+        vae.encode(_zeros(batch, 3, config.resolution, config.resolution, dtype=vae_dtype))
         for encoder in texts.children():
-            encoder(torch.zeros(batch, base_model.text_length, device="meta", dtype=torch.long))
+            encoder(_zeros(batch, base_model.text_length, dtype=torch.long))
         if image is not None:
-            pixels = int(image.config.image_size)
-            image(torch.zeros(batch, 3, pixels, pixels, device="meta", dtype=base_model.dtype))
-    return meter
+            side = int(image.config.image_size)
+            image(_zeros(batch, 3, side, side, dtype=dtype))
+    return Count(0, flops.get_total_flops(), memory.peak_bytes)
 
 
-def _sampling_bytes(base_model: BaseModel, config: TrainConfig) -> int:
-    """The most while the validation decodes its samples, with the models that a cache spares the steps."""
+def sampling_bytes(base_model: BaseModel, config: TrainConfig) -> int:
+    """Peak memory while the validation decodes its samples, including the models that it loads again for that."""
     if not config.validation_images or not config.sample_images or config.streams:
         return 0
-    vae = base_model.meta_vae()
-    nn.Module.to(vae, base_model.vae_dtype)
-    rows = min(config.batch_size, config.sample_images, decode_rows(config.resolution**2))
+    vae: Any = nn.Module.to(base_model.meta_vae(), base_model.vae_dtype)
     side = config.resolution // base_model.latent_scale
-    latents = torch.zeros(rows, base_model.latent_channels, side, side, device="meta", dtype=base_model.vae_dtype)
-    with torch.no_grad(), metered(vae.parameters()) as meter:
-        vae.decode(latents)
-    if config.cache is None:
-        return meter.most_bytes
-    loaded = [*vae.parameters()]
-    if config.train_kind.takes_hidden_states:
+    rows = min(config.batch_size, config.sample_images, decode_rows(config.resolution**2))
+    with torch.no_grad(), metered(vae.parameters()) as (_, memory):
+        vae.decode(_zeros(rows, base_model.latent_channels, side, side, dtype=base_model.vae_dtype))
+    loaded = [] if config.cache is None else list(vae.parameters())
+    if config.cache is not None and config.train_kind.takes_hidden_states:
         loaded += nn.Module.to(base_model.meta_image_encoder(), base_model.dtype).parameters()
-    return meter.most_bytes + sum(p.nbytes for p in loaded)
+    return memory.peak_bytes + sum(p.nbytes for p in loaded)
 
 
-def _forget_gradient(parameter: Tensor) -> None:
-    """Gradients are counted with the optimizer."""
-    parameter.grad = None
+def train_dtype(config: TrainConfig) -> torch.dtype:
+    """What a training step computes in."""
+    return torch.float32 if config.mixed_precision == "no" else torch.bfloat16
 
 
-class Meter(TorchDispatchMode):
-    """Follows the operations inside. `flops` are those of matrix products and convolutions, as PyTorch's own counter
-    has them; `most_bytes` is the most that tensors made inside took at once. A storage counts once, those of `ignored`
-    not at all.
-    """
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, device="meta", dtype=dtype)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+class PeakMemory(TorchDispatchMode):
+    """`peak_bytes`: the most that tensors made inside took at once. Those of `ignored` do not count."""
 
     def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.flops = self.most_bytes = self._now = 0
-        self._bytes = {tensor.untyped_storage()._cdata: 0 for tensor in ignored}
+        self.peak_bytes = self._now = 0
+        self._seen = weakref.WeakSet[Any](tensor.untyped_storage() for tensor in ignored)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                self._seen.add(storage)
+                weakref.finalize(storage, self._release, storage.nbytes())
+                self._now += storage.nbytes()
+                self.peak_bytes = max(self.peak_bytes, self._now)
         return result
 
-    def _follow(self, storage: Any) -> None:
-        name = storage._cdata
-        if name not in self._bytes:
-            self._bytes[name] = storage.nbytes()
-            weakref.finalize(storage, self._release, name)
-            self._now += storage.nbytes()
-            self.most_bytes = max(self.most_bytes, self._now)
-
-    def _release(self, name: int) -> None:
-        self._now -= self._bytes.pop(name)
+    def _release(self, size: int) -> None:
+        self._now -= size
 
 
-class _FusedAttention(torch.autograd.Function):
-    """Shapes, saved tensors and work of a fused attention kernel, which never writes the attention matrix down."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, meter: Meter) -> Tensor:
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out)
-        ctx.meter = meter
-        meter.flops += _products(query, key, 2)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:3]
-        inputs = ctx.saved_tensors[:3]
-        # One product for each gradient, one for that of the attention matrix; what a kernel computes again is not work.
-        ctx.meter.flops += _products(*inputs[:2], sum(needed) + (needed[0] or needed[1]))
-        return (*(torch.empty_like(x) if wanted else None for x, wanted in zip(inputs, needed, strict=True)), None)
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Attention by a fused kernel, as on GPUs: on the meta device PyTorch would materialise the attention matrix."""
+    return aten._scaled_dot_product_efficient_attention(query, key, value, None, torch.is_grad_enabled())[0]
 
 
-def _products(query: Tensor, key: Tensor, count: int) -> int:
-    """FLOPs of matrix products of queries [B, heads, L, D] and keys [B, heads, S, D]."""
-    return 2 * count * query.numel() * key.shape[-2]
+def _attention_backward_flops(*args: Any, **kwargs: Any) -> int:
+    """A matrix product for each gradient that is needed, and one for that of the attention matrix. PyTorch's formula
+    also counts what the kernel computes a second time.
+    """
+    query, key, needed = args[1], args[2], args[10]
+    return 2 * math.prod(query) * key[-2] * (sum(needed[:3]) + (needed[0] or needed[1]))
 
 
 @contextmanager
-def metered(ignored: Iterable[Tensor] = ()) -> Iterator[Meter]:
-    """A `Meter` of what runs inside on the meta device. There PyTorch takes the attention apart; here it is counted as
-    GPUs run it, fused.
-    """
-    meter = Meter(ignored)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _FusedAttention.apply(query, key, value, meter)
-
-    with patch.object(F, "scaled_dot_product_attention", attend), meter:
-        yield meter
+def metered(ignored: Iterable[Tensor] = ()) -> Iterator[tuple[FlopCounterMode, PeakMemory]]:
+    """Count what runs inside on the meta device; the tensors `ignored` take no memory."""
+    formulas = {aten._scaled_dot_product_efficient_attention_backward: _attention_backward_flops}
+    flops = FlopCounterMode(display=False, custom_mapping=formulas)
+    attention = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _fused_attention
+    try:
+        with flops, PeakMemory(ignored) as memory:
+            yield flops, memory
+    finally:
+        F.scaled_dot_product_attention = attention

@@ -1,6 +1,4 @@
-"""`ipadapter train --dry-run`: every check of a training, and what it would need, computed on the meta device without
-reading a weight of the frozen models.
-"""
+"""`ipadapter train --dry-run`: all checks of a training, and its expected work and memory, without reading weights."""
 
 from __future__ import annotations
 
@@ -8,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from ipadapter_core import AdapterSpec, IPAdapter
+from ipadapter_core import AdapterSpec
 
 from ..cache.plan import CacheSettings, plan_shards
 from ..data.buckets import Buckets
@@ -26,24 +23,32 @@ from .cost import Cost, step_cost
 from .new_adapter import adapter_spec
 from .training_data import held_out_rows, known_examples
 
-# Bytes beside each float32 weight in training: its gradient and what the optimizer remembers of it.
+# Optimizer state in bytes per trained weight.
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "schedulefree": 8}
 _FROZEN_BYTES = {"no": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan_training` found."""
+    """Expected work and memory of a training."""
 
     spec: AdapterSpec
     base: str
     examples: int | None  # None for shards
     steps: int
-    trained: int  # parameters
-    frozen: int  # parameters that stay in memory
     cost: Cost
-    bytes: dict[str, int]  # expected memory by what needs it
+    bytes: dict[str, int]  # expected memory by use
     cache: int | None  # bytes on disk of what `ipadapter cache` keeps; None for shards that stream
+
+    @property
+    def trained(self) -> int:
+        """Parameters of the adapter."""
+        return self.cost.trained_parameters
+
+    @property
+    def frozen(self) -> int:
+        """Parameters of the frozen models that stay in memory."""
+        return sum(self.cost.frozen_parameters.values())
 
     @property
     def memory(self) -> int:
@@ -52,7 +57,7 @@ class Plan:
 
 
 def dry_run(config: TrainConfig, say: Say) -> None:
-    """Do all that `train` does before it reads weights, and say what it would need and what it would begin with.
+    """Run all checks of `train`, and print the plan, the warnings and the checkpoint it would resume from.
 
     Raises TrainerError or AdapterError as `train` would.
     """
@@ -64,30 +69,24 @@ def dry_run(config: TrainConfig, say: Say) -> None:
 
 
 def plan_training(config: TrainConfig, processes: int = 1, checked: Checked | None = None) -> Plan:
-    """Count what a training needs; no weight is read, nothing is written.
+    """Compute the plan of a training. No weight is read, nothing is written.
 
     Raises TrainerError for a base model or data that cannot be used.
     """
     base_model = base_model_from_config(config) if checked is None else checked.base_model
     spec = adapter_spec(base_model, config.train_kind, config.num_tokens)
-    known = known_examples(config) if checked is None else checked.source.examples
+    known = known_examples(config) if checked is None else checked.data.examples
     examples = None
     if known is not None:
         examples = len(known) - len(held_out_rows(known, config.validation_images, image_root(config)))
     cost = step_cost(base_model, spec, config)
-    modules = _frozen_parts(base_model, cached=config.cache is not None, image=spec.image_dim is not None)
-    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-    with torch.device("meta"):
-        trained = sum(p.numel() for p in IPAdapter(spec).parameters())
     return Plan(
         spec=spec,
         base=base_model.name,
         examples=examples,
         steps=total_steps(config, examples, config.batch_size * processes),
-        trained=trained,
-        frozen=sum(parameters.values()),
         cost=cost,
-        bytes=_memory(config, base_model, parameters, trained, cost),
+        bytes=_memory(config, base_model, cost),
         cache=None if known is None else _cache_bytes(config, base_model, known),
     )
 
@@ -99,33 +98,22 @@ def _cache_bytes(config: TrainConfig, base_model: BaseModel, examples: Sequence[
     return sum(shard.bytes for shard in shards)
 
 
-def _frozen_parts(base_model: BaseModel, *, cached: bool, image: bool) -> dict[str, nn.Module]:
-    parts: dict[str, nn.Module] = {"UNet": base_model.meta_unet()}
-    if not cached:
-        parts["VAE"] = base_model.meta_vae()
-        parts["text"] = base_model.meta_text_encoders()
-        if image:
-            parts["image"] = base_model.meta_image_encoder()
-    return parts
-
-
-def _memory(
-    config: TrainConfig, base_model: BaseModel, parameters: dict[str, int], trained: int, cost: Cost
-) -> dict[str, int]:
+def _memory(config: TrainConfig, base_model: BaseModel, cost: Cost) -> dict[str, int]:
     half = 4 if config.mixed_precision == "no" else 2
     vae = 4 if base_model.vae_dtype == torch.float32 else 2
     width = {"UNet": _FROZEN_BYTES[config.mixed_precision], "VAE": vae, "text": half, "image": half}
     average = 4 if config.ema_decay else 0
     copy = 0 if config.mixed_precision == "no" else 2  # what autocast computes with
     return {
-        "frozen weights": sum(count * width[name] for name, count in parameters.items()),
-        "adapter, gradients and optimizer": trained * (4 + 4 + _OPTIMIZER_BYTES[config.optimizer] + average + copy),
+        "frozen weights": sum(count * width[name] for name, count in cost.frozen_parameters.items()),
+        "adapter, gradients and optimizer": cost.trained_parameters
+        * (4 + 4 + _OPTIMIZER_BYTES[config.optimizer] + average + copy),
         "activations": cost.activation_bytes,
     }
 
 
 def plan_text(config: TrainConfig, plan: Plan) -> str:
-    """A `Plan` for people."""
+    """The text of a `Plan`."""
     images = config.batch_size
     per_image = (plan.cost.flops + plan.cost.encoder_flops) / images
     found = "shards, of unknown length" if plan.examples is None else f"{plan.examples:,} images to train on"

@@ -1,4 +1,4 @@
-"""The end of a training: its file, the check of it, the verdict and the report."""
+"""The end of a training: export the adapter, verify the file, and write the verdict and the report."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ from ..files.verify import verify_with_diffusers
 from ..report.page import write_report
 from ..report.run_files import read_log
 from ..report.verdict import read_verdict
-from .checkpoints import Position
 from .setup import Say, Training, summary
 
 
-def finish(training: Training, position: Position, say: Say) -> Path:
-    """Export the adapter, check the file as other hosts will read it, and write the report. The file stays whatever
-    diffusers and the report make of it.
+def finish(training: Training, say: Say) -> Path:
+    """Export the adapter, load the file with diffusers, and write the report. Only a failed export is an error: if
+    diffusers or the report fails, the file stays and `say` gets a warning.
 
-    Raises TrainerError that says how to export the last checkpoint when the file itself cannot be written.
+    Raises ExportError, which names the command that exports the last checkpoint.
     """
     config, spec = training.config, training.state.adapter.spec
     file = config.output / published_name(spec)
-    broken = sorted({line for lines in gather_object([list(training.source.broken)]) for line in lines})
+    broken = sorted({line for lines in gather_object([list(training.data.broken)]) for line in lines})
     if training.accelerator.is_main_process:
         if broken:
             say(f"{len(broken)} images could not be read and were skipped, such as {broken[0]}")
-        _export(training, position, file)
+        _export(training, file)
         again = _export_command(training, file, config.export_dtype)
         try:
             verify_with_diffusers(file, load_adapter(file, shortcut=spec.shortcut))
-        except Exception as error:  # a third party's failure must not cost the file
+        except Exception as error:  # a bug in diffusers must not cost the file
             inspect = shlex.join(["ipadapter", "inspect", str(file)])
             say(
                 f"Warning: {_in_a_line(error)} The file is kept, since ipadapter_core reads back what was written. "
@@ -50,7 +49,7 @@ def finish(training: Training, position: Position, say: Say) -> Path:
             say(f"Verdict: {read_verdict(validations)[1]}")
         try:
             say(f"Report: {write_report(config.output, summary(training))}")
-        except Exception as error:  # nor a library that draws
+        except Exception as error:  # nor one in matplotlib
             report = shlex.join(["ipadapter", "report", str(config.output)])
             say(f"Warning: the report was not written ({_in_a_line(error)}). `{report}` writes it.")
         say(f"Saved {file}")
@@ -58,20 +57,20 @@ def finish(training: Training, position: Position, say: Say) -> Path:
     return file
 
 
-def _export(training: Training, position: Position, file: Path) -> None:
+def _export(training: Training, file: Path) -> None:
     config = training.config
     try:
         with training.state.average.applied():
             export_adapter(
                 file,
                 training.state.adapter,
-                training.metadata(position),
+                training.metadata(),
                 dtype=getattr(torch, config.export_dtype),
                 verify=True,
-                with_diffusers=False,  # afterwards, when the file is there
+                with_diffusers=False,  # done by `finish`, once the file is there
             )
     except (TrainerError, AdapterError) as error:
-        # What float16 cannot hold, or holds too coarsely, float32 can.
+        # Values outside the range or precision of float16 fit float32.
         dtype = config.export_dtype if isinstance(error, DiskError) else "float32"
         raise ExportError(
             f"{error} The training is complete; its last checkpoint exports with "

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The adapter that a training starts from: a new one, or a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..settings.kinds import TRAIN_KINDS, TrainKind, spec_for
 
 
 def adapter_spec(base_model: BaseModel, kind: TrainKind, num_tokens: int | None = None) -> AdapterSpec:
-    """The spec of a new adapter of this kind for this model, from configs alone."""
+    """The spec of a new adapter of this kind for this model; reads configs only, no weights."""
     return spec_for(
         kind,
         [site.dim for site in base_model.sites],
@@ -67,6 +67,6 @@ def read_initial_adapter(base_model: BaseModel, kind: TrainKind, num_tokens: int
         if found != wanted:
             raise TrainerError(
                 f"init_from {init_from}: its {what.replace('_', ' ')} is {found}, this training's {wanted}. Set kind, "
-                "tokens and image_encoder to the file's (`ipadapter inspect` prints them), or choose another file."
+                "num_tokens and image_encoder to the file's (`ipadapter inspect` prints them), or choose another file."
             )
     return adapter

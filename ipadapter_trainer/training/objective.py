@@ -1,4 +1,4 @@
-"""What the adapter is trained to do: predict the noise, or the velocity, of a noisy latent."""
+"""The training target, noise or velocity, and the weight of each timestep in the loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..models.model_folder import PREDICTION_TYPES
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """The scheduler's own target, and how much each timestep counts.
+    """The target of the scheduler's prediction type, and the weight of each timestep.
 
     `min_snr_gamma` weighs rows by min(SNR, gamma) / SNR, or / (SNR + 1) for the v target (Hang et al.,
     arXiv 2303.09556, section 3.4); None weighs them alike, as the paper does.
@@ -73,11 +73,11 @@ def new_objective(
 def noisy_latents_and_target(
     scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Noise the latents [B, 4, h, w] to their timesteps [B]; returns (noisy latents, what the UNet should
-    say).
+    """Noise the latents [B, 4, h, w] to their timesteps [B]; returns (noisy latents, target of the
+    UNet).
 
     The target is the noise (Ho et al., arXiv 2006.11239) or the velocity alpha * noise - sigma * latents
-    (Salimans and Ho, arXiv 2202.00512), as the scheduler's `prediction_type` says.
+    (Salimans and Ho, arXiv 2202.00512), by the scheduler's `prediction_type`.
 
     Raises BaseModelError for another prediction type.
     """

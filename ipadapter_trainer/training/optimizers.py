@@ -1,4 +1,4 @@
-"""Optimizers, their schedule and the average of the weights, all by well-kept libraries."""
+"""Optimizers, learning rate schedules and averaged weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def new_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer over all of the adapter. "adamw" is the paper's (section 4.1.2), in PyTorch's fused form.
 
-    Raises ConfigError when the library of another one is not installed, or cannot run on this machine.
+    Raises ConfigError if another optimizer's library is not installed or cannot run on this machine.
     """
     parameters = [p for p in adapter.parameters() if p.requires_grad]
     if name == "adamw":
@@ -40,7 +40,7 @@ def new_optimizer(
 
 
 def check_optimizer(name: str) -> None:
-    """Raises ConfigError when the library of an optimizer is not installed, or cannot run on this machine."""
+    """Raises ConfigError if the optimizer's library is not installed or cannot run on this machine."""
     if name == "adamw":
         return
     if name not in _PACKAGES:
@@ -58,7 +58,7 @@ def check_optimizer(name: str) -> None:
 def new_schedule(
     optimizer: torch.optim.Optimizer, name: str, *, lr_warmup_steps: int, steps: int, done: int = 0
 ) -> LRScheduler:
-    """The learning rate of `steps` steps, of which `done` are done: a warm-up, then `name` as diffusers knows it."""
+    """A warm-up, then diffusers' schedule `name`, over `steps` steps, continued after step `done`."""
     known = "constant_with_warmup" if name == "constant" else name
     schedule = get_scheduler(known, optimizer, num_warmup_steps=lr_warmup_steps, num_training_steps=steps)
     schedule.last_epoch = done
@@ -68,10 +68,9 @@ def new_schedule(
 
 
 class AveragedWeights:
-    """The weights that are exported and shown: an average over the steps, where there is one.
+    """The weights that are exported and validated: an average over the steps if there is one, else the current ones.
 
-    With `decay` an exponential moving average (diffusers' EMAModel) of `adapter` is kept beside the optimizer; a
-    schedule-free optimizer keeps its own.
+    `decay` keeps an exponential moving average (diffusers' EMAModel); a schedule-free optimizer has its own average.
     """
 
     def __init__(self, adapter: nn.Module, optimizer: torch.optim.Optimizer, decay: float = 0.0) -> None:
@@ -81,37 +80,37 @@ class AveragedWeights:
 
     @property
     def schedule_free(self) -> Any | None:
-        """The optimizer, when it averages the weights itself."""
+        """The optimizer, if it averages the weights itself."""
         inner = getattr(self._optimizer, "optimizer", self._optimizer)
         return inner if type(inner).__module__.startswith("schedulefree") else None
 
     @property
     def exist(self) -> bool:
-        """Whether there is an average beside the weights in training."""
+        """Whether there is an average."""
         return self.ema is not None or self.schedule_free is not None
 
     def update(self) -> None:
-        """After an optimizer step."""
+        """Call it after each optimizer step."""
         if self.ema is not None:
             self.ema.step(self._parameters)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The adapter holds the averaged weights inside; afterwards its own, bit by bit."""
+        """Put the averaged weights into the adapter; on exit its own weights are restored exactly."""
         if not self.exist:
             yield
             return
         kept = [p.detach().clone() for p in self._parameters]
         if self.ema is not None:
             self.ema.copy_to(self._parameters)
-        else:
+        elif self.schedule_free is not None:
             self.schedule_free.eval()
         try:
             yield
         finally:
             if self.schedule_free is not None:
                 self.schedule_free.train()
-            with torch.no_grad():  # not what the optimizer computes back: that differs in the last bit
+            with torch.no_grad():  # the optimizer's own way back is not exact
                 for parameter, value in zip(self._parameters, kept, strict=True):
                     parameter.copy_(value)
 
@@ -120,7 +119,7 @@ class AveragedWeights:
         return {} if self.ema is None else self.ema.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; one without an EMA starts the average at the weights of now."""
+        """Restore a state. If it has no EMA, the average starts from the current weights."""
         if self.ema is not None and state:
             self.ema.load_state_dict(state)
             self.ema.to(self._parameters[0].device)

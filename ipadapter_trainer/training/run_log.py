@@ -1,8 +1,8 @@
-"""The numbers of a run: log.jsonl that any plotting tool reads, the samples, and Accelerate's trackers beside them.
+"""The log of a run: log.jsonl, the sample images, and Accelerate's trackers (TensorBoard, wandb, trackio).
 
 output/config.toml              the settings; `ipadapter train config.toml` repeats the run
-output/log.jsonl                one line a `RunLog.write` or `RunLog.validation`, told apart by their keys
-output/samples/step-000200.png  one image a `RunLog.image`
+output/log.jsonl                a line per `RunLog.write` or `RunLog.validation`
+output/samples/step-000200.png  an image per `RunLog.image`
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TENSORBOARD = "tensorboard"  # also the folder of its files
 def tracker_arguments(log_with: str, output: Path) -> dict[str, Any]:
     """Arguments of an `Accelerator` for the tracker "tensorboard", "wandb" or "trackio"; "none" needs none.
 
-    Raises ConfigError when its package is not installed: Accelerate would leave it out without a word.
+    Raises ConfigError if its package is not installed; Accelerate would silently ignore it.
     """
     if log_with == "none":
         return {}
@@ -53,15 +53,13 @@ def tracker_arguments(log_with: str, output: Path) -> dict[str, Any]:
 
 
 class RunLog:
-    """What a run says about itself. The files and trackers are the main process's; `add` and `write` are called by
-    all processes.
+    """Log of a run. All processes call `add` and `write`; only the main process writes files and trackers.
 
-    A log is not worth a training: once that runs, a line, an image or a tracker that fails is left out, with one
-    warning until it works again.
+    A failure to log never stops the training: the line or image is skipped, with one warning until it works again.
 
-    Lines and samples past the step `start` are from a run that was killed after its last checkpoint, and are dropped;
-    so are their points in TensorBoard. wandb and trackio get a run of its own for every resume, in one group.
-    `config` are the settings by name. The accelerator was made with `tracker_arguments`.
+    Lines, samples and TensorBoard points after the step `start` come from a run that was killed after its last
+    checkpoint; they are deleted. In wandb and trackio each resume is a new run of the same group. `config`: the
+    settings by name. The accelerator was made with `tracker_arguments`.
     """
 
     def __init__(
@@ -86,7 +84,7 @@ class RunLog:
         self._since = self._idle_since = time.monotonic()
 
     def add(self, progress: Progress) -> None:
-        """Remember a step without waiting for the device."""
+        """Add a step to the next line, without waiting for the device."""
         self._losses.append(progress.loss)
         if progress.grad_norm is not None:
             self._norms.append(progress.grad_norm)
@@ -95,16 +93,16 @@ class RunLog:
         self._idle_since = time.monotonic()
 
     def write(self, learning_rate: float) -> dict[str, float]:
-        """Write and return a line about the steps since the one before: their mean loss and gradient norm, the
-        images a second of all processes, and the memory in GB of the process that has most.
+        """Write and return a line about the steps since the last one: mean loss and gradient norm, images per second
+        of all processes, and the memory in GB of the process that uses most.
 
-        Every process calls it at the same steps. Raises DivergedError when the loss is not a number.
+        All processes call it at the same steps. Raises DivergedError if the loss is not finite.
         """
         device = self._accelerator.device
         loss = torch.stack(self._losses).mean().float().to(device)
-        rest = torch.tensor([float(self._images), _memory(device)], device=device)
-        everywhere = self._accelerator.gather(torch.cat([loss[None], rest])[None])
-        losses, images, memory = everywhere.T.tolist()  # waits for the device, so the clock is read after it
+        counts = torch.tensor([float(self._images), _memory(device)], device=device)
+        gathered: Any = self._accelerator.gather(torch.cat([loss[None], counts])[None])
+        losses, images, memory = gathered.T.tolist()  # waits for the device, so the clock is read after it
         now = time.monotonic()
         line: dict[str, float] = {
             "step": self._step,
@@ -122,13 +120,13 @@ class RunLog:
 
     def validation(self, step: int, numbers: Mapping[str, float]) -> None:
         """Write a line of validation numbers; their names begin with "validation/". The time since the last step
-        does not count as training.
+        does not count for images per second.
         """
         self._append({"step": step, **numbers})
         self._skip_time()
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
-        """Save an image as output/<name>/step-000200.png and show it in the tracker."""
+        """Save an image as output/<name>/step-000200.png and send it to the trackers."""
         if self._accelerator.is_main_process:
             file = image_file(self._output, name, step)
             with self._optional(str(file.parent)), whole_file(file) as temporary:
@@ -174,7 +172,7 @@ class RunLog:
 
 
 def progress_postfix(line: Mapping[str, float]) -> dict[str, str]:
-    """A line of `RunLog.write` for the end of a progress bar."""
+    """The numbers of a `RunLog.write` line that the progress bar shows."""
     return {
         "loss": f"{line['loss']:.4f}",
         "img/s": f"{line['images_per_second']:.3g}",
@@ -188,7 +186,7 @@ def _start_tracker(
     name = output.resolve().name
     run = {"name": name if start == 0 else f"{name} from step {start}", "group": name}
     if log_with == TENSORBOARD:
-        # Not its hyperparameters: they would be a run of their own, and another one with every resume.
+        # No hyperparameters: TensorBoard would show them as another run for every resume.
         purged = start + 1 if start else 0
         threading.excepthook = _report_thread
         accelerator.init_trackers(TENSORBOARD, init_kwargs={TENSORBOARD: {"purge_step": purged}})
@@ -201,7 +199,7 @@ def _start_tracker(
 
 
 def _report_thread(problem: Any) -> None:
-    """All but TensorBoard's: what its thread meets on the disk is raised again, by the next `log`."""
+    """Print errors of threads, except TensorBoard's writer: the next `log` raises its errors again."""
     if type(problem.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(problem)
 
@@ -218,7 +216,7 @@ def _log_image(tracker: Any, step: int, name: str, image: Image.Image) -> None:
 
 
 def _memory(device: torch.device) -> float:
-    """GB: the most that PyTorch had of a GPU so far, or what the process has of the machine now."""
+    """GB: the peak of PyTorch's GPU memory, or on the CPU the current memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9

@@ -1,4 +1,4 @@
-"""The training of an image adapter against a frozen UNet: a fresh adapter, its loss, and the loop.
+"""The training steps: loss, backward, clip, optimizer step.
 
     adapter = new_adapter(base_model, TRAIN_KINDS["base"])
     optimizer = new_optimizer(adapter, learning_rate=1e-4)
@@ -6,8 +6,7 @@
         for progress in train_steps(model, batches, optimizer=optimizer, steps=1000):
             ...
 
-The batches may come from wherever: encoded on the fly, or cached. They hold their own noise and timesteps, so the
-loop has no randomness of its own.
+Batches contain their noise and timesteps, so the loop has no randomness of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ MAX_OVERFLOWS = 30  # in a row; each halves the loss scale, which begins at 65,5
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """After an optimizer step. Reading a tensor's value waits for the device, so do it now and then only."""
+    """The result of an optimizer step. Reading a tensor's value waits for the device, so do it rarely."""
 
     step: int
     loss: Tensor  # 0-d, the mean over the accumulated batches of this process
@@ -51,15 +50,14 @@ def train_steps(
     accelerator: Accelerator | None = None,
     max_grad_norm: float = 1.0,
 ) -> Generator[Progress, None, None]:
-    """Train from step `start` until `steps` steps are done, or the batches end; yields after each optimizer
-    step.
+    """Train from step `start` until `steps` steps are done or the batches end; yields after each optimizer step.
 
     With an `accelerator`, the adapter and the optimizer are those that its `prepare` returned, and its
-    `gradient_accumulation_steps` batches make a step. While the caller holds a Progress the UNet behaves as
-    without adapter, so it may generate images.
+    `gradient_accumulation_steps` batches make a step. Between steps the adapter is disabled, so the caller may
+    generate images with the UNet.
 
-    In float16 gradients may overflow. The loss scaler then skips the optimizer's step, so it is none: it is not
-    counted, the schedule stays, and the next batches make it. Raises DivergedError when that does not end.
+    In float16 gradients may overflow. The loss scaler then skips the optimizer step; it is not counted, and the
+    schedule does not advance. Raises DivergedError after `MAX_OVERFLOWS` of them in a row.
     """
     accumulated = 1 if accelerator is None else accelerator.gradient_accumulation_steps
     scaler = None if accelerator is None else accelerator.scaler
@@ -105,10 +103,7 @@ def train_steps(
 
 
 def check_loss(step: int, loss: float) -> float:
-    """The loss, when it is a number.
-
-    Raises DivergedError otherwise.
-    """
+    """Return the loss. Raises DivergedError if it is not finite."""
     if not math.isfinite(loss):
         raise DivergedError(
             f"The loss is {loss} at step {step}: the training diverged. Resume from an earlier checkpoint with a "

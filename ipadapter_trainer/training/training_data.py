@@ -1,4 +1,4 @@
-"""Where a training's batches come from: images on disk, shards, or the cache; and the images held out of them."""
+"""The batches of a training, from image files, shards or the cache, and the images held out for validation."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _TRIED = 4  # images that are decoded before the first step
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
-    """A data set, ready to draw from. `size` is None for a stream; `examples` are all of them, those of the validation
-    included, and None for a stream; `held_out` are the readable examples of the validation; `sample` makes a batch of a
-    few images in this process; `broken` collects what could not be read.
+    """A dataset. `size`: training images; `examples`: all examples, including held-out ones; both None for a stream.
+    `held_out`: readable examples for validation. `open(n)`: batches of this process from number n on. `sample()`: a
+    batch of a few images, loaded in this process. `broken`: a line for each image that could not be read.
     """
 
     size: int | None
@@ -53,21 +53,21 @@ class TrainingData:
 
     @property
     def held_out_images(self) -> int:
-        """How many examples the training does not see, those that cannot be read included."""
+        """Number of held-out examples, including unreadable ones."""
         return 0 if self.examples is None or self.size is None else len(self.examples) - self.size
 
     def try_images(self) -> tuple[int, list[str]]:
-        """Make a few images ready as a training step would: how many were tried, those of the validation included, and
-        a line for each that cannot be read.
+        """Load a few images as a training step would. Returns how many were tried, including the held-out ones, and a
+        line for each that cannot be read.
 
-        Raises DataError when not a single one can be read, CacheError when the cache cannot be.
+        Raises DataError if none can be read, CacheError if the cache cannot be read.
         """
         with plain_errors():
             batch = self.sample()
         return len(batch["timesteps"]) + self.held_out_images, sorted({*batch["broken"], *self.broken})
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """Endless batches of this process, from the number `start` on."""
+        """Endless batches of this process, from number `start` on."""
         with plain_errors():
             for batch in self.open(start):
                 self.broken.update(batch["broken"])
@@ -75,9 +75,9 @@ class TrainingData:
 
 
 def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: Accelerator) -> TrainingData:
-    """Find the data of a training; no image is decoded but the held-out ones.
+    """Open the data of a training. Only the held-out images are decoded.
 
-    Raises DataError when there is nothing to train on, CacheError when the cache does not fit the settings.
+    Raises DataError if there is nothing to train on, CacheError if the cache does not match the settings.
     """
     preprocessor, augmentation = preprocessor_from_config(config, base_model), augmentation_from_config(config)
     process, processes = accelerator.process_index, accelerator.num_processes
@@ -148,7 +148,7 @@ def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: 
 
 
 def known_examples(config: TrainConfig) -> list[Example] | None:
-    """The examples of a training, the held-out ones included; None for a stream, whose shards must be there."""
+    """The examples of a training, including held-out ones; None for a stream, of which the shards must exist."""
     if config.streams:
         expand_shards(config.data)
         return None
@@ -156,7 +156,7 @@ def known_examples(config: TrainConfig) -> list[Example] | None:
 
 
 def validation_batches(config: TrainConfig, base_model: BaseModel, held_out: Sequence[Example]) -> Iterator[Batch]:
-    """The held-out examples as squares, without crops, flips and dropout, as many at once as in training."""
+    """Batches of the held-out examples, center-cropped to squares, without flips and dropout."""
     dataset = ImageDataset(
         held_out, preprocessor_from_config(config, base_model), Augmentation(config.resolution, config.seed)
     )
@@ -167,8 +167,8 @@ def validation_batches(config: TrainConfig, base_model: BaseModel, held_out: Seq
 
 
 def held_out_rows(examples: Sequence[Example], wanted: int, root: Path | None = None) -> set[int]:
-    """The rows that are kept from the training for the validation: at most a tenth, chosen by the hash of their
-    names relative to `root`, so that they stay the same when images are added elsewhere.
+    """The rows held out for validation: at most a tenth, chosen by the hash of their file names relative to `root`, so
+    that adding images hardly changes the choice.
     """
 
     def order(row: int) -> bytes:
@@ -178,13 +178,13 @@ def held_out_rows(examples: Sequence[Example], wanted: int, root: Path | None = 
 
 
 def readable(examples: Sequence[Example]) -> tuple[list[Example], set[str]]:
-    """The examples whose images can be decoded, and a line for each that cannot."""
+    """The examples whose images can be decoded, and a line for each of the others."""
     fine, broken = [], set[str]()
     for example in examples:
         try:
             for image in (example.image, *example.references):
                 open_rgb(image)
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        except Exception as error:  # Pillow's decoders raise all kinds of errors for damaged files
             broken.add(f"{example.name}: {why_unreadable(error)}")
         else:
             fine.append(example)
@@ -193,7 +193,7 @@ def readable(examples: Sequence[Example]) -> tuple[list[Example], set[str]]:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A worker's error comes with its traceback in the text; the last line is the message."""
+    """Remove the worker's traceback from the message of an error: the message is its last line."""
     try:
         yield
     except (CacheError, DataError) as error:

@@ -1,8 +1,8 @@
-"""What an adapter has learnt, on examples that it is not trained on.
+"""Validation: whether the adapter uses its image prompt, measured on held-out examples.
 
-The training loss says next to nothing: the base model alone is nearly as low, and the noise of the timesteps hides the
-rest. So the same examples are noised the same way every time, and the loss with the right image is set against the
-loss without one and with another one.
+The training loss barely shows it: the base model alone reaches nearly the same loss, and random timesteps hide the
+rest. So every validation uses the same noise and timesteps, and compares the loss with the right image prompt to the
+losses without one and with that of another example.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from ..models.generate import generate
 from ..report.image_grid import draw_grid
 from .adapted_unet import AdaptedUNet, TrainBatch
 
-QUARTERS = 4  # of the noise schedule; every example is looked at once in each
+QUARTERS = 4  # of the noise schedule; each example has one timestep in each
 SEED = 0
-GRID_SIDES = (128, 256)  # pixels; samples are shown no smaller and no larger
+GRID_SIDES = (128, 256)  # smallest and largest side of a sample in the grid, in pixels
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """What the grid of samples shows. `images` are the image prompts and captions of the first held-out examples;
-    `text` is one for all, left out when empty. `scheduler` replaces the base model's noise schedule.
+    """Settings of the grid of samples. `images`: image prompts and captions of the first held-out examples. `text`: a
+    prompt for one more column, none if empty. `scheduler` replaces the base model's noise schedule.
     """
 
     images: Sequence[tuple[Image.Image, str]]
@@ -49,10 +49,9 @@ class Samples:
 
 
 class Validation:
-    """Held-out examples at fixed timesteps with fixed noise. `examples` are V of them, encoded, with the features of
-    the right image. `chunk` is how many rows the UNet takes at once.
+    """V held-out examples, encoded, with fixed timesteps and noise. `chunk`: rows per UNet call.
 
-    Nothing of it depends on the number of processes, and no random state is touched.
+    The result does not depend on the number of processes, and global random states are not changed.
     """
 
     def __init__(
@@ -77,25 +76,25 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, model: AdaptedUNet) -> dict[str, float]:
-        """Losses, their gaps, and the strength of the image attention, by name:
+        """Losses, differences of losses ("gaps"), and the strength of the image attention:
 
         - "validation/loss": with the right image, as in training, without dropout
         - "validation/loss_no_image": the base model without adapter
-        - "validation/loss_dropped": the adapter with a dropped image, which guidance takes as the negative one
+        - "validation/loss_dropped": with a dropped image, as in the negative branch of guidance
         - "validation/loss_shuffled": with the image of another example
-        - "validation/gap_no_image", "validation/gap_shuffled": those losses less the loss; above 0 the image helps
+        - "validation/gap_no_image", "validation/gap_shuffled": those losses minus the loss; above 0 the image helps
         - "validation/gap_shuffled_error": the standard error of that gap over the examples
         - "validation/loss_t0" to "_t3" and "validation/gap_shuffled_t0" to "_t3": by quarter of the noise schedule,
           t0 nearest to the clean image
-        - "validation/attention_ratio": the norm of the image attention as a share of the text attention's, the mean
-          over the layers (`layer_ratios` has them)
+        - "validation/attention_ratio": norm of the image attention divided by that of the text attention, mean
+          over the layers (each in `layer_ratios`)
 
-        The shuffled ones are left out when all examples have the same image.
+        Those with "shuffled" are left out if all examples have the same image.
         """
         ratios: dict[int, list[Tensor]] = {}
         with self._as_in_training():
             if self._no_image is None:  # the base model is frozen
-                # The application in the UNet rests; this one is nowhere.
+                # An application that is not in the UNet, so the injected one stays disabled.
                 self._no_image = self._losses(dataclasses.replace(model, application=AdapterApplication()))
             with _observing(model.application, ratios):
                 right = self._losses(model)
@@ -121,10 +120,10 @@ class Validation:
         return measured
 
     def samples(self, adapter: IPAdapter) -> Image.Image | None:
-        """A grid with fixed seeds: one row a held-out example, one column each for its image prompt, the base model
-        with its caption, the image alone, both, and the image with the text of `Samples`. None without samples.
+        """A grid of images with fixed seeds, a row per held-out example. Columns: its image prompt, the base model with
+        its caption, the image alone, both, and the image with the text of `Samples`. None without samples.
 
-        The adapter is the plain one; the one in training rests in the UNet meanwhile.
+        `adapter` is not wrapped by Accelerate; the application of the training stays disabled meanwhile.
         """
         sample = self._sample
         if sample is None or not sample.images:
@@ -151,7 +150,7 @@ class Validation:
         return height * self.base_model.latent_scale, width * self.base_model.latent_scale
 
     def _losses(self, model: AdaptedUNet, others: Tensor | None = None, drop: bool = False) -> Tensor:
-        """[QUARTERS, V]; `others` [V] are the examples whose images are shown instead."""
+        """Losses [QUARTERS, V]; `others` [V]: examples whose image prompts are used instead."""
         losses = []
         for rows in torch.arange(len(self._rows)).split(self._chunk):
             examples = self._rows[rows]
@@ -161,19 +160,19 @@ class Validation:
                 self._noise[rows],
                 self._timesteps[rows],
             )
-            shown = None if others is None else self._examples.index(others[examples]).image_features
-            losses.append(model.sample_losses(batch, shown).float())
+            replaced = None if others is None else self._examples.index(others[examples]).image_features
+            losses.append(model.sample_losses(batch, replaced).float())
         return torch.cat(losses).view(QUARTERS, -1).cpu()
 
     @contextmanager
     def _as_in_training(self) -> Iterator[None]:
-        """In the precision of the steps, but not compiled: other batch sizes would cost minutes of compilation."""
+        """The precision of the training steps, without torch.compile: new batch sizes would take minutes to compile."""
         device, dtype = self.base_model.device.type, self.base_model.dtype
         with _uncompiled(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
             yield
 
     def _generated(self, adapter: IPAdapter | None, texts: TextStates) -> list[Image.Image]:
-        """Images of the first examples beside these texts; without adapter of the texts alone."""
+        """Images of these texts and, with an adapter, the image prompts of the first examples."""
         sample = self._sample
         assert sample is not None
         images: list[Image.Image] = []
@@ -205,7 +204,7 @@ def stratified_timesteps(count: int, timesteps: int, generator: torch.Generator)
 
 
 def other_rows(image_features: Sequence[Tensor]) -> Tensor | None:
-    """For each of V examples the next one, around the end, with another image: int64 [V]; None when all are alike."""
+    """For each of V examples the next one (cyclic) with another image: int64 [V]; None if all images are equal."""
     count = len(image_features[0])
     others = []
     for row in range(count):

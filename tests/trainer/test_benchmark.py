@@ -318,7 +318,7 @@ def test_every_try_still_changes_the_trainer():
     """They replace parts of the trainer by name; in a process of their own."""
     code = (
         "from training_tries import TRIES; import torch\n"
-        "from ipadapter_trainer.training.steps import AdaptedUNet as D\n"
+        "from ipadapter_trainer.training.adapted_unet import AdaptedUNet as D\n"
         "from ipadapter_trainer.training import setup as s\n"
         "before = D._unet_precision, s.prepare_unet, torch.backends.cudnn.benchmark\n"
         "for change in TRIES.values(): change()\n"

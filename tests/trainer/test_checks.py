@@ -15,9 +15,8 @@ from ipadapter_trainer.errors import CacheError, CheckpointError, ConfigError, D
 from ipadapter_trainer.files.opening import ADAPTER_FILE, STATE_FILE
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
-from ipadapter_trainer.training.checks import check_training
+from ipadapter_trainer.training.checks import FEW_IMAGES, MANY_EPOCHS, check_training, plan_warnings
 from ipadapter_trainer.training.dry_run import dry_run
-from ipadapter_trainer.training.outlook import FEW_IMAGES, MANY_EPOCHS, outlook
 from ipadapter_trainer.training.train import train
 
 from .tiny_data import sample, write_shard
@@ -117,7 +116,7 @@ def test_the_adapter_to_start_from_is_read_and_has_to_fit(
 def test_a_check_reads_no_weight(settings: dict[str, Any]) -> None:
     checked = check_training(make_config(settings))
     assert checked.base_model._loaded == {}
-    assert (checked.steps, checked.checkpoint, checked.start.step) == (6, None, 0)
+    assert (checked.steps, checked.checkpoint, checked.start_step) == (6, None, 0)
 
 
 # ---- what is warned of
@@ -131,14 +130,14 @@ def test_images_are_tried_as_a_step_would_make_them(settings: dict[str, Any]) ->
 
 def test_a_stream_of_shards_is_tried(settings: dict[str, Any], tmp_path: Path) -> None:
     checked = check_training(make_config({**settings, "data": str(shard(tmp_path))}))
-    assert checked.source.try_images() == (4, [])
+    assert checked.data.try_images() == (4, [])
     assert checked.warnings == ["save_every=1,000 is more than the 6 steps: a crash costs all of them."]
 
 
 def expected(size: int | None, steps: int, per_step: int, **changes: Any) -> list[str]:
     given = {"base_model": "a", "data": "b", "output": "c", "steps": steps, "save_every": 1, "validate_every": 1}
     config = TrainConfig(**{**given, **changes})  # type: ignore[arg-type]
-    return outlook(config, size, 10, steps, per_step)
+    return plan_warnings(config, size, 10, steps, per_step)
 
 
 def test_a_plan_without_hope_names_the_number_and_the_fine_tune_config() -> None:

@@ -144,7 +144,7 @@ def test_images_seen_are_counted_through_another_batch_size(settings: dict[str, 
 
 
 def test_another_kind_is_refused_even_on_request(settings: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match="kind was base and is now plus; tokens was 4 and is now 16"):
+    with pytest.raises(CheckpointError, match="kind was base and is now plus; num_tokens was 4 and is now 16"):
         told(settings, kind="plus", accept_changes=True)
     with pytest.raises(
         CheckpointError, match=r"optimizer was adamw and is now schedulefree.* init_from=\S*checkpoint-000004"
