@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, PartialState
 
@@ -63,7 +64,8 @@ def check_training(config: TrainConfig) -> Checked:
         )
     checkpoint = checkpoint_to_resume(config)
     check_optimizer(config.optimizer)
-    check_precision(config.mixed_precision, PartialState(cpu=launched_on_cpu()).device)
+    device: Any = PartialState(cpu=launched_on_cpu()).device
+    check_precision(config.mixed_precision, device)
     accelerator = Accelerator(
         cpu=launched_on_cpu(),
         mixed_precision="bf16" if config.mixed_precision == "fp8" else config.mixed_precision,

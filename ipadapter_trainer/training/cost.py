@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from ipadapter_core import AdapterApplication, AdapterSpec, IPAdapter, KeyValue, inject
 
@@ -81,12 +80,12 @@ def count_adapter(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig)
     if spec.image_dim is not None:
         tokens = () if spec.feature == "image_embeds" else (base_model.image_tokens,)
         features.append(_zeros(batch, *tokens, spec.image_dim, dtype=dtype))
-    with metered(adapter.parameters()) as (flops, memory):
+    with metered(adapter.parameters()) as meter:
         outputs = [tensor for key_value in adapter(*features) for tensor in key_value]
         # The backward pass adds gradients of weights only, which count with the optimizer.
-        forward_flops, peak_bytes = flops.get_total_flops(), memory.peak_bytes
+        forward_flops, peak_bytes = meter.flops, meter.peak_bytes
         torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
-    return Count(forward_flops, flops.get_total_flops(), peak_bytes)
+    return Count(forward_flops, meter.flops, peak_bytes)
 
 
 def count_unet(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Count:
@@ -109,7 +108,7 @@ def count_unet(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) ->
             weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with (
         inject(unet, AdapterApplication(key_values, lora=lora, rows=range(batch))),
-        metered(weights) as (flops, memory),
+        metered(weights) as meter,
     ):
         predicted = unet(
             _zeros(batch, base_model.latent_channels, side, side, dtype=dtype),
@@ -117,9 +116,9 @@ def count_unet(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) ->
             _zeros(batch, base_model.text_length, spec.cross_attention_dim, dtype=dtype),
             added_cond_kwargs=base_model.meta_conditions(batch),
         ).sample
-        forward_flops = flops.get_total_flops()
+        forward_flops = meter.flops
         predicted.float().mean().backward()
-    return Count(forward_flops, flops.get_total_flops(), memory.peak_bytes)
+    return Count(forward_flops, meter.flops, meter.peak_bytes)
 
 
 def count_encoders(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> Count:
@@ -129,14 +128,14 @@ def count_encoders(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig
     texts = nn.Module.to(base_model.meta_text_encoders(), dtype)
     image: Any = None if spec.image_dim is None else nn.Module.to(base_model.meta_image_encoder(), dtype)
     weights = [p for module in (vae, texts, image) if module is not None for p in module.parameters()]
-    with torch.no_grad(), metered(weights) as (flops, memory):
+    with torch.no_grad(), metered(weights) as meter:
         vae.encode(_zeros(batch, 3, config.resolution, config.resolution, dtype=vae_dtype))
         for encoder in texts.children():
             encoder(_zeros(batch, base_model.text_length, dtype=torch.long))
         if image is not None:
             side = int(image.config.image_size)
             image(_zeros(batch, 3, side, side, dtype=dtype))
-    return Count(0, flops.get_total_flops(), memory.peak_bytes)
+    return Count(0, meter.flops, meter.peak_bytes)
 
 
 def sampling_bytes(base_model: BaseModel, config: TrainConfig) -> int:
@@ -146,12 +145,12 @@ def sampling_bytes(base_model: BaseModel, config: TrainConfig) -> int:
     vae: Any = nn.Module.to(base_model.meta_vae(), base_model.vae_dtype)
     side = config.resolution // base_model.latent_scale
     rows = min(config.batch_size, config.sample_images, decode_rows(config.resolution**2))
-    with torch.no_grad(), metered(vae.parameters()) as (_, memory):
+    with torch.no_grad(), metered(vae.parameters()) as meter:
         vae.decode(_zeros(rows, base_model.latent_channels, side, side, dtype=base_model.vae_dtype))
     loaded = [] if config.cache is None else list(vae.parameters())
     if config.cache is not None and config.train_kind.takes_hidden_states:
         loaded += nn.Module.to(base_model.meta_image_encoder(), base_model.dtype).parameters()
-    return memory.peak_bytes + sum(p.nbytes for p in loaded)
+    return meter.peak_bytes + sum(p.nbytes for p in loaded)
 
 
 def train_dtype(config: TrainConfig) -> torch.dtype:
@@ -167,31 +166,31 @@ def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-class PeakMemory(TorchDispatchMode):
-    """`peak_bytes`: the most that tensors made inside took at once. Those of `ignored` do not count."""
+class Meter(TorchDispatchMode):
+    """Counts FLOPs by the formulas of PyTorch's FlopCounterMode, and `peak_bytes`: the most that tensors made inside
+    took at once, without the tensors `ignored`. FlopCounterMode itself would keep recomputed activations alive.
+    """
 
     def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.peak_bytes = self._now = 0
+        self.flops = self.peak_bytes = self._bytes = 0
         self._seen = weakref.WeakSet[Any](tensor.untyped_storage() for tensor in ignored)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if (formula := _FORMULAS.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
                 self._seen.add(storage)
                 weakref.finalize(storage, self._release, storage.nbytes())
-                self._now += storage.nbytes()
-                self.peak_bytes = max(self.peak_bytes, self._now)
+                self._bytes += storage.nbytes()
+                self.peak_bytes = max(self.peak_bytes, self._bytes)
         return result
 
     def _release(self, size: int) -> None:
-        self._now -= size
-
-
-def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Attention by a fused kernel, as on GPUs: on the meta device PyTorch would materialise the attention matrix."""
-    return aten._scaled_dot_product_efficient_attention(query, key, value, None, torch.is_grad_enabled())[0]
+        self._bytes -= size
 
 
 def _attention_backward_flops(*args: Any, **kwargs: Any) -> int:
@@ -199,18 +198,25 @@ def _attention_backward_flops(*args: Any, **kwargs: Any) -> int:
     also counts what the kernel computes a second time.
     """
     query, key, needed = args[1], args[2], args[10]
-    return 2 * math.prod(query) * key[-2] * (sum(needed[:3]) + (needed[0] or needed[1]))
+    return 2 * query.numel() * key.shape[-2] * (sum(needed[:3]) + (needed[0] or needed[1]))
+
+
+_FORMULAS = {**flop_registry, aten._scaled_dot_product_efficient_attention_backward: _attention_backward_flops}
 
 
 @contextmanager
-def metered(ignored: Iterable[Tensor] = ()) -> Iterator[tuple[FlopCounterMode, PeakMemory]]:
-    """Count what runs inside on the meta device; the tensors `ignored` take no memory."""
-    formulas = {aten._scaled_dot_product_efficient_attention_backward: _attention_backward_flops}
-    flops = FlopCounterMode(display=False, custom_mapping=formulas)
+def metered(ignored: Iterable[Tensor] = ()) -> Iterator[Meter]:
+    """A `Meter` of what runs inside on the meta device, where PyTorch would materialise attention matrices. GPUs run
+    attention fused, and so it is counted.
+    """
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return aten._scaled_dot_product_efficient_attention(query, key, value, None, torch.is_grad_enabled())[0]
+
     attention = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _fused_attention
+    F.scaled_dot_product_attention = fused
     try:
-        with flops, PeakMemory(ignored) as memory:
-            yield flops, memory
+        with Meter(ignored) as meter:
+            yield meter
     finally:
         F.scaled_dot_product_attention = attention

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
@@ -61,7 +62,8 @@ def new_objective(
             "out, or correct scheduler/scheduler_config.json."
         )
     if zero_terminal_snr and not scheduler.config.get("rescale_betas_zero_snr"):
-        scheduler = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
+        rescaled: Any = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
+        scheduler = rescaled
     if found == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):
         raise ConfigError(
             "The noise schedule ends in pure noise (zero_terminal_snr), and the base model predicts epsilon: at the "
@@ -81,12 +83,13 @@ def noisy_latents_and_target(
 
     Raises BaseModelError for another prediction type.
     """
-    noisy = scheduler.add_noise(latents, noise, timesteps)
+    steps: Any = timesteps  # typed IntTensor in diffusers
+    noisy = scheduler.add_noise(latents, noise, steps)
     kind = scheduler.config["prediction_type"]
     if kind == "epsilon":
         return noisy, noise
     if kind == "v_prediction":
-        return noisy, scheduler.get_velocity(latents, noise, timesteps)
+        return noisy, scheduler.get_velocity(latents, noise, steps)
     raise BaseModelError(f"prediction type {kind!r} cannot be trained; expected one of {', '.join(PREDICTION_TYPES)}.")
 
 

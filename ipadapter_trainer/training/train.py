@@ -7,9 +7,10 @@ the adapter, which makes c_image, is trained (`AdaptedUNet`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -88,7 +89,7 @@ def _train(training: Training, say: Say, on_progress: Callable[[Progress], None]
                 on_progress(progress)
                 bar.update()
                 if step % config.log_every == 0 or last:
-                    line = log.write(training.schedule.get_last_lr()[0])
+                    line = log.write(float(training.schedule.get_last_lr()[0]))
                     bar.set_postfix(progress_postfix(line), refresh=False)
                 if step % config.validate_every == 0 or last:
                     validate(training, model, log, say)
@@ -100,7 +101,7 @@ def _train(training: Training, say: Say, on_progress: Callable[[Progress], None]
                         raise Interrupted(f"Stopped; saved {folder}. Run the same command again to resume.")
 
 
-def training_batches(training: Training) -> Iterator[TrainBatch]:
+def training_batches(training: Training) -> Generator[TrainBatch, None, None]:
     """Endless encoded batches of this process, resumed where the training is. With a cache nothing is encoded."""
     spec = training.state.adapter.spec
     for batch in training.data.batches(training.state.batches):
@@ -162,8 +163,8 @@ def _should_stop(training: Training, stop: StopRequest) -> bool:
         return stop.requested
     if training.state.step % training.config.log_every:
         return False
-    asked = torch.tensor(float(stop.requested), device=accelerator.device)
-    return bool(accelerator.reduce(asked, "sum").item())
+    asked: Any = accelerator.reduce(torch.tensor(float(stop.requested), device=accelerator.device), "sum")
+    return bool(asked.item())
 
 
 def _why_no_validation(training: Training) -> str:

@@ -19,7 +19,7 @@ from ipadapter_trainer.models.prepare_unet import prepare_unet
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
-from ipadapter_trainer.training.cost import PeakMemory, metered, step_cost
+from ipadapter_trainer.training.cost import Meter, metered, step_cost
 from ipadapter_trainer.training.dry_run import Plan, plan_training
 from ipadapter_trainer.training.new_adapter import adapter_spec, new_adapter
 
@@ -39,15 +39,15 @@ def settings_of(base: Path, data: Path | str = "unused", **settings: object) -> 
 def test_the_meter_counts_products_and_what_is_alive_at_once() -> None:
     layers = nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 30)).to("meta")
     x = torch.zeros(5, 10, device="meta")
-    with torch.no_grad(), metered([x, *layers.parameters()]) as (flops, memory):
+    with torch.no_grad(), metered([x, *layers.parameters()]) as meter:
         layers(x)
-    assert flops.get_total_flops() == 2 * 5 * (10 * 20 + 20 * 30)
-    assert memory.peak_bytes == 4 * 5 * (20 + 30)
-    with torch.no_grad(), metered([x, *layers.parameters()]) as (flops, memory):
+    assert meter.flops == 2 * 5 * (10 * 20 + 20 * 30)
+    assert meter.peak_bytes == 4 * 5 * (20 + 30)
+    with torch.no_grad(), metered([x, *layers.parameters()]) as meter:
         for _ in range(3):  # what is gone makes room
             layers(x)
             x.view(2, 25)  # no new storage
-    assert memory.peak_bytes == 4 * 5 * (20 + 30)
+    assert meter.peak_bytes == 4 * 5 * (20 + 30)
 
 
 @pytest.mark.parametrize("learns", ["q", "kv", "qkv"])
@@ -57,11 +57,11 @@ def test_fused_attention_is_counted_as_its_products(learns: str) -> None:
     q = torch.zeros(batch, heads, length, width, device="meta", requires_grad="q" in learns)
     k, v = (torch.zeros(batch, heads, keys, width, device="meta", requires_grad="k" in learns) for _ in "kv")
     product = 2 * batch * heads * length * keys * width
-    with metered([q, k, v]) as (flops, _):
+    with metered([q, k, v]) as meter:
         out = F.scaled_dot_product_attention(q, k, v)
-        assert (out.shape, flops.get_total_flops()) == (q.shape, 2 * product)
+        assert (out.shape, meter.flops) == (q.shape, 2 * product)
         out.sum().backward()
-    assert flops.get_total_flops() == (2 + len(learns) + 1) * product
+    assert meter.flops == (2 + len(learns) + 1) * product
     assert [x.grad is not None for x in (q, k, v)] == [name in learns for name in "qkv"]
 
 
@@ -85,11 +85,11 @@ def test_a_real_step_takes_what_was_counted(model_folder: Path, kind: str, check
         (torch.randn(4, 512 if kind == "faceid" else EMBEDS),),
     )
     batch = TrainBatch(features, torch.zeros(4), torch.randn(4, 4, 8, 8), torch.randint(1000, (4,)))
-    memory = PeakMemory([*base_model.unet.parameters(), *adapter.parameters()])
-    with adapt_unet(base_model, adapter) as model, memory:
+    meter = Meter([*base_model.unet.parameters(), *adapter.parameters()])
+    with adapt_unet(base_model, adapter) as model, meter:
         model.loss(batch).backward()
         model.disable_adapter()
-    assert counted.activation_bytes == pytest.approx(memory.peak_bytes, rel=0.1)
+    assert counted.activation_bytes == pytest.approx(meter.peak_bytes, rel=0.1)
 
 
 # ---- beside the published models
