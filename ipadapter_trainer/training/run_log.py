@@ -206,7 +206,7 @@ def _report_thread(problem: Any) -> None:
 
 def _log_image(tracker: Any, step: int, name: str, image: Image.Image) -> None:
     if tracker.name == "trackio":
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports] - optional
 
         tracker.log({name: trackio.Image(image)}, step=step)
     elif tracker.name == TENSORBOARD:

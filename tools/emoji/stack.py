@@ -78,11 +78,12 @@ def export(work: Path, images: EmojiImages, folder: Path) -> None:
     image_encoder = CLIPVisionModelWithProjection(config.vision_config)
     image_encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
     image_encoder.visual_projection.load_state_dict(clip.visual_projection.state_dict())
+    unet = load_unet(work, images.size)
     parts: dict[str, Any] = {
         "vae": load_vae(work, images).cpu(),
         "text_encoder": text_encoder,
         "tokenizer": tokenizer,
-        "unet": load_unet(work, images.size).to(memory_format=torch.contiguous_format),
+        "unet": cast("Any", unet).to(memory_format=torch.contiguous_format),
         "scheduler": new_scheduler(),
         "safety_checker": None,
         "feature_extractor": new_image_processor(images.size),
