@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.errors import ConfigError, DiskError, InUseError
 from ipadapter_trainer.evaluation.evaluate import evaluate
-from ipadapter_trainer.runtime import folder_lock as claim_module
+from ipadapter_trainer.runtime import folder_lock
 from ipadapter_trainer.runtime.folder_lock import LOCK, NOTE, lock_folder
 from ipadapter_trainer.settings.eval_config import EvalConfig
 
@@ -30,9 +30,9 @@ LIFETIME, HEARTBEAT = 2.0, 0.2
 HOLDER = f"""
 import sys, time
 from pathlib import Path
-from ipadapter_trainer.engine import claim as claim_module
-claim_module.LIFETIME, claim_module.HEARTBEAT = {LIFETIME}, {HEARTBEAT}
-with claim_module.claim(Path(sys.argv[1])) as check:
+from ipadapter_trainer.runtime import folder_lock
+folder_lock.LIFETIME, folder_lock.HEARTBEAT = {LIFETIME}, {HEARTBEAT}
+with folder_lock.lock_folder(Path(sys.argv[1])) as check:
     print("claimed", flush=True)
     for line in sys.stdin:
         check()
@@ -43,8 +43,8 @@ Holder = Callable[[Path], "subprocess.Popen[str]"]
 
 @pytest.fixture(autouse=True)
 def _short_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim_module, "LIFETIME", LIFETIME)
-    monkeypatch.setattr(claim_module, "HEARTBEAT", HEARTBEAT)
+    monkeypatch.setattr(folder_lock, "LIFETIME", LIFETIME)
+    monkeypatch.setattr(folder_lock, "HEARTBEAT", HEARTBEAT)
 
 
 @pytest.fixture

@@ -111,7 +111,9 @@ def test_a_second_ctrl_c_stops_a_training_without_saving(settings: dict[str, Any
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_while_models_load(settings: dict[str, Any], times: int) -> None:
     moment = AT.format(module="ipadapter_trainer.models.base_model", name="load_base_model", seconds=5)
-    moment += "\nimport ipadapter_trainer.data.from_config\nipadapter_trainer.engine.inputs.load_base_model = slow"
+    moment += (
+        "\nimport ipadapter_trainer.models.from_config\nipadapter_trainer.models.from_config.load_base_model = slow"
+    )
     command = Command(["train", *long(settings)], moment)
     command.wait_for_moment()
     for _ in range(times):

@@ -193,8 +193,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from ipadapter_trainer.engine.adapt_unet import Progress
-from ipadapter_trainer.monitor.trackers import RunLog, tracker_arguments
+from ipadapter_trainer.training.steps import Progress
+from ipadapter_trainer.training.run_log import RunLog, tracker_arguments
 
 def refused(self, address):
     if self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "localhost", "::1"):
