@@ -51,7 +51,7 @@ def test_train_inspect_generate_as_written(models: Path) -> None:
     blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
     block = "".join(b for b in blocks if b.startswith("ipadapter "))
     (models / "images").mkdir()
-    for name in ("a", "b"):
+    for name in ("cat", "dog"):
         shutil.copy(models / "cat.jpg", models / "images" / f"{name}.jpg")
         (models / "images" / f"{name}.txt").write_text("a cat", encoding="utf-8")
     commands = block.replace("\\\n", " ").strip().splitlines()

@@ -84,8 +84,8 @@ def test_the_first_commands_run_as_written(tmp_path: Path) -> None:
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     unpack, *rest = block.replace("\\\n", " ").strip().splitlines()
     run(unpack.replace("python ", f"{sys.executable} ", 1), tmp_path)
-    rows = (tmp_path / "images" / "metadata.jsonl").read_text().splitlines()
-    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(rows[::150]))  # minutes become seconds
+    rows = (tmp_path / "emoji-images" / "metadata.jsonl").read_text().splitlines()
+    (tmp_path / "emoji-images" / "metadata.jsonl").write_text("\n".join(rows[::150]))  # minutes become seconds
     for command in rest:
         small = " steps=2 num_workers=0" if command.split()[1] in ("train", "cache") else ""
         run(f"{sys.executable} -m ipadapter_trainer.cli {command.removeprefix('ipadapter ')}{small}", tmp_path)
@@ -138,7 +138,8 @@ def test_the_adapter_goes_into_diffusers_as_written(tmp_path: Path) -> None:
     shutil.copytree(FOLDER / MODEL / "image_encoder", tmp_path / "models" / "IP-Adapter" / "models" / "image_encoder")
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     shutil.copy(FOLDER / "adapter.safetensors", tmp_path / "runs" / "mine" / "ip-adapter_sd15.safetensors")
-    Image.new("RGB", (80, 64), "orange").save(tmp_path / "cat.jpg")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (80, 64), "orange").save(tmp_path / "images" / "cat.jpg")
     (tmp_path / "example.py").write_text(example)
     run(f"{sys.executable} example.py", tmp_path)
     with Image.open(tmp_path / "moon.png") as image:
