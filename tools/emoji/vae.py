@@ -13,6 +13,7 @@ from ipadapter_trainer.demo.emoji import to_pixels
 
 from ..shipped_emoji.loop import device_of
 from ..shipped_emoji.vae import MOST_NOISE, SD15_SCALING, SIZE_WEIGHT, open_identity_path
+from .build import SIZE
 from .images import EmojiImages
 from .loop import LossFunction
 from .views import any_colours, mirror, shift
@@ -38,11 +39,16 @@ def new_vae(size: int) -> AutoencoderKL:
     return vae
 
 
+def most_noise(size: int) -> float:
+    """``MOST_NOISE`` at 128 px; smaller images have fewer latents, each of which has to carry more."""
+    return MOST_NOISE * size / SIZE
+
+
 def vae_losses(images: EmojiImages, batch_size: int, device: torch.device) -> LossFunction:
     """Absolute errors of the pixels, of their edges, and of the mean colour of each latent's 8x8 cell, through noise.
 
     The edges keep outlines sharp; the cells make the latents carry colour from the start, which pixel errors alone find
-    only after thousands of steps. The noise, up to ``MOST_NOISE`` of the latents' spread, takes the place of a KL term:
+    only after thousands of steps. The noise, up to ``most_noise`` of the latents' spread, takes the place of a KL term:
     what a style is, exact colours and edges, must survive the errors that a UNet of this size makes.
     """
     uint8_images = images.images.to(device)
@@ -52,7 +58,7 @@ def vae_losses(images: EmojiImages, batch_size: int, device: torch.device) -> Lo
         pixels = any_colours(shift(mirror(to_pixels(uint8_images[rows]), generator), generator), generator)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         latents = model.quant_conv(model.encoder(pixels)).chunk(2, dim=1)[0]  # type: ignore[operator]
-        share = MOST_NOISE * torch.rand(batch_size, 1, 1, 1, generator=generator, device=device)
+        share = most_noise(images.size) * torch.rand(batch_size, 1, 1, 1, generator=generator, device=device)
         noise = (share * torch.randn(latents.shape, generator=generator, device=device)).to(latents.dtype)
         decoded = model.decoder(model.post_quant_conv(latents + noise * latents.detach().std()))  # type: ignore[operator]
         terms = _reconstruction(decoded.float(), pixels)
@@ -76,7 +82,7 @@ def decoder_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int, dev
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(latents), (batch_size,), generator=generator, device=device)
-        share = MOST_NOISE / 2 * torch.rand(batch_size, 1, 1, 1, generator=generator, device=device)
+        share = most_noise(images.size) / 2 * torch.rand(batch_size, 1, 1, 1, generator=generator, device=device)
         noise = share * spread * torch.randn(latents[rows].shape, generator=generator, device=device)
         decoded = model.decode(latents[rows] + noise).sample  # type: ignore[operator]
         return _reconstruction(decoded.float(), to_pixels(pixels[rows]))
