@@ -36,7 +36,8 @@ def freeze(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
     On the CPU its weights, which are views of their file, are copied. Copies survive a change of the file, and are
     aligned: sums over unaligned weights may round differently, so a folder and a single file would not be equal.
     """
-    network.requires_grad_(False).eval().to(device, dtype)
+    network.requires_grad_(False).eval()
+    nn.Module.to(network, device, dtype)  # diffusers' own `to` warns of modules to keep in float32; there are none
     if device.type == "cpu":
         for parameter in network.parameters():
             parameter.data = parameter.data.clone()

@@ -66,7 +66,7 @@ def read_initial_adapter(base_model: BaseModel, kind: TrainKind, num_tokens: int
         found, wanted = getattr(adapter.spec, what), getattr(spec, what)
         if found != wanted:
             raise TrainerError(
-                f"init_from {init_from}: its {what.replace('_', ' ')} is {found}, this training's {wanted}. Set kind, "
+                f"init_from {init_from}: its {what} is {found}, this training's {wanted}. Set kind, "
                 "num_tokens and image_encoder to the file's (`ipadapter inspect` prints them), or choose another file."
             )
     return adapter

@@ -146,7 +146,7 @@ def test_the_manifest_says_what_made_it(settings: dict[str, Any]) -> None:
         (["cache_variants=3"], ["cache_variants=3", "the same crop 3 times", "crop=random"]),
         (["cache_image_features=int4"], ["cache_image_features", "int4", "float16"]),
         (["data=nowhere"], ["nowhere"]),
-        (["data=https://host/some.tar"], ["shards on this machine", "download"]),
+        (["data=https://host/some.tar"], ["local shards", "download"]),
         (["data=nowhere.tar"], ["nowhere.tar", "no such file"]),
         (["resolution=60"], ["resolution", "multiple of 8"]),
         (["second.toml"], ["second.toml: no such config"]),

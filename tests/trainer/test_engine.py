@@ -308,7 +308,7 @@ def test_init_from_starts_with_the_files_weights(base_model: BaseModel, adapter:
     for name, weight in again.state_dict().items():
         assert torch.equal(weight, adapter.state_dict()[name])
     assert all(p.requires_grad for p in again.parameters())
-    with pytest.raises(TrainerError, match="its tokens is 4, this training's 8"):
+    with pytest.raises(TrainerError, match="its num_tokens is 4, this training's 8"):
         new_adapter(base_model, num_tokens=8, init_from=tmp_path / "a.safetensors")
     with pytest.raises(TrainerError, match="its kind is base, this training's plus"):
         new_adapter(base_model, TRAIN_KINDS["plus"], init_from=tmp_path / "a.safetensors")

@@ -203,7 +203,7 @@ def test_ctrl_c_while_a_image_is_generated(model_folder: Path, tmp_path: Path) -
 
 
 def test_ctrl_c_in_the_demo(tmp_path: Path) -> None:
-    moment = AT.format(module="ipadapter_trainer.demo", name="load_images", seconds=0.5)
+    moment = AT.format(module="ipadapter_trainer.demo.run", name="load_images", seconds=0.5)
     command = Command(["demo", "--output", tmp_path / "o.png"], moment)
     command.wait_for_moment()
     command.interrupt()

@@ -245,5 +245,5 @@ def test_resume_is_a_truth_value_or_a_folder(given: str, found: bool | Path, tmp
         load_config(TrainConfig, None, ["base_model=a", "data=b", "output=c", "steps=1", f"resume={given}"]).resume
         == found
     )
-    with pytest.raises(ConfigError, match="resume = 5: expected true, false or the folder of a checkpoint"):
+    with pytest.raises(ConfigError, match="resume = 5: expected true, false or a checkpoint folder"):
         make_config({"base_model": "a", "data": "b", "output": "c", "steps": 1, "resume": 5})
