@@ -22,7 +22,7 @@ EMPTY_MASK_ADVICE = (
 
 def check_mask(mask: Tensor, name: str = "mask") -> Tensor:
     """`mask_planes` in 0..1. Raises AdapterError as it does, and for values outside 0..1."""
-    mask = mask_planes(mask, name)
+    mask = _planes(mask, name)
     check_range(mask, name, "a mask")
     return mask.clamp(0.0, 1.0)
 
@@ -34,6 +34,12 @@ def mask_planes(mask: Tensor, name: str = "mask") -> Tensor:
 
     Raises AdapterError for another shape, NaN and infinity.
     """
+    mask = _planes(mask, name)
+    check_finite(mask, name)
+    return mask
+
+
+def _planes(mask: Tensor, name: str) -> Tensor:
     if mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask.squeeze(1)
     if mask.ndim not in (2, 3) or 0 in mask.shape:
@@ -42,9 +48,7 @@ def mask_planes(mask: Tensor, name: str = "mask") -> Tensor:
             "one mask, for example from Load Image (as Mask) or Convert Image to Mask."
         )
     mask = mask.reshape(-1, *mask.shape[-2:])
-    mask = mask if mask.is_floating_point() else mask.float()
-    check_finite(mask, name)
-    return mask
+    return mask if mask.is_floating_point() else mask.float()
 
 
 def check_range(values: Tensor, name: str, what: str) -> None:
