@@ -26,7 +26,7 @@ class AdapterApplication:
     `rows`: the image prompt of each row of the UNet's batch, such as [0, 1] for a batch of [negative, positive]. None:
     the same for all rows when there is one image prompt; with more, pass `pipeline_rows` to the pipeline.
     `weight`: a number, a tensor of one number per row, or a sequence of one number per layer in id order. For another
-    scaling than "V only" pass key_values through `scale_keys_values` first.
+    scaling than "V only" pass key_values through `attention.scale_keys_values` first.
     `mask`: [H, W] or [B, H, W].
     `lora`: the LoRA of a FaceID adapter, added with `lora_weight` to every attention layer.
     `name` is used in errors.

@@ -84,7 +84,10 @@ class ImageAttnProcessor:
             if application.key_values is None or (not isinstance(weight, Tensor) and weight == 0):
                 continue
             if injection.latent_size is None:
-                raise AdapterError(f"{injection!r}: call the UNet itself (`unet(...)`), not `unet.forward`.")
+                raise AdapterError(
+                    f"{injection!r}: the size of the UNet's batch is unknown. Call the UNet itself (`unet(...)`), not "
+                    "`unet.forward`."
+                )
             key, value = application.layer_key_values(self.id // 2)
             mask = None
             if application.mask is not None:

@@ -39,6 +39,7 @@ def spec_metadata(spec: AdapterSpec) -> dict[str, str]:
 
 
 def check_family(family: str, metadata: Mapping[str, str], origin: str) -> None:
+    """Raises AdapterError when the metadata has another known family; `origin` is the file, here and below."""
     claimed = metadata.get(METADATA_BASE_FAMILY)
     known = claimed is not None and (claimed in FAMILIES or claimed.startswith("context-"))
     if known and claimed != family:
@@ -49,6 +50,7 @@ def check_family(family: str, metadata: Mapping[str, str], origin: str) -> None:
 
 
 def read_num_tokens(kind: Kind, num_tokens: int, metadata: Mapping[str, str], origin: str) -> int:
+    """The tokens of an adapter whose projector makes `num_tokens`. Raises AdapterError when the metadata differs."""
     claimed = read_integer(METADATA_NUM_TOKENS, metadata, origin)
     if claimed is None or claimed == num_tokens:
         return num_tokens
@@ -61,6 +63,7 @@ def read_num_tokens(kind: Kind, num_tokens: int, metadata: Mapping[str, str], or
 
 
 def read_integer(key: str, metadata: Mapping[str, str], origin: str) -> int | None:
+    """A number above 0; None when the key is missing. Raises AdapterError for other text."""
     text = metadata.get(key)
     if text is None:
         return None
@@ -70,6 +73,7 @@ def read_integer(key: str, metadata: Mapping[str, str], origin: str) -> int | No
 
 
 def read_shortcut(kind: Kind, metadata: Mapping[str, str], origin: str) -> bool | None:
+    """True for FaceID-plus v2, False for v1, None when unknown. Raises AdapterError for other text and kinds."""
     claimed = metadata.get(METADATA_SHORTCUT)
     if claimed is None:
         return None
