@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 REAL_WIDTH = 320  # channels of the first level of SD1.5 and SDXL
-IMAGE_TOKENS, IMAGE_WIDTH = 257, 1280  # the penultimate hidden states of ViT-H/14
-TOKENS, RESAMPLER_WIDTH = 16, {"sd15": 768, "sdxl": 1280}  # of the published plus adapters
+IMAGE_TOKENS, IMAGE_DIM = 257, 1280  # the penultimate hidden states of ViT-H/14
+TOKENS, RESAMPLER_DIM = 16, {"sd15": 768, "sdxl": 1280}  # of the published plus adapters
 CONTEXT = {"sd15": 768, "sdxl": 2048}  # the peer tells the families apart by these, so they stay real
 FACE_TOKENS, FACE_DIM = {"sd15": 4, "sdxl": 6}, 512  # of the published FaceID-Plus v2 adapters
 TEXT_TOKENS = 77
@@ -129,15 +129,15 @@ def new_adapter(
     widths, context = [site.dim for site in sites], sites[0].cross_attention_dim
     if face:
         options = {"num_tokens": FACE_TOKENS[family], "shortcut": True}
-        spec = pack.core.new_spec("faceid-plus", widths, context, image_dim=IMAGE_WIDTH, **options)
+        spec = pack.core.new_spec("faceid-plus", widths, context, image_dim=IMAGE_DIM, **options)
     else:
-        options = {"num_tokens": TOKENS, "resampler_dim": RESAMPLER_WIDTH[family]}
-        spec = pack.core.new_spec("plus", widths, context, image_dim=IMAGE_WIDTH, **options)
+        options = {"num_tokens": TOKENS, "resampler_dim": RESAMPLER_DIM[family]}
+        spec = pack.core.new_spec("plus", widths, context, image_dim=IMAGE_DIM, **options)
     with torch.device(device):
         module = pack.core.IPAdapter(spec, operations=comfy.ops.manual_cast).to(dtype).eval()
     randomise(module)
     generator = torch.Generator().manual_seed(1)
-    features = torch.randn(images + 1, IMAGE_TOKENS, IMAGE_WIDTH, generator=generator)
+    features = torch.randn(images + 1, IMAGE_TOKENS, IMAGE_DIM, generator=generator)
     faces = nn.functional.normalize(torch.randn(images, FACE_DIM, generator=generator)) if face else None
     return Adapter(module.to(CPU), features[:images], features[images:], faces)
 

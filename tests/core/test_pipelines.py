@@ -69,7 +69,7 @@ def call(pipeline: Any, prompts: int, images_per_prompt: int = 1, **arguments: A
 def ours(
     pipeline: Any, adapter: ic.IPAdapter, embeds: Tensor, positive: Sequence[int], *shape: int, **arguments: Any
 ) -> Tensor:
-    """With `inject`; `positive` names the image of all images, or of each, from 1 on."""
+    """With `inject`; `positive`: the image prompt of all generated images, or of each, from 1 on."""
     tokens = torch.cat([adapter.negative_tokens(), adapter.encode(embeds)])
     with ic.inject(pipeline.unet, ic.AdapterApplication(adapter.keys_values(tokens), weight=0.8)):
         return call(pipeline, *shape, ip_adapter_image_embeds=ic.pipeline_rows(positive), **arguments)
@@ -85,7 +85,7 @@ def theirs(
     guidance: bool = True,
     **arguments: Any,
 ) -> Tensor:
-    """With diffusers' own IP-Adapter. It takes one image for all images of a call, so several are one call each."""
+    """With diffusers' own IP-Adapter. It takes one image prompt per call, so each of several has its own call."""
     state = {"image_proj": dict(adapter.projector.state_dict()), "ip_adapter": dict(adapter.layers.state_dict())}
     pipeline.unet._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
     for processor in pipeline.unet.attn_processors.values():
@@ -126,7 +126,7 @@ def assert_close(mine: Tensor, reference: Tensor) -> None:
 
 
 def assert_equal_and_not_blind(mine: Tensor, reference: Tensor, *others: Tensor) -> None:
-    """Equal to 1e-5 of their scale (unguided latents of a random UNet reach 20), and no image like another's."""
+    """Equal to 1e-5 of their scale (unguided latents of a random UNet reach 20), and unlike `others` in every image."""
     assert_close(mine, reference)
     for other in others:
         assert (mine - other).abs().amax(dim=(1, 2, 3)).min() > 1e-3  # in every image
@@ -145,7 +145,7 @@ def test_text_to_image(
     prompts: int,
     images_per_prompt: int,
 ) -> None:
-    """One prompt and two, one image of each and two, one image for all and one each, with and without guidance."""
+    """1 or 2 prompts, 1 or 2 images per prompt, one image prompt for all or one each, with and without guidance."""
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline(**parts)
@@ -176,7 +176,7 @@ def test_guidance_rescale(parts: Any, new_adapter: Any) -> None:
 def test_perturbed_attention_guidance(
     parts: Any, new_adapter: Any, guidance_scale: float, positive: tuple[int, ...]
 ) -> None:
-    """[negative, positive, perturbed], or without guidance [positive, perturbed]: a batch of two for one image."""
+    """[negative, positive, perturbed]; without guidance [positive, perturbed]: two rows for one generated image."""
     from diffusers import StableDiffusionPAGPipeline
 
     pipeline = StableDiffusionPAGPipeline(**parts, pag_applied_layers=["down_blocks.0", "up_blocks.3"])
@@ -298,7 +298,7 @@ def test_what_no_one_tells_is_refused(parts: Any, new_adapter: Any) -> None:
     }
 
     with ic.inject(pipeline.unet, application):
-        for count in (1, 2):  # one image with guidance and two without have the same batch
+        for count in (1, 2):  # one generated image with guidance and two without have the same batch
             for guidance_scale in (1.0, 5.0):
                 with pytest.raises(ic.AdapterError, match=r"cat.safetensors: 2 rows of image keys, and nothing tells"):
                     call(pipeline, count, guidance_scale=guidance_scale)

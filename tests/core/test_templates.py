@@ -115,7 +115,7 @@ def test_texts_are_titled(file: Path) -> None:
 
 
 @each_workflow
-def test_a_image_and_a_note_go_with_it(file: Path) -> None:
+def test_an_image_and_a_note_go_with_it(file: Path) -> None:
     assert file.with_suffix(".jpg").is_file()
     workflow = json.loads(file.read_text(encoding="utf-8"))
     assert any(node["type"] == "MarkdownNote" for node in workflow["nodes"])

@@ -247,7 +247,7 @@ def test_rows_and_roles(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> 
 
 
 def test_rows_are_never_guessed(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
-    """Two image prompts and a batch of two: [negative, positive], or two images? The caller has to say."""
+    """Two image prompts and a batch of two: [negative, positive], or two generated images? The caller has to say."""
     _, pairs = case
     for batch in (1, 2, 4):
         x, states = latents[:1].repeat(batch, 1, 1, 1), text[:1].repeat(batch, 1, 1)
