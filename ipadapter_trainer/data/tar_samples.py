@@ -103,7 +103,7 @@ def _read_samples(shard: str, report: Callable[[str], None]) -> Iterator[TarSamp
     with stream:
         try:
             with tarfile.open(fileobj=stream, mode="r|*") as tar:
-                yield from _samples(tar, shard, read)
+                yield from _samples(tar, shard, read, report)
                 _check_end(tar, shard)
         except _DAMAGED as error:
             report(_damaged(shard, error))
@@ -126,7 +126,7 @@ def index_shards(shards: Sequence[str]) -> list[Example]:
                 f"{shard} is {what}: a cache is made from .tar files on this machine. Download or unpack it first."
             )
         try:
-            for sample in _index(shard):
+            for sample in _index(shard, problems.append):
                 try:
                     examples.append(sample.example())
                 except DataError as error:
@@ -146,30 +146,39 @@ def index_shards(shards: Sequence[str]) -> list[Example]:
 def count_samples(shard: str) -> int | None:
     """How many samples `stream_samples` gives, from the tar headers alone; None for a shard that has to be read."""
     try:
-        return sum(1 for _ in _index(shard)) if is_plain(shard) else None
+        return sum(1 for _ in _index(shard, lambda problem: None)) if is_plain(shard) else None
     except _DAMAGED:
         return None
 
 
-def _index(shard: str) -> Iterator[TarSample]:
+def _index(shard: str, report: Callable[[str], None]) -> Iterator[TarSample]:
     """The samples of a local .tar file, with the offsets of their files."""
     path = Path(shard)
     with tarfile.open(path, "r:") as tar:
-        yield from _samples(tar, shard, lambda info: TarMember(path, info.name, info.offset_data, info.size))
+        yield from _samples(tar, shard, lambda info: TarMember(path, info.name, info.offset_data, info.size), report)
         _check_end(tar, shard)
 
 
 def _samples(
-    tar: tarfile.TarFile, shard: str, open_member: Callable[[tarfile.TarInfo], TarMember]
+    tar: tarfile.TarFile,
+    shard: str,
+    open_member: Callable[[tarfile.TarInfo], TarMember],
+    report: Callable[[str], None],
 ) -> Iterator[TarSample]:
     matches = ((_NAME.fullmatch(info.name), info) for info in tar if info.isreg() and not _META.match(info.name))
     members = ((match[1], match[2].lower(), info) for match, info in matches if match is not None)
     for name, group in groupby(members, key=itemgetter(0)):
         files: dict[str, TarMember] = {}
+        repeated = ""
         for _, suffix, info in group:
-            if suffix not in files:  # of two files with one name the first
+            if suffix in files:
+                repeated = suffix
+            else:
                 files[suffix] = open_member(info)
-        yield TarSample(f"{shard_name(shard)}/{name}", files)
+        sample = TarSample(f"{shard_name(shard)}/{name}", files)
+        if repeated:
+            report(f"{sample.name}: more than one .{repeated}; the first is read. Give each sample a name of its own.")
+        yield sample
 
 
 def _check_end(tar: tarfile.TarFile, shard: str) -> None:

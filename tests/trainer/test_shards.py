@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -210,6 +211,20 @@ def test_counting_agrees_with_reading(four: list[str], tmp_path: Path) -> None:
     assert count_samples(str(damaged)) is None
 
 
+def test_two_neighbours_with_one_name_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name in ("1.png", "1.txt", "1.png", "1.txt", "2.png", "2.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"a"))
+    problems: list[str] = []
+    assert [raw.name for raw in stream_samples(str(shard), problems.append)] == ["a.tar/1", "a.tar/2"]
+    assert problems == ["a.tar/1: more than one .txt; the first is read. Give each sample a name of its own."]
+    assert count_samples(str(shard)) == len(index_shards([str(shard)])) == 2
+    assert problems[0] in caplog.text
+
+
 # --- Batches
 
 
@@ -317,6 +332,7 @@ class Host(BaseHTTPRequestHandler):
     breaks: list[int]  # bytes after which the next connections end
     failures: list[int]  # statuses of the next requests
     seen: list[str]
+    ranges = True
 
     def do_GET(self) -> None:
         self.seen.append(self.headers.get("Range", ""))
@@ -325,7 +341,7 @@ class Host(BaseHTTPRequestHandler):
             self.send_error(self.failures.pop() if self.failures else 404)
             return
         data = file.read_bytes()
-        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        start = int(((self.ranges and self.headers.get("Range")) or "bytes=0-")[6:-1])
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
@@ -368,6 +384,15 @@ def test_a_broken_connection_is_taken_up_again(four: list[str], host: tuple[str,
     assert keys == [raw.name for raw in stream_samples(four[3], print)]
     assert broken == []
     assert server.seen == ["", "", "bytes=1500-", "bytes=2200-"]
+
+
+def test_a_server_without_ranges_sends_all_again(four: list[str], host: tuple[str, type[Host]]) -> None:
+    address, server = host
+    server.ranges = False
+    server.breaks += [700, 1500]
+    keys = [raw.name for raw in stream_samples(f"{address}/s3.tar", pytest.fail)]
+    assert keys == [raw.name for raw in stream_samples(four[3], print)]
+    assert server.seen == ["", "bytes=1500-", "bytes=1500-"]  # it broke off again before byte 1500
 
 
 def test_a_shard_that_is_not_there_is_named(four: list[str], host: tuple[str, type[Host]]) -> None:
