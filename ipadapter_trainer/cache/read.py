@@ -36,12 +36,9 @@ class Table:
         self._files = [folder / file for file in manifest.shards if file.startswith(f"{name}/")]
         self._mapped: list[dict[str, Tensor] | None] = [None] * len(self._files)  # each process maps for itself
         rows = [_map(file)["row"].numpy() for file in self._files]
-        found, count = sum(map(len, rows)), manifest.counts.get(name, 0)
-        if found != count:
-            raise CacheError(
-                f"{folder / MANIFEST}: not a cache's manifest (its shards hold {found:,} of {count:,} {name}). Make "
-                "the cache again."
-            )
+        count = sum(map(len, rows))
+        if count != manifest.counts.get(name):
+            raise CacheError(f"{folder / MANIFEST}: not a cache's manifest (it is damaged). Make the cache again.")
         self._shard_of = np.empty(count, dtype=np.int32)
         self._index_in_shard = np.empty_like(self._shard_of)
         for shard, numbers in enumerate(rows):

@@ -365,11 +365,6 @@ def test_damaged_caches_are_refused(many: dict[str, Any], base_model: BaseModel)
     manifest.write_text(text[:-20])
     with pytest.raises(CacheError, match=r"manifest.json: not a cache's manifest"):
         cached(config, base_model)
-    content = json.loads(text)
-    del content["shards"]["images/shard-00000.safetensors"]
-    manifest.write_text(json.dumps(content))
-    with pytest.raises(CacheError, match=r"not a cache's manifest \(its shards hold \d+ of \d+ images\)"):
-        cached(config, base_model)
     manifest.write_text(text.replace('"format": 2', '"format": 7'))
     with pytest.raises(CacheError, match="a cache of format 7, this version reads 2"):
         cached(config, base_model)

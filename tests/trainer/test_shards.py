@@ -113,7 +113,7 @@ def test_the_fingerprint_depends_on_names_and_sizes(four: list[str], tmp_path: P
 # --- Samples
 
 
-def test_a_sample_has_a_image_a_caption_a_reference_and_a_face(tmp_path: Path) -> None:
+def test_a_sample_has_an_image_a_caption_a_reference_and_a_face(tmp_path: Path) -> None:
     face = io.BytesIO()
     np.save(face, np.ones(512, dtype=np.float32))
     image, other = (encoded_image(Image.new("RGB", (8, 8), colour), "jpeg") for colour in ("red", "blue"))
@@ -414,7 +414,7 @@ def test_a_server_that_cannot_be_reached_is_an_error(host: tuple[str, type[Host]
 
 
 def test_indexed_samples_are_those_of_the_stream(tmp_path: Path) -> None:
-    """Every file of a sample, read at its place in the shard, is what webdataset gives."""
+    """Every file of a sample, read at its offset in the shard, is what the stream gives."""
     face = io.BytesIO()
     np.save(face, np.arange(512, dtype=np.float32))
     prompt = encoded_image(Image.new("RGB", (9, 9), "blue"), "jpeg")
