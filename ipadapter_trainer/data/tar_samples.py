@@ -6,7 +6,6 @@ optionally another prompt image (.reference.jpg and so on) and a face embedding 
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import random
@@ -182,18 +181,19 @@ def _samples(
 
 
 def _check_end(tar: tarfile.TarFile, shard: str) -> None:
-    """Raises ReadError for a local archive that was read without an error, but goes on or has no end marker."""
+    """Raises ReadError for an archive that was read without an error, but has no end marker, or that is a local file
+    and goes on after it.
+    """
+    assert tar.fileobj is not None
+    if tar.fileobj.tell() - tar.offset < tarfile.BLOCKSIZE:  # tarfile ends without an error where the data do
+        raise tarfile.ReadError("it has no end marker")
     if not is_plain(shard) or type_of(first_bytes(Path(shard))) not in (TAR, ZEROS):  # compressed, whatever its name
         return
-    with Path(shard).open("rb") as stream:
-        size = stream.seek(0, io.SEEK_END)
-        if size - tar.offset > _PADDING:  # readers stop at zeros
-            raise tarfile.ReadError(
-                f"it ends after {tar.offset:,} of {size:,} bytes: an incomplete download, or several archives in one"
-            )
-        stream.seek(-tarfile.BLOCKSIZE, io.SEEK_END)
-        if stream.read().strip(b"\0"):
-            raise tarfile.ReadError("it has no end marker")
+    size = Path(shard).stat().st_size
+    if size - tar.offset > _PADDING:  # readers stop at zeros
+        raise tarfile.ReadError(
+            f"it ends after {tar.offset:,} of {size:,} bytes: an incomplete download, or several archives in one"
+        )
 
 
 def _damaged(shard: str, error: Exception) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -320,6 +321,18 @@ def test_a_damaged_shard_ends_early_and_is_named(four: list[str], preprocessor: 
     (tmp_path / "no.tar").write_text("no tar file" * 100)
     with pytest.raises(DataError, match=r"hold no sample.*no\.tar"):
         next(iter(shard_loader([str(tmp_path / "no.tar")], preprocessor, plain(), batch_size=1, num_workers=0)))
+
+
+def test_a_compressed_shard_that_ends_early_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(write_shard(tmp_path / "a.tar", {f"{n}": sample(n) for n in range(9)}).read_bytes())
+    shard = tmp_path / "b.tar.gz"
+    for length in (len(whole) // 2, len(whole) // 3):
+        shard.write_bytes(whole[:length])
+        report: list[str] = []
+        assert len(list(stream_samples(str(shard), report.append))) < 9
+        assert len(report) == 1 and report[0].startswith(f"{shard}: cut off or damaged (")
+    shard.write_bytes(whole)
+    assert len(list(stream_samples(str(shard), pytest.fail))) == 9
 
 
 # --- By URL
