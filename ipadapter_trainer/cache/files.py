@@ -163,10 +163,12 @@ def read_header(file: Path) -> ShardHeader | None:
         return None
 
 
-def write_shard(file: Path, tensors: Mapping[str, Tensor], key: str, broken: Mapping[int, str]) -> None:
+def write_shard(file: Path, tensors: Mapping[str, Tensor], key: str, broken: Mapping[int, str]) -> ShardFile:
     """Write a shard, whole or not at all. Raises DiskError."""
     metadata = {_METADATA: json.dumps({"key": key, "broken": broken})}
-    write_whole(file, safetensors.torch.save(dict(tensors), metadata))
+    content = safetensors.torch.save(dict(tensors), metadata)
+    write_whole(file, content)
+    return ShardFile(len(content), hashlib.sha256(content).hexdigest())
 
 
 def write_whole(file: Path, content: bytes) -> None:

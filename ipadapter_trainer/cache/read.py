@@ -31,20 +31,21 @@ from .quantise import unpack_features
 class Table:
     """The rows of a table, memory-mapped: only rows that are used are read, and processes share them."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = files
-        self._mapped: list[dict[str, Tensor] | None] = [None] * len(files)  # each process maps for itself
-        rows = [_map(file)["row"].numpy() for file in files]
-        self._shard_of = np.empty(sum(map(len, rows)), dtype=np.int32)
+    def __init__(self, folder: Path, name: str, manifest: Manifest) -> None:
+        """Raises CacheError when the shards do not hold all rows."""
+        self._files = [folder / file for file in manifest.shards if file.startswith(f"{name}/")]
+        self._mapped: list[dict[str, Tensor] | None] = [None] * len(self._files)  # each process maps for itself
+        rows = [_map(file)["row"].numpy() for file in self._files]
+        count = sum(map(len, rows))
+        if count != manifest.counts.get(name):
+            raise CacheError(f"{folder / MANIFEST}: not a cache's manifest (it is damaged). Make the cache again.")
+        self._shard_of = np.empty(count, dtype=np.int32)
         self._index_in_shard = np.empty_like(self._shard_of)
         for shard, numbers in enumerate(rows):
             self._shard_of[numbers], self._index_in_shard[numbers] = shard, np.arange(len(numbers))
 
     def __getstate__(self) -> dict[str, Any]:  # for workers that are spawned
         return {**self.__dict__, "_mapped": [None] * len(self._files)}
-
-    def __len__(self) -> int:
-        return len(self._shard_of)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         """The tensors of a row. Raises CacheError for a shard that cannot be read."""
@@ -82,13 +83,7 @@ class CachedDataset(ImageDataset):
     def __init__(self, config: TrainConfig, base_model: BaseModel, examples: Sequence[Example]) -> None:
         self.settings, manifest = _open(config, base_model, examples)
         assert config.cache is not None
-        self.tables = {
-            table: Table([config.cache / name for name in manifest.shards if name.startswith(f"{table}/")])
-            for table in TABLES
-        }
-        if {name: len(table) for name, table in self.tables.items()} != manifest.counts:
-            file = config.cache / MANIFEST
-            raise CacheError(f"{file}: not a cache's manifest (it is damaged). Make the cache again.")
+        self.tables = {table: Table(config.cache, table, manifest) for table in TABLES}
         self.broken = manifest.broken  # table -> row -> why it could not be read
         self._caption_rows = {text: row for row, text in enumerate(distinct_captions(examples))}
         self._reference_rows = {name: row for row, name in enumerate(distinct_references(examples))}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..data.buckets import assign, read_sizes
@@ -109,16 +110,17 @@ def _write_cache(
         augmentation_from_config(config),
         settings,
     )
+    written: list[tuple[str, ShardFile]] = []
     for table in TABLES:
         batch_size = config.batch_size if table == "captions" else max(1, config.batch_size // settings.variants)
         part = [shard for shard in missing.values() if shard.table == table]
         part = [shard for shard in part if shard.number % state.num_processes == state.process_index]
         with tqdm(total=sum(len(s.rows) for s in part), desc=table, unit="row", disable=not progress) as bar:
             for shard, tensors, broken in encode_shards(base_model, dataset, part, batch_size, config.num_workers, bar):
-                write_shard(folder / shard.file, tensors, settings.digest, broken)
+                written.append((shard.file, write_shard(folder / shard.file, tensors, settings.digest, broken)))
         if table == "captions":
             base_model.release("text_encoders")
-    state.wait_for_everyone()
+    manifest = replace(manifest, shards=manifest.shards | dict(gather_object(written)))  # waits for all processes
     if state.is_main_process:
         _complete(folder, settings, manifest, shards, say)
     state.wait_for_everyone()
@@ -173,7 +175,9 @@ def _check_room(folder: Path, needed: int, force: bool, say: Say) -> None:
 
 
 def _complete(folder: Path, settings: CacheSettings, manifest: Manifest, shards: Sequence[Shard], say: Say) -> None:
-    """Save the manifest with the hashes of the new shards and the rows that could not be read."""
+    """Save the manifest with the hashes of all shards and the rows that could not be read. Of shards, only those that
+    an interrupted run wrote are read for their hashes.
+    """
     files: dict[str, ShardFile] = {}
     broken: dict[str, dict[int, str]] = {}
     for shard in shards:

@@ -7,12 +7,13 @@ import urllib.request
 from urllib.parse import unquote, urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError, MaxRetryError
+from urllib3.exceptions import HTTPError, MaxRetryError, ProtocolError
 
 from ..errors import DataError
 
 _ATTEMPTS = 6
 _TIMEOUT = 30.0  # seconds without a byte
+_BLOCK = 1 << 20  # bytes that are skipped at once
 # Other 4xx statuses are final.
 RETRIES = urllib3.Retry(_ATTEMPTS - 1, backoff_factor=1, status_forcelist=[408, 425, 429, *range(500, 600)])
 
@@ -40,6 +41,8 @@ class HttpFile(io.RawIOBase):
 
     def close(self) -> None:
         """Close the connection."""
+        if self._response is not None:
+            self._response.close()  # the pool does not hold a connection that is in use
         self._pool.clear()
         super().close()
 
@@ -66,7 +69,12 @@ class HttpFile(io.RawIOBase):
         if response.status >= 400:
             raise OSError(f"HTTP status {response.status} {response.reason}")
         if response.status != 206:  # the whole file
-            response.read(self._position)
+            before = self._position
+            while before:
+                data = response.read1(min(before, _BLOCK))
+                if not data:
+                    raise ProtocolError(f"it ends before byte {self._position:,}, where it was read to before")
+                before -= len(data)
         return response
 
 

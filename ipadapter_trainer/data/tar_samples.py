@@ -6,7 +6,6 @@ optionally another prompt image (.reference.jpg and so on) and a face embedding 
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import random
@@ -103,7 +102,7 @@ def _read_samples(shard: str, report: Callable[[str], None]) -> Iterator[TarSamp
     with stream:
         try:
             with tarfile.open(fileobj=stream, mode="r|*") as tar:
-                yield from _samples(tar, shard, read)
+                yield from _samples(tar, shard, read, report)
                 _check_end(tar, shard)
         except _DAMAGED as error:
             report(_damaged(shard, error))
@@ -126,7 +125,7 @@ def index_shards(shards: Sequence[str]) -> list[Example]:
                 f"{shard} is {what}: a cache is made from .tar files on this machine. Download or unpack it first."
             )
         try:
-            for sample in _index(shard):
+            for sample in _index(shard, problems.append):
                 try:
                     examples.append(sample.example())
                 except DataError as error:
@@ -146,45 +145,55 @@ def index_shards(shards: Sequence[str]) -> list[Example]:
 def count_samples(shard: str) -> int | None:
     """How many samples `stream_samples` gives, from the tar headers alone; None for a shard that has to be read."""
     try:
-        return sum(1 for _ in _index(shard)) if is_plain(shard) else None
+        return sum(1 for _ in _index(shard, lambda problem: None)) if is_plain(shard) else None
     except _DAMAGED:
         return None
 
 
-def _index(shard: str) -> Iterator[TarSample]:
+def _index(shard: str, report: Callable[[str], None]) -> Iterator[TarSample]:
     """The samples of a local .tar file, with the offsets of their files."""
     path = Path(shard)
     with tarfile.open(path, "r:") as tar:
-        yield from _samples(tar, shard, lambda info: TarMember(path, info.name, info.offset_data, info.size))
+        yield from _samples(tar, shard, lambda info: TarMember(path, info.name, info.offset_data, info.size), report)
         _check_end(tar, shard)
 
 
 def _samples(
-    tar: tarfile.TarFile, shard: str, open_member: Callable[[tarfile.TarInfo], TarMember]
+    tar: tarfile.TarFile,
+    shard: str,
+    open_member: Callable[[tarfile.TarInfo], TarMember],
+    report: Callable[[str], None],
 ) -> Iterator[TarSample]:
     matches = ((_NAME.fullmatch(info.name), info) for info in tar if info.isreg() and not _META.match(info.name))
     members = ((match[1], match[2].lower(), info) for match, info in matches if match is not None)
     for name, group in groupby(members, key=itemgetter(0)):
         files: dict[str, TarMember] = {}
+        repeated = ""
         for _, suffix, info in group:
-            if suffix not in files:  # of two files with one name the first
+            if suffix in files:
+                repeated = suffix
+            else:
                 files[suffix] = open_member(info)
-        yield TarSample(f"{shard_name(shard)}/{name}", files)
+        sample = TarSample(f"{shard_name(shard)}/{name}", files)
+        if repeated:
+            report(f"{sample.name}: more than one .{repeated}; the first is read. Give each sample a name of its own.")
+        yield sample
 
 
 def _check_end(tar: tarfile.TarFile, shard: str) -> None:
-    """Raises ReadError for a local archive that was read without an error, but goes on or has no end marker."""
+    """Raises ReadError for an archive that was read without an error, but has no end marker, or that is a local file
+    and goes on after it.
+    """
+    assert tar.fileobj is not None
+    if tar.fileobj.tell() - tar.offset < tarfile.BLOCKSIZE:  # tarfile ends without an error where the data do
+        raise tarfile.ReadError("it has no end marker")
     if not is_plain(shard) or type_of(first_bytes(Path(shard))) not in (TAR, ZEROS):  # compressed, whatever its name
         return
-    with Path(shard).open("rb") as stream:
-        size = stream.seek(0, io.SEEK_END)
-        if size - tar.offset > _PADDING:  # readers stop at zeros
-            raise tarfile.ReadError(
-                f"it ends after {tar.offset:,} of {size:,} bytes: an incomplete download, or several archives in one"
-            )
-        stream.seek(-tarfile.BLOCKSIZE, io.SEEK_END)
-        if stream.read().strip(b"\0"):
-            raise tarfile.ReadError("it has no end marker")
+    size = Path(shard).stat().st_size
+    if size - tar.offset > _PADDING:  # readers stop at zeros
+        raise tarfile.ReadError(
+            f"it ends after {tar.offset:,} of {size:,} bytes: an incomplete download, or several archives in one"
+        )
 
 
 def _damaged(shard: str, error: Exception) -> str:

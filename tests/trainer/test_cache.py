@@ -376,6 +376,16 @@ def test_quantised_rows_are_near_although_some_channels_dwarf_the_others() -> No
     assert torch.equal(zeros, torch.zeros(2, 5, 30, dtype=torch.float16))
 
 
+def test_a_manifest_that_lacks_one_of_several_shards_is_damaged(settings: dict[str, Any], small_shards: None) -> None:
+    config = make_config(settings)
+    folder = write_cache(config)
+    manifest = read_manifest(folder)
+    del manifest.shards["images/shard-00000.safetensors"]
+    manifest.save(folder)
+    with pytest.raises(CacheError, match=r"manifest.json: not a cache's manifest \(it is damaged\)"):
+        CachedDataset(config, base_model_from_config(config), examples_from_config(config))
+
+
 def test_values_that_float16_cannot_hold_are_refused(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from ipadapter_trainer.cache import encode as cache_encode
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -112,7 +114,7 @@ def test_the_fingerprint_depends_on_names_and_sizes(four: list[str], tmp_path: P
 # --- Samples
 
 
-def test_a_sample_has_a_image_a_caption_a_reference_and_a_face(tmp_path: Path) -> None:
+def test_a_sample_has_an_image_a_caption_a_reference_and_a_face(tmp_path: Path) -> None:
     face = io.BytesIO()
     np.save(face, np.ones(512, dtype=np.float32))
     image, other = (encoded_image(Image.new("RGB", (8, 8), colour), "jpeg") for colour in ("red", "blue"))
@@ -208,6 +210,20 @@ def test_counting_agrees_with_reading(four: list[str], tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.tar"
     damaged.write_bytes(Path(four[3]).read_bytes()[:3000])
     assert count_samples(str(damaged)) is None
+
+
+def test_two_neighbours_with_one_name_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name in ("1.png", "1.txt", "1.png", "1.txt", "2.png", "2.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"a"))
+    problems: list[str] = []
+    assert [raw.name for raw in stream_samples(str(shard), problems.append)] == ["a.tar/1", "a.tar/2"]
+    assert problems == ["a.tar/1: more than one .txt; the first is read. Give each sample a name of its own."]
+    assert count_samples(str(shard)) == len(index_shards([str(shard)])) == 2
+    assert problems[0] in caplog.text
 
 
 # --- Batches
@@ -307,6 +323,18 @@ def test_a_damaged_shard_ends_early_and_is_named(four: list[str], preprocessor: 
         next(iter(shard_loader([str(tmp_path / "no.tar")], preprocessor, plain(), batch_size=1, num_workers=0)))
 
 
+def test_a_compressed_shard_that_ends_early_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(write_shard(tmp_path / "a.tar", {f"{n}": sample(n) for n in range(9)}).read_bytes())
+    shard = tmp_path / "b.tar.gz"
+    for length in (len(whole) // 2, len(whole) // 3):
+        shard.write_bytes(whole[:length])
+        report: list[str] = []
+        assert len(list(stream_samples(str(shard), report.append))) < 9
+        assert len(report) == 1 and report[0].startswith(f"{shard}: cut off or damaged (")
+    shard.write_bytes(whole)
+    assert len(list(stream_samples(str(shard), pytest.fail))) == 9
+
+
 # --- By URL
 
 
@@ -317,6 +345,7 @@ class Host(BaseHTTPRequestHandler):
     breaks: list[int]  # bytes after which the next connections end
     failures: list[int]  # statuses of the next requests
     seen: list[str]
+    ranges = True
 
     def do_GET(self) -> None:
         self.seen.append(self.headers.get("Range", ""))
@@ -325,7 +354,7 @@ class Host(BaseHTTPRequestHandler):
             self.send_error(self.failures.pop() if self.failures else 404)
             return
         data = file.read_bytes()
-        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        start = int(((self.ranges and self.headers.get("Range")) or "bytes=0-")[6:-1])
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
@@ -370,6 +399,15 @@ def test_a_broken_connection_is_taken_up_again(four: list[str], host: tuple[str,
     assert server.seen == ["", "", "bytes=1500-", "bytes=2200-"]
 
 
+def test_a_server_without_ranges_sends_all_again(four: list[str], host: tuple[str, type[Host]]) -> None:
+    address, server = host
+    server.ranges = False
+    server.breaks += [700, 1500]
+    keys = [raw.name for raw in stream_samples(f"{address}/s3.tar", pytest.fail)]
+    assert keys == [raw.name for raw in stream_samples(four[3], print)]
+    assert server.seen == ["", "bytes=1500-", "bytes=1500-"]  # it broke off again before byte 1500
+
+
 def test_a_shard_that_is_not_there_is_named(four: list[str], host: tuple[str, type[Host]]) -> None:
     broken: list[str] = []
     assert list(stream_samples(f"{host[0]}/absent.tar", broken.append)) == []
@@ -389,7 +427,7 @@ def test_a_server_that_cannot_be_reached_is_an_error(host: tuple[str, type[Host]
 
 
 def test_indexed_samples_are_those_of_the_stream(tmp_path: Path) -> None:
-    """Every file of a sample, read at its place in the shard, is what webdataset gives."""
+    """Every file of a sample, read at its offset in the shard, is what the stream gives."""
     face = io.BytesIO()
     np.save(face, np.arange(512, dtype=np.float32))
     prompt = encoded_image(Image.new("RGB", (9, 9), "blue"), "jpeg")
