@@ -29,11 +29,11 @@ _OTHER_FILES: tuple[tuple[str, str], ...] = (
         r"^control_model\.|controlnet_cond_embedding\.|input_hint_block\.|controlnet_down_blocks\.",
         "a ControlNet",
     ),
-    (r"lora_up|lora_down|\.lora_A\.|\.lora_B\.|^lora_unet_|_lora\.(down|up)\.weight$", "a LoRA"),
-    (
-        r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.|^conditioner\.",
+    (  # before LoRA: a checkpoint may have LoRA tensors besides its own weights
+        r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.(?!.*lora).*\.weight$",
         FULL_CHECKPOINT,
     ),
+    (r"lora_up|lora_down|\.lora_A\.|\.lora_B\.|^lora_unet_|_lora\.(down|up)\.weight$", "a LoRA"),
     (r"^down_blocks\..*attn2\.to_k\.|^input_blocks\.\d+", "a UNet"),
     (r"^double_blocks\.|^joint_blocks\.|^transformer_blocks\.", "a diffusion transformer"),
     (r"^vision_model\.|^visual\.|^visual_projection", "an image encoder (CLIP vision)"),

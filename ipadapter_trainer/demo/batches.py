@@ -1,12 +1,13 @@
-"""What the emoji adapter is trained on: an image of itself without text, or one of its style with its caption.
+"""Training batches of the emoji adapter: an image with itself as prompt and no text, or with one of its style and its
+caption.
 
-The pairs teach the division of labour that an image prompt is for: alone, the image says everything;
-beside a text, the text says what and the image says how. Self-pairs alone teach copying.
+The pairs teach the division of labour that an image prompt is for: alone, the image decides everything; beside
+a text, the text decides what is drawn and the image how. Self-pairs alone teach copying.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -93,5 +94,5 @@ def emoji_batches(features: EmojiFeatures, batch_size: int, generator: torch.Gen
         yield draw_batch(features, batch_size, generator)
 
 
-def _chunked(encode, base_model: BaseModel, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _chunked(encode: Callable[[BaseModel, Tensor], Tensor], base_model: BaseModel, rows: Tensor) -> Tensor:
     return torch.cat([encode(base_model, chunk).cpu() for chunk in rows.split(64)])

@@ -6,17 +6,17 @@ import io
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Self
 
-Split = Literal["train", "held_out"]
 STYLE_NAMES = ("fluent", "flat", "noto", "twemoji", "fxemoji")  # one icon package each
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -45,7 +45,9 @@ TEXT_CONCEPTS = (
 
 @dataclass(frozen=True)
 class EmojiImages:
-    """Images of one split. ``images`` is uint8 [N, 3, 64, 64]; the three tuples have one entry an image."""
+    """Images of one split. ``images`` is uint8 [N, 3, H, W]; the three tuples have one entry an image."""
+
+    style_names: ClassVar[tuple[str, ...]] = STYLE_NAMES
 
     images: Tensor
     captions: tuple[str, ...]
@@ -57,12 +59,13 @@ class EmojiImages:
 
     @property
     def style_ids(self) -> Tensor:
-        """int64 [N]: the index of each image's style in ``STYLE_NAMES``."""
-        return torch.tensor([STYLE_NAMES.index(style) for style in self.styles])
+        """int64 [N]: the index of each image's style in ``style_names``."""
+        return torch.tensor([self.style_names.index(style) for style in self.styles])
 
-    def subset(self, rows: Sequence[int]) -> EmojiImages:
+    def subset(self, rows: Sequence[int]) -> Self:
         """Only these images, in this order."""
-        return EmojiImages(
+        return replace(
+            self,
             images=self.images[list(rows)],
             captions=tuple(self.captions[row] for row in rows),
             concepts=tuple(self.concepts[row] for row in rows),
@@ -77,8 +80,8 @@ class EmojiImages:
         raise KeyError(f"no image of {concept!r} in style {style!r} among {len(self)} images")
 
 
-def load_images(file: Path, split: Split) -> EmojiImages:
-    """Decode one split of ``pictures.zip`` (about a second for 6,000 images).
+def load_images(file: Path, split: str) -> EmojiImages:
+    """Decode one split ("train" or "held_out") of ``pictures.zip`` (about a second for 6,000 images).
 
     Raises ValueError when the split has none.
     """

@@ -6,6 +6,7 @@ images is reported beside every number it gives.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,13 +22,8 @@ from .emoji import STYLE_NAMES
 
 WHITE = 0.94  # a pixel whose darkest channel is above is background
 Palettes = tuple[tuple[int, str], ...]
-PALETTES: Palettes = (
-    (6, "ink"),
-    (12, "ink"),
-    (20, "ink"),
-    (8, "outlines"),
-    (8, "surfaces"),
-)  # bins a channel, of which pixels
+# Bins a channel, of which pixels.
+PALETTES: Palettes = ((6, "ink"), (12, "ink"), (20, "ink"), (8, "outlines"), (8, "surfaces"))
 STEPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.5)  # between pixels in [-1, 1]
 
 
@@ -48,6 +44,10 @@ class StyleClassifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(style_features(pixels, self.palettes))
+
+
+# By the prefix of their tensors in judges.safetensors.
+CLASSIFIERS: Mapping[str, Callable[[], nn.Module]] = {"style_classifier": StyleClassifier}
 
 
 def style_features(pixels: Tensor, palettes: Palettes = PALETTES) -> Tensor:
@@ -113,14 +113,16 @@ def closer_to_own(similarity: Tensor) -> float:
     return wins[others].mean().item()
 
 
-def read_judges(file: Path) -> dict[str, Tensor]:
-    """The tensors of judges.safetensors: a style classifier's, and CLIP's text projection.
+def read_judges(file: Path, classifiers: Mapping[str, Callable[[], nn.Module]] = CLASSIFIERS) -> dict[str, Tensor]:
+    """The tensors of judges.safetensors: the classifiers', and CLIP's text projection.
 
     Raises BaseModelError for another file and for a damaged one.
     """
     source = "the package: install ip-adapter-kit anew"
     opened = open_weights(file, "the judges of the emoji model", source)
-    expected = {"text_projection.weight", *(f"style_classifier.{key}" for key in StyleClassifier().state_dict())}
+    expected = {"text_projection.weight"}
+    for name, new_classifier in classifiers.items():
+        expected |= {f"{name}.{key}" for key in new_classifier().state_dict()}
     if lacking := sorted(expected - set(opened.infos)):
         raise BaseModelError(
             f"{file}: looks like {looks_like(opened.infos)}; expected the judges of the emoji model ({lacking[0]} is "
@@ -134,7 +136,7 @@ def read_judges(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def style_classifier_state(judges: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The style classifier's float32 state out of the tensors of judges.safetensors."""
-    prefix = "style_classifier."
-    return {key[len(prefix) :]: value.float() for key, value in judges.items() if key.startswith(prefix)}
+def classifier_state(judges: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The float32 state of one classifier out of the tensors of judges.safetensors."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value.float() for key, value in judges.items() if key.startswith(prefix)}

@@ -29,12 +29,12 @@ from ..models.image_features import encode_clip_images
 from .emoji import STYLE_NAMES, TEXT_CONCEPTS, EmojiImages, caption, load_images, normalize, styled_caption, to_pixels
 from .judges import (
     StyleClassifier,
+    classifier_state,
     closer_to_own,
     colour_histogram,
     histogram_similarity,
     judge_styles,
     read_judges,
-    style_classifier_state,
 )
 
 PROMPTS = 64
@@ -44,16 +44,11 @@ WEIGHT_ALONE, WEIGHT_WITH_TEXT = 1.0, 1.0
 
 @dataclass(frozen=True)
 class Judges:
-    """Everything that looks at an image and says what it sees."""
+    """The classifiers of generated images."""
 
     base_model: BaseModel
     classifier: StyleClassifier
     text_projection: Tensor
-
-    @torch.no_grad()
-    def image_embeds(self, pixels: Tensor) -> Tensor:
-        """Pixels [N, 3, 64, 64] in [-1, 1] -> unit CLIP embeddings [N, D]."""
-        return F.normalize(encode_clip_images(self.base_model, normalize(pixels)), dim=-1)
 
     def _token_ids(self, texts: list[str]) -> Tensor:
         return tokenize(self.base_model.tokenizers[:1], texts, self.base_model.text_length)[0]
@@ -68,7 +63,7 @@ class Judges:
         pooled = self.base_model.text_encoder(self._token_ids(captions)).pooler_output
         texts = F.normalize(pooled @ self.text_projection.T, dim=-1)
         concepts = texts.unflatten(0, (len(TEXT_CONCEPTS), len(STYLE_NAMES))).mean(dim=1)
-        return (self.image_embeds(pixels) @ F.normalize(concepts, dim=-1).T).argmax(-1)
+        return (image_embeds(self.base_model, pixels) @ F.normalize(concepts, dim=-1).T).argmax(-1)
 
     @torch.no_grad()
     def styles_by_encoder(self, pixels: Tensor) -> Tensor:
@@ -76,25 +71,32 @@ class Judges:
         captions = [f"{style} style" for style in STYLE_NAMES]
         pooled = self.base_model.text_encoder(self._token_ids(captions)).pooler_output
         texts = F.normalize(pooled @ self.text_projection.T, dim=-1)
-        return torch.cat([self.image_embeds(chunk) @ texts.T for chunk in pixels.split(64)]).argmax(-1)
+        return torch.cat([image_embeds(self.base_model, chunk) @ texts.T for chunk in pixels.split(64)]).argmax(-1)
 
-    def closeness(self, generated: Tensor, references: Tensor) -> dict[str, float]:
-        """Probability that a generated image is closer to its own reference than to a random other one."""
-        histograms = histogram_similarity(colour_histogram(generated), colour_histogram(references))
-        embeds = self.image_embeds(generated) @ self.image_embeds(references).T
-        return {"closer_by_histogram": closer_to_own(histograms), "closer_by_clip": closer_to_own(embeds)}
+
+@torch.no_grad()
+def image_embeds(base_model: BaseModel, pixels: Tensor) -> Tensor:
+    """Pixels [N, 3, H, W] in [-1, 1] -> unit CLIP embeddings [N, D]."""
+    return F.normalize(encode_clip_images(base_model, normalize(pixels)), dim=-1)
+
+
+def closeness(base_model: BaseModel, generated: Tensor, references: Tensor) -> dict[str, float]:
+    """Probability that a generated image is closer to its own reference than to a random other one."""
+    histograms = histogram_similarity(colour_histogram(generated), colour_histogram(references))
+    embeds = image_embeds(base_model, generated) @ image_embeds(base_model, references).T
+    return {"closer_by_histogram": closer_to_own(histograms.cpu()), "closer_by_clip": closer_to_own(embeds.cpu())}
 
 
 def load_judges(base_model: BaseModel, file: Path) -> Judges:
     """Read judges.safetensors. Raises BaseModelError for another or a damaged file."""
     state = read_judges(file)
     classifier = StyleClassifier()
-    classifier.load_state_dict(style_classifier_state(state))
+    classifier.load_state_dict(classifier_state(state, "style_classifier"))
     return Judges(base_model, classifier.eval(), state["text_projection.weight"].float())
 
 
 def choose_references(images: EmojiImages, count: int = PROMPTS, seed: int = 0) -> list[int]:
-    """Distinct held-out concepts in a seeded order, each in a seeded one of its styles."""
+    """Rows of distinct concepts in a seeded order, each in a seeded one of its styles."""
     generator = torch.Generator().manual_seed(seed)
     chosen: dict[str, int] = {}
     for row in torch.randperm(len(images), generator=generator).tolist():
@@ -124,13 +126,13 @@ def evaluate(base_model: BaseModel, adapter: IPAdapter, judges: Judges, images: 
         )
 
     def style(pixels: Tensor, order: Tensor) -> float:
-        return _share(judge_styles(judges.classifier, pixels) == styles[order])
+        return share(judge_styles(judges.classifier, pixels) == styles[order])
 
     def alone(pixels: Tensor, order: Tensor) -> dict[str, float]:
-        return {**judges.closeness(pixels, references[order]), "style": style(pixels, order)}
+        return {**closeness(base_model, pixels, references[order]), "style": style(pixels, order)}
 
     def with_text(pixels: Tensor, order: Tensor) -> dict[str, float]:
-        return {"style": style(pixels, order), "concept": _share(judges.concepts(pixels) == wanted)}
+        return {"style": style(pixels, order), "concept": share(judges.concepts(pixels) == wanted)}
 
     own = torch.arange(len(rows))
     in_words = [styled_caption(images.captions[row], images.styles[row]) for row in rows]
@@ -138,7 +140,7 @@ def evaluate(base_model: BaseModel, adapter: IPAdapter, judges: Judges, images: 
     result: dict[str, object] = {
         # What an adapter can reach at most with this model: the styles its encoder sees, and those its UNet draws.
         "limits": {
-            "style_seen_by_the_image_encoder": _share(judges.styles_by_encoder(every) == images.style_ids),
+            "style_seen_by_the_image_encoder": share(judges.styles_by_encoder(every) == images.style_ids),
             "style_asked_in_words": style(run(in_words, 0.0), own),
         }
     }
@@ -162,12 +164,13 @@ def judge_the_judges(judges: Judges, held_out: EmojiImages, train: EmojiImages) 
     rows = [i for i, concept in enumerate(train.concepts) if concept in TEXT_CONCEPTS]
     truth = torch.tensor([TEXT_CONCEPTS.index(train.concepts[i]) for i in rows])
     return {
-        "style_on_real_held_out": _share(styles == held_out.style_ids),
-        "concept_on_real": _share(judges.concepts(to_pixels(train.images[rows])) == truth),
+        "style_on_real_held_out": share(styles == held_out.style_ids),
+        "concept_on_real": share(judges.concepts(to_pixels(train.images[rows])) == truth),
     }
 
 
-def _share(hits: Tensor) -> float:
+def share(hits: Tensor) -> float:
+    """The share of true values."""
     return hits.float().mean().item()
 
 

@@ -27,13 +27,11 @@ from ..training.optimizers import new_optimizer
 from ..training.steps import check_loss, train_steps
 from .batches import emoji_batches, encode_emoji
 from .emoji import EmojiImages, load_images, normalize, to_pixels
-from .quality import GUIDANCE, Judges, choose_references, load_judges
+from .quality import GUIDANCE, choose_references, closeness
 
 TRAINING_IMAGES = 1500  # of 6,000: encoding them all would take the time that training needs
-BATCH, LEARNING_RATE = (
-    32,
-    2e-3,
-)  # a tiny adapter in two minutes, not a real one in days: 20 times the usual rate
+# 20 times the usual learning rate: a tiny adapter in two minutes, not a real one in days.
+BATCH, LEARNING_RATE = 32, 2e-3
 STEPS = 12
 ROWS, MEASURED = 6, 24
 SIDE = 128  # of an image in the grid; the model's own is 64
@@ -75,7 +73,6 @@ def demo(output: Path, adapter: str | None = None, minutes: float = 2.0, seed: i
     else:
         file = folder / "adapter.safetensors" if adapter == "bundled" else Path(adapter)
         chosen = load_adapter(file, dtype=torch.float32)
-    judges = load_judges(base_model, folder / "judges.safetensors")
     rows = choose_references(held_out, MEASURED, seed)
     images = to_pixels(held_out.images[rows])
     embeds = encode_clip_images(base_model, normalize(images))
@@ -91,7 +88,7 @@ def demo(output: Path, adapter: str | None = None, minutes: float = 2.0, seed: i
     drawn = draw_grid(list(zip(titles, shown, strict=True)), side=SIDE)
     with whole_file(output) as temporary:
         drawn.save(temporary)
-    report(judges, images, alone)
+    report(base_model, images, alone)
     print(f"Image: {output.resolve()} ({time.monotonic() - started:.0f} s in all)")
 
 
@@ -152,10 +149,10 @@ def _generate(base_model: BaseModel, adapter: IPAdapter, embeds: Tensor, text: s
     )
 
 
-def report(judges: Judges, references: Tensor, generated: dict[float, Tensor]) -> None:
+def report(base_model: BaseModel, references: Tensor, generated: dict[float, Tensor]) -> None:
     """Print how often a generated image is closer to its own reference than to another one, with and without."""
     print(f"Closer to its own image prompt than to another one ({len(references)} held-out prompts, chance is 50 %):")
     for weight, title in ((0.0, "without adapter"), (1.0, "with adapter")):
-        closeness = judges.closeness(generated[weight], references)
-        by_colour, by_clip = closeness["closer_by_histogram"], closeness["closer_by_clip"]
+        found = closeness(base_model, generated[weight], references)
+        by_colour, by_clip = found["closer_by_histogram"], found["closer_by_clip"]
         print(f"  {title:16} by colour {by_colour:4.0%}   by the vision model {by_clip:4.0%}")

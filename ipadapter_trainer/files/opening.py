@@ -29,7 +29,7 @@ from .published import PREFIX
 
 ADAPTER_FILE = "adapter.safetensors"
 STATE_FILE = "training.pt"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 # What Accelerate's save_state and save_model write, and DeepSpeed's file of weights, in order of preference.
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "pytorch_model/mp_rank_00_model_states.pt")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

@@ -94,7 +94,7 @@ def count_unet(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) ->
     side = config.resolution // base_model.latent_scale
     unet: Any = nn.Module.to(base_model.meta_unet().requires_grad_(False), dtype)  # `unet.to` would warn
     if config.mixed_precision != "fp8" and not config.compile:
-        release_conv_inputs(unet)  # as `tune_unet` does
+        release_conv_inputs(unet)  # as `prepare_unet` does
     if config.gradient_checkpointing:
         unet.train().enable_gradient_checkpointing()
     key_values = [

@@ -58,7 +58,7 @@ def new_objective(
     found = str(scheduler.config["prediction_type"])
     if prediction_type is not None and prediction_type != found:
         raise ConfigError(
-            f"prediction_type is {prediction_type!r}, but the base model's scheduler says {found!r}. Leave it "
+            f"prediction_type is {prediction_type!r}, but the base model's scheduler has {found!r}. Leave it "
             "out, or correct scheduler/scheduler_config.json."
         )
     if zero_terminal_snr and not scheduler.config.get("rescale_betas_zero_snr"):

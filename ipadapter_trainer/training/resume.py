@@ -129,12 +129,23 @@ def changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, 
     """A line for each setting that differs from those of the checkpoint `folder`; `accept` also allows changes of the
     data.
 
+    `before` is empty for a checkpoint of a version that stored other settings: nothing can be compared.
+
     Raises CheckpointError for differences that cannot be resumed from, naming both values and what to do.
     """
+    initial = f"init_from={folder / 'adapter.safetensors'}, which starts a new run from its weights"
+    if not before:
+        unknown = "an earlier version wrote it, so its settings cannot be compared with those of this run"
+        if not accept:
+            raise CheckpointError(
+                f"{folder}: {unknown}. If they are the same, add accept_changes=true to resume; or choose another "
+                f"output with {initial}."
+            )
+        return [unknown]
     fixed, data, free = (_differences(names, before, now) for names in (_FIXED, _DATA, _FREE))
     if fixed:
         fits = all(before[name] == now[name] for name in ("kind", "num_tokens"))
-        how = f" with init_from={folder / 'adapter.safetensors'}, which starts a new run from its weights" * fits
+        how = f" with {initial}" * fits
         raise CheckpointError(
             f"{folder} belongs to another training: {'; '.join(fixed)}. Set it back, or choose another output{how}."
         )

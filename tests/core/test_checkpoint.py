@@ -181,6 +181,14 @@ OTHER_MODELS: dict[str, tuple[dict[str, Tensor], str]] = {
     "lora": ({"lora_unet_down_blocks_0_attn1_to_q.lora_down.weight": t(4, 8)}, "a LoRA"),
     "peft": ({"unet.mid_block.attn1.to_q.lora_A.weight": t(4, 8)}, "a LoRA"),
     "old lora": ({"unet.mid_block.attentions.0.attn1.processor.to_q_lora.down.weight": t(1)}, "a LoRA"),
+    "ldm lora": (
+        {f"model.diffusion_model.input_blocks.1.1.proj_in.{name}": t(1) for name in ("lora_down.weight", "alpha")},
+        "a LoRA",
+    ),
+    "checkpoint with lora": (
+        {"model.diffusion_model.out.2.weight": t(1), "lora_unet_out.lora_up.weight": t(1)},
+        "a full checkpoint",
+    ),
     "checkpoint": ({"model.diffusion_model.input_blocks.0.0.weight": t(1)}, "a full checkpoint"),
     "controlnet": ({"control_model.input_blocks.0.0.weight": t(1)}, "a ControlNet"),
     "controlnet2": (

@@ -74,7 +74,7 @@ def test_one_draw_decides_in_the_originals_order() -> None:
 def test_the_objective_is_the_schedulers_and_a_mismatch_is_refused(base_model: BaseModel, v_model: BaseModel) -> None:
     assert new_objective(base_model.scheduler).prediction_type == "epsilon"
     assert new_objective(v_model.scheduler, prediction_type="v_prediction").prediction_type == "v_prediction"
-    with pytest.raises(ConfigError, match=r"'v_prediction'.*says 'epsilon'"):
+    with pytest.raises(ConfigError, match=r"'v_prediction'.*has 'epsilon'"):
         new_objective(base_model.scheduler, prediction_type="v_prediction")
 
 

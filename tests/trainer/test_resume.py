@@ -224,6 +224,24 @@ def test_a_damaged_checkpoint_is_named_before_the_start(settings: dict[str, Any]
         shutil.rmtree(output / name)
 
 
+def test_a_checkpoint_without_settings_is_resumed_on_request_only(settings: dict[str, Any]) -> None:
+    """Earlier versions stored them as `facts`, under other names."""
+    folder = Path(settings["output"]) / "checkpoint-000004"
+    content = torch.load(folder / "training.pt", weights_only=True)
+    content["facts"] = content.pop("settings")
+    torch.save(content, folder / "training.pt")
+    unknown = "an earlier version wrote it, so its settings cannot be compared with those of this run"
+    with pytest.raises(CheckpointError) as refused:
+        told(settings)
+    assert str(refused.value) == (
+        f"{folder}: {unknown}. If they are the same, add accept_changes=true to resume; or choose another output with "
+        f"init_from={folder / ADAPTER_FILE}, which starts a new run from its weights."
+    )
+    assert told(settings, accept_changes=True) == [f"Would resume from {folder}, with changes:", f"  {unknown}"]
+    train(make_config({**settings, "accept_changes": True, "steps": STEPS + 1}))
+    assert checkpoint_folders(Path(settings["output"]))[-1].name == f"checkpoint-{STEPS + 1:06d}"
+
+
 def test_an_output_inside_the_data_is_refused(settings: dict[str, Any]) -> None:
     for output in (Path(settings["data"]), Path(settings["data"]) / "runs" / "mine"):
         with pytest.raises(ConfigError, match=rf"output {output} is inside data {settings['data']}"):

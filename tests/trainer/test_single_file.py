@@ -113,6 +113,17 @@ def test_names_that_merges_lost_are_understood(
     assert torch.equal(*states)
 
 
+def test_lora_tensors_beside_a_checkpoint_are_ignored(
+    sd15_state: dict[str, Tensor], model_folder: Path, base_model: BaseModel, tmp_path: Path
+) -> None:
+    lora = {"lora_unet_input_blocks_1_1_proj_in.lora_up.weight": torch.ones(2, 2)}
+    model = load_base_model(save({**sd15_state, **lora}, tmp_path), base_config=model_folder)
+    for name in ("fingerprint", "vae_fingerprint", "text_fingerprint"):
+        assert getattr(model, name)() == getattr(base_model, name)()
+    for one, other in zip(outputs(model), outputs(base_model), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("tensors", "metadata", "asked", "expected"),
     [

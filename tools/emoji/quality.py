@@ -19,13 +19,13 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL
 from ipadapter_trainer.data.images import to_pil_images
 from ipadapter_trainer.demo.emoji import normalize, styled_caption, to_pixels
-from ipadapter_trainer.demo.judges import StyleClassifier, closer_to_own, colour_histogram, histogram_similarity
+from ipadapter_trainer.demo.judges import StyleClassifier, classifier_state, read_judges
+from ipadapter_trainer.demo.quality import choose_references, closeness, share
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.generate import generate
 from ipadapter_trainer.models.image_features import encode_clip_images
@@ -36,7 +36,7 @@ from .build import caption
 from .concepts import CONCEPTS, TEXT_CONCEPTS
 from .images import EmojiImages, load_images
 from .judges import ConceptClassifier, choose_among, concept_ids, judge, new_style_classifier
-from .stack import part_of, read_judges
+from .stack import CLASSIFIERS
 
 PROMPTS = 128
 CHOICES = 16  # concepts that the judge chooses among
@@ -46,50 +46,30 @@ WEIGHT = 1.0
 
 @dataclass(frozen=True)
 class Judges:
-    """Everything that looks at an image: two classifiers and the base model's own image encoder."""
+    """The classifiers of generated images."""
 
     base_model: BaseModel
     styles: StyleClassifier
     concepts: ConceptClassifier
 
-    @torch.no_grad()
-    def image_embeds(self, pixels: Tensor) -> Tensor:
-        """Pixels [N, 3, H, W] in [-1, 1] -> unit CLIP embeddings [N, D]."""
-        return F.normalize(encode_clip_images(self.base_model, normalize(pixels)), dim=-1)
-
-    def closeness(self, generated: Tensor, references: Tensor) -> dict[str, float]:
-        """Probability that a generated image is closer to its own reference than to a random other one."""
-        histograms = histogram_similarity(colour_histogram(generated), colour_histogram(references)).cpu()
-        embeds = self.image_embeds(generated) @ self.image_embeds(references).T
-        return {"closer_by_histogram": closer_to_own(histograms), "closer_by_clip": closer_to_own(embeds.cpu())}
-
     def style(self, pixels: Tensor, wanted: Tensor) -> float:
         """Share of the images in the wanted style [N]."""
-        return _share(judge(self.styles, pixels).argmax(-1) == wanted.to(pixels.device))
+        return share(judge(self.styles, pixels).argmax(-1) == wanted.to(pixels.device))
 
     def concept(self, pixels: Tensor, candidates: Tensor, wanted: Tensor) -> float:
         """Share of the images that show the wanted one [N] of their candidates [N, K]."""
         found = choose_among(judge(self.concepts, pixels), candidates.to(pixels.device))
-        return _share(found == wanted.to(pixels.device))
+        return share(found == wanted.to(pixels.device))
 
 
 def load_judges(base_model: BaseModel, file: Path) -> Judges:
     """Read judges.safetensors. Raises BaseModelError for another or a damaged file."""
-    state = read_judges(file)
+    state = read_judges(file, CLASSIFIERS)
     styles, concepts = new_style_classifier(), ConceptClassifier()
-    styles.load_state_dict(part_of(state, "styles"))
-    concepts.load_state_dict(part_of(state, "concepts"))
+    styles.load_state_dict(classifier_state(state, "styles"))
+    concepts.load_state_dict(classifier_state(state, "concepts"))
     device = base_model.device
     return Judges(base_model, styles.eval().to(device), concepts.eval().to(device))
-
-
-def choose_references(images: EmojiImages, count: int = PROMPTS, seed: int = 0) -> list[int]:
-    """Images of distinct concepts in a seeded order."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen: dict[str, int] = {}
-    for row in torch.randperm(len(images), generator=generator).tolist():
-        chosen.setdefault(images.concepts[row], row)
-    return list(chosen.values())[:count]
 
 
 def candidates_of(concepts: Tensor, known: Tensor, seed: int = 0) -> Tensor:
@@ -142,7 +122,7 @@ def evaluate(
         references = to_pixels(of.images[order]).to(pixels.device)
         found = {"style": judges.style(pixels, of.style_ids[order])}
         if asked != "image_and_text":
-            found |= judges.closeness(pixels, references)
+            found |= closeness(base_model, pixels, references)
         if asked == "image_and_text":
             found["concept_of_the_text"] = judges.concept(pixels, text_concepts, wanted)
         elif asked != "unseen_concept":
@@ -205,10 +185,6 @@ def judge_the_judges(judges: Judges, held_out: EmojiImages, seed: int = 0) -> di
         "style": judges.style(pixels, held_out.style_ids),
         "concept": judges.concept(pixels, candidates_of(concepts, concepts, seed), first),
     }
-
-
-def _share(hits: Tensor) -> float:
-    return hits.float().mean().item()
 
 
 def measure(folder: Path, adapter_file: Path, images: Path, prompts: int = PROMPTS, seed: int = 0) -> dict[str, object]:

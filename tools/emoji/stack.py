@@ -11,20 +11,12 @@ from typing import Any, cast
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import (
-    CLIPModel,
-    CLIPTextModel,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-)
+from torch import nn
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from ipadapter_core import AdapterError, looks_like
 from ipadapter_core.assets import MODEL
-from ipadapter_core.tensors import check_weights
-from ipadapter_trainer.errors import BaseModelError
+from ipadapter_trainer.demo.judges import classifier_state, read_judges
 from ipadapter_trainer.models.image_processor import CLIPImageProcessor
-from ipadapter_trainer.models.weight_files import open_weights
 
 from ..shipped_emoji.clip import MAX_TOKENS
 from ..shipped_emoji.loop import load_ema, on_training_device
@@ -112,7 +104,7 @@ def _prefix_keys(file: Path, prefix: str) -> None:
 def unpack(folder: Path, work: Path) -> None:
     """The reverse of ``export``: checkpoints of step 0 from the shipped weights, for anyone to train them further."""
     model = folder / MODEL
-    judges = read_judges(folder / "judges.safetensors")
+    judges = read_judges(folder / "judges.safetensors", CLASSIFIERS)
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
     image_encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder")
@@ -124,39 +116,10 @@ def unpack(folder: Path, work: Path) -> None:
     start_from(clip, work / "clip.pt")
     for name, new_classifier in CLASSIFIERS.items():
         classifier = new_classifier()
-        classifier.load_state_dict(part_of(judges, name))
+        classifier.load_state_dict(classifier_state(judges, name))
         start_from(classifier, work / f"{name}.pt")
     start_from(AutoencoderKL.from_pretrained(model / "vae"), work / "vae.pt")
     start_from(UNet2DConditionModel.from_pretrained(model / "unet"), work / "unet.pt")
-
-
-def read_judges(file: Path) -> dict[str, Tensor]:
-    """The tensors of judges.safetensors: the classifiers', and CLIP's text projection.
-
-    Raises BaseModelError for another file and for a damaged one.
-    """
-    source = "the package: install ip-adapter-kit anew"
-    opened = open_weights(file, "the judges of the emoji model", source)
-    expected = {"text_projection.weight"}
-    for name, new_classifier in CLASSIFIERS.items():
-        expected |= {f"{name}.{key}" for key in new_classifier().state_dict()}
-    if lacking := sorted(expected - set(opened.infos)):
-        raise BaseModelError(
-            f"{file}: looks like {looks_like(opened.infos)}; expected the judges of the emoji model ({lacking[0]} is "
-            f"missing). Take it from {source}."
-        )
-    tensors = {name: opened.read(name) for name in opened.infos}
-    try:
-        check_weights(tensors, str(file))
-    except AdapterError as error:
-        raise BaseModelError(str(error)) from error
-    return tensors
-
-
-def part_of(judges: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The float32 state of one classifier, "styles" or "concepts", out of the tensors of judges.safetensors."""
-    prefix = f"{name}."
-    return {key.removeprefix(prefix): value.float() for key, value in judges.items() if key.startswith(prefix)}
 
 
 def save_judges(work: Path, clip: CLIPModel, file: Path) -> None:

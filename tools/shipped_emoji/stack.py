@@ -19,7 +19,7 @@ from transformers import (
 
 from ipadapter_core.assets import MODEL
 from ipadapter_trainer.demo.emoji import EmojiImages
-from ipadapter_trainer.demo.judges import StyleClassifier, read_judges, style_classifier_state
+from ipadapter_trainer.demo.judges import StyleClassifier, classifier_state, read_judges
 from ipadapter_trainer.models.image_processor import CLIPImageProcessor
 
 from .clip import MAX_TOKENS, new_clip
@@ -116,7 +116,7 @@ def unpack(folder: Path, work: Path) -> None:
     clip.vision_model.load_state_dict(image_encoder.vision_model.state_dict())
     clip.visual_projection.load_state_dict(image_encoder.visual_projection.state_dict())
     clip.text_projection.load_state_dict({"weight": judges["text_projection.weight"]})
-    classifier.load_state_dict(style_classifier_state(judges))
+    classifier.load_state_dict(classifier_state(judges, "style_classifier"))
     start_from(clip, work / "clip.pt")
     start_from(classifier, work / "judge.pt")
     start_from(AutoencoderKL.from_pretrained(model / "vae"), work / "vae.pt")
