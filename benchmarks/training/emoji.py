@@ -2,10 +2,10 @@
 
     python benchmarks/training/emoji.py --images pictures.zip --output FOLDER [--check] [--scale 1.0]
 
-Parts that do not need each other train side by side. The batches are large, because a GPU computes a step of so small a
-model faster than Python can ask for it. Each prints its steps and images a second; the log of each part,
-the model, the adapters, their quality.json and a sheet of samples are in FOLDER. `--check` does two steps of everything
-(also on a CPU), `--scale` stretches the minutes of all parts.
+Independent parts train at the same time. The batches are large, because a GPU computes a step of so small a model
+faster than Python launches it. FOLDER gets the log of each part with its steps and images per second, the model, the
+adapters, their quality.json and a sheet of samples. `--check` runs two steps of everything (also on a CPU); `--scale`
+multiplies the minutes of all parts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRAIN, QUALITY = "tools.emoji.train", "tools.emoji.quality"
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the stack: its minutes on an H100 and the images of a step."""
+    """A part of the model, with its minutes on an H100 and the images per step."""
 
     name: str
     minutes: float

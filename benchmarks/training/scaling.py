@@ -1,9 +1,9 @@
-"""How a training's speed changes with the images' side, the batch and the number of processes, on this machine.
+"""How the speed of a training depends on the resolution, the batch size and the number of processes.
 
     python benchmarks/training/scaling.py
 
-Each line is a run of `ipadapter train` in processes of its own, of one thread each on a CPU and one GPU each otherwise,
-on the tiny model of `benchmarks/training/speed.py` with a cache. Rounds alternate; the figures are medians.
+Each line is `ipadapter train` with a cache, on the tiny model of `benchmarks/training/speed.py`, in processes with one
+thread each on a CPU, or one GPU each. Rounds alternate; the numbers are medians.
 """
 
 from __future__ import annotations

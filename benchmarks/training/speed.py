@@ -1,39 +1,40 @@
-"""How fast `ipadapter train` is, with the cache and without, beside the original's tutorial_train.py.
+"""The speed of `ipadapter train`, with and without a cache, compared with the original's tutorial_train.py.
 
     python benchmarks/training/speed.py --original PATH/TO/IP-Adapter [--json FILE]       # minutes on a CPU
     python benchmarks/training/speed.py --original PATH/TO/IP-Adapter --size sd15          # on a GPU
-    python benchmarks/training/speed.py --size sdxl                                        # on a GPU, ours alone
+    python benchmarks/training/speed.py --size sdxl                                        # on a GPU, only ours
 
-Needs no model files: all weights are random. The original needs torchvision and einops beside the packages of
-`ip-adapter-kit[train]`. Exit code 1 when a bar is missed or a contender fails. MB are 10^6 bytes.
+Needs no model files: all weights are random. The original also needs torchvision and einops.
+Exit code 1 when a goal ("bar") is missed or a contender fails. MB are 10^6 bytes.
 
 How to read the figures:
 
 * Each contender is a process of its own, with the same base model, images, captions and batch size. They take
   turns; a ratio is the median over the rounds of the ratio within a round.
-* The original's code runs as it is. Names that it imports from places where diffusers had them years ago are
-  supplied in its process, and printed.
-* Images a second are from the end of the warm-up steps to the end of the last one: start-up, checkpoints and exports
-  are in nobody's time. Reading images, the optimizer and the logs are.
+* The original's code is not changed. Names that newer versions of diffusers have moved are supplied in its process,
+  and printed.
+* Images per second are measured from the end of the warm-up steps to the end of the last step. This includes loading
+  images, the optimizer and the logs; it excludes start-up, checkpoints and exports.
 * "ready s" are the seconds from the start of a process, which has the libraries imported already, to the end of the
-  warm-up: reading the models and the first steps. What compile=true has there beyond the row without is compilation.
+  warm-up: loading the models and the first steps. With compile=true it includes the compilation.
 * The tiny size has all layers of SD1.5's UNet and VAE at a fifth of their width, and text and image encoders so small
-  that each part's share of the arithmetic is about that of SD1.5 at 512 px; both are printed. What the cache saves
-  depends on these shares. tiny-sdxl is there to try things.
-* On the CPU the bar is on CPU time, in one thread and without loader processes: other programs disturb it less than
-  wall time. All is float32, both defaults there. Memory is the peak of the resident memory, of which the libraries
-  alone are the most at this size, so there is no bar on it.
-* On a GPU both train in bf16: the original's --mixed_precision bf16, our mixed_precision=bf16. Memory is the most
-  that PyTorch's allocator held of the device; --json has what tensors took of it too.
-* Both use their other defaults, but for our validation, which the original has not. --settings tries more of ours.
-* --extra runs more settings of ours once each, with the cache, after all rounds; no bar holds for them, and their
-  ratios are to the original's first round. On a GPU the memory savers are there by default.
-* `@contiguous`, `@autocast` and `@cudnn_benchmark` among the settings are no settings but changes of our code
-  (training_tries.py), to see what it gains from the way it is.
-* --profile profiles the steps of one more run without the cache and one with it: which kernels take the time, and how
-  much of the time the GPU is busy. Is it well below 100 %, the host is too slow in launching them.
-* --budget leaves out what will not end in time, later rounds and extra settings first, and says what.
-* Writing the cache is a cost of its own, once for all trainings on the same images, and is printed.
+  that each part's share of the FLOPs is about that of SD1.5 at 512 px; both are printed. What the cache saves depends
+  on these shares. tiny-sdxl is only for trying things out.
+* On the CPU the goal is for CPU time, in one thread and without loader processes, because other programs disturb it
+  less than wall time. Both use float32, their default there. Memory is the peak of the resident memory; at this size
+  most of it is taken by the libraries, so there is no goal for it.
+* On a GPU both train in bf16: the original's --mixed_precision bf16, our mixed_precision=bf16. Memory is the
+  peak that PyTorch's allocator reserved on the device; --json also has the peak that tensors used.
+* Otherwise both use their defaults, except that our validation is off, because the original has none. --settings adds
+  rows with other settings of ours.
+* --extra runs further settings of ours once each, with the cache, after all rounds. No goal applies to them, and their
+  ratios are to the original's first round. On a GPU the settings that save memory are run by default.
+* `@contiguous`, `@autocast` and `@cudnn_benchmark` among the settings change our code instead (training_tries.py), to
+  compare it with alternatives.
+* --profile profiles the steps of two more runs, without and with the cache: which kernels take the time, and how much
+  of the time the GPU is busy. If that is well below 100 %, the CPU launches kernels too slowly.
+* --budget leaves out what would not end in time, later rounds and extra settings first, and lists it.
+* The cost of writing the cache is printed separately; it is paid once for all trainings on the same images.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def _profiles(found: Found) -> list[str]:
 
 
 def missed_bars(rows: Sequence[Row]) -> list[str]:
-    """A bar holds for the best of our settings."""
+    """The bars that none of our settings meets."""
     missed = []
     for bar in {row.bar for row in rows if row.bar}:
         judged = [row for row in rows if row.bar == bar]
@@ -223,7 +224,7 @@ def _device_name(device: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="How fast the trainer is, beside the original's.")
+    parser = argparse.ArgumentParser(description="The speed of the trainer, compared with the original's.")
     where = os.environ.get("IP_ADAPTER_PATH")
     parser.add_argument(
         "--original",

@@ -1,6 +1,4 @@
-"""What runs in a process of its own: one contender's training, with the time of its steps and the peak of its memory,
-or the writing of a cache.
-"""
+"""Functions that run in a process of their own: measure the training of one contender, or write a cache."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from typing import Any, TextIO
 from training_profile import Profile
 from training_tries import PROFILE, TRIES, TRY
 
-# What tutorial_train.py's package imports, and where diffusers has it now: module, name, module of today.
+# What the package of tutorial_train.py imports, and where diffusers has it now: module, name, new module.
 MOVED_NAMES = (
     ("diffusers.pipelines.controlnet", "MultiControlNetModel", "diffusers.models.controlnets.multicontrolnet"),
 )
@@ -32,8 +30,8 @@ STEP_LINE = re.compile(r"Epoch \d+, step \d+, .*step_loss: (\S+)")
 class Measured:
     """The steps between the marks, in seconds, and the process's peak memory until then, in bytes.
 
-    On a GPU the bytes are those of PyTorch's allocator: `peak` what it holds of the device, `peak_used` what tensors
-    take of it. On the CPU `peak` is the resident memory of the process.
+    On a GPU the bytes are those of PyTorch's allocator: `peak` is reserved on the device, `peak_used` is used by
+    tensors. On the CPU `peak` is the resident memory of the process.
     """
 
     cpu_seconds: float
@@ -41,13 +39,13 @@ class Measured:
     peak: int
     peak_used: int | None
     losses: list[float]
-    supplied: list[str]  # names that the libraries of today have elsewhere
+    supplied: list[str]  # names that newer libraries have moved
     ready_seconds: float = 0.0  # until the end of the warm-up: reading the models, compiling, the first steps
     profile: dict[str, Any] | None = None  # see training_profile.Profile
 
 
 class _MeasuredAllError(BaseException):
-    """Ends a training after the last measured step: checkpoint and export are in nobody's time."""
+    """Ends a training after the last measured step; checkpoint and export are not measured."""
 
 
 class Clock:
@@ -106,7 +104,7 @@ class StepLines(io.TextIOBase):
 
 
 def run_original(checkout: Path, arguments: list[str], clock: Clock) -> Measured:
-    """tutorial_train.py as it is, beside its package."""
+    """Run tutorial_train.py unchanged."""
     script = checkout / "tutorial_train.py"
     if not script.is_file():
         raise FileNotFoundError(f"{script}: no such file; give a checkout of IP-Adapter")
@@ -124,8 +122,8 @@ def run_original(checkout: Path, arguments: list[str], clock: Clock) -> Measured
 
 
 def run_ours(overrides: list[str], clock: Clock, tries: Sequence[str] = (), *, to_the_end: bool = True) -> Measured:
-    """`ipadapter train key=value ...`, with changes of training_tries. `profile` among them has the measured steps
-    profiled, which makes their time useless. `to_the_end` includes the last checkpoint and the export.
+    """`ipadapter train key=value ...`, with changes of training_tries. With `profile` among them, the measured steps
+    are profiled, which makes their time useless. `to_the_end` includes the last checkpoint and the export.
     """
     from ipadapter_trainer.settings.config import TrainConfig  # noqa: PLC0415
     from ipadapter_trainer.settings.config_file import load_config  # noqa: PLC0415 - only this contender's process has it
@@ -184,7 +182,7 @@ def run_contender(result: str, warmup: int, steps: int, arguments: Sequence[str]
 
 
 def supply_moved_names() -> list[str]:
-    """Give today's diffusers the names that the original imports; returns what was missing."""
+    """Give newer versions of diffusers the names that the original imports; returns those that were missing."""
     supplied = []
     for module_name, name, new_name in MOVED_NAMES:
         module = importlib.import_module(module_name)

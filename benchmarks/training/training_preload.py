@@ -1,5 +1,5 @@
-"""Imported first by the process that contenders are forked from: there bitsandbytes, which diffusers imports where it
-is installed, must not use the GPU, or no forked process could.
+"""Imported first by the process that contenders are forked from. diffusers imports bitsandbytes if it is installed;
+that must not initialise CUDA here, because then no forked process could use the GPU.
 """
 
 import sys

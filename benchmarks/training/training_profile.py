@@ -1,4 +1,4 @@
-"""What the device does in a training step: how much of the time it is busy, and with which kernels."""
+"""A profile of training steps: the share of the time in which the device is busy, and the kernels that it runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Profile:
         from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415
 
         self._gpu = torch.cuda.is_available()
-        # Kernels alone: recording every operator as well would slow down the host, and with it what the device shows.
+        # Only kernels: recording every operator as well would slow down the CPU, and so change the result.
         self._profiler = profile(activities=[ProfilerActivity.CUDA if self._gpu else ProfilerActivity.CPU])
         self._profiler.start()
         self._start = time.perf_counter()

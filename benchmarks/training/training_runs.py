@@ -81,7 +81,7 @@ def original(setup: Setup, checkout: Path) -> Contender:
 
 
 def ours(setup: Setup, settings: str = "", cache: Path | None = None, *, extra: bool = False) -> Contender:
-    """`ipadapter train` at its defaults, in bf16 on a GPU, without the validation that the original has not.
+    """`ipadapter train` at its defaults, in bf16 on a GPU, without validation, which the original does not have.
 
     `settings` are more overrides, and names of training_tries with an @ before them, separated by spaces.
     """
@@ -181,8 +181,8 @@ def alternate(
     run: Callable[..., Measured] = measure,
 ) -> Found:
     """All contenders in every round, then the extra ones once. The order rotates, so that a slow moment does not always
-    meet the same one. What will not end within the budget is left out, the later rounds and extra ones first; the first
-    contender that fails is not the end of the others.
+    affect the same one. What would not end within the budget is left out, later rounds and extra ones first. If one
+    fails, the others continue.
     """
     budget = budget or Budget(None)
     found, took = Found(), dict[str, float]()
@@ -227,7 +227,7 @@ def alternate(
 
 
 def check_losses(found: Mapping[str, Sequence[Measured]]) -> None:
-    """A contender that computes something else would be fast for the wrong reason: raises RuntimeError."""
+    """Raises RuntimeError if mean losses differ: a contender that computes something else must not count as fast."""
     means = {name: statistics.mean(loss for run in runs for loss in run.losses) for name, runs in found.items()}
     wanted = next(iter(means.values()), 1.0)
     for name, mean in means.items():

@@ -1,4 +1,4 @@
-"""The table of results: images a second and peak memory, beside the original's, and whether the bars are met."""
+"""The table of results: images per second and peak memory, compared with the original's, and which bars are met."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ BARS: Mapping[tuple[str, bool], Bar] = {
 class Row:
     """One contender: medians over the rounds, and medians of the ratios within a round.
 
-    `cpu` is by the process's CPU time, which other programs on the machine disturb less than `wall`; bars take it on
-    the CPU, and wall time on a GPU. MB are 10^6 bytes; `peak_used_mb` is what tensors took, on a GPU. `ready` are the
-    seconds until the end of the warm-up.
+    `cpu` uses the CPU time of the process, which other programs on the machine disturb less than `wall`. Bars apply to
+    CPU time on a CPU, and to wall time on a GPU. MB are 10^6 bytes; `peak_used_mb` is the peak that tensors used, on a
+    GPU. `ready` is the time until the end of the warm-up, in seconds.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Row:
         return speed >= self.bar.speed and (self.bar.memory is None or self.memory_ratio <= self.bar.memory)
 
     def cells(self) -> tuple[str, ...]:
-        """What the table shows."""
+        """The cells of the table."""
         verdict = {True: "yes", False: "NO", None: "-" if self.bar else ""}[self.met]
         figures = (self.cpu, self.wall, self.cpu_ratio, self.wall_ratio)
         return (
@@ -88,7 +88,7 @@ class Row:
 def rows_of(
     found: Mapping[str, Sequence[Measured]], contenders: Sequence[Contender], setup: Setup, *, judged: bool
 ) -> list[Row]:
-    """One row for each contender that ran; `judged` says whether the bars hold for this size."""
+    """One row for each contender that ran; `with `judged`, the bars apply to this size."""
     reference = found.get(ORIGINAL)
     ran = [contender for contender in contenders if contender.name in found]
     return [_row(contender, found[contender.name], reference, setup, judged) for contender in ran]

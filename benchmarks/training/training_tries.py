@@ -1,4 +1,4 @@
-"""Changes of our training that are no settings, to see in one run what they bring: `--settings @contiguous`."""
+"""Changes to the training code that can be compared in one run, such as `--settings @contiguous`."""
 
 from __future__ import annotations
 

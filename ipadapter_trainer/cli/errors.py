@@ -152,13 +152,15 @@ def _message(error: Exception, memory: str) -> str | None:
     """The message for the user; None for a bug, which keeps its traceback."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed. Install the trainer with: pip install 'ip-adapter-kit[train]'"
-    from safetensors import SafetensorError
-
-    from ipadapter_core import AdapterError
-
     from ..errors import TrainerError
 
-    if isinstance(error, (AdapterError, TrainerError, SafetensorError)):
+    if isinstance(error, TrainerError):
+        return str(error)
+    from safetensors import SafetensorError
+
+    from ipadapter_core import AdapterError  # imports torch: only if it may be one
+
+    if isinstance(error, (AdapterError, SafetensorError)):
         return str(error)
     if isinstance(error, OSError):
         if error.errno == errno.EPIPE:  # `ipadapter ... | head`

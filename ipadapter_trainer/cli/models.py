@@ -25,8 +25,6 @@ def models(
     """
     with user_errors():
         from ..errors import ConfigError
-        from ..models.hub import download as download_model
-        from ..models.hub import hub_command
         from ..models.published_models import PUBLISHED_MODELS, models_of
 
         if not names and not download:
@@ -36,6 +34,9 @@ def models(
         if not names:
             raise ConfigError("Name what to download, models or configs: `ipadapter models sd15-base --download`.")
         chosen = models_of(names)
+        from ..models.hub import download as download_model  # imports torch, which the list does not need
+        from ..models.hub import hub_command
+
         if not download:
             typer.echo("\n".join(f"{_row(model)}\n    {hub_command(model)}" for model in chosen))
             return

@@ -19,8 +19,7 @@ from ..models.generate import generate
 from ..models.image_features import encode_images
 from ..runtime.disk import whole_file
 from ..runtime.processes import inference_dtype
-from ..settings.eval_config import EvalConfig
-from ..settings.fields import parse_size
+from ..settings.fields import ModelConfig, parse_size
 from ..settings.generate_config import GenerateConfig
 
 
@@ -64,7 +63,7 @@ def generate_files(config: GenerateConfig) -> list[Path]:
     return _save(to_pil_images(pixels), config.output)
 
 
-def load_model(config: GenerateConfig | EvalConfig, device: torch.device, *, needs_image_encoder: bool) -> BaseModel:
+def load_model(config: ModelConfig, device: torch.device, *, needs_image_encoder: bool) -> BaseModel:
     """The base model that the settings name, in the precision of `inference_dtype`."""
     return load_base_model(
         config.base_model,

@@ -8,30 +8,22 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from .fields import (
-    BaseConfigPath,
-    BaseModelPath,
-    Config,
     DataRoot,
     FaceTable,
     GuidanceScale,
-    ImageEncoderPath,
+    ModelConfig,
     NumInferenceSteps,
-    PredictionType,
     Shortcut,
     Size,
 )
 
 
-class EvalConfig(Config):
+class EvalConfig(ModelConfig):
     """CLIP-I and CLIP-T of an adapter. The defaults are the paper's (arXiv 2308.06721, section 4.2)."""
 
     command: ClassVar[str] = "eval"
 
-    # --- Models
-    base_model: BaseModelPath
-    base_config: BaseConfigPath = None
-    image_encoder: ImageEncoderPath = None
-    prediction_type: PredictionType = None
+    # --- Adapter and CLIP
     adapter: Path = Field(description="Adapter file, or the output folder of a training.")
     shortcut: Shortcut = None
     clip: Path = Field(

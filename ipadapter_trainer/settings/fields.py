@@ -41,6 +41,31 @@ class Config(BaseModel):
         return self
 
 
+class ModelConfig(Config):
+    """Settings with the frozen models: base model and image encoder."""
+
+    base_model: Path = Field(
+        description="Base model (SD1.5, SD2 or SDXL): a diffusers folder, a Hub id such as "
+        "stable-diffusion-v1-5/stable-diffusion-v1-5, or a .safetensors checkpoint."
+    )
+    base_config: Path | None = Field(
+        None,
+        description="For a single-file base_model: a diffusers folder of the same family with the configs and "
+        "tokenizers; default: downloaded by diffusers.",
+    )
+    image_encoder: Path | None = Field(
+        None,
+        description="Image encoder (CLIPVisionModelWithProjection): a folder, a .safetensors file, or a Hub id such as "
+        "h94/IP-Adapter/models/image_encoder; default: image_encoder inside base_model. Not used by faceid and "
+        "portrait adapters.",
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None,
+        description="Prediction type of the base model; default: from the scheduler config. Needed for a single-file "
+        "base_model without that information.",
+    )
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """ "512" or "832x1216" (width x height) -> (height, width). Raises ValueError for another text."""
     match = re.fullmatch(r"(\d+)(?:\s*[xX]\s*(\d+))?", text.strip())
@@ -60,35 +85,6 @@ def _check_size(value: str | None) -> str | None:
     return value
 
 
-BaseModelPath = Annotated[
-    Path,
-    Field(
-        description="Base model (SD1.5, SD2 or SDXL): a diffusers folder, a Hub id such as "
-        "stable-diffusion-v1-5/stable-diffusion-v1-5, or a .safetensors checkpoint."
-    ),
-]
-BaseConfigPath = Annotated[
-    Path | None,
-    Field(
-        description="For a single-file base_model: a diffusers folder of the same family with the configs and "
-        "tokenizers; default: downloaded by diffusers."
-    ),
-]
-ImageEncoderPath = Annotated[
-    Path | None,
-    Field(
-        description="Image encoder (CLIPVisionModelWithProjection): a folder, a .safetensors file, or a Hub id such as "
-        "h94/IP-Adapter/models/image_encoder; default: image_encoder inside base_model. Not used by faceid and "
-        "portrait adapters."
-    ),
-]
-PredictionType = Annotated[
-    Literal["epsilon", "v_prediction"] | None,
-    Field(
-        description="Prediction type of the base model; default: from the scheduler config. Needed for a single-file "
-        "base_model without that information."
-    ),
-]
 DataRoot = Annotated[
     Path | None, Field(description="Folder that the file names in a list are relative to; default: the list's folder.")
 ]

@@ -9,28 +9,20 @@ from typing import ClassVar
 from pydantic import Field
 
 from .fields import (
-    BaseConfigPath,
-    BaseModelPath,
-    Config,
     GuidanceScale,
-    ImageEncoderPath,
+    ModelConfig,
     NumInferenceSteps,
-    PredictionType,
     Shortcut,
     Size,
 )
 
 
-class GenerateConfig(Config):
+class GenerateConfig(ModelConfig):
     """Images from a text prompt, an image prompt or both."""
 
     command: ClassVar[str] = "generate"
 
-    # --- Models
-    base_model: BaseModelPath
-    base_config: BaseConfigPath = None
-    image_encoder: ImageEncoderPath = None
-    prediction_type: PredictionType = None
+    # --- Adapter
     adapter: Path | None = Field(
         None, description="Adapter file, or the output folder of a training; default: the base model alone."
     )

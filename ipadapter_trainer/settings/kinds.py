@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from ipadapter_core import FAMILIES, AdapterSpec, Kind, new_spec
+if TYPE_CHECKING:  # it imports torch, which listing and checking settings does not need
+    from ipadapter_core import AdapterSpec, Kind
 
 FACE_DIM = 512  # ArcFace's embedding
 
@@ -26,6 +28,8 @@ class TrainKind:
 
     @cached_property
     def _published(self) -> AdapterSpec:
+        from ipadapter_core import FAMILIES, new_spec
+
         return new_spec(self.kind, FAMILIES["sd15"][1], FAMILIES["sd15"][0])
 
     @property
@@ -88,6 +92,8 @@ def spec_for(
 
     Raises AdapterError for widths that do not divide into heads of 64 or fewer.
     """
+    from ipadapter_core import new_spec
+
     image_dim = hidden_dim if kind.takes_hidden_states else image_embeds_dim
     width = cross_attention_dim if kind.kind == "faceid-plus" else None
     return new_spec(

@@ -8,13 +8,9 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from .fields import (
-    BaseConfigPath,
-    BaseModelPath,
-    Config,
     DataRoot,
     FaceTable,
-    ImageEncoderPath,
-    PredictionType,
+    ModelConfig,
 )
 from .kinds import TRAIN_KINDS
 
@@ -24,16 +20,12 @@ assert get_args(KindName) == tuple(TRAIN_KINDS)
 PathOrUrl = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 
 
-class TrainOptions(Config):
-    """Fields of `TrainConfig`. The defaults are the recipe of the IP-Adapter paper (arXiv 2308.06721)."""
+class TrainOptions(ModelConfig):
+    """Fields of `TrainConfig`. The defaults are those of the IP-Adapter paper (arXiv 2308.06721)."""
 
     command: ClassVar[str] = "train"
 
-    # --- Models
-    base_model: BaseModelPath
-    base_config: BaseConfigPath = None
-    image_encoder: ImageEncoderPath = None
-    prediction_type: PredictionType = None
+    # --- Adapter
     kind: KindName = Field(
         "base",
         description="Kind of adapter. " + ". ".join(f"{k.name}: {k.summary}" for k in TRAIN_KINDS.values()) + ".",

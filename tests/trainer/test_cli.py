@@ -57,6 +57,26 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["train", "--options"], 0),
+        (["generate", "--options"], 0),
+        (["train", "sd15-base", "stepz=3"], 2),
+        (["models"], 0),
+    ],
+)
+def test_lists_and_mistakes_do_not_wait_for_torch(arguments: list[str], status: int) -> None:
+    code = (
+        "import sys; from ipadapter_trainer.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit as end: sys.exit(end.code if 'torch' not in sys.modules else 'torch was imported')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, check=False, capture_output=True)
+    assert done.returncode == status, done.stderr.decode()
+
+
 def test_version() -> None:
     code, out, _ = ipadapter("--version")
     assert (code, out.split()[0]) == (0, "ip-adapter-kit")
