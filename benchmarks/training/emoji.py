@@ -35,9 +35,9 @@ class Part:
 ADAPTERS = {"quality": "adapter.safetensors", "quality_base": "adapter_base.safetensors"}
 # Parts in a row train side by side; the rows follow each other.
 PHASES = (
-    (Part("vae", 1.5, 256), Part("clip", 1.4, 192), Part("concepts", 1.0, 256)),
-    (Part("unet", 3.0, 2048), Part("styles", 0.2, 128)),
-    (Part("plus", 1.6, 1024, 8), Part("base", 1.1, 1024, 8), Part("decoder", 1.2, 256)),
+    (Part("vae", 1.3, 64), Part("clip", 0.7, 96), Part("concepts", 0.6, 256)),
+    (Part("unet", 2.2, 256), Part("styles", 0.2, 128)),
+    (Part("plus", 1.5, 512, 8), Part("base", 0.8, 512, 8), Part("decoder", 0.8, 64)),
 )
 
 

@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -117,8 +118,14 @@ def caption(concept: str) -> str:
 def normalize(images: Tensor) -> Tensor:
     """uint8 [B, 3, 64, 64] or float in [-1, 1] -> CLIP's normalised ``pixel_values``."""
     unit = images.float() / 255 if images.dtype == torch.uint8 else (images + 1) / 2
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = _mean_and_std(images.device)
     return (unit - mean) / std
+
+
+@cache  # a copy to a GPU would wait for it
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return mean, std
 
 
 def styled_caption(caption: str, style: str) -> str:

@@ -63,7 +63,7 @@ class Features:
 
 
 @torch.no_grad()
-def encode_batch(base_model: BaseModel, batch: Batch, spec: AdapterSpec) -> Features:
+def encode_batch(base_model: BaseModel, batch: Mapping[str, Any] | Batch, spec: AdapterSpec) -> Features:
     """Run the frozen models, on their device, for what the batch does not hold already.
 
     `spec` is the adapter's and decides which image features are computed.

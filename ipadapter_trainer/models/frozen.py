@@ -1,17 +1,21 @@
-"""Frozen convolutions that save no input for the backward pass.
+"""A frozen UNet that saves less for the backward pass.
 
-PyTorch saves the input of every convolution, which only the gradient of its weight needs. A frozen UNet needs no such
-gradient, and these inputs are a sixth of the memory that a training step saves.
+PyTorch saves the input of every convolution, which only the gradient of its weight needs; a frozen UNet needs no such
+gradient. What norms and activation functions return can be computed again faster than it is worth its memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
+from torch.utils.checkpoint import checkpoint
 
 
 class FrozenLayer(Protocol):
@@ -67,3 +71,61 @@ def release_conv_inputs(network: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Conv2d and child.padding_mode == "zeros":
                 setattr(parent, name, FrozenConv2d(child))
+
+
+class RecomputedNormSiLU(nn.GroupNorm):
+    """SiLU(GroupNorm(x)), computed again in the backward pass. It shares the weights of the norm it is made from."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__(norm.num_groups, norm.num_channels, norm.eps, norm.affine, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _recomputed(self._compute, input)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
+
+
+class TimeSiLU(nn.Module):
+    """SiLU of the time embedding [B, C]. For hidden states [B, C, h, w] `RecomputedNormSiLU` has done it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) if x.ndim == 2 else x
+
+
+class RecomputedGEGLU(GEGLU):
+    """diffusers' GEGLU, whose gate is computed again in the backward pass. It shares the layer of the original."""
+
+    def __init__(self, original: GEGLU) -> None:
+        nn.Module.__init__(self)
+        self.proj = original.proj
+
+    def forward(self, hidden_states: Tensor, *unused: Any) -> Tensor:
+        return _recomputed(self._gated, self.proj(hidden_states))
+
+    def _gated(self, x: Tensor) -> Tensor:
+        hidden_states, gate = x.chunk(2, dim=-1)
+        return hidden_states * F.gelu(gate)
+
+
+def recompute_activations(unet: nn.Module) -> None:
+    """Recompute the norms of the residual blocks and the gates of the transformer blocks of a diffusers UNet, in place;
+    weights and their names stay.
+    """
+    for parent in list(unet.modules()):
+        if type(parent) is ResnetBlock2D and parent.time_embedding_norm == "default":
+            block: Any = parent
+            if all(type(part) is kind for part, kind in ((block.norm1, nn.GroupNorm), (block.nonlinearity, nn.SiLU))):
+                block.norm1, block.norm2 = RecomputedNormSiLU(block.norm1), RecomputedNormSiLU(block.norm2)
+                block.nonlinearity = TimeSiLU()
+        for name, child in list(parent.named_children()):
+            if type(child) is GEGLU:
+                setattr(parent, name, RecomputedGEGLU(child))
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if not x.requires_grad:
+        return function(x)
+    output: Any = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+    return output

@@ -8,7 +8,7 @@ import torch
 
 from .base_model import BaseModel
 from .float8 import store_in_float8
-from .frozen import release_conv_inputs
+from .frozen import recompute_activations, release_conv_inputs
 
 
 def prepare_unet(
@@ -26,6 +26,8 @@ def prepare_unet(
         store_in_float8(unet)
     elif not compiled:  # a compiler decides by itself what to save
         release_conv_inputs(unet)
+    if base_model.device.type == "cuda" and not compiled and not gradient_checkpointing:
+        recompute_activations(unet)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if compiled:

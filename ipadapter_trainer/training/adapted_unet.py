@@ -39,6 +39,9 @@ class TrainBatch:
     noise: Tensor  # [B, 4, h, w]
     timesteps: Tensor  # int64 [B]
 
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
 
 @dataclass(frozen=True, eq=False)
 class AdaptedUNet:

@@ -49,6 +49,7 @@ class Checked:
     start_step: int
     changes: Sequence[str]  # of settings since that checkpoint
     warnings: Sequence[str]
+    cuda_graphs: bool
 
 
 def check_training(config: TrainConfig) -> Checked:
@@ -112,7 +113,26 @@ def check_training(config: TrainConfig) -> Checked:
         start_step=start_step,
         changes=changes,
         warnings=warnings,
+        cuda_graphs=use_cuda_graphs(config, accelerator),
     )
+
+
+def use_cuda_graphs(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether the steps run as CUDA graphs (`cuda_graphs.GraphedBackward`).
+
+    Raises ConfigError if they were asked for and cannot.
+    """
+    obstacles = {
+        "a device other than a GPU": accelerator.device.type != "cuda",
+        "several processes": accelerator.num_processes > 1,
+        "gradient_checkpointing=true": config.gradient_checkpointing,
+        "compile=true": config.compile,
+        "mixed_precision=fp16": config.mixed_precision == "fp16",  # its loss scale changes from step to step
+    }
+    found = [name for name, present in obstacles.items() if present]
+    if found and config.cuda_graphs and "cuda_graphs" in config.model_fields_set:
+        raise ConfigError(f"cuda_graphs=true does not work with {found[0]}. Leave it out, or change that.")
+    return config.cuda_graphs and not found
 
 
 def notes(checked: Checked, resuming: str) -> list[str]:

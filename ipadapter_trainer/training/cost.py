@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from ipadapter_core import AdapterApplication, AdapterSpec, IPAdapter, KeyValue, inject
 
 from ..models.base_model import BaseModel
-from ..models.frozen import release_conv_inputs
+from ..models.frozen import recompute_activations, release_conv_inputs
 from ..models.generate import decode_rows
 from ..settings.config import TrainConfig
 
@@ -97,6 +97,8 @@ def count_unet(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) ->
         release_conv_inputs(unet)  # as `prepare_unet` does
     if config.gradient_checkpointing:
         unet.train().enable_gradient_checkpointing()
+    elif not config.compile:
+        recompute_activations(unet)
     key_values = [
         KeyValue(*(_zeros(batch, spec.num_tokens, dim, dtype=dtype).requires_grad_() for _ in "kv"))
         for dim in spec.layer_dims

@@ -105,7 +105,8 @@ def summary(training: Training) -> str:
         f"{precision}{'' if processes == 1 else f', {processes} processes'}\n"
         f"  data        {size} at {config.resolution} px, {per_step} per step"
         f"{', features from the cache' if data.cached else ''}\n"
-        f"  steps       {training.start_step:,} to {training.steps:,}{epochs}\n"
+        f"  steps       {training.start_step:,} to {training.steps:,}{epochs}"
+        f"{', as CUDA graphs' if training.cuda_graphs else ''}\n"
         f"  output      {config.output}"
     )
 

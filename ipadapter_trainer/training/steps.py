@@ -12,10 +12,10 @@ Batches contain their noise and timesteps, so the loop has no randomness of its 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,8 @@ from ..errors import DivergedError
 from .adapted_unet import AdaptedUNet, TrainBatch
 
 MAX_OVERFLOWS = 30  # in a row; each halves the loss scale, which begins at 65,536
+
+SomeBatch = TypeVar("SomeBatch", bound=Sized)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +41,18 @@ class Progress:
     batches: int = 0  # since the start, in this process
 
 
+def backward(model: AdaptedUNet, batch: TrainBatch, accelerator: Accelerator | None = None) -> Tensor:
+    """Add the gradients of a batch to the adapter's, and disable the adapter. Returns the loss, detached."""
+    with nullcontext() if accelerator is None else accelerator.autocast():
+        loss = model.loss(batch)
+    loss.backward() if accelerator is None else accelerator.backward(loss)
+    model.disable_adapter()
+    return loss.detach()
+
+
 def train_steps(
     model: AdaptedUNet,
-    batches: Iterable[TrainBatch],
+    batches: Iterable[SomeBatch],
     *,
     optimizer: torch.optim.Optimizer,
     steps: int,
@@ -49,6 +60,8 @@ def train_steps(
     schedule: LRScheduler | None = None,
     accelerator: Accelerator | None = None,
     max_grad_norm: float = 1.0,
+    compute: Callable[[SomeBatch], Tensor] | None = None,
+    keep_gradients: bool = False,
 ) -> Generator[Progress, None, None]:
     """Train from step `start` until `steps` steps are done or the batches end; yields after each optimizer step.
 
@@ -56,9 +69,13 @@ def train_steps(
     `gradient_accumulation_steps` batches make a step. Between steps the adapter is disabled, so the caller may
     generate images with the UNet.
 
+    `compute` replaces `backward`, for batches of another form than TrainBatch. `keep_gradients` zeroes the gradients
+    where they are instead of releasing them (`cuda_graphs.GraphedBackward`).
+
     In float16 gradients may overflow. The loss scaler then skips the optimizer step; it is not counted, and the
     schedule does not advance. Raises DivergedError after `MAX_OVERFLOWS` of them in a row.
     """
+    compute = compute or (lambda batch: backward(model, cast("Any", batch), accelerator))
     accumulated = 1 if accelerator is None else accelerator.gradient_accumulation_steps
     scaler = None if accelerator is None else accelerator.scaler
     clip: Any = torch.nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_
@@ -70,17 +87,13 @@ def train_steps(
         if batch is None:
             return
         with nullcontext() if accelerator is None else accelerator.accumulate(model.adapter):
-            with nullcontext() if accelerator is None else accelerator.autocast():
-                loss = model.loss(batch)
-            loss.backward() if accelerator is None else accelerator.backward(loss)
-            model.disable_adapter()
-            losses.append(loss.detach())
-            images += len(batch.features)
+            losses.append(compute(batch))
+            images += len(batch)
             done = len(losses) == accumulated
             if done and max_grad_norm:
                 norm = clip(model.adapter.parameters(), max_grad_norm)
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not keep_gradients)
         used += 1
         if not done:
             continue

@@ -7,12 +7,13 @@ the adapter, which makes c_image, is trained (`AdaptedUNet`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..files.opening import checkpoint_folders
@@ -24,10 +25,11 @@ from ..runtime.stopping import Interrupted, StopRequest, interruptions, stop_req
 from ..settings.config import TrainConfig
 from .adapted_unet import AdaptedUNet, TrainBatch, adapt_unet
 from .checkpoints import save_checkpoint
+from .cuda_graphs import BatchTensors, GraphedBackward
 from .finish import finish
 from .run_log import RunLog, progress_postfix
 from .setup import Say, Training, prepare, summary
-from .steps import Progress, check_loss, train_steps
+from .steps import Progress, backward, check_loss, train_steps
 
 
 def train(
@@ -66,7 +68,8 @@ def _train(training: Training, say: Say, on_progress: Callable[[Progress], None]
         if state.step == 0:
             validate(training, model, log, say)
         start_batches, start_images = state.batches, state.images
-        batches = training_batches(training)
+        batches = loaded_batches(training)
+        compute = compute_gradients(training, model)
         stream = train_steps(
             model,
             batches,
@@ -76,6 +79,8 @@ def _train(training: Training, say: Say, on_progress: Callable[[Progress], None]
             schedule=training.schedule,
             accelerator=accelerator,
             max_grad_norm=config.max_grad_norm,
+            compute=compute,
+            keep_gradients=isinstance(compute, GraphedBackward),
         )
         hidden = not (progress_bar and accelerator.is_main_process)
         bar = tqdm(total=training.steps, initial=state.step, unit="step", dynamic_ncols=True, disable=hidden)
@@ -101,12 +106,24 @@ def _train(training: Training, say: Say, on_progress: Callable[[Progress], None]
                         raise Interrupted(f"Stopped; saved {folder}. Run the same command again to resume.")
 
 
-def training_batches(training: Training) -> Generator[TrainBatch, None, None]:
-    """Endless encoded batches of this process, resumed where the training is. With a cache nothing is encoded."""
-    spec = training.state.adapter.spec
+def loaded_batches(training: Training) -> Generator[BatchTensors, None, None]:
+    """Endless batches of this process, resumed where the training is."""
     for batch in training.data.batches(training.state.batches):
-        features = encode_batch(training.base_model, batch, spec)
-        yield TrainBatch(features, batch["drop_image_embeds"], batch["noise"], batch["timesteps"])
+        yield BatchTensors({name: value for name, value in batch.items() if isinstance(value, Tensor)})
+
+
+def compute_gradients(training: Training, model: AdaptedUNet) -> Callable[[BatchTensors], Tensor]:
+    """Encodes a batch (with a cache there is nothing to encode), and computes loss and gradients."""
+    spec = training.state.adapter.spec
+
+    def compute(tensors: Mapping[str, Tensor]) -> Tensor:
+        features = encode_batch(training.base_model, tensors, spec)
+        batch = TrainBatch(features, tensors["drop_image_embeds"], tensors["noise"], tensors["timesteps"])
+        return backward(model, batch, training.accelerator)
+
+    if training.cuda_graphs:
+        return GraphedBackward(compute, training.accelerator.device)
+    return lambda batch: compute(batch.tensors)
 
 
 def validate(training: Training, model: AdaptedUNet, log: RunLog, say: Say) -> None:

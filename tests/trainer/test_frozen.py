@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ipadapter_trainer.models.frozen import FrozenConv2d, release_conv_inputs
+from ipadapter_trainer.models.frozen import FrozenConv2d, recompute_activations, release_conv_inputs
 
 
 def _kept(run: nn.Module, *inputs: Tensor) -> tuple[Tensor, int]:
@@ -76,13 +76,16 @@ def test_a_unet_keeps_less_and_has_the_same_gradient() -> None:
     ).requires_grad_(False)
     noisy, steps = torch.randn(2, 4, 16, 16), torch.tensor([1, 500])
     found = []
-    for _ in range(2):
+    names = unet.state_dict().keys()
+    for change in (release_conv_inputs, recompute_activations, lambda unet: None):
         context = torch.ones(2, 5, 16, requires_grad=True)
         output, kept = _kept(unet, noisy, steps, context)
         output.sample.square().mean().backward()
         found.append((output.sample.detach(), context.grad, kept))
-        release_conv_inputs(unet)
-    (before, gradient, more), (after, same_gradient, less) = found
-    assert torch.equal(before, after)
-    assert torch.equal(gradient, same_gradient)
-    assert less < 0.9 * more
+        change(unet)
+    (before, gradient, most), *others = found
+    assert all(torch.equal(before, after) and torch.equal(gradient, same) for after, same, _ in others)
+    less, least = (kept for *_, kept in others)
+    assert less < 0.9 * most
+    assert least < 0.75 * less
+    assert unet.state_dict().keys() == names

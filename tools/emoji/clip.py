@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ipadapter_trainer.demo.emoji import normalize, styled_caption, to_pixels
 
-from ..shipped_emoji.clip import MAX_TOKENS, WIDTH, contrast, tokenize
+from ..shipped_emoji.clip import MAX_TOKENS, WIDTH, tokenize
 from ..shipped_emoji.loop import training_device
 from .images import STYLE_NAMES, EmojiImages
 from .loop import LossFunction
@@ -71,9 +71,8 @@ def clip_losses(images: EmojiImages, tokenizer: CLIPTokenizer, concepts: int = 3
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, EmojiCLIP)
-        drawn = torch.randperm(len(table), generator=generator, device=device)[:concepts]
-        rows = table[drawn].flatten().unique()
-        again = torch.randperm(len(rows), generator=generator, device=device)[:pairs]
+        rows = table[_permutation(len(table), generator)[:concepts]].flatten()
+        again = _permutation(len(rows), generator)[:pairs]
         some = rows[again]
         others = torch.multinomial(same_style[styles[some]].float(), 1, generator=generator).flatten()
         pixels = to_pixels(everything[rows])
@@ -95,10 +94,10 @@ def clip_losses(images: EmojiImages, tokenizer: CLIPTokenizer, concepts: int = 3
         pooled = model.text_model(ids).pooler_output
         texts, named = F.normalize(model.text_projection(pooled), dim=-1).split([len(rows), len(style_only)])
         scale = model.logit_scale.exp().clamp(max=50)
-        text = contrast(whole, texts, scale)
+        text = contrast(whole, texts, scale, rows)
         truth = styles[torch.cat([rows, some, some])]
         style = F.cross_entropy(scale * torch.cat([whole, zoomed, mixed]) @ named.T, truth)
-        image = contrast(natural, part, 10.0)
+        image = contrast(natural, part, 10.0, some)
         return {
             "loss": text + style + 0.5 * image + 2 * colour_error,
             "text": text.detach(),
@@ -108,6 +107,18 @@ def clip_losses(images: EmojiImages, tokenizer: CLIPTokenizer, concepts: int = 3
         }
 
     return losses
+
+
+def contrast(a: Tensor, b: Tensor, scale: Tensor | float, rows: Tensor) -> Tensor:
+    """Symmetric InfoNCE of matching rows of a and b, both [B, D] and of unit length; equal ``rows`` [B] match."""
+    logits = scale * a @ b.T
+    same = (rows[:, None] == rows).float()
+    target = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def _permutation(count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator, device=generator.device).argsort()
 
 
 def embed_some_patches(

@@ -24,7 +24,7 @@ _NAMES = """
     dollar-banknote dolphin door double-exclamation-mark doughnut dragon-face dress droplet drum duck dvd eagle
     ear ear-of-corn egg eggplant electric-plug elephant envelope eye factory fallen-leaf ferris-wheel ferry
     film-projector fire fire-engine fireworks fish fishing-pole flag-in-hole flashlight fleur-de-lis
-    flexed-biceps floppy-disk footprints fountain fountain-pen four-leaf-clover fox framed-image french-fries
+    flexed-biceps floppy-disk footprints fountain fountain-pen four-leaf-clover fox framed-picture french-fries
     fried-shrimp fuel-pump full-moon game-die gear gem-stone ghost glass-of-milk glasses
     globe-showing-europe-africa goal-net goblin gorilla graduation-cap grapes green-heart grinning-face guard
     guitar hamburger hammer headphone heart-with-arrow helicopter high-heeled-shoe high-voltage honey-pot

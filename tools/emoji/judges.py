@@ -21,7 +21,7 @@ from ..shipped_emoji.loop import device_of, training_device
 from .concepts import CONCEPTS
 from .images import EmojiImages
 from .loop import LossFunction
-from .views import mirror, shift, zoom
+from .views import any_colours, mirror, shift, zoom
 
 PALETTES = ((6, "ink"), (12, "ink"), (8, "outlines"), (8, "surfaces"))  # bins a channel, of which pixels
 
@@ -77,6 +77,7 @@ def concept_losses(images: EmojiImages, batch_size: int = 128) -> LossFunction:
 
         rows = torch.randint(len(uint8_images), (batch_size,), generator=generator, device=device)
         pixels = zoom(shift(mirror(to_pixels(uint8_images[rows]), generator), generator), generator)
+        pixels = any_colours(pixels, generator)
         soft = F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
         pixels = torch.lerp(pixels, soft, draw())  # the autoencoder's softness
         tint = 0.6 + 0.4 * torch.rand(batch_size, 3, 1, 1, generator=generator, device=device)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..shipped_emoji.loop import LossFunction, Progress, training_device
+
+WARM_UP = 3  # steps before a CUDA graph is recorded: libraries choose their kernels in them
+Step = Callable[[], dict[str, Tensor]]
 
 
 def fit(
@@ -34,33 +38,48 @@ def fit(
     The learning rate is constant after the warm-up, the weights are averaged, and what is random in a step depends on
     the seed and the step alone. So a later, longer run continues from the checkpoint as if it had never stopped.
     Only parameters that require a gradient are trained, on the GPU when there is one: there in ``bfloat16``, unless the
-    losses need more. ``batch_size`` is that of ``losses``, for the
-    checkpoint's count of images; without it they are not counted.
+    losses need more, and as a CUDA graph, so ``losses`` must not wait for the GPU. ``batch_size`` is that of
+    ``losses``, for the checkpoint's count of images; without it they are not counted.
     """
     device = training_device()
     place: dict[str, Any] = {"device": device, "memory_format": torch.channels_last}  # faster convolutions
     model.to(**place)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    on_gpu = device.type == "cuda"
     optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=device.type == "cuda"
+        parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=on_gpu, capturable=on_gpu
     )
     ema = _new_ema(parameters)
     begun = done = _resume(checkpoint, parameters, optimizer, ema)
-    generator = torch.Generator(device)
-    start = saved = time.monotonic()
-    model.train()
-    bar = tqdm(total=steps, initial=done.step, desc=checkpoint.stem, unit="step", dynamic_ncols=True, mininterval=5.0)
-    while done.step < steps and time.monotonic() - start < 60 * minutes:
+    lr = torch.zeros((), device=device)  # a tensor, so that it can change in a CUDA graph
+    if on_gpu:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (done.step + 1) / warmup)
-        generator.manual_seed(seed + (done.step << 16))
-        torch.manual_seed(seed + (done.step << 16))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and device.type == "cuda"):
+            group.update(lr=lr, fused=True, capturable=True)
+    generator = torch.Generator(device)
+
+    def take_step() -> dict[str, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and on_gpu):
             terms = losses(model, generator)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        return {name: value.detach() for name, value in terms.items()}
+
+    step = graphed(take_step, generator) if on_gpu else take_step
+    start = saved = time.monotonic()
+    model.train()
+    bar = tqdm(total=steps, initial=done.step, desc=checkpoint.stem, unit="step", dynamic_ncols=True, mininterval=5.0)
+    while done.step < steps and time.monotonic() - start < 60 * minutes:
+        current = learning_rate * min(1.0, (done.step + 1) / warmup)
+        if on_gpu:
+            lr.fill_(current)
+        else:
+            for group in optimizer.param_groups:
+                group["lr"] = current
+        generator.manual_seed(seed + (done.step << 16))
+        torch.manual_seed(seed + (done.step << 16))
+        terms = step()
         ema.step(parameters)
         done = Progress(done.step + 1, done.images + batch_size)
         bar.update()
@@ -75,6 +94,36 @@ def fit(
     ema.copy_to(parameters)
     place = {"device": "cpu", "memory_format": torch.contiguous_format}
     return model.to(**place).eval()
+
+
+def graphed(step: Step, generator: torch.Generator) -> Step:
+    """The step as a CUDA graph, recorded after a warm-up: Python asks for a small model's kernels more slowly than a
+    GPU computes them. What ``generator`` and PyTorch's own give is as without a graph.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    calls, terms, eager = 0, dict[str, Tensor](), False
+
+    def run() -> dict[str, Tensor]:
+        nonlocal calls, terms, eager
+        calls += 1
+        if calls == WARM_UP + 1:
+            try:
+                with torch.cuda.graph(graph, stream=stream):
+                    terms = step()
+            except RuntimeError as error:
+                print(f"Going on without a CUDA graph: {error}", flush=True)
+                eager = True
+        if calls <= WARM_UP or eager:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                terms = step()
+            torch.cuda.current_stream().wait_stream(stream)
+            return terms
+        graph.replay()
+        return terms
+
+    return run
 
 
 def _speed(name: str, device: torch.device, done: Progress, begun: Progress, seconds: float) -> str:

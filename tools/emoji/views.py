@@ -6,6 +6,7 @@ Everything is drawn from a generator on the images' own device.
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,8 +44,13 @@ def recolour(pixels: Tensor, permutation: int | Tensor) -> Tensor:
     """Exchange the colour channels: one of ``PERMUTATIONS`` for all images, or one each [B]. White stays white."""
     if isinstance(permutation, int):
         return pixels[:, list(PERMUTATIONS[permutation])]
-    channels = torch.tensor(PERMUTATIONS, device=pixels.device)[permutation]
+    channels = _permutations(pixels.device)[permutation]
     return pixels.gather(1, channels[:, :, None, None].expand_as(pixels))
+
+
+@cache
+def _permutations(device: torch.device) -> Tensor:
+    return torch.tensor(PERMUTATIONS, device=device)
 
 
 def any_colours(pixels: Tensor, generator: torch.Generator) -> Tensor:
