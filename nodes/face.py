@@ -8,11 +8,11 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..ipadapter_core import AdapterError, AdapterSpec
+from ..ipadapter_core import AdapterError
 from ..ipadapter_core.image_prompt import COMBINES, combine_features, crop_image
 from .checks import check_encoder
 from .face_analysis import FACE_ALIASES, FaceAnalysis, FaceAnalysisType
-from .faces import NO_FACE, ORDERS, FaceFeatures, face_features
+from .faces import NO_FACE, ORDERS, FaceFeatures, check_faces, crop_size, face_features
 from .features import TRAINED, Encoder, encode, mean_colour, negative_features
 from .node import Node
 from .types import EncodedImages, ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
@@ -152,20 +152,6 @@ class EncodeFacePrompt(Node):
         )
         project(ip_adapter, prompt)  # a damaged adapter is reported here; Apply reuses the tokens
         return io.NodeOutput(prompt, found.crops, ui=ui.PreviewImage(found.crops, cls=cls))
-
-
-def crop_size(spec: AdapterSpec) -> int:
-    """The side of the aligned crop, as in ComfyUI_IPAdapter_plus."""
-    return 336 if spec.is_kolors else 256 if spec.cross_attention_dim == 2048 else 224
-
-
-def check_faces(ip_adapter: LoadedAdapter, embeddings: Tensor, models: str) -> None:
-    """Raises AdapterError for embeddings of face models that the adapter was not trained with."""
-    if embeddings.shape[1] != ip_adapter.spec.face_dim:
-        raise AdapterError(
-            f"{models} makes face embeddings of {embeddings.shape[1]}, {ip_adapter.name} takes "
-            f"{ip_adapter.spec.face_dim}. Choose the face models that it was trained with, such as buffalo_l."
-        )
 
 
 def encode_faces(
