@@ -70,9 +70,17 @@ def image_attention(
 
     query [B, N, C]; key and value [B or 1, T, C]; `weight` a number or a tensor of B numbers; `mask` [B or 1, N, 1]
     (see `resize_mask`). Returns [B, N, C] in the query's dtype.
+
+    Raises AdapterError when the channels or the batch sizes do not fit.
     """
-    key, value = (split_heads(part.to(query.dtype), heads).expand(query.shape[0], -1, -1, -1) for part in (key, value))
-    out = attend_to_heads(query, key, value, attend=attend)
+    try:
+        keys, values = (
+            split_heads(part.to(query.dtype), heads).expand(query.shape[0], -1, -1, -1) for part in (key, value)
+        )
+        out = attend_to_heads(query, keys, values, attend=attend)
+    except RuntimeError:  # looked into only now: this runs in every layer of every step
+        _check_shapes(query, key, value, heads)
+        raise
     if isinstance(weight, Tensor) or weight != 1.0:
         out = out * _per_row(weight, out)
     return out if mask is None else out * mask.to(out)
@@ -89,6 +97,19 @@ def attend_to_heads(
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, H * d] -> [B, H, T, d]."""
     return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, heads: int) -> None:
+    batch, _, channels = query.shape
+    if channels % heads or key.shape[-1] != channels or value.shape != key.shape:
+        raise AdapterError(
+            f"Image attention: queries are {channels} wide with {heads} heads, keys are {tuple(key.shape)} and values "
+            f"{tuple(value.shape)}. They must have the same channels; use the layer that has this id."
+        )
+    if key.shape[0] not in (1, batch):
+        raise AdapterError(
+            f"Image attention: {key.shape[0]} rows of image keys for a batch of {batch}. Pass 1 row or {batch} rows."
+        )
 
 
 def _scale_mean(value: Tensor, rows: Tensor | float, images: int) -> Tensor:

@@ -23,6 +23,16 @@ FAMILIES: Mapping[str, tuple[int, tuple[int, ...]]] = {
 }
 FAMILY_NAMES: Mapping[str, str] = {"sd15": "SD1.5", "sd2": "SD2", "sdxl": "SDXL"}
 
+_RESAMPLER = ("resampler_dim", "depth", "heads", "dim_head")
+_NEEDED: Mapping[Kind, tuple[str, ...]] = {  # the fields that a kind cannot be built without
+    "base": ("image_dim",),
+    "plus": ("image_dim", *_RESAMPLER),
+    "full": ("image_dim",),
+    "faceid": ("face_dim",),
+    "faceid-plus": ("image_dim", "face_dim", *_RESAMPLER),
+    "portrait": ("face_dim",),
+}
+
 # Only Kolors' resampler is as wide as its context; its encoder is ViT-L/14 at 336 pixels.
 _KOLORS_DIM = 2048
 KOLORS_TEXT_DIM = 4096  # channels of ChatGLM's states, which Kolors' UNet narrows with its encoder_hid_proj
@@ -39,6 +49,8 @@ class AdapterSpec:
     not normalised (portrait with a resampler, Kolors FaceID). `token_dim` is set where tokens have another dim than
     `cross_attention_dim`: those of Kolors FaceID pass the model's own encoder_hid_proj first. `encoder_resolution` is
     the side of the encoder's input in pixels, where it differs from the encoder's default.
+
+    Raises AdapterError when a field that the kind needs is None.
     """
 
     kind: Kind
@@ -60,6 +72,14 @@ class AdapterSpec:
     negative: str = "zeros"
     token_dim: int | None = None
     encoder_resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        missing = [name for name in _NEEDED[self.kind] if getattr(self, name) is None]
+        if missing:
+            raise AdapterError(
+                f"The spec of a {self.kind} adapter lacks {' and '.join(missing)}. `new_spec` fills in the published "
+                "defaults."
+            )
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
@@ -178,9 +198,7 @@ def new_spec(
     if kind not in KINDS:
         raise AdapterError(f"Unknown adapter kind {kind!r}. Use one of: {', '.join(KINDS)}.")
     family = family_of(cross_attention_dim, layer_dims)
-    face = kind in ("faceid", "faceid-plus", "portrait")
-    image = kind not in ("faceid", "portrait")
-    resampled = kind in ("plus", "faceid-plus")
+    image, face, resampled = (name in _NEEDED[kind] for name in ("image_dim", "face_dim", "depth"))
     default_dim = 1280 if family == "sdxl" and kind == "plus" else cross_attention_dim
     dim = (resampler_dim or default_dim) if kind == "plus" else cross_attention_dim
     if resampled and dim % dim_head:

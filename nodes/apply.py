@@ -40,15 +40,16 @@ class ApplyIPAdapter(Node):
         return node_schema(
             node_id="ApplyIPAdapter",
             display_name="Apply IP Adapter",
-            description="Lets an image steer the model, beside the text. Chain several for several image prompts.",
+            description="Guides the model with an image, in addition to the text. Chain several nodes for several "
+            "image prompts.",
             inputs=[
                 io.Model.Input("model", tooltip="The SD1.5, SD2 or SDXL model that the adapter was made for."),
                 IPAdapterModel.Input("ip_adapter", tooltip="The adapter."),
                 ImagePromptType.Input(
                     "image_prompt",
                     optional=True,
-                    tooltip="From Encode Image Prompt, with the same adapter. Without it, as when that node is "
-                    "bypassed, the model is passed on as it is.",
+                    tooltip="From Encode Image Prompt, with the same adapter. If it is missing, for example because "
+                    "that node is bypassed, the model is passed on unchanged.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -56,15 +57,15 @@ class ApplyIPAdapter(Node):
                     min=-1.0,
                     max=5.0,
                     step=0.05,
-                    tooltip="Strength of the image. 0.5 to 0.8 beside a text, 1 without; 0 is off.",
+                    tooltip="Strength of the image. 0.5 to 0.8 with a text, 1 without; 0 is off.",
                 ),
                 io.Combo.Input(
                     "weight_type",
                     options=list(WEIGHT_TYPES),
                     default="linear",
                     optional=True,
-                    tooltip="How the weight is spread over the layers. linear: all alike. style transfer and "
-                    "composition act only in the layers that carry style or composition.",
+                    tooltip="How the weight is distributed over the layers. linear: equally. style transfer and "
+                    "composition act only in the layers responsible for style or composition.",
                 ),
                 io.Float.Input(
                     "start_at",
@@ -73,7 +74,7 @@ class ApplyIPAdapter(Node):
                     max=1.0,
                     step=0.001,
                     optional=True,
-                    tooltip="From which part of the noise schedule on the image acts; 0 is the first step. Try 0.2 to "
+                    tooltip="Where in the noise schedule the image starts to act; 0 is the first step. Try 0.2 to "
                     "leave the layout to the text.",
                 ),
                 io.Float.Input(
@@ -83,7 +84,7 @@ class ApplyIPAdapter(Node):
                     max=1.0,
                     step=0.001,
                     optional=True,
-                    tooltip="Up to which part of the noise schedule the image acts; 1 is the last step. Try 0.8 to "
+                    tooltip="Where in the noise schedule the image stops acting; 1 is the last step. Try 0.8 to "
                     "leave the details to the text.",
                 ),
                 io.Combo.Input(
@@ -98,8 +99,8 @@ class ApplyIPAdapter(Node):
                 io.Mask.Input(
                     "attn_mask",
                     optional=True,
-                    tooltip="Where in the result the image acts: 0 nowhere, 1 fully. Any size; a batch of masks "
-                    "gives each image of a batch its own.",
+                    tooltip="Where in the result the image acts: 0 not at all, 1 fully. Any size; a batch of masks "
+                    "has one for each image of the batch.",
                 ),
                 io.Float.Input(
                     "lora_strength",
@@ -128,12 +129,14 @@ class ApplyIPAdapter(Node):
                     max=5.0,
                     step=0.05,
                     optional=True,
-                    tooltip="For the precise weight types: how strongly, in parts of weight, the other layers push "
-                    "away what should not come along. 1 is as strong as weight; try 0.5 to 2.",
+                    tooltip="For the precise weight types: how strongly the other layers push away unwanted content, "
+                    "as a multiple of weight. 1 is as strong as weight; try 0.5 to 2.",
                     **advanced(),
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="For the sampler; the input stays as it was.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="Connect to the sampler. The input model is not changed.")
+            ],
         )
 
     @classmethod

@@ -37,12 +37,12 @@ class RecordAttentionMap(Node):
         return node_schema(
             node_id="RecordAttentionMap",
             display_name="Record Attention Map",
-            description="Notes where the image prompts act while the model is sampled, for Attention Map. The images "
-            "stay the same.",
+            description="Records where the image prompts act during sampling, for Attention Map. The generated "
+            "images do not change.",
             inputs=[io.Model.Input("model", tooltip="From the last Apply IP Adapter.")],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="For the sampler."),
-                AttentionRecordType.Output(display_name="record", tooltip="For Attention Map."),
+                io.Model.Output(display_name="model", tooltip="Connect to the sampler."),
+                AttentionRecordType.Output(display_name="record", tooltip="Connect to Attention Map."),
             ],
         )
 
@@ -78,17 +78,17 @@ class ImagePromptAttentionMap(Node):
         return node_schema(
             node_id="ImagePromptAttentionMap",
             display_name="Attention Map",
-            description="Draws where in the result the image prompt acted, as a heat map over the image.",
+            description="Shows where in the result the image prompt acted, as a heat map over the image.",
             is_output_node=True,
             inputs=[
-                AttentionRecordType.Input("record", tooltip="From Record Attention Map, whose model was sampled."),
-                io.Image.Input("image", tooltip="The images of that run, from VAE Decode."),
+                AttentionRecordType.Input("record", tooltip="From Record Attention Map; sample with its model."),
+                io.Image.Input("image", tooltip="The images that were sampled, from VAE Decode."),
                 io.Combo.Input(
                     "layers",
                     options=["all", *LAYER_GROUPS],
                     default="all",
                     optional=True,
-                    tooltip="The part of the UNet to look at, as in Layer Weights.",
+                    tooltip="The part of the UNet to show, as in Layer Weights.",
                 ),
                 io.Int.Input(
                     "start_at_step",
@@ -96,7 +96,7 @@ class ImagePromptAttentionMap(Node):
                     min=0,
                     max=_LAST,
                     optional=True,
-                    tooltip="The first step to look at. The layout is decided in the first steps, details in the last.",
+                    tooltip="The first step to show. The layout is decided in the first steps, details in the last.",
                 ),
                 io.Int.Input(
                     "end_at_step",
@@ -104,7 +104,7 @@ class ImagePromptAttentionMap(Node):
                     min=1,
                     max=_LAST,
                     optional=True,
-                    tooltip="Up to this step, which is not included. 10000 is all of them.",
+                    tooltip="Up to this step, which is not included. 10000 is all steps.",
                 ),
                 io.Int.Input(
                     "prompt",
@@ -112,15 +112,16 @@ class ImagePromptAttentionMap(Node):
                     min=0,
                     max=99,
                     optional=True,
-                    tooltip="Which image prompt: 1 is that of the first Apply IP Adapter, 0 all of them together.",
+                    tooltip="Which image prompt to show: 1 is that of the first Apply IP Adapter, 0 is all of them "
+                    "together.",
                 ),
                 io.Combo.Input(
                     "scale",
                     options=["relative", "absolute"],
                     default="relative",
                     optional=True,
-                    tooltip="relative: from the place with least, dark, to that with most, bright. absolute: the share "
-                    "of the image prompt in all attention, from none to all; to compare maps with each other.",
+                    tooltip="relative: dark where the image prompt acts least, bright where it acts most. absolute: "
+                    "the share of the image prompt in the attention, from none to all; use it to compare maps.",
                 ),
                 io.Float.Input(
                     "opacity",
@@ -134,8 +135,8 @@ class ImagePromptAttentionMap(Node):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The images under the map."),
-                io.Mask.Output(display_name="map", tooltip="The map alone, also for use as a mask."),
+                io.Image.Output(display_name="image", tooltip="The images with the map over them."),
+                io.Mask.Output(display_name="map", tooltip="Only the map; it can also be used as a mask."),
             ],
         )
 

@@ -41,15 +41,16 @@ class CombineImagePrompts(Node):
             "combine",
             options=list(COMBINES),
             default="concat",
-            tooltip="concat keeps the tokens of all images, each with its weight: start with it. The others calculate "
-            "one set of features, of features times their weights (subtract: the first minus the mean of the others).",
+            tooltip="concat keeps the tokens of all images, each with its weight: start with it. The others multiply "
+            "the features by their weights and compute one set of features (subtract: the first minus the mean of "
+            "the others).",
         )
         return node_schema(
             node_id="CombineImagePrompts",
             display_name="Combine Image Prompts",
-            description="Joins two to five image prompts for the same adapter, each with a weight of its own.",
+            description="Combines two to five image prompts for the same adapter, each with its own weight.",
             inputs=[*prompts, combine, *weights],
-            outputs=[ImagePromptType.Output(display_name="image_prompt", tooltip="For Apply IP Adapter.")],
+            outputs=[ImagePromptType.Output(display_name="image_prompt", tooltip="Connect to Apply IP Adapter.")],
         )
 
     @classmethod

@@ -36,7 +36,7 @@ class LoadIPAdapterDemo(Node):
             node_id="LoadIPAdapterDemo",
             display_name="Load IP Adapter Demo",
             description="Loads the small text-to-image model that comes with this pack, and its adapter. It draws "
-            "emoji of 64 x 64 pixels: enough to see what an image prompt does, with nothing to download.",
+            "emoji of 64 x 64 pixels, to try image prompts without downloads.",
             inputs=[
                 io.Combo.Input(
                     "adapter",
@@ -89,10 +89,10 @@ class DemoImage(Node):
                 io.Combo.Input(
                     "image",
                     options=list_images(),
-                    tooltip="What it shows, and in which style. Choosing another one loads no model again.",
+                    tooltip="The image: its subject and style. Choosing another one does not reload the model.",
                 )
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="For Image Prompt or Encode Image Prompt.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="Connect to Image Prompt or Encode Image Prompt.")],
         )
 
     @classmethod

@@ -39,41 +39,45 @@ class ImagePrompt(Node):
         return node_schema(
             node_id="ImagePrompt",
             display_name="Image Prompt",
-            description="Lets an image steer the model, beside the text. The one node to start with: it finds the "
-            "adapter and the image encoder that fit the model, and shows which it took.",
+            description="Guides the model with an image, in addition to the text. Start with this node: it finds an "
+            "adapter and an image encoder that fit the model, and shows which ones it uses.",
             essentials_category="Image Generation",
             has_intermediate_output=True,  # the preview survives a reload of the page
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="An SD1.5, SD2, SDXL or Kolors model, or that of the demo."),
-                io.Image.Input("image", tooltip="What the result should be like. Its middle square is seen."),
+                io.Model.Input("model", tooltip="An SD1.5, SD2, SDXL or Kolors model, or the demo model."),
+                io.Image.Input(
+                    "image", tooltip="The result will resemble this image. The encoder sees its middle square."
+                ),
                 io.Float.Input(
                     "weight",
                     default=0.7,
                     min=-1.0,
                     max=5.0,
                     step=0.05,
-                    tooltip="Strength of the image. 0.5 to 0.8 beside a text, 1 with an empty one; 0 is off.",
+                    tooltip="Strength of the image. 0.5 to 0.8 with a text, 1 with an empty text; 0 is off.",
                 ),
                 io.Combo.Input(
                     "use_for",
                     options=list(USES),
                     default=SUBJECT,
-                    tooltip="What to take over. subject: all of the image. style and composition: only the layers that "
-                    "carry them; try weight 1. face: an adapter for faces, where one is there.",
+                    tooltip="What to take from the image. subject: all of it. style and composition: only the layers "
+                    "responsible for them; try weight 1. face: uses an adapter for faces, if there is one.",
                 ),
                 io.Combo.Input(
                     "likeness",
                     options=list(LIKENESS),
                     default=PLUS,
                     optional=True,
-                    tooltip="plus keeps most of the image, standard leaves the text more say, light even more. The "
-                    "nearest adapter that is there is taken. Files for faces, for composition and light ones have the "
-                    "shapes of others, so their names decide among those that fit.",
+                    tooltip="plus keeps most of the image, standard follows the text more, light even more. The "
+                    "closest available adapter is used. Adapters for faces, for composition and light ones have the "
+                    "same tensor shapes as others, so they are recognised by their file names.",
                     **advanced(),
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="For the sampler; the input stays as it was.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="Connect to the sampler. The input model is not changed.")
+            ],
         )
 
     @classmethod

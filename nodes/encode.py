@@ -25,7 +25,7 @@ class EncodeImagePrompt(Node):
             node_id="EncodeImagePrompt",
             display_name="Encode Image Prompt",
             has_intermediate_output=True,
-            description="Turns one or several images into an image prompt, and shows what the encoder sees of them.",
+            description="Turns one or more images into an image prompt, and shows what the encoder sees of them.",
             inputs=[
                 IPAdapterModel.Input("ip_adapter", tooltip="The adapter that reads the images."),
                 io.ClipVision.Input("clip_vision", tooltip="The adapter's image encoder, from Load IP Adapter."),
@@ -33,10 +33,12 @@ class EncodeImagePrompt(Node):
                 io.Image.Input(
                     "image_negative",
                     optional=True,
-                    tooltip="What the result should keep away from. Without it, see negative.",
+                    tooltip="What the result should avoid. If not connected, see negative.",
                 ),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="Hides parts of the image from the encoder: 0 hidden, 1 seen."
+                    "mask",
+                    optional=True,
+                    tooltip="Hides parts of the image from the encoder: 0 is hidden, 1 is visible.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -52,23 +54,23 @@ class EncodeImagePrompt(Node):
                     options=list(COMBINES),
                     default="concat",
                     optional=True,
-                    tooltip="How several images become one prompt. concat keeps the tokens of all; the others "
-                    "calculate one set of features (subtract: the first minus the mean of the others).",
+                    tooltip="How several images become one prompt. concat keeps the tokens of all images; the others "
+                    "compute one set of features (subtract: the first minus the mean of the others).",
                 ),
                 io.Combo.Input(
                     "crop",
                     options=list(CROPS),
                     default="center",
                     optional=True,
-                    tooltip="The encoder sees a square: which part of the image to keep, or pad or stretch it.",
+                    tooltip="The encoder sees a square: choose which part of the image to keep, or pad or stretch it.",
                 ),
                 io.Combo.Input(
                     "negative",
                     options=NEGATIVES,
                     default=TRAINED,
                     optional=True,
-                    tooltip="The image of the negative branch when image_negative is not connected: what the adapter "
-                    "was trained with (no features, or zero pixel values), or a black image.",
+                    tooltip="The image of the negative branch if image_negative is not connected: the same as in the "
+                    "adapter's training (no features, or zero pixel values), or a black image.",
                 ),
                 io.Int.Input(
                     "tiles",
@@ -76,19 +78,19 @@ class EncodeImagePrompt(Node):
                     min=0,
                     max=4,
                     optional=True,
-                    tooltip="Besides the whole image, square tiles of it, each seen at the encoder's full size: for "
-                    "details and for long images. 0: none. 1: squares along the long side. 2: two along the short "
-                    "side, 2 x 2 of a square image. Their tokens are joined; try it with crop pad.",
+                    tooltip="Also encodes square tiles of the image, each at the encoder's full size: for details "
+                    "and for long images. 0: none. 1: squares along the long side. 2: two along the short side, 2 x "
+                    "2 of a square image. Their tokens are concatenated; try it with crop pad.",
                 ),
                 io.Boolean.Input(
                     "one_each",
                     default=False,
                     optional=True,
-                    tooltip="On: image 1 steers the first latent or frame, image 2 the second, and the last image "
-                    "those that are left. Off: all images together steer every latent.",
+                    tooltip="On: image 1 guides the first latent or frame, image 2 the second, and the last image "
+                    "all that remain. Off: all images together guide every latent.",
                 ),
             ],
-            outputs=[ImagePromptType.Output(display_name="image_prompt", tooltip="For Apply IP Adapter.")],
+            outputs=[ImagePromptType.Output(display_name="image_prompt", tooltip="Connect to Apply IP Adapter.")],
         )
 
     @classmethod

@@ -8,11 +8,11 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..ipadapter_core import AdapterError, AdapterSpec
+from ..ipadapter_core import AdapterError
 from ..ipadapter_core.image_prompt import COMBINES, combine_features, crop_image
 from .checks import check_encoder
 from .face_analysis import FACE_ALIASES, FaceAnalysis, FaceAnalysisType
-from .faces import NO_FACE, ORDERS, FaceFeatures, face_features
+from .faces import NO_FACE, ORDERS, FaceFeatures, check_faces, crop_size, face_features
 from .features import TRAINED, Encoder, encode, mean_colour, negative_features
 from .node import Node
 from .types import EncodedImages, ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema, project
@@ -27,14 +27,14 @@ class EncodeFacePrompt(Node):
             node_id="EncodeFacePrompt",
             has_intermediate_output=True,  # the preview survives a reload of the page
             display_name="Encode Face Prompt",
-            description="Turns the face in one or several images into an image prompt for a FaceID adapter, and shows "
-            "the face that it took.",
+            description="Turns the face in one or more images into an image prompt for a FaceID adapter, and shows "
+            "the face that it uses.",
             search_aliases=FACE_ALIASES,
             inputs=[
                 IPAdapterModel.Input("ip_adapter", tooltip="A FaceID, FaceID-Plus or portrait adapter."),
                 FaceAnalysisType.Input("face_analysis", tooltip="From Load Face Analysis."),
                 io.Image.Input(
-                    "image", tooltip="Shows the face; several images of the same person make the likeness better."
+                    "image", tooltip="An image with the face; several images of the same person improve the likeness."
                 ),
                 io.ClipVision.Input(
                     "clip_vision",
@@ -44,7 +44,7 @@ class EncodeFacePrompt(Node):
                 io.Image.Input(
                     "image_negative",
                     optional=True,
-                    tooltip="What the result should keep away from. For FaceID-Plus, which also looks at the image.",
+                    tooltip="What the result should avoid. For FaceID-Plus, which also uses the image itself.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -60,7 +60,7 @@ class EncodeFacePrompt(Node):
                     options=list(ORDERS),
                     default="largest",
                     optional=True,
-                    tooltip="Which face of an image with several: the first in this order. See face_index.",
+                    tooltip="Which face to use if the image has several: the first in this order. See face_index.",
                 ),
                 io.Int.Input(
                     "face_index",
@@ -76,15 +76,15 @@ class EncodeFacePrompt(Node):
                     options=list(NO_FACE),
                     default="error",
                     optional=True,
-                    tooltip="What to do with an image without such a face: stop, or leave it out.",
+                    tooltip="What to do if an image has no such face: stop with an error, or skip the image.",
                 ),
                 io.Combo.Input(
                     "combine",
                     options=list(COMBINES),
                     default="concat",
                     optional=True,
-                    tooltip="How several faces become one prompt. concat keeps the tokens of all, average gives a face "
-                    "between them.",
+                    tooltip="How several faces become one prompt. concat keeps the tokens of all faces, average "
+                    "gives a face between them.",
                 ),
                 io.Float.Input(
                     "likeness",
@@ -93,19 +93,19 @@ class EncodeFacePrompt(Node):
                     max=5.0,
                     step=0.05,
                     optional=True,
-                    tooltip="FaceID-Plus v2: how much the look of the image counts beside the identity. 1 is as "
-                    "trained; try 0.5 for more freedom and 2 for hair, make-up and light as in the image.",
+                    tooltip="FaceID-Plus v2: weight of the image's look relative to the identity. 1 is as trained; "
+                    "try 0.5 for more freedom, 2 for hair, make-up and light as in the image.",
                 ),
                 io.Boolean.Input(
                     "one_each",
                     default=False,
                     optional=True,
-                    tooltip="Off: all faces make one prompt. On: the face of image 1 steers the first latent (frame), "
-                    "that of image 2 the second, and so on.",
+                    tooltip="Off: all faces become one prompt. On: the face of image 1 guides the first latent "
+                    "(frame), that of image 2 the second, and so on.",
                 ),
             ],
             outputs=[
-                ImagePromptType.Output(display_name="image_prompt", tooltip="For Apply IP Adapter."),
+                ImagePromptType.Output(display_name="image_prompt", tooltip="Connect to Apply IP Adapter."),
                 io.Image.Output(display_name="face_image", tooltip="The faces, cropped and upright."),
             ],
         )
@@ -152,20 +152,6 @@ class EncodeFacePrompt(Node):
         )
         project(ip_adapter, prompt)  # a damaged adapter is reported here; Apply reuses the tokens
         return io.NodeOutput(prompt, found.crops, ui=ui.PreviewImage(found.crops, cls=cls))
-
-
-def crop_size(spec: AdapterSpec) -> int:
-    """The side of the aligned crop, as in ComfyUI_IPAdapter_plus."""
-    return 336 if spec.is_kolors else 256 if spec.cross_attention_dim == 2048 else 224
-
-
-def check_faces(ip_adapter: LoadedAdapter, embeddings: Tensor, models: str) -> None:
-    """Raises AdapterError for embeddings of face models that the adapter was not trained with."""
-    if embeddings.shape[1] != ip_adapter.spec.face_dim:
-        raise AdapterError(
-            f"{models} makes face embeddings of {embeddings.shape[1]}, {ip_adapter.name} takes "
-            f"{ip_adapter.spec.face_dim}. Choose the face models that it was trained with, such as buffalo_l."
-        )
 
 
 def encode_faces(

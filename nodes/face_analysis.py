@@ -75,11 +75,11 @@ class LoadFaceAnalysis(Node):
                     options=list(PROVIDERS),
                     default="CPU",
                     optional=True,
-                    tooltip="What runs the models. CPU needs about a second for an image and no GPU memory; the others "
-                    "need their own build of onnxruntime.",
+                    tooltip="The device that runs the models. CPU takes about a second per image and no GPU memory; "
+                    "the others need their own build of onnxruntime.",
                 ),
             ],
-            outputs=[FaceAnalysisType.Output(display_name="face_analysis", tooltip="For Encode Face Prompt.")],
+            outputs=[FaceAnalysisType.Output(display_name="face_analysis", tooltip="Connect to Encode Face Prompt.")],
         )
 
     @classmethod

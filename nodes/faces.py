@@ -10,10 +10,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..ipadapter_core import AdapterError
+from ..ipadapter_core import AdapterError, AdapterSpec
 from ..ipadapter_core.image_prompt import rgb_pixels
 from ..ipadapter_core.masks import one_of
 from .face_analysis import FaceAnalysis
+from .types import LoadedAdapter
 
 ORDERS = ("largest", "left to right", "most certain")
 NO_FACE = ("error", "skip")
@@ -112,6 +113,20 @@ def face_features(
         which = f"the face at face_index {index}" if index else "a face"
         raise AdapterError(f"None of the {len(images)} images shows {which}, so nothing is left to encode. {_ADVICE}")
     return FaceFeatures(torch.stack(embeddings), torch.stack(crops), tuple(rows))
+
+
+def crop_size(spec: AdapterSpec) -> int:
+    """The side of the aligned crop, as in ComfyUI_IPAdapter_plus."""
+    return 336 if spec.is_kolors else 256 if spec.cross_attention_dim == 2048 else 224
+
+
+def check_faces(ip_adapter: LoadedAdapter, embeddings: Tensor, models: str) -> None:
+    """Raises AdapterError for embeddings of face models that the adapter was not trained with."""
+    if embeddings.shape[1] != ip_adapter.spec.face_dim:
+        raise AdapterError(
+            f"{models} makes face embeddings of {embeddings.shape[1]}, {ip_adapter.name} takes "
+            f"{ip_adapter.spec.face_dim}. Choose the face models that it was trained with, such as buffalo_l."
+        )
 
 
 def _no_such_face(found: int, index: int, image: str) -> str:

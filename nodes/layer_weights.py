@@ -26,10 +26,13 @@ from .types import LayerWeightsType, LoadedAdapter, node_schema
 FAMILIES = {"SD1.5": "sd15", "SDXL": "sdxl"}
 _CARRIES = {
     "early": "The first layers. SD1.5: transformers 0 to 3, SDXL: 0 to 2. Colours and broad shapes.",
-    "composition": "The layers of the layout. SD1.5: 4 and 5, SDXL: 3. Set to 0 to leave the layout to the text.",
+    "composition": "The layers responsible for the layout. SD1.5: 4 and 5, SDXL: 3. Set to 0 to leave the layout to "
+    "the text.",
     "middle": "The middle block. SD1.5: 6, SDXL: 4.",
-    "content": "What is in the image. SD1.5: 7 and 8, SDXL: 5. Set to 0 when objects of the image come along.",
-    "style": "The layers of the look. SD1.5: 9 to 12, SDXL: 6. Try this one alone, at 1 to 1.5, for the style.",
+    "content": "The layers responsible for what the image shows. SD1.5: 7 and 8, SDXL: 5. Set to 0 if objects of the "
+    "image appear in the result.",
+    "style": "The layers responsible for the look. SD1.5: 9 to 12, SDXL: 6. For the style alone, use only these, at "
+    "1 to 1.5.",
     "detail": "The last layers. SD1.5: 13 to 15, SDXL: 7 to 10. Textures and colours.",
 }
 _log = logging.getLogger("ip_adapter_kit")
@@ -63,7 +66,7 @@ class LayerWeights(Node):
                     "family",
                     options=list(FAMILIES),
                     default="SDXL",
-                    tooltip="The model that the weights are for. SD1.5 is for SD2 too, SDXL for Kolors and Pony.",
+                    tooltip="The model that the weights are for. SD1.5 also fits SD2; SDXL also fits Kolors and Pony.",
                 ),
                 *sliders,
                 io.String.Input(
@@ -71,12 +74,12 @@ class LayerWeights(Node):
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="Transformer by transformer, instead of the sliders: index:weight, such as 3:2.5, 6:1. "
+                    tooltip="Weights per transformer, instead of the sliders: index:weight, such as 3:2.5, 6:1. "
                     "Those that are not listed get 0. Texts of Mad Scientist nodes work here.",
                     **advanced(),
                 ),
             ],
-            outputs=[LayerWeightsType.Output(display_name="layer_weights", tooltip="For Apply IP Adapter.")],
+            outputs=[LayerWeightsType.Output(display_name="layer_weights", tooltip="Connect to Apply IP Adapter.")],
         )
 
     @classmethod

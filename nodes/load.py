@@ -48,16 +48,16 @@ class LoadIPAdapter(Node):
                     options=[AUTO, *choices(ENCODERS)],
                     default=AUTO,
                     optional=True,
-                    tooltip="The image encoder, from models/clip_vision. auto: the file there whose tensors have "
-                    "the shapes that the adapter needs, whatever its name.",
+                    tooltip="The image encoder, from models/clip_vision. auto: the file whose tensors have the "
+                    "shapes that the adapter needs, whatever its name.",
                 ),
                 io.Combo.Input(
                     "faceid_plus",
                     options=[FROM_FILE, V1, V2],
                     default=FROM_FILE,
                     optional=True,
-                    tooltip="For FaceID-Plus alone, whose v1 and v2 files have the same tensors. from the file: its "
-                    "metadata, else what its name suggests (plusv2); the node shows which.",
+                    tooltip="Only for FaceID-Plus, whose v1 and v2 files have the same tensors. from the file: "
+                    "decided by its metadata, otherwise by its name (plusv2); the node shows which.",
                     **advanced(),
                 ),
                 io.Int.Input(
@@ -67,8 +67,9 @@ class LoadIPAdapter(Node):
                     max=1024,
                     step=1,
                     optional=True,
-                    tooltip="Side of the image that the encoder sees, in pixels. 0: its own (224 for most), or what "
-                    "the adapter's file says. Try 448 for an adapter that was trained so; its card says it.",
+                    tooltip="Side of the encoder's input image, in pixels. 0: the encoder's own resolution (224 for "
+                    "most), or that in the adapter's file. Try 448 for an adapter that was trained with it; its "
+                    "model card names it.",
                     **advanced(),
                 ),
             ],
@@ -76,7 +77,8 @@ class LoadIPAdapter(Node):
                 IPAdapterModel.Output(display_name="ip_adapter", tooltip="The adapter."),
                 io.ClipVision.Output(
                     display_name="clip_vision",
-                    tooltip="Its image encoder; nothing for FaceID and portrait adapters, which see faces alone.",
+                    tooltip="The adapter's image encoder; empty for FaceID and portrait adapters, which only use "
+                    "faces.",
                 ),
             ],
         )

@@ -20,7 +20,7 @@ class NoiseImage(Node):
         return node_schema(
             node_id="NoiseImage",
             display_name="Noise Image",
-            description="Makes an image of noise for image_negative of Encode Image Prompt: results get cleaner and "
+            description="Makes a noise image for image_negative of Encode Image Prompt. Results become cleaner and "
             "richer in contrast.",
             has_intermediate_output=True,
             inputs=[
@@ -52,12 +52,12 @@ class NoiseImage(Node):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Another seed, other noise; the same seed, the same noise.",
+                    tooltip="The same seed gives the same noise.",
                 ),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="What gets the noise, such as the prompt's image. Without: black.",
+                    tooltip="The image that noise is added to, such as the prompt's image. Black if not connected.",
                 ),
                 io.Int.Input(
                     "size",
@@ -66,11 +66,13 @@ class NoiseImage(Node):
                     max=1024,
                     step=2,
                     optional=True,
-                    tooltip="Width and height. As large as the encoder's images, so that the noise is not resized: "
-                    "224 for most, 336 for Kolors.",
+                    tooltip="Width and height. Use the encoder's resolution, so that the noise is not resized: 224 "
+                    "for most, 336 for Kolors.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="For image_negative of Encode Image Prompt.")],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="Connect to image_negative of Encode Image Prompt.")
+            ],
         )
 
     @classmethod

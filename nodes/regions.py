@@ -34,20 +34,24 @@ class ImagePromptRegions(Node):
                 io.Model.Input("model", tooltip="The SD1.5, SD2 or SDXL model that the adapter was made for."),
                 IPAdapterModel.Input("ip_adapter", tooltip="The adapter of all image prompts."),
                 io.Conditioning.Input(
-                    "positive", tooltip="The text for the whole result. The texts of regions join it."
+                    "positive", tooltip="The text for the whole result. The texts of the regions are added to it."
                 ),
                 io.Combo.Input(
                     "weight_type",
                     options=list(WEIGHT_TYPES),
                     default="linear",
                     optional=True,
-                    tooltip="How the weights are spread over the layers, as in Apply IP Adapter.",
+                    tooltip="How the weights are distributed over the layers, as in Apply IP Adapter.",
                 ),
                 *regions,
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="For the sampler; the input stays as it was."),
-                io.Conditioning.Output(display_name="positive", tooltip="For the sampler: all texts, in their places."),
+                io.Model.Output(
+                    display_name="model", tooltip="Connect to the sampler. The input model is not changed."
+                ),
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="Connect to the sampler: all texts, each in its region."
+                ),
             ],
         )
 
@@ -131,6 +135,6 @@ def _inputs(number: int) -> list[Any]:
             max=5.0,
             step=0.05,
             optional=True,
-            tooltip=f"Strength of the image in region {number}. 0.6 to 0.9 beside a text; 0 is off.",
+            tooltip=f"Strength of the image in region {number}. 0.6 to 0.9 with a text; 0 is off.",
         ),
     ]

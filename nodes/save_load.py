@@ -28,15 +28,15 @@ class SaveImagePrompt(Node):
         return node_schema(
             node_id="SaveImagePrompt",
             display_name="Save Image Prompt",
-            description="Saves an image prompt into output/image_prompts, for Load Image Prompt: no image and no image "
-            "encoder is needed there.",
+            description="Saves an image prompt in output/image_prompts. Load Image Prompt then needs neither the "
+            "image nor the image encoder.",
             is_output_node=True,
             inputs=[
-                ImagePromptType.Input("image_prompt", tooltip="What is saved."),
+                ImagePromptType.Input("image_prompt", tooltip="The image prompt to save."),
                 io.String.Input(
                     "filename_prefix",
                     default="prompt",
-                    tooltip="Name of the file in output/image_prompts; a number is added. A folder may come before it: "
+                    tooltip="File name in output/image_prompts; a number is appended. It may include a folder: "
                     "portraits/anna.",
                 ),
             ],
@@ -74,24 +74,26 @@ class LoadImagePrompt(Node):
         return node_schema(
             node_id="LoadImagePrompt",
             display_name="Load Image Prompt",
-            description="Loads what Save Image Prompt saved, or an .ipadpt file of ComfyUI_IPAdapter_plus.",
+            description="Loads an image prompt from Save Image Prompt, or an .ipadpt file of ComfyUI_IPAdapter_plus.",
             inputs=[
                 io.Combo.Input(
                     "image_prompt_name",
                     options=list_prompts() or [_NONE],
-                    tooltip="A file of output/image_prompts or of input, where files from elsewhere and .ipadpt files "
-                    "belong. Press R after saving another one.",
+                    tooltip="A file in output/image_prompts or in input; put .ipadpt files and files from elsewhere "
+                    "in input. Press R after saving a new file.",
                 ),
                 ImagePromptType.Input(
                     "negative",
                     optional=True,
-                    tooltip="Its images become the negative ones. Needed for .ipadpt files of plus adapters, "
-                    "which hold none: encode a black image, or load the saved neg_embed with another of this node.",
+                    tooltip="The images of this prompt become the negative ones. Needed for .ipadpt files of plus "
+                    "adapters, which have none: encode a black image, or load the saved neg_embed with a second node "
+                    "of this kind.",
                 ),
             ],
             outputs=[
                 ImagePromptType.Output(
-                    display_name="image_prompt", tooltip="For Apply IP Adapter, with the adapter it was encoded for."
+                    display_name="image_prompt",
+                    tooltip="Connect to Apply IP Adapter, with the adapter that it was encoded for.",
                 )
             ],
         )

@@ -18,15 +18,15 @@ class WeightSchedule(Node):
         return node_schema(
             node_id="WeightSchedule",
             display_name="Weight Schedule",
-            description="Lets the weight of an image prompt change over the steps, or over the frames of a video. "
+            description="Changes the weight of an image prompt over the steps, or over the frames of a video. "
             "Multiplies the weight of Apply IP Adapter.",
             inputs=[
                 io.Combo.Input(
                     "over",
                     options=list(OVERS),
                     default="steps",
-                    tooltip="steps: of the sampler, alike for all images. frames: the images of the batch, as "
-                    "AnimateDiff makes them; in context windows each frame keeps its own weight.",
+                    tooltip="steps: of the sampler, the same for all images. frames: the images of the batch, as in "
+                    "AnimateDiff; in context windows each frame keeps its own weight.",
                 ),
                 io.String.Input(
                     "weights",
@@ -47,7 +47,7 @@ class WeightSchedule(Node):
                     min=0,
                     max=LAST - 1,
                     optional=True,
-                    tooltip="The step or frame at which the first number is reached; it serves all before, too.",
+                    tooltip="The step or frame at which the first number applies; it also applies to all before.",
                 ),
                 io.Int.Input(
                     "end",
@@ -55,10 +55,10 @@ class WeightSchedule(Node):
                     min=1,
                     max=LAST,
                     optional=True,
-                    tooltip="The last number is reached before this step or frame, and kept. 9999: the very last.",
+                    tooltip="The last number is reached before this step or frame, and stays. 9999: the very last.",
                 ),
             ],
-            outputs=[WeightScheduleType.Output(display_name="weight_schedule", tooltip="For Apply IP Adapter.")],
+            outputs=[WeightScheduleType.Output(display_name="weight_schedule", tooltip="Connect to Apply IP Adapter.")],
         )
 
     @classmethod

@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -27,13 +27,16 @@ from torch import Tensor
 
 from ipadapter_core.file_types import JSON, file_type
 
+from ..data.images import Size
 from ..errors import CacheError
 from ..runtime.disk import whole_file
+from .plan import CacheSettings
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 _METADATA = "ipadapter.cache"  # a single entry, because safetensors writes several in a random order
 _TAIL = 64  # bytes
+_NAMED = 5  # shards in a message
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,9 @@ class ShardFile:
     sha256: str
 
     @classmethod
-    def of(cls, file: Path) -> ShardFile:
-        """Read a file and compute its hash."""
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-            return cls(stream.tell(), digest.hexdigest())
+    def of(cls, content: bytes) -> ShardFile:
+        """Of the content of a file."""
+        return cls(len(content), hashlib.sha256(content).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,11 @@ class Manifest:
     """What a cache is made of. Only `complete` and `settings` decide whether a training may read it."""
 
     complete: bool
-    settings: dict[str, Any]  # CacheSettings
-    key: str  # CacheSettings.digest, which every shard repeats
+    settings: CacheSettings
     library: str
     base_model: str
     encoded_in: dict[str, str]  # model -> dtype
-    buckets: list[tuple[int, int]]  # width, height
+    buckets: list[Size]
     counts: dict[str, int]  # table -> rows
     shards: dict[str, ShardFile]  # by file
     broken: dict[str, dict[int, str]]  # table -> row -> why it could not be read
@@ -97,55 +95,51 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
-def read_complete_manifest(folder: Path) -> Manifest:
-    """Raises CacheError as `read_manifest`, and for a cache that is not complete."""
-    manifest = read_manifest(folder)
+def check_shards(folder: Path, manifest: Manifest, *, hashes: bool = False) -> None:
+    """Check the size, header and last bytes of every shard, and with `hashes` all bytes.
+
+    Raises CacheError for a cache that is not complete, and for shards that are missing, cut off or changed.
+    """
     if not manifest.complete:
         raise CacheError(f"{folder} was not finished. Run `ipadapter cache` with these settings.")
-    return manifest
+    key = manifest.settings.digest
+    found = {name: _problem(folder / name, shard, key, hashes) for name, shard in manifest.shards.items()}
+    problems = [f"{name} {problem}" for name, problem in found.items() if problem is not None]
+    if problems:
+        named = "; ".join(problems[:_NAMED]) + (f" and {len(problems) - _NAMED} more" if problems[_NAMED:] else "")
+        raise CacheError(
+            f"{folder}: {named}. Delete these files and run `ipadapter cache` with the same settings again: it makes "
+            "these again."
+        )
 
 
 def check_hashes(folder: Path) -> Manifest:
-    """Compare every shard with its hash in the manifest.
-
-    Raises CacheError that names every shard that is missing, cut off or changed.
-    """
-    manifest = read_complete_manifest(folder)
-    problems = shard_problems(folder, manifest)
-    for name, shard in manifest.shards.items():
-        if name not in problems and ShardFile.of(folder / name) != shard:
-            problems[name] = f"{name} has other content than when it was written"
-    if problems:
-        raise CacheError(
-            f"{folder}: {'; '.join(problems.values())}. Delete these files and run `ipadapter cache` again, which "
-            "makes only these."
-        )
+    """The manifest of a cache whose shards have their hashes. Raises CacheError as `check_shards`."""
+    manifest = read_manifest(folder)
+    check_shards(folder, manifest, hashes=True)
     return manifest
 
 
-def shard_problems(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Shards that are wrong by their size, header or last bytes, each with a clause that names it."""
-    found = {name: _problem(folder / name, shard, manifest.key) for name, shard in manifest.shards.items()}
-    return {name: f"{name} {problem}" for name, problem in found.items() if problem is not None}
-
-
-def _problem(file: Path, shard: ShardFile, key: str) -> str | None:
+def _problem(file: Path, written: ShardFile, key: str, hashes: bool) -> str | None:
     if not file.is_file():
         return "is missing"
-    if (found := file.stat().st_size) != shard.bytes:
-        return f"has {found:,} bytes instead of {shard.bytes:,}"
+    if (found := file.stat().st_size) != written.bytes:
+        return f"has {found:,} bytes instead of {written.bytes:,}"
     if _ends_in_zeros(file):
         return "ends in zeros"
     header = read_header(file)
     if header is None:
         return "is damaged"
-    return None if header.key == key else "belongs to another cache"
+    if header.key != key:
+        return "belongs to another cache"
+    changed = hashes and ShardFile.of(file.read_bytes()) != written
+    return "has other content than when it was written" if changed else None
 
 
 class ShardHeader(NamedTuple):
     """What identifies a shard, and the rows that could not be read with the reasons."""
 
-    key: str  # that of the manifest
+    key: str  # CacheSettings.digest
     rows: np.ndarray
     broken: dict[int, str]
 
@@ -168,7 +162,7 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor], key: str, broken: Map
     metadata = {_METADATA: json.dumps({"key": key, "broken": broken})}
     content = safetensors.torch.save(dict(tensors), metadata)
     write_whole(file, content)
-    return ShardFile(len(content), hashlib.sha256(content).hexdigest())
+    return ShardFile.of(content)
 
 
 def write_whole(file: Path, content: bytes) -> None:

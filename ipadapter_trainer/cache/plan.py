@@ -1,15 +1,15 @@
-"""What a feature cache holds: its settings, tables, rows and shards. All follow from the config, the data and the
-models' configs, so every process and every resume finds the same.
+"""What a feature cache holds: its settings, and the shards of its three tables. All follow from the config, the data
+and the models' configs, so every process and every resume finds the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from itertools import count
+from typing import Literal
 
 import numpy as np
 import torch
@@ -76,33 +76,21 @@ class CacheSettings:
             image_encoder=base_model.encoder_fingerprint() if base_model and encoded else None,
         )
 
-    @property
-    def variants(self) -> int:
-        """Stored image features per image that is its own reference: crops and, with `flip`, mirror images."""
-        return self.cache_variants * (2 if self.flip else 1)
-
-    @property
-    def latent_variants(self) -> int:
-        """Stored latents per image."""
-        return self.variants if self.crop == "random" else self.variants // self.cache_variants
-
-    @property
-    def reference_variants(self) -> int:
-        """Stored image features per other reference."""
-        return self.variants if self.reference_crop < 1 else self.variants // self.cache_variants
+    def variants(self, random: bool = True) -> int:
+        """Stored variants of what is cropped at random, or not; with `flip`, each crop is followed by its mirror
+        image.
+        """
+        return (self.cache_variants if random else 1) * (2 if self.flip else 1)
 
     @property
     def digest(self) -> str:
         """32 hex digits that mark the shards of one cache."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:32]
 
-    def differences(self, found: Mapping[str, Any]) -> list[str]:
-        """One clause for each of the `found` settings that differs from these."""
-        return [
-            f"{key} was {found.get(key)!r} and is now {value!r}"
-            for key, value in asdict(self).items()
-            if found.get(key) != value
-        ]
+    def differences(self, found: CacheSettings) -> str:
+        """A clause for each of the `found` settings that differs from these."""
+        before, now = asdict(found), asdict(self)
+        return "; ".join(f"{k} was {before[k]!r} and is now {now[k]!r}" for k in now if now[k] != before[k])
 
 
 def distinct_captions(examples: Sequence[Example]) -> list[str]:
@@ -110,9 +98,9 @@ def distinct_captions(examples: Sequence[Example]) -> list[str]:
     return list(dict.fromkeys(["", *(example.text for example in examples)]))
 
 
-def distinct_references(examples: Sequence[Example]) -> dict[str, StoredImage]:
-    """The rows of the table of references, by their names."""
-    return {str(reference): reference for example in examples for reference in example.references}
+def distinct_references(examples: Sequence[Example]) -> list[StoredImage]:
+    """The rows of the table of references."""
+    return list(dict.fromkeys(reference for example in examples for reference in example.references))
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,15 +108,10 @@ class Shard:
     """A file of a table. The images of a shard belong to one bucket."""
 
     table: str
-    number: int
+    file: str  # relative to the cache's folder
     rows: np.ndarray  # int32, numbers of captions, of references or of examples
-    tensors: dict[str, Tensor]  # of one row, on the meta device
+    tensors: Mapping[str, Tensor]  # of one row, on the meta device
     size: Size | None  # the bucket
-
-    @property
-    def file(self) -> str:
-        """The path in the cache's folder."""
-        return f"{self.table}/shard-{self.number:05d}.safetensors"
 
     @property
     def bytes(self) -> int:
@@ -144,51 +127,48 @@ def plan_shards(
     dtype: torch.dtype = torch.float16,
 ) -> list[Shard]:
     """All shards of a cache, table by table. No weights are read; the sum of `bytes` is the size of the cache."""
-    # Rows with equal tensors: table, rows, bucket, whether image features are stored.
-    groups: list[tuple[str, np.ndarray, Size | None, bool]]
-    groups = [("captions", np.arange(len(distinct_captions(examples))), None, False)]
-    own = np.zeros(len(examples), dtype=bool)
-    if settings.image_feature is not None:
-        groups.append(("references", np.arange(len(distinct_references(examples))), None, True))
-        own |= np.array([settings.own_references or not example.references for example in examples])
-    for size, rows in zip(buckets.sizes, map(np.array, buckets.rows), strict=True):
-        groups += [("images", rows[own[rows] == encoded], size, encoded) for encoded in (True, False)]
     shards: list[Shard] = []
-    count = Counter[str]()
-    for table, rows, size, encoded in groups:
-        tensors = _row_tensors(settings, base_model, dtype, table, size, encoded)
+    numbers = {table: count() for table in TABLES}
+    for table, rows, size, tensors in _row_groups(settings, base_model, examples, buckets, dtype):
         each = max(1, SHARD_BYTES // _row_bytes(tensors))
         for start in range(0, len(rows), each):
-            shards.append(Shard(table, count[table], rows[start : start + each].astype(np.int32), tensors, size))
-            count[table] += 1
+            file = f"{table}/shard-{next(numbers[table]):05d}.safetensors"
+            shards.append(Shard(table, file, rows[start : start + each].astype(np.int32), tensors, size))
     return shards
 
 
-def _row_tensors(
-    settings: CacheSettings, base_model: BaseModel, dtype: torch.dtype, table: str, size: Size | None, encoded: bool
-) -> dict[str, Tensor]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    if table == "captions":
-        shapes["text_states"] = (base_model.text_length, base_model.sites[0].cross_attention_dim)
-        conditions = base_model.meta_conditions(1)
-        if conditions is not None:
-            shapes["text_embeds"] = (conditions["text_embeds"].shape[-1],)
-    if size is not None:
-        sides = (size[1] // base_model.latent_scale, size[0] // base_model.latent_scale)
-        shapes["latents_mean"] = shapes["latents_std"] = (settings.latent_variants, base_model.latent_channels, *sides)
-    tensors = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}
-    tensors["row"] = torch.empty((), dtype=torch.int32, device="meta")
-    if size is not None:  # float16 has no whole numbers above 2048
-        tensors |= {key: torch.empty(settings.latent_variants, 2, device="meta") for key in SIZES}
-    if encoded:
-        variants = settings.reference_variants if size is None else settings.variants
-        shape = (variants, base_model.image_dim)
-        if settings.image_feature == "penultimate_hidden_states":
-            shape = (variants, base_model.image_tokens, base_model.hidden_dim)
-        features = torch.empty(shape, dtype=dtype, device="meta")
-        tensors |= pack_features(features, settings.cache_image_features == "int8")
-    return tensors
+def _row_groups(
+    settings: CacheSettings, base_model: BaseModel, examples: Sequence[Example], buckets: Buckets, dtype: torch.dtype
+) -> Iterator[tuple[str, np.ndarray, Size | None, dict[str, Tensor]]]:
+    """Rows whose tensors have the same shapes: table, rows, bucket, tensors of one row."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def image_features(random: bool) -> dict[str, Tensor]:
+        hidden = settings.image_feature == "penultimate_hidden_states"
+        shape = (base_model.image_tokens, base_model.hidden_dim) if hidden else (base_model.image_dim,)
+        return pack_features(empty(settings.variants(random), *shape), settings.cache_image_features == "int8")
+
+    text = {"text_states": empty(base_model.text_length, base_model.sites[0].cross_attention_dim)}
+    conditions = base_model.meta_conditions(1)
+    if conditions is not None:
+        text["text_embeds"] = empty(conditions["text_embeds"].shape[-1])
+    yield "captions", np.arange(len(distinct_captions(examples))), None, text
+    encoded = np.zeros(len(examples), dtype=bool)  # images that are their own references
+    if settings.image_feature is not None:
+        rows = np.arange(len(distinct_references(examples)))
+        yield "references", rows, None, image_features(random=settings.reference_crop < 1)
+        encoded |= np.array([settings.own_references or not example.references for example in examples])
+    for size, bucket in zip(buckets.sizes, buckets.rows, strict=True):
+        variants, rows = settings.variants(settings.crop == "random"), np.array(bucket)
+        shape = (base_model.latent_channels, size[1] // base_model.latent_scale, size[0] // base_model.latent_scale)
+        tensors = {key: empty(variants, *shape) for key in ("latents_mean", "latents_std")}
+        tensors |= {key: empty(variants, 2, dtype=torch.float32) for key in SIZES}  # exact above 2048
+        if encoded.any():
+            yield "images", rows[encoded[rows]], size, tensors | image_features(random=True)
+        yield "images", rows[~encoded[rows]], size, tensors
 
 
-def _row_bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+def _row_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return 4 + sum(tensor.nbytes for tensor in tensors.values())  # 4 for the number of the row

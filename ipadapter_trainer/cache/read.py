@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from ..data.examples import Example
 from ..data.face_embeds import face_id_embed
 from ..data.from_config import augmentation_from_config
 from ..data.images import Size, StoredImage
-from ..data.preprocess import image_tensors, noise_tensors, open_image, reference_tensor
+from ..data.preprocess import choose_reference, image_tensors, noise_tensors, open_image, reference_tensor
 from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
 from ..models.from_config import preprocessor_from_config
 from ..settings.config import TrainConfig
-from .files import MANIFEST, Manifest, read_complete_manifest, shard_problems
+from .files import MANIFEST, Manifest, check_shards, read_manifest
 from .plan import SIZES, TABLES, CacheSettings, distinct_captions, distinct_references
 from .quantise import unpack_features
 
@@ -33,39 +33,25 @@ class Table:
 
     def __init__(self, folder: Path, name: str, manifest: Manifest) -> None:
         """Raises CacheError when the shards do not hold all rows."""
-        self._files = [folder / file for file in manifest.shards if file.startswith(f"{name}/")]
-        self._mapped: list[dict[str, Tensor] | None] = [None] * len(self._files)  # each process maps for itself
-        rows = [_map(file)["row"].numpy() for file in self._files]
-        count = sum(map(len, rows))
+        self.files = [folder / file for file in manifest.shards if file.startswith(f"{name}/")]
+        self._mapped: dict[int, dict[str, Tensor]] = {}  # by each process
+        rows_of = [map_shard(file)["row"].numpy() for file in self.files]
+        count = sum(map(len, rows_of))
         if count != manifest.counts.get(name):
             raise CacheError(f"{folder / MANIFEST}: not a cache's manifest (it is damaged). Make the cache again.")
-        self._shard_of = np.empty(count, dtype=np.int32)
-        self._index_in_shard = np.empty_like(self._shard_of)
-        for shard, numbers in enumerate(rows):
-            self._shard_of[numbers], self._index_in_shard[numbers] = shard, np.arange(len(numbers))
+        self._place = np.empty((count, 2), dtype=np.int32)  # shard and position in it, of each row
+        for shard, rows in enumerate(rows_of):
+            self._place[rows, 0], self._place[rows, 1] = shard, np.arange(len(rows))
 
     def __getstate__(self) -> dict[str, Any]:  # for workers that are spawned
-        return {**self.__dict__, "_mapped": [None] * len(self._files)}
+        return {**self.__dict__, "_mapped": {}}
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         """The tensors of a row. Raises CacheError for a shard that cannot be read."""
-        return {key: tensor[self._index_in_shard[row]] for key, tensor in self.shard(self._shard_of[row]).items()}
-
-    def shard(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a shard."""
-        mapped = self._mapped[number]
-        if mapped is None:
-            mapped = self._mapped[number] = _map(self._files[number])
-        return mapped
-
-    def buckets(self, latent_scale: int, broken: Mapping[int, str]) -> Buckets:
-        """The buckets of a table of images, without those of which no image could be read."""
-        rows: dict[Size, list[int]] = {}
-        for shard in map(_map, self._files):
-            height, width = (side * latent_scale for side in shard["latents_mean"].shape[-2:])
-            rows.setdefault((width, height), []).extend(shard["row"].tolist())
-        readable = {size: sorted(part) for size, part in rows.items() if any(row not in broken for row in part)}
-        return Buckets(tuple(readable), tuple(tuple(part) for part in readable.values()))
+        shard, position = self._place[row].tolist()
+        if shard not in self._mapped:
+            self._mapped[shard] = map_shard(self.files[shard])
+        return {key: tensor[position] for key, tensor in self._mapped[shard].items() if key != "row"}
 
 
 class CachedDataset(ImageDataset):
@@ -81,16 +67,36 @@ class CachedDataset(ImageDataset):
     """
 
     def __init__(self, config: TrainConfig, base_model: BaseModel, examples: Sequence[Example]) -> None:
-        self.settings, manifest = _open(config, base_model, examples)
-        assert config.cache is not None
-        self.tables = {table: Table(config.cache, table, manifest) for table in TABLES}
+        folder = config.cache
+        if folder is None or not (folder / MANIFEST).is_file():
+            raise CacheError(f"{folder} holds no cache. Run `ipadapter cache` with these settings.")
+        manifest = read_manifest(folder)
+        self.settings = CacheSettings.of(config, examples, base_model)
+        if manifest.settings.own_references:  # more features than are needed do no harm
+            self.settings = replace(self.settings, own_references=True)
+        if differences := self.settings.differences(manifest.settings):
+            raise CacheError(
+                f"{folder} is the cache of other settings: {differences}. Set them back, or run `ipadapter cache` with "
+                "these and another folder, cache=..."
+            )
+        check_shards(folder, manifest)
+        self.tables = {table: Table(folder, table, manifest) for table in TABLES}
         self.broken = manifest.broken  # table -> row -> why it could not be read
         self._caption_rows = {text: row for row, text in enumerate(distinct_captions(examples))}
-        self._reference_rows = {name: row for row, name in enumerate(distinct_references(examples))}
+        self._reference_rows = {reference: row for row, reference in enumerate(distinct_references(examples))}
         # Workers need no tokenizers, which are slow to send.
         preprocessor = replace(preprocessor_from_config(config, base_model), tokenizers=())
-        buckets = self.tables["images"].buckets(base_model.latent_scale, self.broken.get("images", {}))
-        super().__init__(examples, preprocessor, augmentation_from_config(config), buckets)
+        super().__init__(examples, preprocessor, augmentation_from_config(config), self._buckets(base_model))
+
+    def _buckets(self, base_model: BaseModel) -> Buckets:
+        """The buckets of the cached images, without those of which no image could be read."""
+        broken = self.broken.get("images", {})
+        buckets: dict[Size, list[int]] = {}
+        for shard in map(map_shard, self.tables["images"].files):
+            height, width = (side * base_model.latent_scale for side in shard["latents_mean"].shape[-2:])
+            buckets.setdefault((width, height), []).extend(shard["row"].tolist())
+        readable = {size: tuple(sorted(rows)) for size, rows in buckets.items() if not broken.keys() >= set(rows)}
+        return Buckets(tuple(readable), tuple(readable.values()))
 
     def _item(self, row: int, size: Size, index: SampleIndex) -> dict[str, Any]:
         example, key = self.examples[row], index.key(self.augmentation.seed)
@@ -108,15 +114,14 @@ class CachedDataset(ImageDataset):
             **noise_tensors(noise),
         }
         if self.preprocessor.image_processor is not None:
-            others = () if crop.own_reference else example.references
-            chosen = others[int(crop.reference * len(others))] if others else None
+            reference = choose_reference(crop, example.references)
             if self.settings.image_feature is None:
-                item["clip_images"] = self._clip_images(row, size, variant, crop, chosen)
-            elif chosen is None:
+                item["clip_images"] = self._clip_images(row, size, variant, crop, reference)
+            elif reference is None:
                 item["image_features"] = unpack_features(image)
             else:
-                reference = self._read("references", self._reference_rows[str(chosen)], variant, crop.flip)
-                item["image_features"] = unpack_features(reference)
+                stored = self._read("references", self._reference_rows[reference], variant, crop.flip)
+                item["image_features"] = unpack_features(stored)
         if self.preprocessor.takes_face:
             item["face_id_embed"] = face_id_embed(example, self.preprocessor.face_dim)
         return item
@@ -126,8 +131,7 @@ class CachedDataset(ImageDataset):
         if row in self.broken.get(table, {}):
             raise DataError(f"could not be read when the cache was made ({self.broken[table][row]})")
         number = 2 * variant + flip if self.settings.flip else variant
-        tensors = self.tables[table][row]
-        return {key: tensor[number % len(tensor)] for key, tensor in tensors.items() if key != "row"}
+        return {key: variants[number % len(variants)] for key, variants in self.tables[table][row].items()}
 
     def _clip_images(
         self, row: int, size: Size, variant: int, crop: CropParams, reference: StoredImage | None
@@ -142,27 +146,8 @@ class CachedDataset(ImageDataset):
         return image_tensors(self.preprocessor, augmentation, size, crop, opened)["clip_images"]
 
 
-def _open(config: TrainConfig, base_model: BaseModel, examples: Sequence[Example]) -> tuple[CacheSettings, Manifest]:
-    folder = config.cache
-    if folder is None or not (folder / MANIFEST).is_file():
-        raise CacheError(f"{folder} holds no cache. Run `ipadapter cache` with these settings.")
-    settings, manifest = CacheSettings.of(config, examples, base_model), read_complete_manifest(folder)
-    if manifest.settings.get("own_references"):  # more features than are needed do no harm
-        settings = replace(settings, own_references=True)
-    if differences := settings.differences(manifest.settings):
-        raise CacheError(
-            f"{folder} is the cache of other settings: {'; '.join(differences)}. Set them back, or run `ipadapter "
-            "cache` with these and another folder, cache=..."
-        )
-    if problems := list(shard_problems(folder, manifest).values()):
-        raise CacheError(
-            f"{folder}: {'; '.join(problems[:5])}{' and more' if len(problems) > 5 else ''}. Run `ipadapter cache` "
-            "with the same settings again: it makes these again."
-        )
-    return settings, manifest
-
-
-def _map(file: Path) -> dict[str, Tensor]:
+def map_shard(file: Path) -> dict[str, Tensor]:
+    """The memory-mapped tensors of a shard. Raises CacheError when it cannot be read."""
     try:
         with safe_open(file, "pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image, ImageOps
@@ -15,6 +15,8 @@ from .augmentation import Augmentation, CropParams, NoiseParams, RandomKey, crop
 from .examples import Example
 from .face_embeds import face_id_embed
 from .images import ImageSource, Size, crop_to_area, open_rgb, resize_and_crop, to_tensor
+
+Source = TypeVar("Source", bound=ImageSource)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +100,18 @@ def image_tensors(
     }
     if preprocessor.image_processor is None:
         return tensors
-    if not references or crop.own_reference:
+    chosen = choose_reference(crop, references)
+    if chosen is None:
         # The reference shows what the target shows; the image processor cuts out the centre itself.
         own = image.crop(cropped.box) if augmentation.crop == "random" else image
         return {**tensors, "clip_images": _clip_image(preprocessor, crop, own)}
-    reference, _ = open_image(preprocessor, augmentation, size, references[int(crop.reference * len(references))])
+    reference, _ = open_image(preprocessor, augmentation, size, chosen)
     return {**tensors, "clip_images": reference_tensor(preprocessor, crop, reference)}
+
+
+def choose_reference(crop: CropParams, references: Sequence[Source]) -> Source | None:
+    """One of the references; None if the image is its own."""
+    return None if crop.own_reference or not references else references[int(crop.reference * len(references))]
 
 
 def reference_tensor(preprocessor: Preprocessor, crop: CropParams, reference: Image.Image) -> Tensor:

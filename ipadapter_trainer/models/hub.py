@@ -15,11 +15,12 @@ from ipadapter_core.assets import MODEL, emoji_folder
 
 from ..errors import BaseModelError
 from .published_models import PUBLISHED_MODELS, PublishedModel, download_command, model_at
-from .weight_names import WEIGHT_SUFFIXES, are_complete, choose_weights
+from .weight_names import VOCABULARY, WEIGHT_SUFFIXES, choose_weights, missing_files
 
 # OWNER/REPOSITORY, and a folder inside it.
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w.-]+)*")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
+_PART_FILES = ("config.json", "model.safetensors")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _CONFIGS = (".json", ".txt")
 TIMEOUT = 20  # seconds for the Hub's first answer
@@ -84,7 +85,7 @@ def hub_folder(name: PurePath) -> Path:
 
     repository, inside = "/".join(name.parts[:2]), "/".join(name.parts[2:])
     cached = cached_snapshot(repository)
-    if cached is not None and _is_complete(cached / inside):
+    if cached is not None and not missing_files(cached / inside, _needed_files(cached / inside)):
         return cached / inside
     with _hub_errors(repository, f"{name.as_posix()}: no such folder, and"):
         wanted = _wanted(_files_of(repository), inside)
@@ -178,22 +179,15 @@ def cached_snapshot(repository: str) -> Path | None:
         return None if partial is None else Path(partial)
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether a snapshot has all files that are read; it may hold the configs alone, or be a broken download."""
-
-    def names(part: str) -> set[str]:
-        return {file.name for file in (folder / part).glob("*")}
-
+def _needed_files(folder: Path) -> list[str]:
+    """The files that a model in a folder is read from; those of a base model by its model_index.json."""
     index = folder / "model_index.json"
     if not index.is_file():
-        return "config.json" in names("") and are_complete(names(""))
+        return list(_PART_FILES)
     given = {part for part, library in json.loads(index.read_text(encoding="utf-8")).items() if library and library[0]}
-    tokenizers = [names(part) for part in given.intersection(_TOKENIZERS)]
-    return (
-        all("config.json" in names(part) and are_complete(names(part)) for part in given.intersection(_PARTS))
-        and all("tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files for files in tokenizers)
-        and "scheduler_config.json" in names("scheduler")
-    )
+    parts = [f"{part}/{file}" for part in given.intersection(_PARTS) for file in _PART_FILES]
+    tokenizers = [f"{part}/{file}" for part in given.intersection(_TOKENIZERS) for file in VOCABULARY]
+    return ["scheduler/scheduler_config.json", *parts, *tokenizers]
 
 
 def _wanted(files: Sequence[str], inside: str) -> list[str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..settings.shipped import config_names, find_config, read_config
-from .weight_names import WEIGHT_SUFFIXES, WEIGHTS, choose_weights
+from .weight_names import VOCABULARY, WEIGHT_SUFFIXES, missing_files
 
-_TOKENIZER = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
+_TOKENIZER = ("special_tokens_map.json", "tokenizer_config.json", *VOCABULARY)
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,13 @@ class PublishedModel:
         return self.folder / self.path
 
     def missing(self) -> list[str]:
-        """The missing files. Other weights of the same part, such as fp16 ones, are as good."""
-        return [file for file in self.files if not self._has(self.folder / file)]
+        """The missing files, see `missing_files`."""
+        return missing_files(self.folder, self.files)
 
     def lacking(self) -> list[str]:
         """The missing configs and weights, without which the model cannot be loaded."""
         needed = ("config.json", "scheduler_config.json")
         return [f for f in self.missing() if Path(f).name in needed or Path(f).suffix in WEIGHT_SUFFIXES]
-
-    def _has(self, file: Path) -> bool:
-        if file.is_file():
-            return True
-        names = [found.name for found in file.parent.glob("*")]
-        return WEIGHTS.fullmatch(file.name) is not None and bool(choose_weights(names))
 
 
 def _base(name: str, use: str, owner: str, gigabytes: float, text_encoders: int, *more: str) -> PublishedModel:

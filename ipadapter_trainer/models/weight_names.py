@@ -1,13 +1,15 @@
-"""The names of weight files in a model's folder, and which of them are read."""
+"""The files in a model's folder: which weights are read, and what is missing."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(-\d+-of-(?P<shards>\d+))?(\.fp16)?\.(safetensors|bin)"
 )
+VOCABULARY = ("merges.txt", "vocab.json")  # of a tokenizer
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -22,8 +24,19 @@ def choose_weights(names: Iterable[str]) -> list[str]:
     return []
 
 
-def are_complete(names: Iterable[str]) -> bool:
-    """Whether a folder with these files has weights, and all shards of them."""
-    chosen = choose_weights(names)
+def missing_files(folder: Path, files: Iterable[str]) -> list[str]:
+    """Those of a model's `files` that a folder lacks. As good as a weight file are others in its place, such as fp16
+    ones, with all their shards; as the files of a vocabulary, a tokenizer.json.
+    """
+    return [file for file in files if not _is_there(folder / file)]
+
+
+def _is_there(file: Path) -> bool:
+    if file.is_file():
+        return True
+    names = {path.name for path in file.parent.glob("*")}
+    if file.name in VOCABULARY:
+        return "tokenizer.json" in names
+    chosen = choose_weights(names) if WEIGHTS.fullmatch(file.name) else []
     match = WEIGHTS.fullmatch(chosen[0]) if chosen else None
     return match is not None and (match["shards"] is None or len(chosen) == int(match["shards"]))

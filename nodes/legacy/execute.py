@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...ipadapter_core import AdapterError, Scaling
 from ...ipadapter_core.image_prompt import combine_features
-from ..face import check_faces, crop_size
+from ..faces import check_faces, crop_size
 from ..install import apply_prompt
 from ..types import EncodedImages, ImagePrompt
 from .old_faces import read_faces

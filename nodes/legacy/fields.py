@@ -25,7 +25,7 @@ _TOOLTIPS = {
     "mask": "The area of this region, or of the image that is encoded.",
     "clip_vision": "The image encoder. A unified loader brings its own.",
     "insightface": "From IPAdapter InsightFace Loader. The unified loader for FaceID brings its own.",
-    "weight": "Strength of the image prompt. Try 0.5 to 0.8 beside a text.",
+    "weight": "Strength of the image prompt. Try 0.5 to 0.8 with a text.",
     "weight_style": "Strength of the style. Try 0.8 to 1.",
     "weight_composition": "Strength of the composition. Try 0.8 to 1.",
     "weight_faceidv2": "FaceID Plus v2: strength of the likeness. Try 1 to 2.",

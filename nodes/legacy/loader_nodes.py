@@ -18,7 +18,8 @@ from ..vision import AUTO, find_encoder_file, load_encoder
 from . import fields as f
 from .old_faces import load_faces
 from .old_node import InsightFace, IPAdapterWire, OldNode
-from .presets import Preset, family_of_context, find_adapter, find_image_encoder, find_lora, find_preset, lora_files
+from .preset_table import Preset
+from .presets import family_of_context, find_adapter, find_image_encoder, find_lora, find_preset, lora_files
 from .wires import open_file
 
 _loaded: WeakValueDictionary[tuple[str, str, str], Any] = WeakValueDictionary()  # kept while a graph holds them

@@ -92,12 +92,14 @@ def test_another_attention_function_may_be_passed() -> None:
 
 def test_attention_refuses_what_does_not_fit() -> None:
     q, k = torch.randn(3, 4, 8), torch.randn(2, 2, 8)
-    with pytest.raises(RuntimeError, match=r"size of the tensor|expanded size"):
+    with pytest.raises(ic.AdapterError, match=r"2 rows of image keys for a batch of 3"):
         image_attention(q, k, k, 2)
-    with pytest.raises(RuntimeError, match=r"shape"):
+    with pytest.raises(ic.AdapterError, match=r"8 wide with 3 heads"):
         image_attention(q, q, q, 3)
-    with pytest.raises(RuntimeError, match=r"shape"):
+    with pytest.raises(ic.AdapterError, match=r"keys are \(3, 4, 5\)"):
         image_attention(q, q[..., :5], q[..., :5], 2)
+    with pytest.raises(ic.AdapterError, match=r"keys are \(3, 4, 16\)"):
+        image_attention(q, torch.cat([q, q], -1), torch.cat([q, q], -1), 2)
     with pytest.raises(ic.AdapterError, match=r"'V'.*V only"):
         scale_keys_values(ic.KeyValue(q, q), 1.0, "V")  # type: ignore[arg-type]
 

@@ -45,6 +45,22 @@ def infer(shapes: dict[str, Any], **metadata: str) -> ic.AdapterSpec:
     return ic.infer_spec(open_shapes(shapes, **metadata))
 
 
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        ("base", "image_dim"),
+        ("faceid", "face_dim"),
+        ("plus", "heads"),
+        ("faceid-plus", "face_dim"),
+        ("full", "image_dim"),
+    ],
+)
+def test_a_spec_without_a_field_that_its_kind_needs_is_refused_by_name(kind: Any, field: str) -> None:
+    spec = ic.new_spec(kind, (320,), 768)
+    with pytest.raises(ic.AdapterError, match=f"spec of a {kind} adapter lacks {field}"):
+        replace(spec, **{field: None})
+
+
 def test_the_table_is_complete() -> None:
     assert all(set(variants) - {"attn_processor_names"} == set(VARIANTS) for variants in KEYS.values())
 

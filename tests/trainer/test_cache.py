@@ -77,7 +77,7 @@ def test_cache_and_train(settings: dict[str, Any], tmp_path: Path) -> None:
     code, out, err = ipadapter("cache", file, f"cache={folder}")
     assert code == 0, err
     assert "18 images" in out
-    assert "11 distinct captions" in out
+    assert "11 distinct captions      11.3 KB" in out  # 11 x (16 x 32 x 2 + 4) bytes
     assert "free" in out
     assert f"Train with cache={folder}" in out
     assert sorted(p.name for p in folder.iterdir()) == ["captions", "images", MANIFEST]

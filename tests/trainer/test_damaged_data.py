@@ -349,7 +349,7 @@ def test_damaged_shards_of_a_cache_are_named_and_made_again(cache: dict[str, Any
             shard.write_bytes(change(data))
             size = len(shard.read_bytes())
             found.append(f"{shard.parent.name}/{shard.name} {words.format(size, len(data))}")
-        advice = "Run `ipadapter cache` with the same settings again: it makes these again."
+        advice = "Delete these files and run `ipadapter cache` with the same settings again: it makes these again."
         assert_refused(f"{folder}: {'; '.join(found)}. {advice}", "train", *keys(cache))
         code, _, err = ipadapter("cache", *keys(cache))
         assert code == 0, err
