@@ -171,9 +171,16 @@ def export_stack(run: Run) -> None:
 
 
 def unpack_stack(run: Run) -> None:
+    from ipadapter_core import load_adapter
+
+    from .loop import start_from
     from .stack import unpack
 
     unpack(run.output, run.work)
+    for kind, name in ADAPTERS.items():
+        if (run.output / name).is_file():
+            adapter = load_adapter(run.output / name, dtype=torch.float32).requires_grad_(True)
+            start_from(adapter, run.work / f"{kind}.pt")
 
 
 PARTS: dict[str, Callable[[Run], None]] = {
