@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from ipadapter_trainer.settings.config_file import make_config
 
 from .published_bases import write_published_base
 from .tiny_models import COLOURS, write_model
+from .warm_python import WarmProcess, WarmPython
 
 
 def draw_image(colour: str, size: tuple[int, int] = (80, 64)) -> Image.Image:
@@ -46,6 +44,12 @@ def _fresh_accelerator() -> None:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "tiny-sd15")
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD1.5 with a UNet of few layers."""
+    return write_model(tmp_path_factory.mktemp("models") / "small-sd15", small=True)
 
 
 @pytest.fixture(scope="session")
@@ -142,20 +146,20 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """Starts Python processes that need not import anything."""
+    python = WarmPython(tmp_path_factory.mktemp("processes"))
+    yield python
+    python.close()
+
+
 @pytest.fixture
-def run_ipadapter() -> Callable[..., subprocess.Popen[str]]:
+def run_ipadapter(warm_python: WarmPython) -> Callable[..., WarmProcess]:
     """Start the command as a user would, in a process of its own."""
 
-    def start(*arguments: str | Path) -> subprocess.Popen[str]:
-        code = "from ipadapter_trainer.cli import main; main()"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+    def start(*arguments: str | Path) -> WarmProcess:
+        return warm_python.start("from ipadapter_trainer.cli import main; main()", arguments)
 
     return start
 
