@@ -99,7 +99,7 @@ class WarmPython:
             "code": code,
             "arguments": [str(argument) for argument in arguments],
             "environment": process_environment(),
-            "folder": os.getcwd(),
+            "folder": str(Path.cwd()),
             **{of: str(file) for of, file in files.items()},
         }
         self._server.stdin.write(json.dumps(request) + "\n")
