@@ -101,10 +101,8 @@ def v_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bas
     return load_base_model(folder)
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """Six images with captions beside them."""
-    folder = tmp_path / "images"
+def write_images(folder: Path) -> Path:
+    """Six images with captions beside them, in a new folder."""
     folder.mkdir()
     for colour in COLOURS:
         draw_image(colour).save(folder / f"{colour}.png")
@@ -113,12 +111,17 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(model_folder: Path, images: Path, tmp_path: Path) -> dict[str, Any]:
+def images(tmp_path: Path) -> Path:
+    """Six images with captions beside them."""
+    return write_images(tmp_path / "images")
+
+
+def training_settings(base_model: Path, data: Path, output: Path) -> dict[str, Any]:
     """A training of seconds."""
     return {
-        "base_model": str(model_folder),
-        "data": str(images),
-        "output": str(tmp_path / "run"),
+        "base_model": str(base_model),
+        "data": str(data),
+        "output": str(output),
         "resolution": 64,
         "batch_size": 2,
         "steps": 6,
@@ -128,6 +131,11 @@ def settings(model_folder: Path, images: Path, tmp_path: Path) -> dict[str, Any]
         "learning_rate": 1e-3,
         "export_dtype": "float32",
     }
+
+
+@pytest.fixture
+def settings(model_folder: Path, images: Path, tmp_path: Path) -> dict[str, Any]:
+    return training_settings(model_folder, images, tmp_path / "run")
 
 
 @pytest.fixture
@@ -159,7 +167,9 @@ def run_ipadapter(warm_python: WarmPython) -> Callable[..., WarmProcess]:
     """Start the command as a user would, in a process of its own."""
 
     def start(*arguments: str | Path) -> WarmProcess:
-        return warm_python.start("from ipadapter_trainer.cli import main; main()", arguments)
+        # In the background pytest ignores Ctrl-C, and so would what it starts.
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        return warm_python.start(f"{code}from ipadapter_trainer.cli import main; main()", arguments)
 
     return start
 
