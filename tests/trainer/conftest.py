@@ -77,6 +77,11 @@ def base_model(model_folder: Path) -> BaseModel:
 
 
 @pytest.fixture(scope="session")
+def small_model(small_folder: Path) -> BaseModel:
+    return load_base_model(small_folder)
+
+
+@pytest.fixture(scope="session")
 def sd2_model(sd2_folder: Path) -> BaseModel:
     return load_base_model(sd2_folder)
 
