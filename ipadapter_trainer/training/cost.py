@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ipadapter_core import AdapterApplication, AdapterSpec, IPAdapter, KeyValue, inject
+from ipadapter_core.empty import without_weights
 
 from ..models.base_model import BaseModel
 from ..models.frozen import release_conv_inputs
@@ -68,7 +69,7 @@ def step_cost(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> 
 
 
 def _meta_adapter(spec: AdapterSpec) -> IPAdapter:
-    with torch.device("meta"):
+    with without_weights():
         return IPAdapter(spec)
 
 
