@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from ipadapter_core import IPAdapter, new_spec
+from ipadapter_core import AdapterSpec, IPAdapter, new_spec
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
+from ipadapter_trainer.training import cost
 
 from .published_bases import write_published_base
 from .tiny_models import COLOURS, write_model
@@ -69,6 +70,39 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By family: the shapes of the published base models, without weights."""
     folder = tmp_path_factory.mktemp("published")
     return {family: write_published_base(folder / family, family) for family in ("sd15", "sd2", "sdxl")}
+
+
+@pytest.fixture(scope="session")
+def counts() -> dict[Any, cost.Count]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def shared_counts(counts: dict[Any, cost.Count]) -> Iterator[None]:
+    """Kinds with as many tokens share the count of their family's UNet, and all of a family that of its encoders."""
+    count_unet, count_encoders = cost.count_unet, cost.count_encoders
+
+    def settings_of(config: TrainConfig) -> tuple[Any, ...]:
+        return (
+            config.batch_size,
+            config.resolution,
+            config.mixed_precision,
+            config.gradient_checkpointing,
+            config.compile,
+        )
+
+    def unet_once(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> cost.Count:
+        key = ("UNet", base_model.name, spec.num_tokens, spec.lora_rank, *settings_of(config))
+        return counts.get(key) or counts.setdefault(key, count_unet(base_model, spec, config))
+
+    def encoders_once(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> cost.Count:
+        key = ("encoders", base_model.name, spec.image_dim, *settings_of(config))
+        return counts.get(key) or counts.setdefault(key, count_encoders(base_model, spec, config))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "count_unet", unet_once)
+        patch.setattr(cost, "count_encoders", encoders_once)
+        yield
 
 
 @pytest.fixture(scope="session")

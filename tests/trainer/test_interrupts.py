@@ -224,8 +224,8 @@ def test_a_command_that_cannot_stop_ends_at_the_second_ctrl_c(model_folder: Path
     moment = """
 import time, ipadapter_trainer.evaluation.generate_images as module
 def stuck(*arguments, **options):
-    print("MOMENT", file=sys.stderr, flush=True)
     try:
+        print("MOMENT", file=sys.stderr, flush=True)
         time.sleep(60)
     finally:
         print("MOMENT", file=sys.stderr, flush=True)
