@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +13,16 @@ from ipadapter_trainer.files.opening import ADAPTER_FILE, STATE_FILE, checkpoint
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
 
-from .warm_python import IMPORTS, process_environment
+from .warm_python import WarmPython
 
 KILLS, STEPS = 20, 100
 # The trainings are forked off one process, so that twenty starts do not import everything twenty times.
-KILLER = f"""
-import gc, json, os, pathlib, random, signal, sys, time
-{IMPORTS}
+KILLER = """
+import json, os, pathlib, random, signal, sys, time
 import torch
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
 
-gc.freeze()  # a fork would copy these objects only to look for garbage
 torch.set_num_threads(1)
 settings, kills = json.loads(sys.argv[1]), int(sys.argv[2])
 random.seed(0)
@@ -54,7 +50,7 @@ for kill in range(kills):
     _, status = os.waitpid(child, 0)
     os.close(started)
     if not os.WIFSIGNALED(status):
-        sys.exit(f"the training ended by itself after {{kill}} kills ({{status}})")
+        sys.exit(f"the training ended by itself after {kill} kills ({status})")
 if not list(pathlib.Path(settings["output"]).glob("checkpoint-*")):
     sys.exit("no life lasted until a checkpoint")
 child, _ = start()
@@ -74,7 +70,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def test_twenty_kills_leave_the_training_as_it_would_have_been(
-    settings: dict[str, Any], small_folder: Path, tmp_path: Path
+    settings: dict[str, Any], small_folder: Path, tmp_path: Path, warm_python: WarmPython
 ) -> None:
     """Weights, average, optimizer, random states, position and the loss curve, with everything on that could differ."""
     settings |= {
@@ -93,14 +89,9 @@ def test_twenty_kills_leave_the_training_as_it_would_have_been(
         "validate_every": 1000,
     }
     train(make_config({**settings, "output": str(tmp_path / "whole")}))
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLER, json.dumps({**settings, "output": str(tmp_path / "killed")}), str(KILLS)],
-        env=process_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert killed.returncode == 0, killed.stderr[-2000:]
+    killed = warm_python.start(KILLER, [json.dumps({**settings, "output": str(tmp_path / "killed")}), str(KILLS)])
+    _, err = killed.communicate()
+    assert killed.returncode == 0, err[-2000:]
 
     whole, other = (checkpoint_folders(tmp_path / name)[-1] for name in ("whole", "killed"))
     assert equal(load_file(whole / ADAPTER_FILE), load_file(other / ADAPTER_FILE))
