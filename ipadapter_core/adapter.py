@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .attention import KeyValue
 from .build import build_projector
 from .checkpoint import AdapterCheckpoint, read_checkpoint
+from .empty import without_weights
 from .errors import AdapterError
 from .infer import infer_spec
 from .layers import ImageKeyValueLayers
@@ -152,7 +153,7 @@ def adapter_from_checkpoint(
 ) -> IPAdapter:
     """`load_adapter` for a checkpoint that is already open."""
     spec = with_shortcut(infer_spec(checkpoint), shortcut)  # has checked every shape
-    with torch.device("meta"):
+    with without_weights():
         adapter = IPAdapter(spec, operations=operations, metadata=checkpoint.metadata)
     state = {f"projector.{key}": tensor for key, tensor in checkpoint.image_proj.items()}
     for key, tensor in checkpoint.ip_adapter.items():

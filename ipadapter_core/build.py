@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-import torch
 from torch import nn
 
+from .empty import without_weights
 from .errors import AdapterError
 from .operations import Operations
 from .projectors import FaceIDPlusProjection, FaceIDProjection, FullProjection, ImageProjection, Resampler
@@ -54,7 +54,7 @@ def check_projector(spec: AdapterSpec, shapes: Mapping[str, tuple[int, ...]], or
 
     Raises AdapterError for a missing or unexpected tensor, or one of another shape.
     """
-    with torch.device("meta"):
+    with without_weights():
         expected = {name: tuple(tensor.shape) for name, tensor in build_projector(spec).state_dict().items()}
     for name, shape in expected.items():
         if shapes.get(name) != shape:

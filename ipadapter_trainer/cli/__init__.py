@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from typing import Annotated
 
 import typer
@@ -23,6 +25,7 @@ app = typer.Typer(
 def main() -> None:
     """The console entry point."""
     catch_interrupts()
+    atexit.register(gc.freeze)  # else Python looks for garbage among all that PyTorch consists of: for over a second
     app()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ipadapter_core import AdapterSpec, KeyValue
+from ipadapter_core.empty import without_weights
 from ipadapter_core.layers import attention_ids
 
 _SDXL_BLOCKS = {
@@ -108,7 +109,7 @@ def load_with_diffusers(file: Path, spec: AdapterSpec) -> DiffusersAdapter:
 
     Raises whatever diffusers raises, and RuntimeError when it leaves a tensor without weights.
     """
-    with torch.device("meta"):
+    with without_weights():
         unet = _UNet(**unet_config(spec) or {})
     names = tuple(unet.attn_processors)  # before loading, which adds those of a resampler
     _Pipeline(unet).load_ip_adapter(

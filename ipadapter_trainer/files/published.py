@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ipadapter_core import FAMILIES, FAMILY_NAMES, AdapterSpec, IPAdapter, export_state, new_spec
+from ipadapter_core.empty import without_weights
 from ipadapter_core.published_encoders import CLIP_BIGG, CLIP_H, CLIP_L, encoders_of_dim
 
 from ..errors import ExportError
@@ -80,7 +79,7 @@ def name_problem(name: str, spec: AdapterSpec) -> str | None:
 
 def published_shapes(spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
     """Every flat key of an adapter's file and its shape: `image_proj.*`, then `ip_adapter.*`."""
-    with torch.device("meta"):
+    with without_weights():
         return {key: tuple(tensor.shape) for key, tensor in export_state(IPAdapter(spec)).items()}
 
 

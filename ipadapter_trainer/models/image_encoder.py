@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ipadapter_core import looks_like
+from ipadapter_core.empty import without_weights
 from ipadapter_core.encoders import encoder_from_shapes
 from ipadapter_core.published_encoders import CLIP_H, CLIP_L, PUBLISHED_ENCODERS, PublishedEncoder
 from ipadapter_core.tensors import TensorFile
@@ -84,7 +84,7 @@ class ImageEncoder:
 
     def without_weights(self) -> CLIPVisionModelWithProjection:
         """A new encoder on the meta device."""
-        with torch.device("meta"):
+        with without_weights():
             return CLIPVisionModelWithProjection(self.config)
 
     @cached_property

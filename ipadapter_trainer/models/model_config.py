@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ipadapter_core.empty import without_weights
 
 from .parts import from_config, weight_files
 from .weight_files import weights_fingerprint
@@ -76,7 +77,7 @@ class ModelConfig:
 
     def without_weights(self, part: str) -> Any:
         """A new module of a part on the meta device."""
-        with torch.device("meta"):
+        with without_weights():
             if part in self.text_parts:
                 return PARTS[part].kind(self.texts[self.text_parts.index(part)])
             return from_config(PARTS[part].kind, {"unet": self.unet, "vae": self.vae}[part])

@@ -103,15 +103,15 @@ CHARTS = (
 
 def draw(chart: Chart, train: Lines, validations: Lines) -> bytes | None:
     """The chart as SVG, without its title; None if the log has no data for it."""
+    lines = validations if chart.of_validation else train
+    if not any(curve.key in line for curve in chart.curves for line in lines):
+        return None
     from matplotlib.figure import Figure
 
-    lines = validations if chart.of_validation else train
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes: Any = figure.subplots()
     for curve in chart.curves:
         _plot(axes, curve, [line for line in lines if curve.key in line], chart.smooth)
-    if not axes.lines:
-        return None
     if chart.from_zero:
         axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xlabel("step", fontsize=9)

@@ -21,7 +21,7 @@ from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from ..errors import ConfigError, InUseError, TrainerError
 from .disk import disk_errors
-from .processes import launched_on_cpu
+from .processes import disconnect_at_exit, launched_on_cpu
 
 LOCK, NOTE = ".in-use.lock", ".in-use.txt"  # the note describes the owner, for messages
 LIFETIME = 120.0  # seconds; longer than usual pauses of a file server
@@ -41,6 +41,8 @@ def lock_folder(folder: Path, say: Say = lambda line: None) -> Iterator[Callable
     Raises ConfigError if `folder` is a file, DiskError if it cannot be written, InUseError if another process uses it.
     """
     state = PartialState(cpu=launched_on_cpu())
+    if state.num_processes > 1:
+        disconnect_at_exit()
     created = [path for path in (folder, *folder.parents) if not path.exists()] if state.is_main_process else []
     lease, problems = None, list[Exception | None]([None])
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from torch import distributed
 
 from ..errors import ConfigError
 
@@ -16,6 +18,19 @@ def launched_on_cpu() -> bool:
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.cuda.is_available())
+
+
+def disconnect_at_exit() -> None:
+    """Leave the processes of this launch before Python ends, if they are connected by Gloo. Its threads hold tensors,
+    and a thread that gives one back while the interpreter ends aborts the process.
+    """
+    atexit.unregister(_disconnect)  # once is enough
+    atexit.register(_disconnect)
+
+
+def _disconnect() -> None:
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def check_precision(mixed_precision: str, device: torch.device) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,15 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from ipadapter_core import IPAdapter, new_spec
+from ipadapter_core import AdapterSpec, IPAdapter, new_spec
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
+from ipadapter_trainer.training import cost
 
 from .published_bases import write_published_base
 from .tiny_models import COLOURS, write_model
+from .warm_python import WarmProcess, WarmPython
 
 
 def draw_image(colour: str, size: tuple[int, int] = (80, 64)) -> Image.Image:
@@ -49,6 +48,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD1.5 with a UNet of few layers."""
+    return write_model(tmp_path_factory.mktemp("models") / "small-sd15", small=True)
+
+
+@pytest.fixture(scope="session")
 def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another context width, linear projections, v-prediction."""
     return write_model(tmp_path_factory.mktemp("models") / "tiny-sd2", "sd2")
@@ -68,8 +73,46 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def counts() -> dict[Any, cost.Count]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def shared_counts(counts: dict[Any, cost.Count]) -> Iterator[None]:
+    """Kinds with as many tokens share the count of their family's UNet, and all of a family that of its encoders."""
+    count_unet, count_encoders = cost.count_unet, cost.count_encoders
+
+    def settings_of(config: TrainConfig) -> tuple[Any, ...]:
+        return (
+            config.batch_size,
+            config.resolution,
+            config.mixed_precision,
+            config.gradient_checkpointing,
+            config.compile,
+        )
+
+    def unet_once(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> cost.Count:
+        key = ("UNet", base_model.name, spec.num_tokens, spec.lora_rank, *settings_of(config))
+        return counts.get(key) or counts.setdefault(key, count_unet(base_model, spec, config))
+
+    def encoders_once(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> cost.Count:
+        key = ("encoders", base_model.name, spec.image_dim, *settings_of(config))
+        return counts.get(key) or counts.setdefault(key, count_encoders(base_model, spec, config))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "count_unet", unet_once)
+        patch.setattr(cost, "count_encoders", encoders_once)
+        yield
+
+
+@pytest.fixture(scope="session")
 def base_model(model_folder: Path) -> BaseModel:
     return load_base_model(model_folder)
+
+
+@pytest.fixture(scope="session")
+def small_model(small_folder: Path) -> BaseModel:
+    return load_base_model(small_folder)
 
 
 @pytest.fixture(scope="session")
@@ -97,10 +140,8 @@ def v_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bas
     return load_base_model(folder)
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """Six images with captions beside them."""
-    folder = tmp_path / "images"
+def write_images(folder: Path) -> Path:
+    """Six images with captions beside them, in a new folder."""
     folder.mkdir()
     for colour in COLOURS:
         draw_image(colour).save(folder / f"{colour}.png")
@@ -109,12 +150,17 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(model_folder: Path, images: Path, tmp_path: Path) -> dict[str, Any]:
+def images(tmp_path: Path) -> Path:
+    """Six images with captions beside them."""
+    return write_images(tmp_path / "images")
+
+
+def training_settings(base_model: Path, data: Path, output: Path) -> dict[str, Any]:
     """A training of seconds."""
     return {
-        "base_model": str(model_folder),
-        "data": str(images),
-        "output": str(tmp_path / "run"),
+        "base_model": str(base_model),
+        "data": str(data),
+        "output": str(output),
         "resolution": 64,
         "batch_size": 2,
         "steps": 6,
@@ -124,6 +170,11 @@ def settings(model_folder: Path, images: Path, tmp_path: Path) -> dict[str, Any]
         "learning_rate": 1e-3,
         "export_dtype": "float32",
     }
+
+
+@pytest.fixture
+def settings(model_folder: Path, images: Path, tmp_path: Path) -> dict[str, Any]:
+    return training_settings(model_folder, images, tmp_path / "run")
 
 
 @pytest.fixture
@@ -142,20 +193,22 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """Starts Python processes that need not import anything."""
+    python = WarmPython(tmp_path_factory.mktemp("processes"))
+    yield python
+    python.close()
+
+
 @pytest.fixture
-def run_ipadapter() -> Callable[..., subprocess.Popen[str]]:
+def run_ipadapter(warm_python: WarmPython) -> Callable[..., WarmProcess]:
     """Start the command as a user would, in a process of its own."""
 
-    def start(*arguments: str | Path) -> subprocess.Popen[str]:
-        code = "from ipadapter_trainer.cli import main; main()"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+    def start(*arguments: str | Path) -> WarmProcess:
+        # In the background pytest ignores Ctrl-C, and so would what it starts.
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        return warm_python.start(f"{code}from ipadapter_trainer.cli import main; main()", arguments)
 
     return start
 

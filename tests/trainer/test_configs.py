@@ -6,22 +6,19 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ipadapter_core import AdapterSpec, infer_spec, load_adapter, read_checkpoint, save_adapter
+from ipadapter_core import infer_spec, load_adapter, read_checkpoint, save_adapter
 from ipadapter_trainer.files.published import published_differences
 from ipadapter_trainer.models.base_model import BaseModel
 from ipadapter_trainer.models.published_models import model_at
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import config_of_arguments, load_config
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
-from ipadapter_trainer.training import cost
 from ipadapter_trainer.training.dry_run import plan_training
 from ipadapter_trainer.training.new_adapter import new_adapter
 from ipadapter_trainer.training.train import train
@@ -65,33 +62,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _shared_counts() -> Iterator[None]:
-    """Kinds with as many tokens share the count of their family's UNet, and all of a family that of its encoders."""
-    counts: dict[Any, cost.Count] = {}
-    count_unet, count_encoders = cost.count_unet, cost.count_encoders
-
-    def settings_of(config: TrainConfig) -> tuple[Any, ...]:
-        return (
-            config.batch_size,
-            config.resolution,
-            config.mixed_precision,
-            config.gradient_checkpointing,
-            config.compile,
-        )
-
-    def unet_once(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> cost.Count:
-        key = ("UNet", base_model.name, spec.num_tokens, spec.lora_rank, *settings_of(config))
-        return counts.get(key) or counts.setdefault(key, count_unet(base_model, spec, config))
-
-    def encoders_once(base_model: BaseModel, spec: AdapterSpec, config: TrainConfig) -> cost.Count:
-        key = ("encoders", base_model.name, spec.image_dim, *settings_of(config))
-        return counts.get(key) or counts.setdefault(key, count_encoders(base_model, spec, config))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "count_unet", unet_once)
-        patch.setattr(cost, "count_encoders", encoders_once)
-        yield
+pytestmark = pytest.mark.usefixtures("shared_counts")
 
 
 def test_there_is_one_for_each_kind_and_family() -> None:

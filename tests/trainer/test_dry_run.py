@@ -25,6 +25,8 @@ from ipadapter_trainer.training.new_adapter import adapter_spec, new_adapter
 
 from .tiny_models import EMBEDS, LENGTH
 
+pytestmark = pytest.mark.usefixtures("shared_counts")
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -165,14 +167,15 @@ def test_memory_follows_the_settings(plans: dict[str, Plan]) -> None:
     assert plans["no cache"].frozen - plans["half"].frozen == pytest.approx(encoders, rel=0.01)
 
 
-def test_steps_follow_the_images_and_the_processes(published: dict[str, Path], tmp_path: Path) -> None:
+def test_steps_follow_the_images_and_the_processes(small_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' * 20)
     (tmp_path / "a.png").touch()
     config = settings_of(
-        published["sd15"], tmp_path / "a.jsonl", resolution=64, batch_size=3, steps=None, epochs=4, cache="anywhere"
+        small_folder, tmp_path / "a.jsonl", resolution=64, batch_size=3, steps=None, epochs=4, cache="anywhere"
     )
-    assert plan_training(config).examples == 18  # a tenth is held out
-    assert plan_training(config).steps == 24
+    plan = plan_training(config)
+    assert plan.examples == 18  # a tenth is held out
+    assert plan.steps == 24
     assert plan_training(config, processes=2).steps == 12
 
 

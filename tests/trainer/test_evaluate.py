@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -31,14 +30,15 @@ from ipadapter_trainer.settings.config_file import validate
 from ipadapter_trainer.settings.eval_config import EvalConfig
 
 from .tiny_models import adapter_of
+from .warm_python import process_environment
 
 
 @pytest.fixture
-def settings(base_model: BaseModel, model_folder: Path, images: Path, clip_folder: Path, tmp_path: Path) -> EvalConfig:
+def settings(small_model: BaseModel, small_folder: Path, images: Path, clip_folder: Path, tmp_path: Path) -> EvalConfig:
     torch.manual_seed(1)
-    save_adapter(tmp_path / "a.safetensors", adapter_of(base_model, "base"))
+    save_adapter(tmp_path / "a.safetensors", adapter_of(small_model, "base"))
     return EvalConfig(
-        base_model=model_folder,
+        base_model=small_folder,
         adapter=tmp_path / "a.safetensors",
         data=images,
         clip=clip_folder,
@@ -79,13 +79,13 @@ def test_an_evaluation_says_what_it_measured(settings: EvalConfig) -> None:
     assert (settings.output / "grid.png").is_file()
 
 
-def test_the_seed_of_a_score_makes_its_image_again(settings: EvalConfig, base_model: BaseModel) -> None:
+def test_the_seed_of_a_score_makes_its_image_again(settings: EvalConfig, small_model: BaseModel) -> None:
     run(changed(settings, limit=1, num_images_per_prompt=1))
     lines = [json.loads(line) for line in (settings.output / "scores.jsonl").open()]
     (line,) = (line for line in lines if line["weight"] == 0)
     (kept,) = (settings.output / "images").rglob(f"{line['index']:05}-0-0.png")
     pixels = generate(
-        base_model,
+        small_model,
         None,
         prompts=[""],
         image_features=None,
@@ -138,8 +138,8 @@ def test_every_kind_and_family(settings: EvalConfig, family: str, kind: str, req
     assert gain is not None and gain.value != 0  # the adapter does something
 
 
-def test_a_broken_face_is_skipped_as_well(settings: EvalConfig, base_model: BaseModel) -> None:
-    save_adapter(settings.adapter, adapter_of(base_model, "faceid"))
+def test_a_broken_face_is_skipped_as_well(settings: EvalConfig, small_model: BaseModel) -> None:
+    save_adapter(settings.adapter, adapter_of(small_model, "faceid"))
     faces = {f"{c}.png": torch.randn(512) for c in ("red", "green", "blue")}
     save_file({**faces, "teal.png": torch.full((512,), torch.nan)}, settings.data / "faces.safetensors")
     evaluation = run(changed(settings, face_embeds=settings.data / "faces.safetensors"))
@@ -204,14 +204,14 @@ def test_what_is_wrong_is_named(settings: EvalConfig, changes: dict[str, Any], w
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_generated(
-    settings: EvalConfig, sd2_folder: Path, random_adapter: Callable[..., IPAdapter], base_model: BaseModel
+    settings: EvalConfig, sd2_folder: Path, random_adapter: Callable[..., IPAdapter], small_model: BaseModel
 ) -> None:
     with pytest.raises(EvaluationError, match="its vision half alone"):
         run(changed(settings, clip=settings.base_model / "image_encoder"))
     with pytest.raises(AdapterError, match=r"a\.safetensors is made for a model of context 32"):
         run(changed(settings, base_model=sd2_folder))
-    dims = [site.dim for site in base_model.sites]
-    spec = new_spec("base", dims, base_model.sites[0].cross_attention_dim, image_dim=40)
+    dims = [site.dim for site in small_model.sites]
+    spec = new_spec("base", dims, small_model.sites[0].cross_attention_dim, image_dim=40)
     save_adapter(settings.adapter, IPAdapter(spec))
     with pytest.raises(AdapterError, match="40"):  # of another image encoder
         run(settings)
@@ -280,12 +280,7 @@ def test_two_processes_share_the_work(settings: EvalConfig, tmp_path: Path) -> N
     launched = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
         + ["--main_process_port", "0", "-m", "ipadapter_trainer.cli", *arguments_of(settings)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-        },
+        env={**process_environment(), "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         check=False,

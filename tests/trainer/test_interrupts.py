@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +15,9 @@ from ipadapter_trainer.files.opening import checkpoint_folders
 
 from .test_cli import keys
 from .test_finish import more_images
+from .warm_python import WarmProcess, WarmPython
 
-# A process in the background ignores Ctrl-C, and so would its children: the test may run there. `moment` is a line of
-# Python that prints MOMENT when the command is where the signal shall meet it.
+# A process in the background ignores Ctrl-C, and so would its children: the test may run there.
 START = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,16 +41,9 @@ module.{name} = slow
 class Command:
     """A command in a process group of its own, as a shell starts it."""
 
-    def __init__(self, arguments: list[Any], moment: str = "") -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", START.format(moment=moment), *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
+    def __init__(self, process: WarmProcess) -> None:
+        self.process = process
+        self.moments = 0
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 180
@@ -62,9 +53,9 @@ class Command:
             time.sleep(0.02)
 
     def wait_for_moment(self) -> None:
-        assert self.process.stderr is not None
-        while "MOMENT" not in (line := self.process.stderr.readline()):
-            assert line, "ended before the moment came"
+        """The first moment, or the next one after it."""
+        self.moments += 1
+        self.wait_for(lambda: self.process.said()[1].count("MOMENT\n") >= self.moments)
 
     def interrupt(self) -> None:
         """The terminal signals the whole group: the workers too."""
@@ -80,6 +71,21 @@ class Command:
         return self.process.returncode, out, [line.strip() for line in lines if line.strip()]
 
 
+Start = Callable[..., Command]
+
+
+@pytest.fixture
+def start(warm_python: WarmPython) -> Start:
+    """Start a command; `moment` is a line of Python that prints MOMENT when the command is where the signal shall meet
+    it.
+    """
+
+    def command(arguments: list[Any], moment: str = "") -> Command:
+        return Command(warm_python.start(START.format(moment=moment), arguments))
+
+    return command
+
+
 def long(settings: dict[str, Any], **changes: Any) -> list[str]:
     more_images(settings)
     return keys(settings, steps=100_000, num_workers=2, sample_images=0, validate_every=10**6, **changes)
@@ -89,10 +95,10 @@ def half_files(folder: Path) -> list[str]:
     return [p.name for p in folder.rglob("*") if ".tmp" in p.name or ".unfinished" in p.name]
 
 
-def test_a_second_ctrl_c_stops_a_training_without_saving(settings: dict[str, Any]) -> None:
+def test_a_second_ctrl_c_stops_a_training_without_saving(settings: dict[str, Any], start: Start) -> None:
     output = Path(settings["output"])
     moment = AT.format(module="ipadapter_trainer.training.steps", name="Progress", seconds=1)
-    command = Command(["train", *long(settings, save_every=2)], moment)
+    command = start(["train", *long(settings, save_every=2)], moment)
     command.wait_for(lambda: bool(checkpoint_folders(output)))
     command.wait_for_moment()
     saved = checkpoint_folders(output)
@@ -109,12 +115,12 @@ def test_a_second_ctrl_c_stops_a_training_without_saving(settings: dict[str, Any
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_while_models_load(settings: dict[str, Any], times: int) -> None:
+def test_ctrl_c_while_models_load(settings: dict[str, Any], start: Start, times: int) -> None:
     moment = AT.format(module="ipadapter_trainer.models.base_model", name="load_base_model", seconds=5)
     moment += (
         "\nimport ipadapter_trainer.models.from_config\nipadapter_trainer.models.from_config.load_base_model = slow"
     )
-    command = Command(["train", *long(settings)], moment)
+    command = start(["train", *long(settings)], moment)
     command.wait_for_moment()
     for _ in range(times):
         command.interrupt()
@@ -123,7 +129,7 @@ def test_ctrl_c_while_models_load(settings: dict[str, Any], times: int) -> None:
     assert half_files(Path(settings["output"])) == []
 
 
-def test_ctrl_c_twice_while_a_checkpoint_is_saved(settings: dict[str, Any]) -> None:
+def test_ctrl_c_twice_while_a_checkpoint_is_saved(settings: dict[str, Any], start: Start) -> None:
     output = Path(settings["output"])
     moment = """
 import time, ipadapter_trainer.training.checkpoints as module
@@ -136,7 +142,7 @@ def slow(*arguments, **options):
         time.sleep(20)
 module._write = slow
 """
-    command = Command(["train", *long(settings, save_every=1)], moment)
+    command = start(["train", *long(settings, save_every=1)], moment)
     command.wait_for_moment()
     command.interrupt()
     time.sleep(0.2)
@@ -161,10 +167,10 @@ module.verify_export = in_a_library
 
 
 @pytest.mark.parametrize("library", ["", ANOTHER_ERROR])
-def test_ctrl_c_while_the_finished_training_is_exported(settings: dict[str, Any], library: str) -> None:
+def test_ctrl_c_while_the_finished_training_is_exported(settings: dict[str, Any], start: Start, library: str) -> None:
     output = Path(settings["output"])
-    moment = AT.format(module="ipadapter_trainer.files.verify", name="verify_export", seconds=20) + library
-    command = Command(["train", *keys(settings, steps=1)], moment)
+    moment = AT.format(module="ipadapter_trainer.files.writing", name="verify_export", seconds=20) + library
+    command = start(["train", *keys(settings, steps=1)], moment)
     command.wait_for_moment()
     command.interrupt()
     status, _, lines = command.end()
@@ -175,11 +181,11 @@ def test_ctrl_c_while_the_finished_training_is_exported(settings: dict[str, Any]
     assert list(output.glob("*.safetensors")) == []
 
 
-def test_ctrl_c_while_a_cache_is_written(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_ctrl_c_while_a_cache_is_written(settings: dict[str, Any], start: Start, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     moment = AT.format(module="ipadapter_trainer.cache.encode", name="encode_moments", seconds=0.2)
     arguments = keys(settings, cache=cache, num_workers=2, batch_size=1, cache_variants=4, crop="random")
-    command = Command(["cache", *arguments], moment)
+    command = start(["cache", *arguments], moment)
     command.wait_for_moment()
     command.interrupt()
     command.interrupt()
@@ -190,10 +196,10 @@ def test_ctrl_c_while_a_cache_is_written(settings: dict[str, Any], tmp_path: Pat
     assert list(cache.glob("captions/*.safetensors"))
 
 
-def test_ctrl_c_while_a_image_is_generated(model_folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_a_image_is_generated(model_folder: Path, start: Start, tmp_path: Path) -> None:
     moment = AT.format(module="ipadapter_trainer.evaluation.generate_images", name="load_base_model", seconds=1)
     arguments = ["generate", f"base_model={model_folder}", f"output={tmp_path / 'o.png'}", "num_inference_steps=1000"]
-    command = Command(arguments, moment)
+    command = start(arguments, moment)
     command.wait_for_moment()
     command.interrupt()
     command.interrupt()
@@ -202,9 +208,9 @@ def test_ctrl_c_while_a_image_is_generated(model_folder: Path, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_in_the_demo(tmp_path: Path) -> None:
+def test_ctrl_c_in_the_demo(tmp_path: Path, start: Start) -> None:
     moment = AT.format(module="ipadapter_trainer.demo.run", name="load_images", seconds=0.5)
-    command = Command(["demo", "--output", tmp_path / "o.png"], moment)
+    command = start(["demo", "--output", tmp_path / "o.png"], moment)
     command.wait_for_moment()
     command.interrupt()
     command.interrupt()
@@ -213,20 +219,20 @@ def test_ctrl_c_in_the_demo(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_command_that_cannot_stop_ends_at_the_second_ctrl_c(model_folder: Path, tmp_path: Path) -> None:
+def test_a_command_that_cannot_stop_ends_at_the_second_ctrl_c(model_folder: Path, start: Start, tmp_path: Path) -> None:
     """Such as one that hangs in a library's cleaning up."""
     moment = """
 import time, ipadapter_trainer.evaluation.generate_images as module
 def stuck(*arguments, **options):
-    print("MOMENT", file=sys.stderr, flush=True)
     try:
+        print("MOMENT", file=sys.stderr, flush=True)
         time.sleep(60)
     finally:
         print("MOMENT", file=sys.stderr, flush=True)
         time.sleep(60)
 module.load_base_model = stuck
 """
-    command = Command(["generate", f"base_model={model_folder}", f"output={tmp_path / 'o.png'}"], moment)
+    command = start(["generate", f"base_model={model_folder}", f"output={tmp_path / 'o.png'}"], moment)
     command.wait_for_moment()
     command.interrupt()
     command.wait_for_moment()
@@ -238,10 +244,10 @@ module.load_base_model = stuck
     assert time.monotonic() - began < 5
 
 
-def test_a_command_in_the_background_ignores_ctrl_c(model_folder: Path, tmp_path: Path) -> None:
+def test_a_command_in_the_background_ignores_ctrl_c(model_folder: Path, start: Start, tmp_path: Path) -> None:
     moment = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     moment += AT.format(module="ipadapter_trainer.evaluation.generate_images", name="load_base_model", seconds=0.5)
-    command = Command(
+    command = start(
         ["generate", f"base_model={model_folder}", f"output={tmp_path / 'o.png'}", "num_inference_steps=1"], moment
     )
     command.wait_for_moment()

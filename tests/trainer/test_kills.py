@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,12 @@ from ipadapter_trainer.files.opening import ADAPTER_FILE, STATE_FILE, checkpoint
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
 
-KILLS = 20
+from .warm_python import WarmPython
+
+KILLS, STEPS = 20, 100
 # The trainings are forked off one process, so that twenty starts do not import everything twenty times.
 KILLER = """
-import json, os, random, select, signal, sys, time
+import json, os, pathlib, random, signal, sys, time
 import torch
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
@@ -37,18 +36,23 @@ def start():
     os.close(says)
     return child, started
 
-done = 0
-while done < kills:
+for kill in range(kills):
     child, started = start()
-    if random.random() < 0.8:  # after some steps; else while it loads and resumes
-        select.select([started], [], [], 60)
-    time.sleep(random.uniform(0, 0.35))
+    if random.random() < 0.8:
+        steps = random.randint(1, 6)  # so that no life lasts beyond its second checkpoint
+        for _ in range(steps):
+            began = time.monotonic()
+            os.read(started, 1)
+        time.sleep(random.uniform(0, time.monotonic() - began))  # anywhere in what follows the step, or in the next
+    else:
+        time.sleep(random.uniform(0, 0.5))  # while it loads and resumes
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     os.close(started)
     if not os.WIFSIGNALED(status):
-        sys.exit(f"the training ended by itself after {done} kills ({status})")
-    done += 1
+        sys.exit(f"the training ended by itself after {kill} kills ({status})")
+if not list(pathlib.Path(settings["output"]).glob("checkpoint-*")):
+    sys.exit("no life lasted until a checkpoint")
 child, _ = start()
 _, status = os.waitpid(child, 0)
 sys.exit(os.waitstatus_to_exitcode(status))
@@ -65,10 +69,13 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def test_twenty_kills_leave_the_training_as_it_would_have_been(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_twenty_kills_leave_the_training_as_it_would_have_been(
+    settings: dict[str, Any], small_folder: Path, tmp_path: Path, warm_python: WarmPython
+) -> None:
     """Weights, average, optimizer, random states, position and the loss curve, with everything on that could differ."""
     settings |= {
-        "steps": 160,
+        "base_model": str(small_folder),
+        "steps": STEPS,
         "save_every": 4,
         "log_every": 3,  # lines that begin in one life and end in another
         "keep_checkpoints": 2,
@@ -82,15 +89,9 @@ def test_twenty_kills_leave_the_training_as_it_would_have_been(settings: dict[st
         "validate_every": 1000,
     }
     train(make_config({**settings, "output": str(tmp_path / "whole")}))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLER, json.dumps({**settings, "output": str(tmp_path / "killed")}), str(KILLS)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert killed.returncode == 0, killed.stderr[-2000:]
+    killed = warm_python.start(KILLER, [json.dumps({**settings, "output": str(tmp_path / "killed")}), str(KILLS)])
+    _, err = killed.communicate()
+    assert killed.returncode == 0, err[-2000:]
 
     whole, other = (checkpoint_folders(tmp_path / name)[-1] for name in ("whole", "killed"))
     assert equal(load_file(whole / ADAPTER_FILE), load_file(other / ADAPTER_FILE))
@@ -100,7 +101,7 @@ def test_twenty_kills_leave_the_training_as_it_would_have_been(settings: dict[st
         [(line["step"], line["loss"]) for line in map(json.loads, (tmp_path / name / "log.jsonl").open())]
         for name in ("whole", "killed")
     ]
-    assert [step for step, _ in curves[0]] == [*range(3, 160, 3), 160]
+    assert [step for step, _ in curves[0]] == [*range(3, STEPS, 3), STEPS]
     assert curves[0] == curves[1]
     assert len(checkpoint_folders(tmp_path / "killed")) == 2
     assert not list((tmp_path / "killed").glob(".unfinished*"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,8 @@ from safetensors.torch import load_file
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.train import train
 
+from .warm_python import process_environment
+
 # Without a GPU the processes meet over gloo on the CPU.
 LAUNCHERS = {
     "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
@@ -25,10 +26,11 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_are_one_with_the_same_global_batch(
-    launcher: str, settings: dict[str, Any], tmp_path: Path
+    launcher: str, settings: dict[str, Any], small_folder: Path, tmp_path: Path
 ) -> None:
     """The same images, noise and timesteps, whoever draws them; sums differ in their order only."""
     settings |= {"steps": 5, "flip": True, "gradient_accumulation_steps": 2, "ema_decay": 0.5, "kind": "faceid-plusv2"}
+    settings |= {"base_model": str(small_folder)}
     folder = Path(settings["data"])
     rows = []
     for number, image in enumerate(sorted(folder.glob("*.png"))):
@@ -40,7 +42,7 @@ def test_two_processes_are_one_with_the_same_global_batch(
     arguments = [f"{key}={value}" for key, value in {**settings, "batch_size": 2, "output": tmp_path / "two"}.items()]
     launched = subprocess.run(
         [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "ipadapter_trainer.cli", "train", *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**process_environment(), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,34 @@ from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.steps import Progress
 from ipadapter_trainer.training.train import Interrupted, train
 
+from .conftest import training_settings, write_images
 from .ldm import write_single_file
+from .warm_python import WarmPython
 
 Losses = list[tuple[int, float]]
 FILE = "ip-adapter_context-32.safetensors"
+
+
+@pytest.fixture
+def settings(settings: dict[str, Any], small_folder: Path) -> dict[str, Any]:
+    """What these tests look at does not depend on the UNet, so it is a small one."""
+    return {**settings, "base_model": str(small_folder)}
+
+
+@pytest.fixture(scope="module")
+def one_step(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a training after its first step, with the images and the other settings of `settings`."""
+    folder = tmp_path_factory.mktemp("one_step")
+    data = write_images(folder / "images")
+    train(make_config({**training_settings(small_folder, data, folder / "run"), "steps": 1}))
+    return folder / "run"
+
+
+@pytest.fixture
+def after_one_step(settings: dict[str, Any], one_step: Path) -> dict[str, Any]:
+    """`settings`, whose first step is done."""
+    shutil.copytree(one_step, settings["output"])
+    return settings
 
 
 def run(settings: dict[str, Any], **changes: Any) -> tuple[dict[str, torch.Tensor], Losses]:
@@ -132,34 +154,31 @@ def test_epochs_are_counted_in_images(settings: dict[str, Any]) -> None:
         ({"resume": False}, "already holds checkpoint-000001"),
     ],
 )
-def test_another_training_does_not_resume(settings: dict[str, Any], changes: dict[str, Any], words: str) -> None:
-    run(settings, steps=1)
+def test_another_training_does_not_resume(after_one_step: dict[str, Any], changes: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
-        run(settings, **changes)
+        run(after_one_step, **changes)
 
 
-def test_another_base_or_data_set_does_not_resume(settings: dict[str, Any], v_model: BaseModel) -> None:
-    run(settings, steps=1)
+def test_another_base_or_data_set_does_not_resume(after_one_step: dict[str, Any], v_model: BaseModel) -> None:
+    settings = after_one_step
     (Path(settings["data"]) / "red.txt").write_text("another caption")
     with pytest.raises(CheckpointError, match=r"other images or captions \(6 .*accept_changes="):
         run(settings)
     v_folder = Path(v_model.unet.config["_name_or_path"]).parent
-    with pytest.raises(CheckpointError, match=r"base_model was .*tiny-sd15.* is now .*tiny-v"):
+    with pytest.raises(CheckpointError, match=r"base_model was .*small-sd15.* is now .*tiny-v"):
         run(settings, base_model=v_folder)
 
 
-def test_a_damaged_checkpoint_says_what_to_do(settings: dict[str, Any]) -> None:
-    run(settings, steps=1)
-    (folder,) = checkpoint_folders(Path(settings["output"]))
+def test_a_damaged_checkpoint_says_what_to_do(after_one_step: dict[str, Any]) -> None:
+    (folder,) = checkpoint_folders(Path(after_one_step["output"]))
     (folder / STATE_FILE).write_bytes(b"PK\x03\x04 half of it")
     with pytest.raises(CheckpointError, match=r"damaged.*Delete"):
-        run(settings)
+        run(after_one_step)
 
 
-def test_the_learning_rate_may_change_at_a_resume(settings: dict[str, Any], tmp_path: Path) -> None:
-    run(settings, steps=1)
-    before = load_file(checkpoint_folders(Path(settings["output"]))[-1] / ADAPTER_FILE)
-    after, _ = run(settings, steps=2, learning_rate=1e-9)
+def test_the_learning_rate_may_change_at_a_resume(after_one_step: dict[str, Any]) -> None:
+    before = load_file(checkpoint_folders(Path(after_one_step["output"]))[-1] / ADAPTER_FILE)
+    after, _ = run(after_one_step, steps=2, learning_rate=1e-9)
     assert all((after[name] - before[name]).abs().max() < 1e-6 for name in before)
 
 
@@ -219,17 +238,13 @@ train(make_config(json.loads(sys.argv[1])))
 """
 
 
-def test_a_kill_while_saving_leaves_the_last_good_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_kill_while_saving_leaves_the_last_good_checkpoint(
+    settings: dict[str, Any], tmp_path: Path, warm_python: WarmPython
+) -> None:
     whole, losses = run(settings, output=tmp_path / "whole")
-    arguments = json.dumps({**settings, "save_every": 2})
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_WHILE_SAVING, arguments],
-        env=environment,
-        capture_output=True,
-        check=False,
-    )
-    assert killed.returncode == 9, killed.stderr.decode()
+    killed = warm_python.start(KILLED_WHILE_SAVING, [json.dumps({**settings, "save_every": 2})])
+    _, err = killed.communicate()
+    assert killed.returncode == 9, err
     output = Path(settings["output"])
     assert [f.name for f in checkpoint_folders(output)] == ["checkpoint-000002"]
     rest, second = run(settings)
@@ -275,15 +290,12 @@ with user_errors():
 """
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(settings: dict[str, Any]) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    arguments = json.dumps({**settings, "save_every": 2})
-    full = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    assert full.returncode != 0
-    assert "checkpoint-000002: File too large (needs " in full.stderr
-    assert "run the same command again; the last good checkpoint is checkpoint-000001." in full.stderr
+def test_a_full_disk_leaves_the_last_good_checkpoint(settings: dict[str, Any], warm_python: WarmPython) -> None:
+    full = warm_python.start(FULL_DISK, [json.dumps({**settings, "save_every": 2})])
+    _, err = full.communicate()
+    assert full.returncode not in (None, 0)
+    assert "checkpoint-000002: File too large (needs " in err
+    assert "run the same command again; the last good checkpoint is checkpoint-000001." in err
     output = Path(settings["output"])
     assert [f.name for f in checkpoint_folders(output)] == ["checkpoint-000001"]
     assert not list(output.glob(".unfinished*"))
