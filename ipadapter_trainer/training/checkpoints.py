@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ class State:
     step: int = 0  # optimizer steps done
     batches: int = 0  # used so far, by all processes together
     images: int = 0  # in these batches
-    unlogged: Mapping[str, Tensor] = field(default_factory=dict)  # see `RunLog.unlogged`
 
     @property
     def size(self) -> int:
@@ -86,7 +85,6 @@ def save_checkpoint(
             "optimizer": state.optimizer.state_dict(),
             "scaler": {} if state.scaler is None else state.scaler.state_dict(),
             "average": state.average.state_dict(),
-            "unlogged": dict(state.unlogged),
         }
         _write(temporary / STATE_FILE, content)
         if target.exists():  # an incomplete folder of that name
@@ -131,7 +129,6 @@ def resume(folder: Path, state: State) -> None:
     if state.scaler is not None and content.get("scaler"):
         state.scaler.load_state_dict(content["scaler"])
     state.average.load_state_dict(content["average"])
-    state.unlogged = content.get("unlogged", {})
     position = content["position"]
     state.step, state.batches, state.images = position["step"], position["batches"], position["images"]
 

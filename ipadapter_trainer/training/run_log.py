@@ -92,22 +92,6 @@ class RunLog:
         self._step = progress.step
         self._idle_since = time.monotonic()
 
-    def unlogged(self) -> dict[str, Tensor]:
-        """The losses, the mean of all processes, and gradient norms since the last line, for a checkpoint. All
-        processes call it at the same steps.
-        """
-        if not self._losses:
-            return {}
-        losses: Any = self._accelerator.reduce(torch.stack(self._losses), "mean")
-        norms = {"grad_norms": torch.stack(self._norms).cpu()} if self._norms else {}
-        return {"losses": losses.cpu(), **norms}
-
-    def restore(self, unlogged: Mapping[str, Tensor]) -> None:
-        """Go on with what `unlogged` returned when the checkpoint was saved."""
-        device = self._accelerator.device
-        for name, values in (("losses", self._losses), ("grad_norms", self._norms)):
-            values.extend(unlogged[name].to(device) if name in unlogged else ())
-
     def write(self, learning_rate: float) -> dict[str, float]:
         """Write and return a line about the steps since the last one: mean loss and gradient norm, images per second
         of all processes, and the memory in GB of the process that uses most.

@@ -65,7 +65,6 @@ def _train(training: Training, say: Say, on_progress: Callable[[Progress], None]
         say(f"No validation: {_why_no_validation(training)}")
     adapted_unet = adapt_unet(training.base_model, training.adapter, training.objective)
     with stop_requests(say) as stop, closing(_open_log(training, say)) as log, adapted_unet as model:
-        log.restore(state.unlogged)
         if state.step == 0:
             validate(training, model, log, say)
         start_batches, start_images = state.batches, state.images
@@ -102,7 +101,6 @@ def _train(training: Training, say: Say, on_progress: Callable[[Progress], None]
                 stopping = _should_stop(training, stop)
                 if step % config.save_every == 0 or last or stopping:
                     check_loss(step, float(progress.loss))
-                    state.unlogged = log.unlogged()
                     folder = save(training)
                     if stopping and not last:
                         raise Interrupted(f"Stopped; saved {folder}. Run the same command again to resume.")
