@@ -1,0 +1,58 @@
+"""What the tests of the bundled model share: the examples of the documentation run in this process."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ipadapter_trainer.cli import app
+
+# Defaults that take a CPU minutes, in few steps.
+TRAIN = ("steps=2", "num_workers=0", "sample_steps=2")
+FEW_STEPS = {"train": TRAIN, "cache": TRAIN, "generate": ("num_inference_steps=4",)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> None:
+    """Accelerate keeps the precision of the first Accelerator of a process; every test gets its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run `ipadapter ...` as it is written, with few steps, in a folder. It has to succeed."""
+
+    def run(command: str, folder: Path, *changes: str) -> None:
+        program, *words = shlex.split(command)
+        assert program == "ipadapter"
+        monkeypatch.chdir(folder)
+        result = CliRunner().invoke(app, [*words, *FEW_STEPS.get(words[0], ()), *changes])
+        assert result.exit_code == 0, f"{command}\n{result.stderr}\n{result.exception!r}"
+
+    return run
+
+
+@pytest.fixture
+def run_python(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], None]:
+    """Run an example as it is written, in a folder; pipelines of diffusers take 4 steps instead of their default, 50."""
+
+    def run(example: str, folder: Path) -> None:
+        monkeypatch.chdir(folder)
+        in_few_steps = re.sub(r"(?<=, )(?=ip_adapter_image)", "num_inference_steps=4, ", example)
+        exec(compile(in_few_steps, "example.py", "exec"), {"__name__": "__main__"})
+
+    return run
