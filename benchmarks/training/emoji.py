@@ -1,6 +1,6 @@
 """Train the emoji model and its adapters from the images alone, on one GPU.
 
-    python benchmarks/training/emoji.py --images pictures.zip --output FOLDER [--check] [--scale 1.0]
+    python benchmarks/training/emoji.py --images pictures.zip --output FOLDER [--check] [--scale 1.0] [--parts PART ...]
 
 Independent parts train at the same time. The batches are large, because a GPU computes a step of so small a model
 faster than Python launches it. FOLDER gets the log of each part with its steps and images per second, the model, the
@@ -33,12 +33,13 @@ class Part:
 
 
 ADAPTERS = {"quality": "adapter.safetensors", "quality_base": "adapter_base.safetensors"}
-# Parts in a row train side by side; the rows follow each other.
+# Parts in a row train side by side; the rows follow each other. The adapters need many steps rather than large ones.
 PHASES = (
     (Part("vae", 1.3, 64), Part("clip", 0.7, 96), Part("concepts", 0.6, 256)),
     (Part("unet", 2.2, 256), Part("styles", 0.2, 128)),
-    (Part("plus", 1.5, 512, 8), Part("base", 0.8, 512, 8), Part("decoder", 0.8, 64)),
+    (Part("plus", 4.0, 128, 8), Part("base", 1.5, 128, 8), Part("decoder", 0.8, 64)),
 )
+NAMES = tuple(part.name for phase in PHASES for part in phase)
 
 
 class Runner:
@@ -97,14 +98,16 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of the minutes of all parts")
     parser.add_argument("--check", action="store_true", help="two small steps of each part")
     parser.add_argument("--images", type=Path, required=True, help="pictures.zip of tools.emoji.build")
+    parser.add_argument(
+        "--parts", nargs="+", choices=NAMES, default=NAMES, help="train only these, from the checkpoints in OUTPUT/work"
+    )
     args = parser.parse_args()
     runner = Runner(args.output.resolve(), args.scale, args.check, args.images.resolve())
-    first, second, third = PHASES
-    runner.finish({part.name: runner.train(part) for part in first})
-    runner.finish({part.name: runner.train(part) for part in second})
-    runner.finish({"export": runner.export()})
-    runner.finish({part.name: runner.train(part) for part in third})
-    runner.finish({"export": runner.export()})  # with the decoder
+    for phase in PHASES:
+        if wanted := [part for part in phase if part.name in args.parts]:
+            runner.finish({part.name: runner.train(part) for part in wanted})
+            if phase is not PHASES[0]:  # the adapters need the exported UNet; the last export has the decoder
+                runner.finish({"export": runner.export()})
     runner.finish({name: runner.quality(name, file) for name, file in ADAPTERS.items()})
     return 0
 
