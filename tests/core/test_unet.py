@@ -486,11 +486,13 @@ def test_over_other_processors(
     assert all(unet.attn_processors[name] is changed[name] for name in changed)
 
 
-def test_a_compiled_unet(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
+def test_a_compiled_unet(new_unet: Any, new_adapter: Any, features: Any, latents: Tensor, text: Tensor) -> None:
     """The wrapper of torch.compile may be passed in place of the UNet, also after a run without adapter."""
-    _, pairs = case
-    plain, expected = run(sd15, latents, text), run_injected(sd15, pairs, latents, text)
-    compiled = torch.compile(sd15, backend="eager")
+    unet = new_unet("small").requires_grad_(False)
+    adapter = new_adapter(unet)
+    pairs = adapter(*features(adapter))
+    plain, expected = run(unet, latents, text), run_injected(unet, pairs, latents, text)
+    compiled = torch.compile(unet, backend="eager")
     run(compiled, latents, text)
     application = ic.AdapterApplication(pairs)
     told = {"added_cond_kwargs": {"image_embeds": [torch.tensor(BOTH).reshape(2, 1, 1)]}}

@@ -48,11 +48,11 @@ def run_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def run_python(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], None]:
-    """Run an example as it is written, in a folder; pipelines of diffusers take 4 steps instead of their default, 50."""
+    """Run an example as it is written, in a folder; diffusers' pipelines take 4 steps instead of their default, 50."""
 
     def run(example: str, folder: Path) -> None:
         monkeypatch.chdir(folder)
         in_few_steps = re.sub(r"(?<=, )(?=ip_adapter_image)", "num_inference_steps=4, ", example)
-        exec(compile(in_few_steps, "example.py", "exec"), {"__name__": "__main__"})
+        exec(compile(in_few_steps, "example.py", "exec"), {"__name__": "__main__"})  # noqa: S102
 
     return run

@@ -50,7 +50,7 @@ def test_views_keep_the_white_background_and_the_grid_of_pixel_art() -> None:
     assert views.zoom(image, generator).amax() <= 1.0 + 1e-5
 
 
-@pytest.fixture(scope="module", params=[64, 128])
+@pytest.fixture(scope="module", params=[32, 64])
 def images(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An images.zip of some concepts, drawn by rules: every concept a colour, every style a shape."""
     file = tmp_path_factory.mktemp("emoji") / "pictures.zip"

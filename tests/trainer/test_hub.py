@@ -39,9 +39,9 @@ ADVICE = "Run `ipadapter models stable-diffusion-v1-5 clip-vit-h --download` (6.
 
 
 @pytest.fixture
-def hub(model_folder: Path, clip_folder: Path, tmp_path: Path) -> Iterator[HubServer]:
+def hub(small_folder: Path, clip_folder: Path, tmp_path: Path) -> Iterator[HubServer]:
     """Tiny models under the published names, among files that nobody needs."""
-    base = shutil.copytree(model_folder, tmp_path / "hub" / "base")
+    base = shutil.copytree(small_folder, tmp_path / "hub" / "base")
     shutil.rmtree(base / "image_encoder")
     (base / "feature_extractor").mkdir()
     (base / "feature_extractor" / "preprocessor_config.json").write_text("{}")
@@ -56,7 +56,7 @@ def hub(model_folder: Path, clip_folder: Path, tmp_path: Path) -> Iterator[HubSe
     (base / "tokenizer" / "merges.txt").write_text("\n".join(" ".join(pair) for pair in tokens["merges"]))
     (base / "tokenizer" / "special_tokens_map.json").write_text("{}")
     adapter = tmp_path / "hub" / "adapter"
-    shutil.copytree(model_folder / "image_encoder", adapter / "models" / "image_encoder")
+    shutil.copytree(small_folder / "image_encoder", adapter / "models" / "image_encoder")
     (adapter / "models" / "image_encoder" / "pytorch_model.bin").write_bytes(b"useless")
     save_file({}, adapter / "models" / "ip-adapter_sd15.safetensors")
     refused = {"some/gated": (403, "GatedRepo")}
