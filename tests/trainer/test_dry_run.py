@@ -15,6 +15,7 @@ from ipadapter_trainer.cli import app
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import TextStates
 from ipadapter_trainer.models.features import Features
+from ipadapter_trainer.models.frozen import recompute_activations
 from ipadapter_trainer.models.prepare_unet import prepare_unet
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
@@ -79,6 +80,8 @@ def test_a_real_step_takes_what_was_counted(model_folder: Path, kind: str, check
     counted = step_cost(base_model, adapter_spec(base_model, TRAIN_KINDS[kind]), config)
     adapter = new_adapter(base_model, TRAIN_KINDS[kind])
     prepare_unet(base_model, fp8=False, gradient_checkpointing=checkpointing, compiled=False)
+    if not checkpointing:
+        recompute_activations(base_model.unet)  # as `prepare_unet` does on a GPU
     for parameter in adapter.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     features = Features(
@@ -159,7 +162,7 @@ def test_memory_follows_the_settings(plans: dict[str, Plan]) -> None:
     assert part("half", adapter) - part("8-bit optimizer", adapter) == 6 * trained
     assert part("twice", activations) == pytest.approx(2 * part("half", activations), rel=0.02)
     assert part("half", activations) == pytest.approx(part("float", activations) / 2, rel=0.05)
-    assert part("frugal", activations) < 0.3 * part("half", activations)
+    assert part("frugal", activations) < 0.35 * part("half", activations)
     assert part("frugal, samples", activations) > 2 * part("frugal", activations)  # the VAE comes back for them
     assert plans["frugal"].cost.flops == pytest.approx(1.30 * plans["half"].cost.flops, rel=0.02)
     assert plans["half"].cost.encoder_flops == 0
