@@ -123,15 +123,15 @@ def use_cuda_graphs(config: TrainConfig, accelerator: Accelerator) -> bool:
     Raises ConfigError if they were asked for and cannot.
     """
     obstacles = {
-        "a device other than a GPU": accelerator.device.type != "cuda",
-        "several processes": accelerator.num_processes > 1,
-        "gradient_checkpointing=true": config.gradient_checkpointing,
-        "compile=true": config.compile,
-        "mixed_precision=fp16": config.mixed_precision == "fp16",  # its loss scale changes from step to step
+        "on a CPU": accelerator.device.type != "cuda",
+        "with several processes": accelerator.num_processes > 1,
+        "with gradient_checkpointing=true": config.gradient_checkpointing,
+        "with compile=true": config.compile,
+        "with mixed_precision=fp16": config.mixed_precision == "fp16",  # its loss scale changes from step to step
     }
     found = [name for name, present in obstacles.items() if present]
     if found and config.cuda_graphs and "cuda_graphs" in config.model_fields_set:
-        raise ConfigError(f"cuda_graphs=true does not work with {found[0]}. Leave it out, or change that.")
+        raise ConfigError(f"cuda_graphs=true does not work {found[0]}. Leave it out, or change that.")
     return config.cuda_graphs and not found
 
 

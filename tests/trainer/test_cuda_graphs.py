@@ -29,11 +29,11 @@ def test_a_gpu_uses_them(settings: dict[str, Any], precision: str) -> None:
 @pytest.mark.parametrize(
     ("where", "more", "named"),
     [
-        ({"device": "cpu"}, {}, "a device other than a GPU"),
-        ({"processes": 2}, {}, "several processes"),
-        ({}, {"gradient_checkpointing": True}, "gradient_checkpointing=true"),
-        ({}, {"compile": True}, "compile=true"),
-        ({}, {"mixed_precision": "fp16"}, "mixed_precision=fp16"),
+        ({"device": "cpu"}, {}, "on a CPU"),
+        ({"processes": 2}, {}, "with several processes"),
+        ({}, {"gradient_checkpointing": True}, "with gradient_checkpointing=true"),
+        ({}, {"compile": True}, "with compile=true"),
+        ({}, {"mixed_precision": "fp16"}, "with mixed_precision=fp16"),
     ],
     ids=["CPU", "processes", "checkpointing", "compile", "fp16"],
 )
@@ -42,7 +42,7 @@ def test_what_they_do_not_work_with(
 ) -> None:
     """Left out by default, refused where they were asked for."""
     assert not used(settings, **where, **more)
-    with pytest.raises(ConfigError, match=f"cuda_graphs=true does not work with {named}. Leave it out"):
+    with pytest.raises(ConfigError, match=f"cuda_graphs=true does not work {named}. Leave it out"):
         used(settings, **where, **more, cuda_graphs=True)
 
 
