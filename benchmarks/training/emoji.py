@@ -2,10 +2,9 @@
 
     python benchmarks/training/emoji.py --images pictures.zip --output FOLDER [--check] [--scale 1.0] [--parts PART ...]
 
-Independent parts train at the same time. The batches are large, because a GPU computes a step of so small a model
-faster than Python launches it. FOLDER gets the log of each part with its steps and images per second, the model, the
-adapters, their quality.json and a sheet of samples. `--check` runs two steps of everything (also on a CPU); `--scale`
-multiplies the minutes of all parts.
+Independent parts train at the same time. FOLDER gets the log of each part with its steps and images per second, the
+model, the adapters, their quality.json and a sheet of samples. `--check` runs two steps of everything (also on a CPU);
+`--scale` multiplies the minutes of all parts.
 """
 
 from __future__ import annotations

@@ -15,9 +15,6 @@ from torch import Tensor
 
 MAX_GRAPHS = 8  # each keeps its inputs and its gradients' sums; batches of further shapes run without one
 
-Backward = Callable[[Mapping[str, Tensor]], Tensor]
-"""Adds the gradients of a batch to the parameters' and returns the loss, detached."""
-
 
 @dataclass(frozen=True, eq=False)
 class BatchTensors:
@@ -29,10 +26,14 @@ class BatchTensors:
         return len(next(iter(self.tensors.values())))
 
 
+Backward = Callable[[BatchTensors], Tensor]
+"""Adds the gradients of a batch to the parameters' and returns the loss, detached."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    inputs: Mapping[str, Tensor]
+    inputs: BatchTensors
     loss: Tensor
 
 
@@ -53,17 +54,18 @@ class GraphedBackward:
         if shapes not in self._graphs:
             if len(self._graphs) < MAX_GRAPHS:
                 self._graphs[shapes] = None
-            return self._backward(batch.tensors)
+            return self._backward(batch)
         graph = self._graphs[shapes]
         if graph is None:
-            graph = self._graphs[shapes] = self._record(batch.tensors)
+            graph = self._graphs[shapes] = self._record(batch)
         for name, value in batch.tensors.items():
-            graph.inputs[name].copy_(value, non_blocking=True)
+            graph.inputs.tensors[name].copy_(value, non_blocking=True)
         graph.graph.replay()
         return graph.loss.clone()  # the next replay writes to the same place
 
-    def _record(self, tensors: Mapping[str, Tensor]) -> _Graph:
-        inputs = {name: torch.empty_like(value, device=self._device) for name, value in tensors.items()}
+    def _record(self, batch: BatchTensors) -> _Graph:
+        tensors = batch.tensors.items()
+        inputs = BatchTensors({name: torch.empty_like(value, device=self._device) for name, value in tensors})
         graph = torch.cuda.CUDAGraph()
         # thread_local: the thread of the data loader that pins memory may go on meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

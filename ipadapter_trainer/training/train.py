@@ -7,7 +7,7 @@ the adapter, which makes c_image, is trained (`AdaptedUNet`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..runtime.stopping import Interrupted, StopRequest, interruptions, stop_req
 from ..settings.config import TrainConfig
 from .adapted_unet import AdaptedUNet, TrainBatch, adapt_unet
 from .checkpoints import save_checkpoint
-from .cuda_graphs import BatchTensors, GraphedBackward
+from .cuda_graphs import Backward, BatchTensors, GraphedBackward
 from .finish import finish
 from .run_log import RunLog, progress_postfix
 from .setup import Say, Training, prepare, summary
@@ -112,18 +112,17 @@ def loaded_batches(training: Training) -> Generator[BatchTensors, None, None]:
         yield BatchTensors({name: value for name, value in batch.items() if isinstance(value, Tensor)})
 
 
-def compute_gradients(training: Training, model: AdaptedUNet) -> Callable[[BatchTensors], Tensor]:
+def compute_gradients(training: Training, model: AdaptedUNet) -> Backward:
     """Encodes a batch (with a cache there is nothing to encode), and computes loss and gradients."""
     spec = training.state.adapter.spec
 
-    def compute(tensors: Mapping[str, Tensor]) -> Tensor:
+    def compute(batch: BatchTensors) -> Tensor:
+        tensors = batch.tensors
         features = encode_batch(training.base_model, tensors, spec)
-        batch = TrainBatch(features, tensors["drop_image_embeds"], tensors["noise"], tensors["timesteps"])
-        return backward(model, batch, training.accelerator)
+        encoded = TrainBatch(features, tensors["drop_image_embeds"], tensors["noise"], tensors["timesteps"])
+        return backward(model, encoded, training.accelerator)
 
-    if training.cuda_graphs:
-        return GraphedBackward(compute, training.accelerator.device)
-    return lambda batch: compute(batch.tensors)
+    return GraphedBackward(compute, training.accelerator.device) if training.cuda_graphs else compute
 
 
 def validate(training: Training, model: AdaptedUNet, log: RunLog, say: Say) -> None:

@@ -8,28 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from ipadapter_trainer.cli import app
 
+from ..training_fixtures import fresh_accelerator, one_thread  # noqa: F401 -- used by every test
+
 # Defaults that take a CPU minutes, in few steps.
 TRAIN = ("steps=2", "num_workers=0", "sample_steps=2")
 FEW_STEPS = {"train": TRAIN, "cache": TRAIN, "generate": ("num_inference_steps=4",)}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> None:
-    """Accelerate keeps the precision of the first Accelerator of a process; every test gets its own."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training import cost
 
+from ..training_fixtures import fresh_accelerator, one_thread  # noqa: F401 -- used by every test
 from .published_bases import write_published_base
 from .tiny_models import COLOURS, write_model
 from .warm_python import WarmProcess, WarmPython
@@ -26,20 +27,6 @@ def draw_image(colour: str, size: tuple[int, int] = (80, 64)) -> Image.Image:
     image = Image.new("RGB", size, "white")
     ImageDraw.Draw(image).rectangle((20, 14, 56, 50), fill=colour)
     return image
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> None:
-    """Accelerate keeps the precision of the first Accelerator of a process; every test gets its own."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")
