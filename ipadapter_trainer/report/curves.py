@@ -13,6 +13,7 @@ POINTS = 1000  # of a curve at most; more are not visible and make the file larg
 _SMOOTHED = 40  # a curve is averaged over 1/40 of its length
 # Okabe and Ito's palette for colour-blind readers.
 _BLUE, _ORANGE, _GREY, _BLACK = "#0072b2", "#e69f00", "#999999", "#000000"
+_AXES = (0.12, 0.15, 0.85, 0.74)  # left, bottom, width and height as shares of a chart; the legend is above
 _BY_NOISE = ("#c6dbef", "#6baed6", "#2171b5", "#08306b")
 
 
@@ -108,8 +109,9 @@ def draw(chart: Chart, train: Lines, validations: Lines) -> bytes | None:
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes: Any = figure.subplots()
+    # Fixed margins: matplotlib's layout engines draw every chart a second time to measure it.
+    figure = Figure(figsize=(6, 3.2))
+    axes: Any = figure.add_axes(_AXES)
     for curve in chart.curves:
         _plot(axes, curve, [line for line in lines if curve.key in line], chart.smooth)
     if chart.from_zero:
@@ -119,7 +121,7 @@ def draw(chart: Chart, train: Lines, validations: Lines) -> bytes | None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(chart.curves) > 1:
-        figure.legend(loc="outside upper left", ncols=4, fontsize=8, frameon=False, handlelength=1.5)
+        figure.legend(loc="upper left", ncols=4, fontsize=8, frameon=False, handlelength=1.5)
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     return stream.getvalue()
