@@ -6,7 +6,9 @@ and layers get weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,12 @@ class _UNet(UNet2DConditionModel):
     def to(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] -- wrapped
         return self  # the loader's last step; meta tensors cannot be moved
 
+    def remove_adapter(self, processors: Mapping[str, Any]) -> None:
+        """Put back the processors from before an adapter was loaded, and let go of its weights."""
+        self.encoder_hid_proj = self._processors = None
+        self.adapter_lora = {}
+        self.set_attn_processor(dict(processors))
+
     def _load_ip_adapter_loras(self, state_dicts: Any) -> dict[int, dict[str, Tensor]]:
         self.adapter_lora = super()._load_ip_adapter_loras(state_dicts).get(0, {})
         return {}
@@ -74,34 +82,34 @@ class DiffusersAdapter:
     """A file loaded by diffusers; its outputs are those of an `IPAdapter`, in float32."""
 
     spec: AdapterSpec
-    unet: _UNet
-    names: tuple[str, ...]  # of the UNet's processors, in diffusers' order
+    projection: Any  # the UNet's `encoder_hid_proj`
+    processors: Mapping[str, Any]  # the UNet's attention processors, in diffusers' order
+    lora_weights: Mapping[str, Tensor]
 
     @torch.no_grad()
     def encode(self, *features: Tensor) -> Tensor:
         """Image features as `IPAdapter.encode` takes them -> tokens [B, T, D]."""
-        projection: Any = self.unet.encoder_hid_proj
         first = features[0]
         if self.spec.kind == "faceid-plus":
-            resampler = projection.image_projection_layers[0]
+            resampler = self.projection.image_projection_layers[0]
             resampler.clip_embeds = features[1].unsqueeze(1)
             resampler.shortcut = bool(self.spec.shortcut)
         elif self.spec.unnormalised:
             first = first.unsqueeze(1)  # a resampler reads a sequence, here of one
-        return projection([first.unsqueeze(1)])[0].flatten(1, 2)
+        return self.projection([first.unsqueeze(1)])[0].flatten(1, 2)
 
     @torch.no_grad()
     def keys_values(self, tokens: Tensor) -> tuple[KeyValue, ...]:
         """Tokens [B, T, D] -> keys and values [B, T, C] per layer, in id order."""
-        ids = attention_ids(self.names)
+        ids = attention_ids(self.processors)
         names = sorted((name for name, id in ids.items() if id % 2), key=ids.__getitem__)  # cross-attention has odd ids
-        processors: list[Any] = [self.unet.attn_processors[name] for name in names]
+        processors = [self.processors[name] for name in names]
         weights = ((p.to_k_ip[0].weight.float(), p.to_v_ip[0].weight.float()) for p in processors)
         return tuple(KeyValue(F.linear(tokens, key), F.linear(tokens, value)) for key, value in weights)
 
     def lora(self, id: int, name: str, side: str) -> Tensor | None:
         """The weight of `name` ("to_q_lora", ...), `side` "down" or "up", for layer `id`."""
-        return self.unet.adapter_lora.get(f"unet.{self.names[id]}.{name}.{side}.weight")
+        return self.lora_weights.get(f"unet.{list(self.processors)[id]}.{name}.{side}.weight")
 
 
 def load_with_diffusers(file: Path, spec: AdapterSpec) -> DiffusersAdapter:
@@ -109,18 +117,29 @@ def load_with_diffusers(file: Path, spec: AdapterSpec) -> DiffusersAdapter:
 
     Raises whatever diffusers raises, and RuntimeError when it leaves a tensor without weights.
     """
-    with without_weights():
-        unet = _UNet(**unet_config(spec) or {})
-    names = tuple(unet.attn_processors)  # before loading, which adds those of a resampler
-    _Pipeline(unet).load_ip_adapter(
-        str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None, local_files_only=True
-    )
-    projection: Any = unet.encoder_hid_proj
+    unet = _unet_without_weights(spec.layer_dims, spec.cross_attention_dim)
+    empty = dict(unet.attn_processors)
+    try:
+        _Pipeline(unet).load_ip_adapter(
+            str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None, local_files_only=True
+        )
+        projection: Any = unet.encoder_hid_proj
+        processors = {name: unet.attn_processors[name] for name in empty}  # without those of a resampler
+        lora_weights = unet.adapter_lora
+    finally:
+        unet.remove_adapter(empty)
     left = [name for name, parameter in projection.named_parameters() if parameter.is_meta]
     if left:
         raise RuntimeError(f"{len(left)} tensors of the projector stayed empty, the first is {left[0]}")
     projection.float()
-    return DiffusersAdapter(spec, unet, names)
+    return DiffusersAdapter(spec, projection, processors, lora_weights)
+
+
+@lru_cache(maxsize=2)
+def _unet_without_weights(layer_dims: tuple[int, ...], cross_attention_dim: int) -> _UNet:
+    """A UNet with these cross-attention layers. Kept, because making it takes longer than loading an adapter."""
+    with without_weights():
+        return _UNet(**_unet_config(layer_dims, cross_attention_dim) or {})
 
 
 def unsupported(spec: AdapterSpec) -> str | None:
@@ -143,9 +162,12 @@ def unsupported(spec: AdapterSpec) -> str | None:
 
 
 def unet_config(spec: AdapterSpec) -> dict[str, Any] | None:
-    """The config of a UNet with these cross-attention layers in the layout of SD1.5 or SDXL, or None."""
-    widths = spec.layer_dims
-    common = {"cross_attention_dim": spec.cross_attention_dim, "norm_num_groups": 1, "attention_head_dim": 1}
+    """The config of a UNet with the adapter's cross-attention layers in the layout of SD1.5 or SDXL, or None."""
+    return _unet_config(spec.layer_dims, spec.cross_attention_dim)
+
+
+def _unet_config(widths: tuple[int, ...], cross_attention_dim: int) -> dict[str, Any] | None:
+    common = {"cross_attention_dim": cross_attention_dim, "norm_num_groups": 1, "attention_head_dim": 1}
     if len(widths) == 16:
         a, b, c, d = widths[0], widths[2], widths[4], widths[15]
         if widths == (a,) * 2 + (b,) * 2 + (c,) * 5 + (b,) * 3 + (a,) * 3 + (d,):

@@ -131,10 +131,12 @@ def adapter_to_use(path: Path, shortcut: bool | None = None) -> IPAdapter:
 
 
 def cast_adapter(adapter: IPAdapter, dtype: torch.dtype) -> IPAdapter:
-    """A copy of an adapter on the CPU with its weights rounded to `dtype`.
+    """The adapter on the CPU with its weights rounded to `dtype`: a frozen copy, or itself if it is like that already.
 
     Raises ExportError that names the first tensor whose values `dtype` cannot hold.
     """
+    if all(p.dtype == dtype and p.device.type == "cpu" for p in adapter.parameters()):
+        return adapter
     name, limit = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
     state: dict[str, Tensor] = {}
     for key, tensor in export_state(adapter).items():

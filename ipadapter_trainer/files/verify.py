@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -154,6 +155,7 @@ def _outputs(adapter: IPAdapter | DiffusersAdapter) -> dict[str, Tensor]:
     if isinstance(adapter, IPAdapter):
         adapter = cast_adapter(adapter, torch.float32)
         if adapter.spec.kind == "faceid-plus" and adapter.spec.shortcut is None:
+            adapter = deepcopy(adapter)
             projector: Any = adapter.projector
             projector.shortcut = False  # a file of unknown version is compared as v1
     tokens = adapter.encode(*random_features(adapter.spec))
