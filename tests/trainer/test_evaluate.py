@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +22,13 @@ from ipadapter_trainer.data.images import to_pil_images
 from ipadapter_trainer.errors import DataError, EvaluationError
 from ipadapter_trainer.evaluation.evaluate import evaluate, seed_of
 from ipadapter_trainer.evaluation.report import PAPER_TABLE, Evaluation
-from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.models.base_model import BaseModel
 from ipadapter_trainer.models.generate import generate
 from ipadapter_trainer.settings.config_file import validate
 from ipadapter_trainer.settings.eval_config import EvalConfig
 
 from .tiny_models import adapter_of
-from .warm_python import process_environment
+from .warm_python import WarmPython
 
 
 @pytest.fixture
@@ -98,6 +96,7 @@ def test_the_seed_of_a_score_makes_its_image_again(settings: EvalConfig, small_m
 
 
 def test_captions_as_prompts_give_other_images(settings: EvalConfig) -> None:
+    settings = changed(settings, limit=3)
     without, with_text = run(settings), run(changed(settings, text="caption", output=settings.output / "c"))
     assert without.rows[1].clip_i != with_text.rows[1].clip_i  # at weight 0 as well
     assert "with their captions" in with_text.as_text()
@@ -120,7 +119,8 @@ def test_captions_are_needed_as_prompts_only(settings: EvalConfig) -> None:
 )
 def test_every_kind_and_family(settings: EvalConfig, family: str, kind: str, request: Any) -> None:
     folder = request.getfixturevalue({"sd15": "model_folder"}.get(family, f"{family}_folder"))
-    adapter, table = adapter_of(load_base_model(folder), kind), settings.output.parent / "faces.safetensors"
+    model = request.getfixturevalue({"sd15": "base_model"}.get(family, f"{family}_model"))
+    adapter, table = adapter_of(model, kind), settings.output.parent / "faces.safetensors"
     save_adapter(settings.adapter, adapter)
     save_file({f"{c}.png": torch.randn(512) for c in ("red", "green", "blue")}, table)
     takes_face = adapter.spec.face_dim is not None
@@ -130,6 +130,7 @@ def test_every_kind_and_family(settings: EvalConfig, family: str, kind: str, req
             base_model=folder,
             face_embeds=table if takes_face else None,
             shortcut=True if kind == "faceid-plusv2" else None,
+            num_images_per_prompt=1,
             num_inference_steps=1,
         )
     )
@@ -156,7 +157,7 @@ def test_a_score_depends_on_its_example_and_number_alone(settings: EvalConfig, t
         lines = [json.loads(line) for line in (output / "scores.jsonl").open()]
         return {(line["index"], line["number"], line["weight"]): line["clip_i"] for line in lines}
 
-    whole, small = scores(batch_size=5), scores(batch_size=1)
+    whole, small = scores(limit=4, batch_size=5), scores(limit=4, batch_size=1)
     assert whole.keys() == small.keys()
     assert list(whole.values()) == pytest.approx([small[key] for key in whole], abs=2e-4)
     few = scores(limit=2)
@@ -274,19 +275,13 @@ def test_ctrl_c_keeps_what_is_measured(times: int, settings: EvalConfig, run_ipa
     assert f"; {len(lines)} have scores already." in said[0]
 
 
-def test_two_processes_share_the_work(settings: EvalConfig, tmp_path: Path) -> None:
+def test_two_processes_share_the_work(settings: EvalConfig, tmp_path: Path, warm_python: WarmPython) -> None:
     run(settings)
     settings = changed(settings, output=tmp_path / "two")
-    launched = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-        + ["--main_process_port", "0", "-m", "ipadapter_trainer.cli", *arguments_of(settings)],
-        env={**process_environment(), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    assert launched.stdout.count("From the paper") == 1
+    processes = warm_python.launch(2, "from ipadapter_trainer.cli import main; main()", arguments_of(settings))
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert sum(out.count("From the paper") for out, _ in said) == 1
     files = sorted(settings.output.glob("scores*.jsonl"))
     assert [file.name for file in files] == ["scores-1.jsonl", "scores.jsonl"]
     one, two = (

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Importing them imports everything that the commands load.
@@ -79,8 +80,10 @@ class WarmPython:
         self._server: subprocess.Popen[str] | None = None
         self._started: list[WarmProcess] = []
 
-    def start(self, code: str, arguments: Sequence[str | Path]) -> WarmProcess:
-        """`python -c code arguments`, in a process group of its own."""
+    def start(
+        self, code: str, arguments: Sequence[str | Path], environment: Mapping[str, str] | None = None
+    ) -> WarmProcess:
+        """`python -c code arguments`, in a process group of its own, with these variables besides those of pytest."""
         if self._server is None:
             self._server = subprocess.Popen(
                 [sys.executable, "-c", SERVER],
@@ -98,7 +101,7 @@ class WarmPython:
         request = {
             "code": code,
             "arguments": [str(argument) for argument in arguments],
-            "environment": process_environment(),
+            "environment": {**process_environment(), **(environment or {})},
             "folder": str(Path.cwd()),
             **{of: str(file) for of, file in files.items()},
         }
@@ -107,6 +110,16 @@ class WarmPython:
         process = WarmProcess(int(self._server.stdout.readline()), **files)
         self._started.append(process)
         return process
+
+    def launch(self, processes: int, code: str, arguments: Sequence[str | Path]) -> list[WarmProcess]:
+        """Processes on the CPU that find each other by the variables that torchrun and `accelerate launch` set."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        world |= {"LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
+        ranks = map(str, range(processes))
+        return [self.start(code, arguments, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in ranks]
 
     def close(self) -> None:
         """End what still runs."""
