@@ -179,7 +179,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self._known: dict[Any, list[tuple[Any, ...]] | None] = {}  # results by operation and arguments
+        self._known: dict[Any, list[tuple[Any, ...] | None] | None] = {}  # results by operation and arguments
         self.flops = self.peak_bytes = self._bytes = 0
         self._seen = weakref.WeakSet[Any](tensor.untyped_storage() for tensor in ignored)
 
@@ -188,7 +188,7 @@ class Meter(TorchDispatchMode):
         result = self._result(func, args, kwargs)
         if (formula := _FORMULAS.get(func._overloadpacket)) is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
-        for tensor in tree_leaves(result):
+        for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
                 self._seen.add(storage)
                 weakref.finalize(storage, self._release, storage.nbytes())
@@ -200,10 +200,12 @@ class Meter(TorchDispatchMode):
         self._bytes -= size
 
     def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func.is_view:  # makes no new tensor
+            return func(*args, **kwargs)
         key = (func, _described(args), _described(tuple(kwargs.items())))
         found = self._known.get(key)
         if found is not None:
-            made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in found]
+            made = [new and torch.empty_strided(new[0], new[1], dtype=new[2], device="meta") for new in found]
             return made[0] if len(made) == 1 else tuple(made)
         result = func(*args, **kwargs)
         if key not in self._known:
@@ -220,16 +222,20 @@ def _described(value: Any) -> Any:
     return type(value), value  # 1, 1.0 and True differ
 
 
-def _new_meta_tensors(result: Any, arguments: Sequence[Any]) -> list[tuple[Any, ...]] | None:
-    """Shape, strides and dtype of each tensor of a result; None unless all are new and on the meta device."""
+def _new_meta_tensors(result: Any, arguments: Sequence[Any]) -> list[tuple[Any, ...] | None] | None:
+    """Shape, strides and dtype of each tensor of a result, None for a gradient that was not asked for; None unless all
+    are new and on the meta device.
+    """
     results = [result] if isinstance(result, Tensor) else result
     if not isinstance(results, tuple | list) or not results:
         return None
     given = {tensor.untyped_storage() for tensor in arguments if isinstance(tensor, Tensor)}
     for tensor in results:
+        if tensor is None:
+            continue
         if not isinstance(tensor, Tensor) or not tensor.is_meta or tensor.untyped_storage() in given:
             return None
-    return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in results]
+    return [None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in results]
 
 
 def _attention_backward_flops(*args: Any, **kwargs: Any) -> int:
