@@ -153,13 +153,13 @@ def adapter_from_checkpoint(
 ) -> IPAdapter:
     """`load_adapter` for a checkpoint that is already open."""
     spec = with_shortcut(infer_spec(checkpoint), shortcut)  # has checked every shape
-    with without_weights():
-        adapter = IPAdapter(spec, operations=operations, metadata=checkpoint.metadata)
     state = {f"projector.{key}": tensor for key, tensor in checkpoint.image_proj.items()}
     for key, tensor in checkpoint.ip_adapter.items():
         state[f"lora.{key}" if "_lora." in key else f"layers.{key}"] = tensor
     if dtype is not None:
         state = {key: tensor.to(dtype) for key, tensor in state.items()}
+    with without_weights():
+        adapter = IPAdapter(spec, operations=operations, metadata=checkpoint.metadata)
     adapter.load_state_dict(state, assign=True)
     return adapter.requires_grad_(False).eval()
 

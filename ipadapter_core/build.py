@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import cast
 
 from torch import nn
@@ -54,8 +55,7 @@ def check_projector(spec: AdapterSpec, shapes: Mapping[str, tuple[int, ...]], or
 
     Raises AdapterError for a missing or unexpected tensor, or one of another shape.
     """
-    with without_weights():
-        expected = {name: tuple(tensor.shape) for name, tensor in build_projector(spec).state_dict().items()}
+    expected = _projector_shapes(spec)
     for name, shape in expected.items():
         if shapes.get(name) != shape:
             raise AdapterError(
@@ -68,3 +68,9 @@ def check_projector(spec: AdapterSpec, shapes: Mapping[str, tuple[int, ...]], or
             f"{origin}: {len(unexpected)} unexpected tensors, the first is {unexpected[0]}. This adapter is not "
             "supported."
         )
+
+
+@lru_cache(maxsize=16)
+def _projector_shapes(spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+    with without_weights():
+        return {name: tuple(tensor.shape) for name, tensor in build_projector(spec).state_dict().items()}

@@ -76,9 +76,11 @@ def test_a_damaged_tensor_is_an_adapter_error_or_no_harm(kind: str, damage: str)
     state, metadata = state_of(kind)
     refused = 0
     for key in state:
+        damaged = DAMAGES[damage](state, key)
+        if damaged.keys() == state.keys() and all(damaged[k] is state[k] for k in state):
+            continue  # such as a number in a key that has none: the file is whole, as in the tests below
         for says in (metadata, {}):
             try:
-                damaged = DAMAGES[damage](state, key)
                 adapter = ic.adapter_from_checkpoint(ic.checkpoint_from_state(damaged, metadata=says, path="a.bin"))
             except ic.AdapterError as error:
                 refused += 1

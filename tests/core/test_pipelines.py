@@ -5,6 +5,7 @@ own IP-Adapter.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -41,11 +42,11 @@ def vae() -> Any:
 
 
 @pytest.fixture
-def parts(new_unet: Any, vae: Any) -> dict[str, Any]:
+def parts(unets: dict[str, Any], vae: Any) -> dict[str, Any]:
     """The parts of a pipeline. Texts are passed as embeddings, so there is no text encoder."""
     from diffusers import DDIMScheduler
 
-    unet = new_unet("sd15").requires_grad_(False)
+    unet = deepcopy(unets["sd15"])
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
     nothing = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     return {"vae": vae, "unet": unet, "scheduler": scheduler, "requires_safety_checker": False, **nothing}
@@ -322,15 +323,16 @@ def test_what_no_one_tells_is_refused(parts: Any, new_adapter: Any) -> None:
 
 
 @pytest.mark.parametrize("positive", [(1,), (2, 1)])
-def test_stable_diffusion_xl(new_unet: Any, new_adapter: Any, vae: Any, positive: tuple[int, ...]) -> None:
+def test_stable_diffusion_xl(unets: dict[str, Any], new_adapter: Any, vae: Any, positive: tuple[int, ...]) -> None:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     more = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 4,
         "projection_class_embeddings_input_dim": 34,
+        "transformer_layers_per_block": (1, 1, 2),
     }
-    unet = again(new_unet("sdxl"), **more)
+    unet = again(unets["sdxl"], **more)
     nothing = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     pipeline = StableDiffusionXLPipeline(
         vae=vae, unet=unet, scheduler=EulerDiscreteScheduler(), add_watermarker=False, **nothing

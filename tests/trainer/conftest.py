@@ -41,6 +41,14 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_folders(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By family: models with a UNet of few layers."""
+    folder = tmp_path_factory.mktemp("models")
+    others = {family: write_model(folder / f"small-{family}", family, small=True) for family in ("sd2", "sdxl")}
+    return {"sd15": small_folder, **others}
+
+
+@pytest.fixture(scope="session")
 def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another context width, linear projections, v-prediction."""
     return write_model(tmp_path_factory.mktemp("models") / "tiny-sd2", "sd2")

@@ -128,11 +128,9 @@ SMALL = ("resolution=64", "batch_size=2", "steps=2", "num_workers=0", "log_with=
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_it_trains(file: Path, faces: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Two steps on a tiny base of its family, everything else as it stands in the file."""
-    base = request.getfixturevalue(
-        {"sd15": "model_folder", "sd2": "sd2_folder", "sdxl": "sdxl_folder"}[family_of(file)]
-    )
+def test_it_trains(file: Path, faces: Path, tmp_path: Path, small_folders: dict[str, Path]) -> None:
+    """Two steps on a small base of its family, everything else as it stands in the file."""
+    base = small_folders[family_of(file)]
     more = (f"output={tmp_path / 'run'}", *SMALL, "gradient_accumulation_steps=2")
     spec = infer_spec(read_checkpoint(train(load_config(TrainConfig, file, overrides(file, base, faces, *more)))))
     kind = TRAIN_KINDS[kind_of(file)]
@@ -140,13 +138,13 @@ def test_it_trains(file: Path, faces: Path, tmp_path: Path, request: pytest.Fixt
 
 
 def test_the_fine_tune_goes_on_from_its_file(
-    faces: Path, model_folder: Path, base_model: BaseModel, tmp_path: Path
+    faces: Path, small_folder: Path, small_model: BaseModel, tmp_path: Path
 ) -> None:
     torch.manual_seed(7)
-    start = new_adapter(base_model, TRAIN_KINDS["plus"])
+    start = new_adapter(small_model, TRAIN_KINDS["plus"])
     save_adapter(tmp_path / "start.safetensors", start)
     more = (f"output={tmp_path / 'run'}", *SMALL, "lr_warmup_steps=0", f"init_from={tmp_path / 'start.safetensors'}")
-    end = load_adapter(train(load_config(TrainConfig, FINETUNE, overrides(FINETUNE, model_folder, faces, *more))))
+    end = load_adapter(train(load_config(TrainConfig, FINETUNE, overrides(FINETUNE, small_folder, faces, *more))))
     moved = torch.cat([(a - b).flatten() for a, b in zip(end.parameters(), start.parameters(), strict=True)]).abs()
     assert 0 < moved.max() < 1e-3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from ipadapter_core import AdapterError, IPAdapter, export_state, load_adapter, read_checkpoint, spec_metadata
+from ipadapter_core import (
+    AdapterError,
+    AdapterSpec,
+    IPAdapter,
+    export_state,
+    load_adapter,
+    read_checkpoint,
+    spec_metadata,
+)
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.errors import ExportError
 from ipadapter_trainer.files.convert import convert
@@ -65,14 +74,20 @@ class Processor(nn.Module):
         raise NotImplementedError
 
 
+@cache
+def unet_of(spec: AdapterSpec) -> UNet2DConditionModel:
+    """A UNet that an adapter fits. The next `WholeModel` takes it over."""
+    config = unet_config(spec)
+    assert config is not None
+    return UNet2DConditionModel(**config)
+
+
 class WholeModel(nn.Module):
     """The module that the original's scripts hand to Accelerate: its three parts under their names."""
 
     def __init__(self, adapter: IPAdapter) -> None:
         super().__init__()
-        config = unet_config(adapter.spec)
-        assert config is not None
-        self.unet = UNet2DConditionModel(**config)
+        self.unet = unet_of(adapter.spec)
         names = list(self.unet.attn_processors)
         self.unet.set_attn_processor({name: Processor(adapter, id) for id, name in enumerate(names)})
         self.image_proj_model = adapter.projector

@@ -40,6 +40,12 @@ class ScalingAccelerator(Accelerator):
 
 
 @pytest.fixture
+def settings(settings: dict[str, Any], small_folder: Path) -> dict[str, Any]:
+    """What these tests look at does not depend on the UNet, so it is a small one."""
+    return {**settings, "base_model": str(small_folder)}
+
+
+@pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "Accelerator", ScalingAccelerator)
     monkeypatch.setattr(checks, "check_precision", lambda *_: None)

@@ -39,27 +39,39 @@ UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 48 + 6 * 8,
     },
 }
-# Of SD1.5 with two levels of one layer, so 4 cross-attention layers: for tests that take many steps.
-SMALL_UNET: dict[str, Any] = {
+# The same with two levels of one layer, so 4 cross-attention layers in SD1.5 and SD2 and 8 in SDXL: for tests that take
+# many steps.
+_SMALL: dict[str, Any] = {
     "block_out_channels": (32, 32),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "layers_per_block": 1,
-    "cross_attention_dim": 32,
-    "attention_head_dim": 2,
+}
+SMALL_UNETS: dict[str, dict[str, Any]] = {
+    "sd15": UNETS["sd15"] | _SMALL,
+    "sd2": UNETS["sd2"] | _SMALL | {"attention_head_dim": (2, 2)},
+    "sdxl": UNETS["sdxl"]
+    | {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (2, 4),
+    },
 }
 TEXT_WIDTHS = {"sd15": (32,), "sd2": (48,), "sdxl": (32, 48)}
 
 
 def write_model(folder: Path, family: str = "sd15", prediction_type: str | None = None, small: bool = False) -> Path:
     """A model of `family` and, inside, an image encoder. SD2 predicts v unless told otherwise, as SD2-768 does. `small`
-    is one of SD1.5 with `SMALL_UNET`.
+    is one with a UNet of `SMALL_UNETS`.
     """
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
-    unet = SMALL_UNET if small else UNETS[family]
+    unet = (SMALL_UNETS if small else UNETS)[family]
     UNet2DConditionModel(sample_size=8, norm_num_groups=8, **unet).save_pretrained(folder / "unet")
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
