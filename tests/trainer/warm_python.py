@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Importing them imports everything that the commands load.
@@ -114,9 +114,12 @@ def process_environment() -> dict[str, str]:
 
 
 class WarmPython:
-    """The process that is forked. It starts with the first command."""
+    """The process that is forked. It starts with the first command. `environment` is what it has in its environment
+    beyond `process_environment`.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self.environment = environment
         self._folder = folder  # for the output of the commands
         self._address = str(folder / "socket")
         self._server: subprocess.Popen[bytes] | None = None
@@ -131,7 +134,7 @@ class WarmPython:
             self._server = subprocess.Popen(
                 [sys.executable, "-c", SERVER, str(listener.fileno())],
                 stdin=subprocess.PIPE,
-                env=process_environment(),
+                env={**process_environment(), **self.environment},
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
             )
@@ -151,7 +154,7 @@ class WarmPython:
         self._start_server()
         request = {
             "arguments": ["-c", code, *map(str, arguments)],
-            "environment": process_environment(),
+            "environment": {**process_environment(), **self.environment},
             "folder": str(Path.cwd()),
         }
         name = self._folder / str(len(self._started))
