@@ -85,15 +85,16 @@ def verify_export(
     except AdapterError as error:
         raise VerificationError(f"The written file does not load: {error}") from error
     names = tuple(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    outputs = _outputs(adapter)
     rounding = _compare(
         file,
-        {"the original weights": _outputs(reference), "the file's": _outputs(adapter)},
+        {"the original weights": _outputs(reference), "the file's": outputs},
         tolerance=max(ROUNDING_TOLERANCE[dtype] for dtype in dtypes),
         advice=f"{' and '.join(names)} is too coarse for these weights; write the file in float32.",
     )
     loaders, disagreement = ["ipadapter_core"], 0.0
     if with_diffusers:
-        found = verify_with_diffusers(file, adapter)
+        found = verify_with_diffusers(file, adapter, outputs)
         if isinstance(found, str):
             notes.append(f"{DIFFUSERS} cannot load it ({found}), so it was checked with ipadapter_core alone.")
         else:
@@ -106,9 +107,10 @@ def verify_export(
     return Verification(file, count, names, tuple(loaders), rounding, disagreement, tuple(notes))
 
 
-def verify_with_diffusers(file: Path, adapter: IPAdapter) -> float | str:
+def verify_with_diffusers(file: Path, adapter: IPAdapter, outputs: dict[str, Tensor] | None = None) -> float | str:
     """The largest difference between the outputs of `adapter`, as ipadapter_core read it from the file, and of the
-    file loaded by diffusers; or why diffusers' loader does not support such an adapter.
+    file loaded by diffusers; or why diffusers' loader does not support such an adapter. `outputs` are those of
+    `adapter`, where they are known.
 
     Raises VerificationError when that loader fails, its import included, or when the outputs differ.
     """
@@ -130,7 +132,7 @@ def verify_with_diffusers(file: Path, adapter: IPAdapter) -> float | str:
             raise VerificationError(f"{file}: {DIFFUSERS} reads another LoRA tensor than ip_adapter.{name}, or none.")
     return _compare(
         file,
-        {"ipadapter_core": _outputs(adapter), DIFFUSERS: _outputs(loaded)},
+        {"ipadapter_core": outputs or _outputs(adapter), DIFFUSERS: _outputs(loaded)},
         tolerance=LOADER_TOLERANCE,
         advice="Its users would get other images; do not publish it, and report this with the output of `inspect`.",
     )
@@ -152,8 +154,10 @@ def random_features(spec: AdapterSpec, rows: int = 2, length: int = 9) -> tuple[
 def _outputs(adapter: IPAdapter | DiffusersAdapter) -> dict[str, Tensor]:
     """The tokens of random features, and their keys and values by layer, in float32."""
     if isinstance(adapter, IPAdapter):
-        adapter = cast_adapter(adapter, torch.float32)
-        if adapter.spec.kind == "faceid-plus" and adapter.spec.shortcut is None:
+        unknown_version = adapter.spec.kind == "faceid-plus" and adapter.spec.shortcut is None
+        if unknown_version or any(p.dtype != torch.float32 or p.device.type != "cpu" for p in adapter.parameters()):
+            adapter = cast_adapter(adapter, torch.float32)
+        if unknown_version:
             projector: Any = adapter.projector
             projector.shortcut = False  # a file of unknown version is compared as v1
     tokens = adapter.encode(*random_features(adapter.spec))
