@@ -91,7 +91,9 @@ def load_images(file: Path, split: str) -> EmojiImages:
         rows = [row for row in every if row["split"] == split]
         if not rows:
             raise ValueError(f"{file}: no images in split {split!r} ({len(every)} in all). Build the zip again.")
-        images = [np.asarray(Image.open(io.BytesIO(archive.read(row["file_name"]))).convert("RGB")) for row in rows]
+        files = (io.BytesIO(archive.read(row["file_name"])) for row in rows)
+        # Named, for Pillow would try a number of other formats before WebP.
+        images = [np.asarray(Image.open(file, formats=("WEBP", "PNG")).convert("RGB")) for file in files]
     return EmojiImages(
         images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
         captions=tuple(row["text"] for row in rows),

@@ -10,13 +10,27 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ipadapter_core.assets import emoji_folder
 from ipadapter_trainer.cli import app
+from ipadapter_trainer.demo.emoji import EmojiImages, load_images
 
 from ..training_fixtures import fresh_accelerator, one_thread  # noqa: F401 -- used by every test
 
 # Defaults that take a CPU minutes, in few steps.
 TRAIN = ("steps=2", "num_workers=0", "sample_steps=2")
 FEW_STEPS = {"train": TRAIN, "cache": TRAIN, "generate": ("num_inference_steps=4",)}
+
+
+@pytest.fixture(scope="session")
+def train_images() -> EmojiImages:
+    """The bundled images to train on: decoding them takes a second."""
+    return load_images(emoji_folder() / "pictures.zip", "train")
+
+
+@pytest.fixture(scope="session")
+def held_out() -> EmojiImages:
+    """The bundled images that no training saw."""
+    return load_images(emoji_folder() / "pictures.zip", "held_out")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ipadapter_core.assets import MODEL, emoji_folder
-from ipadapter_trainer.demo.emoji import load_images
+from ipadapter_trainer.demo.emoji import EmojiImages
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,14 +24,13 @@ FOLDER = emoji_folder()
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
+def models(tmp_path: Path, held_out: EmojiImages) -> Path:
     """The folder layout that the README assumes, filled with the emoji model."""
     adapters = tmp_path / "models" / "IP-Adapter" / "models"
     shutil.copytree(FOLDER / MODEL, tmp_path / "models" / "stable-diffusion-v1-5")
     shutil.copytree(FOLDER / MODEL / "image_encoder", adapters / "image_encoder")
     shutil.copy(FOLDER / "adapter.safetensors", adapters / "ip-adapter_sd15.safetensors")
     (tmp_path / "models" / "stable-diffusion-v1-5" / "tokenizer" / "special_tokens_map.json").write_text("{}")
-    held_out = load_images(FOLDER / "pictures.zip", "held_out")
     Image.fromarray(held_out.images[0].permute(1, 2, 0).numpy()).save(tmp_path / "cat.jpg")
     shutil.copy(tmp_path / "cat.jpg", tmp_path / "dog.jpg")
     return tmp_path

@@ -12,8 +12,9 @@ from PIL import Image
 
 from ipadapter_core import diffusers_sites, load_adapter
 from ipadapter_core.assets import MODEL, emoji_folder
+from ipadapter_trainer.demo import run as demo_run
 from ipadapter_trainer.demo.batches import draw_batch, encode_emoji
-from ipadapter_trainer.demo.emoji import STYLE_NAMES, load_images, to_pixels
+from ipadapter_trainer.demo.emoji import STYLE_NAMES, EmojiImages, to_pixels
 from ipadapter_trainer.demo.quality import Judges, choose_references, judge_the_judges, load_judges
 from ipadapter_trainer.demo.run import COLUMNS, ROWS, demo, train_demo_adapter
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
@@ -46,11 +47,10 @@ def test_the_model_is_small_and_has_the_sd15_layout(base_model: BaseModel) -> No
     assert base_model.latent_scale == 8
 
 
-def test_diffusers_loads_the_model_and_the_adapter_and_draws() -> None:
+def test_diffusers_loads_the_model_and_the_adapter_and_draws(held_out: EmojiImages) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(FOLDER / MODEL, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_ip_adapter(str(FOLDER), subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
-    held_out = load_images(FOLDER / "pictures.zip", "held_out")
     prompt = Image.fromarray(held_out.images[0].permute(1, 2, 0).numpy())
     generator = torch.Generator().manual_seed(0)
     image = pipeline(
@@ -61,8 +61,7 @@ def test_diffusers_loads_the_model_and_the_adapter_and_draws() -> None:
 
 
 @torch.no_grad()
-def test_the_autoencoder_gives_images_back(base_model: BaseModel) -> None:
-    held_out = load_images(FOLDER / "pictures.zip", "held_out")
+def test_the_autoencoder_gives_images_back(base_model: BaseModel, held_out: EmojiImages) -> None:
     pixels = to_pixels(held_out.images[::20])
     latents = encode_pixels(base_model, pixels)
     assert latents.shape[1:] == (4, 8, 8)
@@ -77,24 +76,21 @@ def test_the_bundled_adapter_is_of_the_base_kind() -> None:
     assert adapter.metadata["ipadapter.base_model"] == MODEL
 
 
-def test_the_judges_know_real_images(judges: Judges) -> None:
-    held_out, train = (load_images(FOLDER / "pictures.zip", split) for split in ("held_out", "train"))
+def test_the_judges_know_real_images(judges: Judges, held_out: EmojiImages, train_images: EmojiImages) -> None:
     published = json.loads((FOLDER / "quality.json").read_text(encoding="utf-8"))["judges"]
-    measured = judge_the_judges(judges, held_out, train)
+    measured = judge_the_judges(judges, held_out, train_images)
     assert measured == pytest.approx(published, abs=0.005)
 
 
-def test_references_are_distinct_held_out_concepts_and_fixed() -> None:
-    held_out = load_images(FOLDER / "pictures.zip", "held_out")
+def test_references_are_distinct_held_out_concepts_and_fixed(held_out: EmojiImages) -> None:
     rows = choose_references(held_out)
     assert rows == choose_references(held_out)
     assert rows != choose_references(held_out, seed=1)
     assert len({held_out.concepts[row] for row in rows}) == 64
 
 
-def test_batches_pair_a_image_with_itself_or_with_its_style(base_model: BaseModel) -> None:
-    some = load_images(FOLDER / "pictures.zip", "train").subset(range(0, 40))
-    features = encode_emoji(base_model, some, views=1)
+def test_batches_pair_a_image_with_itself_or_with_its_style(base_model: BaseModel, train_images: EmojiImages) -> None:
+    features = encode_emoji(base_model, train_images.subset(range(0, 40)), views=1)
     drawn = draw_batch(features, 512, torch.Generator().manual_seed(0))
     batch, drop_image = drawn.features, drawn.drop_image_embeds
     assert drawn.noise.shape == batch.latents.shape
@@ -113,16 +109,18 @@ def test_batches_pair_a_image_with_itself_or_with_its_style(base_model: BaseMode
     assert len(STYLE_NAMES) == len(features.rows_of_style)
 
 
-def test_demo_training_lowers_the_loss_and_ends_in_time(base_model: BaseModel) -> None:
+def test_demo_training_lowers_the_loss_and_ends_in_time(base_model: BaseModel, train_images: EmojiImages) -> None:
     before = list(base_model.unet.attn_processors.values())
-    some = load_images(FOLDER / "pictures.zip", "train").subset(range(0, 64))
-    trained = train_demo_adapter(base_model, some, minutes=0.1, seed=0)
+    trained = train_demo_adapter(base_model, train_images.subset(range(0, 32)), minutes=0.04, seed=0)
     assert trained.steps >= 1
     assert trained.images == 32 * trained.steps
     assert list(base_model.unet.attn_processors.values()) == before
 
 
-def test_demo_with_the_bundled_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_with_the_bundled_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_run, "STEPS", 2)
     demo(tmp_path / "demo.png", adapter="bundled", minutes=2.0, seed=0)
     printed = capsys.readouterr().out
     assert "with adapter" in printed
@@ -132,9 +130,9 @@ def test_demo_with_the_bundled_adapter(tmp_path: Path, capsys: pytest.CaptureFix
         assert image.size == ((len(COLUMNS) + 1) * side + 8, 28 + ROWS * side)
 
 
-def test_unpacked_weights_are_the_shipped_ones_and_train_on(tmp_path: Path) -> None:
+def test_unpacked_weights_are_the_shipped_ones_and_train_on(tmp_path: Path, train_images: EmojiImages) -> None:
     unpack(FOLDER, tmp_path)
-    some = load_images(FOLDER / "pictures.zip", "train").subset(range(0, 64))
+    some = train_images.subset(range(0, 16))
     shipped = load_base_model(FOLDER / MODEL)
     unet, vae, (clip, tokenizer) = load_unet(tmp_path), load_vae(tmp_path, some), load_clip(tmp_path)
     for ours, theirs in zip(unet.parameters(), shipped.unet.parameters(), strict=True):

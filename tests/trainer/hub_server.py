@@ -19,14 +19,15 @@ class HubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, repositories: Mapping[str, Path], refused: Mapping[str, tuple[int, str]]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, url: str, repositories: Mapping[str, Path], refused: Mapping[str, tuple[int, str]]) -> None:
+        super().__init__(("127.0.0.1", urlsplit(url).port or 0), _Handler)
         self.repositories, self.refused = repositories, refused
         self.requests: list[str] = []
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+    def stop(self) -> None:
+        """From here on nobody reaches it."""
+        self.shutdown()
+        self.server_close()
 
     @property
     def downloaded(self) -> set[str]:
@@ -36,15 +37,15 @@ class HubServer(ThreadingHTTPServer):
 
 @contextmanager
 def serve_hub(
-    repositories: Mapping[str, Path], refused: Mapping[str, tuple[int, str]] | None = None
+    url: str, repositories: Mapping[str, Path], refused: Mapping[str, tuple[int, str]] | None = None
 ) -> Iterator[HubServer]:
-    server = HubServer(repositories, refused or {})
+    """`url` is that of a port of this machine."""
+    server = HubServer(url, repositories, refused or {})
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server
     finally:
-        server.shutdown()
-        server.server_close()
+        server.stop()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from .warm_python import WarmPython
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "training"
 SMALL = {
     "resolution": 64,
@@ -37,6 +39,14 @@ for step, loss in enumerate(LOSSES):
 def _benchmarks_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS.parent))  # gpu.py
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def processes_are_forks(monkeypatch):
+    """Of this process, which has the libraries already; elsewhere of a server, which imports them first."""
+    import training_processes
+
+    monkeypatch.setattr(training_processes, "_method", "fork")
 
 
 @pytest.fixture
@@ -102,6 +112,7 @@ def test_the_original_runs_as_a_script_with_the_names_it_misses(tmp_path, capsys
         run_original(tmp_path, ["--resolution", "64"], Clock(2, 5))
 
 
+@pytest.mark.usefixtures("processes_are_forks")
 def test_sdxl_is_cached_measured_and_profiled(tmp_path, small, monkeypatch, capsys):
     """The command itself, at widths that are a matter of seconds."""
     import speed
@@ -314,7 +325,7 @@ def test_a_setting_replaces_the_common_one():
     assert "@contiguous" in arguments
 
 
-def test_every_try_still_changes_the_trainer():
+def test_every_try_still_changes_the_trainer(warm_python: WarmPython, monkeypatch: pytest.MonkeyPatch):
     """They replace parts of the trainer by name; in a process of their own."""
     code = (
         "from training_tries import TRIES; import torch\n"
@@ -325,8 +336,10 @@ def test_every_try_still_changes_the_trainer():
         "after = D._unet_precision, s.prepare_unet, torch.backends.cudnn.benchmark\n"
         "print(sum(a is not b for a, b in zip(before, after)))"
     )
-    child = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
-    assert child.stdout == "3\n"
+    monkeypatch.chdir(BENCHMARKS)
+    child = warm_python.start(code, [])
+    out, err = child.communicate()
+    assert (child.returncode, out) == (0, "3\n"), err
 
 
 def test_what_a_profile_says():
@@ -348,6 +361,7 @@ def test_what_a_profile_says():
     assert "the GPU is busy 88% of it" in text and "100.0%" in text and "33.3%" in text
 
 
+@pytest.mark.usefixtures("processes_are_forks")
 def test_a_process_is_ended_at_its_limit(tmp_path):
     import time
 
@@ -392,9 +406,10 @@ def test_gpu_py_refuses(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_the_check_of_gpu_py_runs_a_training(tmp_path, capsys):
+def test_the_check_of_gpu_py_runs_a_training(tmp_path, capsys, warm_python, monkeypatch):
     import gpu
 
+    monkeypatch.setattr(sys, "executable", str(warm_python.executable))
     long = ["--limit", "training-sdxl=600"]  # other tests may keep the CPU busy
     assert gpu.main(["--check", "--parts", "training-sdxl", "--out", str(tmp_path), *long]) == 0
     out = capsys.readouterr().out
@@ -413,6 +428,7 @@ def test_wrong_input(tmp_path, capsys):
     assert "--warmup must be at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("processes_are_forks")
 def test_a_failing_process_is_named(tmp_path):
     from training_runs import Contender, Setup, measure
 

@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -35,6 +34,7 @@ from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
 
 from .tiny_data import assert_same, write_shard
+from .warm_python import WarmPython, process_environment
 
 
 @pytest.fixture
@@ -323,23 +323,22 @@ def _write_slowly(config: TrainConfig) -> None:
     write_cache(config)
 
 
-def test_two_processes_write_what_one_does(settings: dict[str, Any], tmp_path: Path, small_shards: None) -> None:
+def test_two_processes_write_what_one_does(
+    settings: dict[str, Any], tmp_path: Path, small_shards: None, warm_python: WarmPython
+) -> None:
     script = tmp_path / "cache.py"
     script.write_text(
         "import ipadapter_trainer.cache.plan as p\np.SHARD_BYTES = 4000\nfrom ipadapter_trainer.cli import main\nmain()"
     )
     settings |= {"kind": "plus", "num_workers": 1}
+    python = str(warm_python.executable)
     # "--multi_gpu" is its launcher over torch.distributed; "--cpu" starts one process, whatever their number.
     launched = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        [python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
         + ["--main_process_port", "0", script, "cache"]
         + keys(settings, cache=tmp_path / "two"),
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-        },
+        # PYTHON_EXEC is the Python of the workers.
+        env={**process_environment(), "ACCELERATE_USE_CPU": "true", "PYTHON_EXEC": python},
         capture_output=True,
         text=True,
         check=False,

@@ -70,13 +70,13 @@ def test_fused_attention_is_counted_as_its_products(learns: str) -> None:
 
 @pytest.mark.parametrize("kind", ["base", "faceid"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_real_step_takes_what_was_counted(model_folder: Path, kind: str, checkpointing: bool) -> None:
+def test_a_real_step_takes_what_was_counted(small_folder: Path, kind: str, checkpointing: bool) -> None:
     """The meter around a step of the training's own code, on the CPU with weights."""
     config = settings_of(
-        model_folder, kind=kind, resolution=64, batch_size=4, gradient_checkpointing=checkpointing, cache="unused",
+        small_folder, kind=kind, resolution=64, batch_size=4, gradient_checkpointing=checkpointing, cache="unused",
         sample_images=0,
     )  # fmt: skip
-    base_model = load_base_model(model_folder)
+    base_model = load_base_model(small_folder)
     counted = step_cost(base_model, adapter_spec(base_model, TRAIN_KINDS[kind]), config)
     adapter = new_adapter(base_model, TRAIN_KINDS[kind])
     prepare_unet(base_model, fp8=False, gradient_checkpointing=checkpointing, compiled=False)

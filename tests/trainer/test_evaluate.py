@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from ipadapter_trainer.settings.config_file import validate
 from ipadapter_trainer.settings.eval_config import EvalConfig
 
 from .tiny_models import adapter_of
-from .warm_python import WarmPython
+from .warm_python import WarmPython, process_environment
 
 
 @pytest.fixture
@@ -278,10 +279,18 @@ def test_ctrl_c_keeps_what_is_measured(times: int, settings: EvalConfig, run_ipa
 def test_two_processes_share_the_work(settings: EvalConfig, tmp_path: Path, warm_python: WarmPython) -> None:
     run(settings)
     settings = changed(settings, output=tmp_path / "two")
-    processes = warm_python.launch(2, "from ipadapter_trainer.cli import main; main()", arguments_of(settings))
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert sum(out.count("From the paper") for out, _ in said) == 1
+    python = str(warm_python.executable)
+    launched = subprocess.run(
+        [python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        + ["--main_process_port", "0", "-m", "ipadapter_trainer.cli", *arguments_of(settings)],
+        # PYTHON_EXEC is the Python of the workers.
+        env={**process_environment(), "ACCELERATE_USE_CPU": "true", "PYTHON_EXEC": python},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert launched.stdout.count("From the paper") == 1
     files = sorted(settings.output.glob("scores*.jsonl"))
     assert [file.name for file in files] == ["scores-1.jsonl", "scores.jsonl"]
     one, two = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from ipadapter_trainer.settings.config_file import load_config
 from ipadapter_trainer.settings.shipped import config_folder, config_names
 
 from .hub_server import HubServer, serve_hub
+from .warm_python import WarmPython, process_environment
 
 
 class Result(NamedTuple):
@@ -39,7 +39,7 @@ ADVICE = "Run `ipadapter models stable-diffusion-v1-5 clip-vit-h --download` (6.
 
 
 @pytest.fixture
-def hub(small_folder: Path, clip_folder: Path, tmp_path: Path) -> Iterator[HubServer]:
+def hub(small_folder: Path, clip_folder: Path, tmp_path: Path, warm_python: WarmPython) -> Iterator[HubServer]:
     """Tiny models under the published names, among files that nobody needs."""
     base = shutil.copytree(small_folder, tmp_path / "hub" / "base")
     shutil.rmtree(base / "image_encoder")
@@ -61,7 +61,7 @@ def hub(small_folder: Path, clip_folder: Path, tmp_path: Path) -> Iterator[HubSe
     save_file({}, adapter / "models" / "ip-adapter_sd15.safetensors")
     refused = {"some/gated": (403, "GatedRepo")}
     repositories = {SD15: base, "h94/IP-Adapter": adapter, "openai/clip-vit-large-patch14": clip_folder}
-    with serve_hub(repositories, refused) as server:
+    with serve_hub(warm_python.environment["HF_ENDPOINT"], repositories, refused) as server:
         yield server
 
 
@@ -75,24 +75,27 @@ print(json.dumps([(result.exit_code, result.stdout, result.stderr) for result in
 
 
 @pytest.fixture
-def run(hub: HubServer, tmp_path: Path) -> Run:
+def run(hub: HubServer, tmp_path: Path, warm_python: WarmPython, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Commands in an empty folder, with that Hub and an empty cache, in a process that is told so when it starts."""
     folder = tmp_path / "here"
     folder.mkdir()
+    monkeypatch.chdir(folder)
+    shutil.rmtree(warm_python.environment["HF_HOME"], ignore_errors=True)
 
-    def commands(*lines: list[str | Path] | str, **environment: str) -> list[Result]:
-        words = [line.split() if isinstance(line, str) else list(map(str, line)) for line in lines]
-        hidden = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", **environment}
-        done = subprocess.run(
-            [sys.executable, "-c", COMMANDS, json.dumps(words)],
-            cwd=folder,
-            env={**os.environ, **hidden},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return [Result(*result) for result in json.loads(done.stdout.splitlines()[-1])]
+    def commands(*lines: list[str | Path] | str, offline: bool = False) -> list[Result]:
+        words = json.dumps([line.split() if isinstance(line, str) else list(map(str, line)) for line in lines])
+        if offline:  # this, too, is read when a process imports the libraries
+            environment = {**process_environment(), **warm_python.environment, "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(
+                [sys.executable, "-c", COMMANDS, words], env=environment, capture_output=True, text=True, check=False
+            )
+            status, out, err = done.returncode, done.stdout, done.stderr
+        else:
+            process = warm_python.start(COMMANDS, [words])
+            out, err = process.communicate()
+            status = process.returncode
+        assert status == 0, err
+        return [Result(*result) for result in json.loads(out.splitlines()[-1])]
 
     return commands
 
@@ -132,7 +135,7 @@ def test_hub_ids_train_and_then_need_no_network(run: Run, hub: HubServer, images
     for result in run(
         ["cache", *models, "cache=cached"],
         ["generate", *named, f"image={images / 'red.png'}", "output=o.png"],
-        HF_HUB_OFFLINE="1",
+        offline=True,
     ):
         assert result.code == 0, result.err
     assert len(hub.requests) == reads
@@ -157,10 +160,11 @@ def test_a_model_that_is_nowhere_is_a_sentence(run: Run) -> None:
         assert result.err.startswith(f"ipadapter: {message}")
 
 
-def test_without_network_there_is_a_sentence(run: Run) -> None:
+def test_without_network_there_is_a_sentence(run: Run, hub: HubServer) -> None:
     lines = (["train", f"base_model={SD15}", "data=x", *SMALL], "models clip-vit-h --download")
     starts = (f"{SD15}: no such folder, and", "models/IP-Adapter/models/image_encoder: not downloaded;")
-    for result, start in zip(run(*lines, HF_ENDPOINT="http://127.0.0.1:1"), starts, strict=True):
+    hub.stop()
+    for result, start in zip(run(*lines), starts, strict=True):
         assert (result.code, len(result.err.splitlines())) == (2, 1)
         assert result.err.startswith(f"ipadapter: {start} the Hugging Face Hub cannot be reached (")
 

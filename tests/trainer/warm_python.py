@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -29,41 +30,81 @@ import ipadapter_trainer.evaluation.generate_images
 import ipadapter_trainer.files.diffusers_loader
 import ipadapter_trainer.training.train
 """
-# For each line of its input: a fork that forks the command, prints its process id, and writes its exit status.
+# Each connection asks for one command and brings the command's standard streams: the server forks a keeper, which forks
+# the command, answers with its process id and, in the end, with its exit status. Who closes the connection ends it.
 SERVER = f"""
-import gc, json, os, sys
+import contextlib, gc, json, os, runpy, select, signal, socket, sys
 {IMPORTS}
 gc.freeze()  # a fork would copy these objects only to look for garbage
-keepers = []
-for line in sys.stdin:
-    request = json.loads(line)
-    keepers.append(os.fork())
-    if keepers[-1]:
-        continue
-    command = os.fork()
-    if command == 0:
+listener = socket.socket(fileno=int(sys.argv[1]))
+while select.select([listener, sys.stdin], [], [])[0] == [listener]:
+    connection, _ = listener.accept()
+    if os.fork() == 0:
         break
-    os.write(1, f"{{command}}\\n".encode())
-    status = os.waitstatus_to_exitcode(os.waitpid(command, 0)[1])
-    with open(request["status"] + ".new", "w") as stream:
-        stream.write(str(status))
-    os.rename(request["status"] + ".new", request["status"])
-    os._exit(0)
+    connection.close()
 else:
-    for keeper in keepers:
-        os.waitpid(keeper, 0)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
     sys.exit()
 
+listener.close()
+message, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
+while not message.endswith(b"\\n"):
+    message += connection.recv(1 << 16)
+command = os.fork()
+if command:
+    for stream in streams:
+        os.close(stream)
+    connection.sendall(f"{{command}}\\n".encode())
+    while not (ended := os.waitpid(command, os.WNOHANG))[0]:
+        if select.select([connection], [], [], 0.02)[0]:
+            with contextlib.suppress(ProcessLookupError):  # before its setsid
+                os.killpg(command, signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        connection.sendall(f"{{os.waitstatus_to_exitcode(ended[1])}}\\n".encode())
+    os._exit(0)
+
 os.setsid()
+connection.close()
+for number, stream in enumerate(streams):
+    os.dup2(stream, number)
+    os.close(stream)
+request = json.loads(message)
 os.chdir(request["folder"])
 os.environ.clear()
 os.environ.update(request["environment"])
-for number, file in enumerate((os.devnull, request["stdout"], request["stderr"])):
-    opened = os.open(file, os.O_RDWR)
-    os.dup2(opened, number)
-    os.close(opened)
-sys.argv = ["-c", *request["arguments"]]
-exec(compile(request["code"], "<command>", "exec"), {{"__name__": "__main__"}})
+arguments = request["arguments"]
+if arguments[0] == "-u":
+    sys.stdout.reconfigure(write_through=True)
+    del arguments[0]
+if arguments[0] == "-c":
+    sys.argv = ["-c", *arguments[2:]]
+    exec(compile(arguments[1], "<command>", "exec"), {{"__name__": "__main__"}})
+elif arguments[0] == "-m":
+    sys.argv = arguments[1:]
+    runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+else:
+    sys.argv = arguments
+    sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
+    runpy.run_path(arguments[0], run_name="__main__")
+"""
+# What `python` is to those who start processes themselves. It hands everything on to a fork, signals as well.
+EXECUTABLE = """#!{python} -IS
+import json, os, signal, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect({address!r})
+request = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}}
+socket.send_fds(connection, [json.dumps(request).encode() + b"\\n"], [0, 1, 2])
+answers = connection.makefile()
+command = int(answers.readline())
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: os.kill(command, number))
+status = int(answers.readline())
+if status < 0:
+    signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+sys.exit(status)
 """
 
 
@@ -73,58 +114,64 @@ def process_environment() -> dict[str, str]:
 
 
 class WarmPython:
-    """The process that is forked. It starts with the first command."""
+    """The process that is forked. It starts with the first command. `environment` is what it has in its environment
+    beyond `process_environment`.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self.environment = environment
         self._folder = folder  # for the output of the commands
-        self._server: subprocess.Popen[str] | None = None
+        self._address = str(folder / "socket")
+        self._server: subprocess.Popen[bytes] | None = None
         self._started: list[WarmProcess] = []
 
-    def start(
-        self, code: str, arguments: Sequence[str | Path], environment: Mapping[str, str] | None = None
-    ) -> WarmProcess:
-        """`python -c code arguments`, in a process group of its own, with these variables besides those of pytest."""
-        if self._server is None:
+    def _start_server(self) -> None:
+        if self._server is not None:
+            return
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self._address)
+            listener.listen()
             self._server = subprocess.Popen(
-                [sys.executable, "-c", SERVER],
+                [sys.executable, "-c", SERVER, str(listener.fileno())],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=process_environment(),
+                env={**process_environment(), **self.environment},
+                pass_fds=[listener.fileno()],
                 start_new_session=True,
             )
-        assert self._server.stdin is not None and self._server.stdout is not None
-        name = self._folder / str(len(self._started))
-        files = {of: name.with_suffix(f".{of}") for of in ("stdout", "stderr", "status")}
-        for of in ("stdout", "stderr"):
-            files[of].touch()
-        request = {
-            "code": code,
-            "arguments": [str(argument) for argument in arguments],
-            "environment": {**process_environment(), **(environment or {})},
-            "folder": str(Path.cwd()),
-            **{of: str(file) for of, file in files.items()},
-        }
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        process = WarmProcess(int(self._server.stdout.readline()), **files)
-        self._started.append(process)
-        return process
 
-    def launch(self, processes: int, code: str, arguments: Sequence[str | Path]) -> list[WarmProcess]:
-        """Processes on the CPU that find each other by the variables that torchrun and `accelerate launch` set."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        world |= {"LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
-        ranks = map(str, range(processes))
-        return [self.start(code, arguments, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in ranks]
+    @property
+    def executable(self) -> Path:
+        """A file to start in place of `sys.executable`: python -c CODE, -m MODULE or a script, with -u or without."""
+        self._start_server()
+        file = self._folder / "python"
+        if not file.exists():
+            file.write_text(EXECUTABLE.format(python=sys.executable, address=self._address))
+            file.chmod(0o755)
+        return file
+
+    def start(self, code: str, arguments: Sequence[str | Path]) -> WarmProcess:
+        """`python -c code arguments`, in a process group of its own."""
+        self._start_server()
+        request = {
+            "arguments": ["-c", code, *map(str, arguments)],
+            "environment": {**process_environment(), **self.environment},
+            "folder": str(Path.cwd()),
+        }
+        name = self._folder / str(len(self._started))
+        files = [name.with_suffix(f".{of}") for of in ("stdout", "stderr")]
+        with Path(os.devnull).open() as nothing, files[0].open("w") as stdout, files[1].open("w") as stderr:
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(self._address)
+            streams = [stream.fileno() for stream in (nothing, stdout, stderr)]
+            socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], streams)
+        self._started.append(WarmProcess(connection, *files))
+        return self._started[-1]
 
     def close(self) -> None:
         """End what still runs."""
         for process in self._started:
             process.kill()
+            process.communicate()
         if self._server is not None:
             self._server.communicate()
 
@@ -132,15 +179,18 @@ class WarmPython:
 class WarmProcess:
     """A fork, used as a `subprocess.Popen` whose output is text."""
 
-    def __init__(self, pid: int, stdout: Path, stderr: Path, status: Path) -> None:
-        self.pid = pid
+    def __init__(self, connection: socket.socket, stdout: Path, stderr: Path) -> None:
+        self._connection, self._answers = connection, connection.makefile()
+        self._stdout, self._stderr = stdout, stderr
+        self.pid = int(self._answers.readline())
         self.returncode: int | None = None
-        self._stdout, self._stderr, self._status = stdout, stderr, status
 
     def poll(self) -> int | None:
         """The exit status; None while the process runs. That of a signal is negative."""
-        if self.returncode is None and self._status.exists():
-            self.returncode = int(self._status.read_text())
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.returncode = int(self._answers.readline())
+            self._answers.close()
+            self._connection.close()
         return self.returncode
 
     def said(self) -> tuple[str, str]:
