@@ -47,6 +47,13 @@ def test_the_model_is_small_and_has_the_sd15_layout(base_model: BaseModel) -> No
     assert base_model.latent_scale == 8
 
 
+def test_the_parts_have_names_that_old_and_new_transformers_know() -> None:
+    index = json.loads((FOLDER / MODEL / "model_index.json").read_text(encoding="utf-8"))
+    assert index["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
+    libraries = {part[0] for part in index.values() if isinstance(part, list)}
+    assert libraries == {"diffusers", "transformers", None}
+
+
 def test_diffusers_loads_the_model_and_the_adapter_and_draws(held_out: EmojiImages) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(FOLDER / MODEL, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
+
+from ipadapter_core.assets import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -82,6 +85,7 @@ def test_every_part_trains_and_the_result_is_measured(
     parts = ["vae", "clip", "concepts", "styles", "unet", "export", "plus", "base", "decoder", "vision", "export"]
     monkeypatch.setattr(sys, "argv", ["train", *parts, *where, "--steps", "1", "--batch-size", "2", "--views", "1"])
     train.main()
+    assert StableDiffusionPipeline.from_pretrained(model / MODEL).unet.config["sample_size"] > 0
     monkeypatch.setattr(quality, "STEPS", 2)
     output, sheet = tmp_path / "quality.json", tmp_path / "sheet.png"
     files = ["--folder", str(model), "--images", str(images), "--output", str(output), "--sheet", str(sheet)]
