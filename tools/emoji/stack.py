@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
@@ -20,7 +19,7 @@ from ipadapter_trainer.models.image_processor import CLIPImageProcessor
 
 from ..shipped_emoji.clip import MAX_TOKENS
 from ..shipped_emoji.loop import load_ema, on_training_device
-from ..shipped_emoji.stack import only_vision
+from ..shipped_emoji.stack import edit_json, only_vision, prefix_keys
 from ..shipped_emoji.unet import new_scheduler
 from ..shipped_emoji.vae import fold_scaling, only_decoder
 from .clip import new_clip
@@ -85,26 +84,13 @@ def export(work: Path, images: EmojiImages, folder: Path) -> None:
     pipeline: Any = cast("Any", StableDiffusionPipeline)(**parts)
     pipeline.to(dtype=torch.float16).save_pretrained(folder / MODEL)
     # The name that every version of transformers has, not that of our subclass.
-    _edit_json(folder / MODEL / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
-    _prefix_keys(folder / MODEL / "text_encoder" / "model.safetensors", "text_model.")
+    edit_json(folder / MODEL / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
+    prefix_keys(folder / MODEL / "text_encoder" / "model.safetensors", "text_model.")
     for name in ("vocab.json", "merges.txt"):  # for readers that know no tokenizer.json
         shutil.copy(work / "tokenizer" / name, folder / MODEL / "tokenizer" / name)
     # The tokenizer remembers the folder it was read from; nobody else has that folder.
-    _edit_json(folder / MODEL / "tokenizer" / "tokenizer_config.json", name_or_path=None)
+    edit_json(folder / MODEL / "tokenizer" / "tokenizer_config.json", name_or_path=None)
     save_judges(work, clip, folder / "judges.safetensors")
-
-
-def _edit_json(file: Path, **values: object) -> None:
-    """Change some of the file's values; None removes one."""
-    settings = json.loads(file.read_text(encoding="utf-8")) | values
-    settings = {key: value for key, value in settings.items() if value is not None}
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _prefix_keys(file: Path, prefix: str) -> None:
-    """Give every tensor the name that SD1.5's files have; newer transformers write shorter ones, and read both."""
-    state = {key if key.startswith(prefix) else prefix + key: value for key, value in load_file(file).items()}
-    save_file(state, file, metadata={"format": "pt"})
 
 
 def unpack(folder: Path, work: Path) -> None:

@@ -88,23 +88,25 @@ def export(work: Path, images: EmojiImages, folder: Path) -> None:
     pipeline: Any = cast("Any", StableDiffusionPipeline)(**parts)
     pipeline.to(dtype=torch.float16).save_pretrained(folder / MODEL)
     # The name that every version of transformers has, not that of our subclass.
-    _edit_json(folder / MODEL / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
-    _prefix_keys(folder / MODEL / "text_encoder" / "model.safetensors", "text_model.")
+    edit_json(folder / MODEL / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
+    prefix_keys(folder / MODEL / "text_encoder" / "model.safetensors", "text_model.")
     for name in ("vocab.json", "merges.txt"):  # for readers that know no tokenizer.json
         shutil.copy(work / "tokenizer" / name, folder / MODEL / "tokenizer" / name)
     # The tokenizer remembers the folder it was read from; nobody else has that folder.
-    _edit_json(folder / MODEL / "tokenizer" / "tokenizer_config.json", name_or_path=None)
+    edit_json(folder / MODEL / "tokenizer" / "tokenizer_config.json", name_or_path=None)
     save_judges(work, clip, folder / "judges.safetensors")
 
 
-def _edit_json(file: Path, **values: object) -> None:
-    """Change some of the file's values; None removes one."""
+def edit_json(file: Path, **values: object) -> None:
+    """Change these values of the file; those that are None are removed."""
     settings = json.loads(file.read_text(encoding="utf-8")) | values
-    settings = {key: value for key, value in settings.items() if value is not None}
+    for name, value in values.items():
+        if value is None:
+            del settings[name]
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _prefix_keys(file: Path, prefix: str) -> None:
+def prefix_keys(file: Path, prefix: str) -> None:
     """Give every tensor the name that SD1.5's files have; newer transformers write shorter ones, and read both."""
     state = {key if key.startswith(prefix) else prefix + key: value for key, value in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})
