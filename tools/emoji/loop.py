@@ -50,7 +50,7 @@ def fit(
         parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=on_gpu, capturable=on_gpu
     )
     ema = _new_ema(parameters)
-    begun = done = _resume(checkpoint, parameters, optimizer, ema)
+    begun = done = _resume(checkpoint, model, parameters, optimizer, ema)
     lr = torch.zeros((), device=device)  # a tensor, so that it can change in a CUDA graph
     if on_gpu:
         for group in optimizer.param_groups:
@@ -86,10 +86,10 @@ def fit(
         if done.step % 20 == 0:
             bar.set_postfix({name: f"{value.item():.4f}" for name, value in terms.items()}, refresh=False)
         if time.monotonic() - saved > save_every_s:
-            _save(checkpoint, parameters, optimizer, ema, done)
+            _save(checkpoint, model, parameters, optimizer, ema, done)
             saved = time.monotonic()
     bar.close()
-    _save(checkpoint, parameters, optimizer, ema, done)
+    _save(checkpoint, model, parameters, optimizer, ema, done)
     print(_speed(checkpoint.stem, device, done, begun, time.monotonic() - start), flush=True)
     ema.copy_to(parameters)
     place = {"device": "cpu", "memory_format": torch.contiguous_format}
@@ -136,7 +136,7 @@ def _speed(name: str, device: torch.device, done: Progress, begun: Progress, sec
 def start_from(model: nn.Module, checkpoint: Path) -> None:
     """Write a checkpoint of step 0 that holds the model's weights, for ``fit`` to go on from."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    _save(checkpoint, parameters, torch.optim.AdamW(parameters), _new_ema(parameters), Progress())
+    _save(checkpoint, model, parameters, torch.optim.AdamW(parameters), _new_ema(parameters), Progress())
 
 
 def progress(checkpoint: Path) -> Progress:
@@ -156,8 +156,16 @@ def _new_ema(parameters: list[nn.Parameter]) -> EMAModel:
     return EMAModel(parameters, decay=0.9995, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True)
 
 
-def _save(file: Path, parameters: list[nn.Parameter], optimizer: Any, ema: EMAModel, done: Progress) -> None:
+def _save(
+    file: Path,
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    optimizer: Any,
+    ema: EMAModel,
+    done: Progress,
+) -> None:
     state = {
+        "buffers": dict(model.named_buffers()),
         "parameters": [p.detach() for p in parameters],
         "optimizer": optimizer.state_dict(),
         "ema": ema.state_dict(),
@@ -169,10 +177,11 @@ def _save(file: Path, parameters: list[nn.Parameter], optimizer: Any, ema: EMAMo
     partial.replace(file)  # a kill leaves the last good checkpoint
 
 
-def _resume(file: Path, parameters: list[nn.Parameter], optimizer: Any, ema: EMAModel) -> Progress:
+def _resume(file: Path, model: nn.Module, parameters: list[nn.Parameter], optimizer: Any, ema: EMAModel) -> Progress:
     if not file.is_file():
         return Progress()
     state = _load(file)
+    model.load_state_dict(state["buffers"], strict=False)
     for parameter, value in zip(parameters, state["parameters"], strict=True):
         parameter.data.copy_(value)
     if state["step"] > 0:  # else there is nothing in it, and the settings are those of this run

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ipadapter_core.assets import MODEL
@@ -19,15 +19,18 @@ from ipadapter_trainer.models.image_processor import CLIPImageProcessor
 
 from ..shipped_emoji.clip import MAX_TOKENS
 from ..shipped_emoji.loop import load_ema, on_training_device
-from ..shipped_emoji.stack import edit_json, only_vision, prefix_keys
+from ..shipped_emoji.stack import edit_json, prefix_keys
 from ..shipped_emoji.unet import new_scheduler
 from ..shipped_emoji.vae import fold_scaling, only_decoder
 from .clip import new_clip
-from .images import EmojiImages
-from .judges import ConceptClassifier, new_style_classifier
+from .concepts import CONCEPTS
+from .efficientnet import EfficientNet
+from .images import Drawings, EmojiImages
+from .judges import ConceptClassifier, compressed, last_layer, new_style_classifier, only_known
 from .loop import start_from
 from .unet import new_unet
 from .vae import new_vae
+from .vision import VisionTower
 
 CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"styles": new_style_classifier, "concepts": ConceptClassifier}
 
@@ -43,14 +46,26 @@ def load_vae(work: Path, images: EmojiImages, with_decoder: bool = True) -> Auto
     return vae.requires_grad_(False)
 
 
-def load_clip(work: Path, size: int, with_vision: bool = True) -> tuple[CLIPModel, CLIPTokenizer]:
-    """The trained CLIP and its tokenizer; with the vision tower that was trained on alone, when there is one."""
+def load_clip(work: Path, size: int) -> tuple[CLIPModel, CLIPTokenizer]:
+    """The trained CLIP, of whose towers the text's is shipped, and its tokenizer."""
     tokenizer = CLIPTokenizer.from_pretrained(str(work / "tokenizer"), model_max_length=MAX_TOKENS)
     clip = load_ema(new_clip(tokenizer, size), work / "clip.pt")
     assert isinstance(clip, CLIPModel)
-    if with_vision and (work / "vision.pt").is_file():
-        load_ema(only_vision(clip), work / "vision.pt")
     return clip.requires_grad_(False), tokenizer
+
+
+def load_teacher(work: Path, drawings: Drawings) -> EfficientNet:
+    """The trained teacher of the image encoder."""
+    teacher = load_ema(EfficientNet(len(drawings.labels)), work / "teacher.pt")
+    assert isinstance(teacher, EfficientNet)
+    return teacher
+
+
+def load_tower(work: Path, drawings: Drawings) -> VisionTower:
+    """The trained image encoder with its heads."""
+    tower = load_ema(VisionTower(drawings.images.shape[-1], len(drawings.labels)), work / "vision.pt")
+    assert isinstance(tower, VisionTower)
+    return tower.requires_grad_(False)
 
 
 def load_unet(work: Path, size: int) -> UNet2DConditionModel:
@@ -60,15 +75,12 @@ def load_unet(work: Path, size: int) -> UNet2DConditionModel:
     return unet.requires_grad_(False)
 
 
-def export(work: Path, images: EmojiImages, folder: Path) -> None:
+def export(work: Path, images: EmojiImages, drawings: Drawings, folder: Path) -> None:
     """Write ``folder``/emoji-model as diffusers loads it (fp16) and ``folder``/judges.safetensors beside it."""
     clip, tokenizer = load_clip(work, images.size)
     config: Any = clip.config
     text_encoder = CLIPTextModel(config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
-    image_encoder = CLIPVisionModelWithProjection(config.vision_config)
-    image_encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
-    image_encoder.visual_projection.load_state_dict(clip.visual_projection.state_dict())
     unet = load_unet(work, images.size)
     parts: dict[str, Any] = {
         "vae": load_vae(work, images).cpu(),
@@ -78,7 +90,7 @@ def export(work: Path, images: EmojiImages, folder: Path) -> None:
         "scheduler": new_scheduler(),
         "safety_checker": None,
         "feature_extractor": new_image_processor(images.size),
-        "image_encoder": image_encoder,
+        "image_encoder": load_tower(work, drawings).encoder,
         "requires_safety_checker": False,
     }
     pipeline: Any = cast("Any", StableDiffusionPipeline)(**parts)
@@ -90,36 +102,47 @@ def export(work: Path, images: EmojiImages, folder: Path) -> None:
         shutil.copy(work / "tokenizer" / name, folder / MODEL / "tokenizer" / name)
     # The tokenizer remembers the folder it was read from; nobody else has that folder.
     edit_json(folder / MODEL / "tokenizer" / "tokenizer_config.json", name_or_path=None)
-    save_judges(work, clip, folder / "judges.safetensors")
+    save_judges(work, drawings, clip, folder / "judges.safetensors")
 
 
-def unpack(folder: Path, work: Path) -> None:
-    """The reverse of ``export``: checkpoints of step 0 from the shipped weights, for anyone to train them further."""
+def unpack(folder: Path, drawings: Drawings, work: Path) -> None:
+    """The reverse of ``export``: checkpoints of step 0 from the shipped weights, for anyone to train them further.
+
+    What is not shipped starts at random: the teacher, the image encoder's heads, and what the judge of concepts knows
+    of other drawings.
+    """
     model = folder / MODEL
     judges = read_judges(folder / "judges.safetensors", CLASSIFIERS)
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
-    image_encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder")
-    clip = new_clip(tokenizer, int(cast("Any", image_encoder.config).image_size))
+    size = drawings.images.shape[-1]
+    clip = new_clip(tokenizer, size)
     clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
-    clip.vision_model.load_state_dict(image_encoder.vision_model.state_dict())
-    clip.visual_projection.load_state_dict(image_encoder.visual_projection.state_dict())
     clip.text_projection.load_state_dict({"weight": judges["text_projection.weight"]})
     start_from(clip, work / "clip.pt")
-    for name, new_classifier in CLASSIFIERS.items():
-        classifier = new_classifier()
-        classifier.load_state_dict(classifier_state(judges, name))
-        start_from(classifier, work / f"{name}.pt")
+    tower = VisionTower(size, len(drawings.labels))
+    tower.encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder").float()
+    start_from(tower, work / "vision.pt")
+    styles = new_style_classifier()
+    styles.load_state_dict(classifier_state(judges, "styles"))
+    start_from(styles, work / "styles.pt")
+    concepts, known = EfficientNet(len(drawings.labels)), classifier_state(judges, "concepts")
+    rows = {key: torch.cat([known[key], value[len(CONCEPTS) :]]) for key, value in last_layer(concepts).items()}
+    concepts.load_state_dict({**known, **rows})
+    start_from(concepts, work / "concepts.pt")
     start_from(AutoencoderKL.from_pretrained(model / "vae"), work / "vae.pt")
     start_from(UNet2DConditionModel.from_pretrained(model / "unet"), work / "unet.pt")
 
 
-def save_judges(work: Path, clip: CLIPModel, file: Path) -> None:
+def save_judges(work: Path, drawings: Drawings, clip: CLIPModel, file: Path) -> None:
     """The classifiers and CLIP's text projection, which no generation needs, in one file."""
+    judges: dict[str, dict[str, Tensor]] = {
+        "styles": load_ema(new_style_classifier(), work / "styles.pt").state_dict(),
+        "concepts": only_known(load_ema(EfficientNet(len(drawings.labels)), work / "concepts.pt").state_dict()),
+    }
     state = {"text_projection.weight": clip.text_projection.weight.detach().half()}
-    for name, new_classifier in CLASSIFIERS.items():
-        classifier = load_ema(new_classifier(), work / f"{name}.pt")
-        state |= {f"{name}.{key}": value.half().contiguous() for key, value in classifier.state_dict().items()}
+    for name, tensors in judges.items():
+        state |= {f"{name}.{key}": value for key, value in compressed(tensors).items()}
     save_file(state, file)
 
 

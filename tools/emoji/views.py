@@ -78,3 +78,15 @@ def patchwork(pixels: Tensor, others: Tensor, generator: torch.Generator) -> Ten
     width, device = pixels.shape[-1], pixels.device
     edges = torch.randint(width // 4, 3 * width // 4, (len(pixels), 1, 1, 1), generator=generator, device=device)
     return torch.where(torch.arange(width, device=device) < edges, pixels, others)
+
+
+def disguise(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Zoom, shift, mirror, recolour, soften and tint images, so that the drawing stays and its pixels do not."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(len(pixels), *shape, generator=generator, device=pixels.device)
+
+    pixels = any_colours(zoom(shift(mirror(pixels, generator), generator), generator), generator)
+    soft = F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
+    pixels = torch.lerp(pixels, soft, draw(1, 1, 1))  # an autoencoder's softness
+    return (pixels - 1) * (0.6 + 0.4 * draw(3, 1, 1)) + 1

@@ -110,6 +110,7 @@ def load_ema(model: nn.Module, checkpoint: Path) -> nn.Module:
         raise FileNotFoundError(f"{checkpoint} does not exist: train this part first")
     state = _load(checkpoint)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    model.load_state_dict(state.get("buffers", {}), strict=False)
     for parameter, value in zip(parameters, state["ema"]["shadow_params"], strict=True):
         parameter.data.copy_(value)
     return model.eval()

@@ -1,0 +1,163 @@
+"""The image encoder: a CLIP vision tower that learns from a convolutional teacher what a drawing shows.
+
+A small transformer knows two thousand images by heart and no others. A teacher that has seen ImageNet generalises, and
+says more of each view than its label (DeiT, arXiv 2012.12877; "a patient and consistent teacher", arXiv 2106.05237).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from ipadapter_trainer.demo.emoji import normalize, to_pixels
+
+from ..shipped_emoji.clip import WIDTH
+from ..shipped_emoji.loop import training_device
+from .efficientnet import MAP_WIDTH, EfficientNet
+from .images import STYLE_NAMES, Drawings
+from .loop import LossFunction
+from .views import disguise, mirror, patchwork, shift, zoom
+
+PATCHES = 8  # a side
+CELLS = 4  # a side: the colours that a patch's state is asked for
+HIDDEN, LAYERS, HEADS = 160, 5, 5
+SEEN = 0.5  # share of the patches in training: half the work, and less is learned by heart (FLIP, arXiv 2212.00794)
+
+
+def new_image_encoder(size: int) -> CLIPVisionModelWithProjection:
+    """A vision tower over images of ``size`` pixels a side; random weights."""
+    config = CLIPVisionConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=4 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        image_size=size,
+        patch_size=size // PATCHES,
+        projection_dim=WIDTH,
+    )
+    return CLIPVisionModelWithProjection(config)
+
+
+class VisionTower(nn.Module):
+    """The image encoder, and heads that say what is in its states; only the encoder is exported.
+
+    What an adapter gets must hold everything: the heads of ``patches`` read the penultimate states, which a plus
+    adapter is given, those of ``image`` the projected embedding, which a base adapter is given.
+    """
+
+    def __init__(self, size: int, labels: int) -> None:
+        super().__init__()
+        self.encoder = new_image_encoder(size)
+        self.patches = _heads(HIDDEN, labels)
+        self.image = _heads(WIDTH, labels)
+        self.map = nn.Linear(HIDDEN, MAP_WIDTH)
+        self.colours = nn.Linear(HIDDEN, 3 * CELLS**2)
+
+    def states(self, pixels: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Pixels [B, 3, H, W] in [-1, 1] -> penultimate states [B, 1 + patches, D] and image embeddings [B, E], of all
+        patches or of the ``kept`` ones [B, K].
+        """
+        vision = self.encoder.vision_model
+        tokens = vision.embeddings(normalize(pixels))
+        if kept is not None:
+            chosen = tokens.gather(1, 1 + kept[..., None].expand(-1, -1, tokens.shape[-1]))
+            tokens = torch.cat([tokens[:, :1], chosen], dim=1)
+        states = vision.pre_layrnorm(tokens)
+        *layers, last = vision.encoder.layers
+        for layer in layers:
+            states = run_layer(layer, states)
+        final = vision.post_layernorm(run_layer(last, states)[:, 0])
+        return states, self.encoder.visual_projection(final)
+
+    def answers(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Log probabilities [B, labels] of the concept and [B, 5] of the style, by the penultimate states."""
+        pooled = states.mean(dim=1)
+        return tuple(head(pooled).float().log_softmax(-1) for head in self.patches.values())  # type: ignore[return-value]
+
+
+def _heads(width: int, labels: int) -> nn.ModuleDict:
+    def head(outputs: int) -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
+
+    return nn.ModuleDict({"concept": head(labels), "style": head(len(STYLE_NAMES))})
+
+
+def run_layer(layer: nn.Module, states: Tensor) -> Tensor:
+    """One layer of a vision tower."""
+    output = layer(states, attention_mask=None)
+    return output if isinstance(output, Tensor) else output[0]  # older transformers return a tuple
+
+
+def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 64) -> LossFunction:
+    """Four losses: the teacher's probabilities, its map of what is where, the styles, and the colours of each patch.
+
+    Half of a batch are natural views, which have a style; of the others, disguised ones, half are patchworks of two.
+    """
+    device = training_device()
+    images, styles = drawings.images.to(device), drawings.style_ids.to(device)
+    teacher.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher.eval().requires_grad_(False)
+    natural = batch_size // 2
+
+    def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        assert isinstance(model, VisionTower)
+        rows = torch.randint(len(images), (batch_size,), generator=generator, device=device)
+        pixels = to_pixels(images[rows])
+        plain = zoom(shift(mirror(pixels[:natural], generator), generator), generator)
+        hidden = disguise(pixels[natural:], generator)
+        quarter = len(hidden) // 2
+        mixed = patchwork(hidden[:quarter], hidden[-quarter:], generator) if quarter else hidden[:0]
+        views = torch.cat([plain, mixed, hidden[quarter:]])
+        with torch.no_grad():
+            logits, there = teacher.logits_and_map(views.contiguous(memory_format=torch.channels_last))
+            wanted = logits.float().softmax(-1)
+            there = F.interpolate(there.float(), (PATCHES, PATCHES), mode="bilinear").flatten(2).transpose(1, 2)
+            there = F.layer_norm(there, there.shape[-1:])
+        kept = torch.rand(len(views), PATCHES**2, generator=generator, device=device).argsort(dim=1)
+        kept = kept[:, : round(SEEN * PATCHES**2)]
+        states, embeds = model.states(views, kept)
+        of_kept = kept[..., None]
+        map_error = F.mse_loss(model.map(states[:, 1:]).float(), there.gather(1, of_kept.expand(-1, -1, MAP_WIDTH)))
+        colours = patch_colours(views).gather(1, of_kept.expand(-1, -1, 3 * CELLS**2))
+        colour_error = F.l1_loss(model.colours(states[:, 1:]).float(), colours)
+        concept = style = colour_error.new_zeros(())
+        for heads, read in ((model.patches, states.mean(dim=1)), (model.image, embeds)):
+            concept = concept - (wanted * heads["concept"](read).float().log_softmax(-1)).sum(-1).mean()
+            style = style + F.cross_entropy(
+                heads["style"](read[:natural]).float(), styles[rows[:natural]], ignore_index=-1
+            )
+        style = style.nan_to_num()  # a batch without any style
+        return {
+            "loss": concept + style + map_error + 2 * colour_error,
+            "concept": concept.detach(),
+            "style": style.detach(),
+            "map": map_error.detach(),
+            "patches": colour_error.detach(),
+        }
+
+    return losses
+
+
+def patch_colours(pixels: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, patches, 3 * CELLS**2]: the mean colours of each patch's cells."""
+    cells = F.adaptive_avg_pool2d(pixels, PATCHES * CELLS)
+    return F.unfold(cells, CELLS, stride=CELLS).transpose(1, 2)
+
+
+def recognised(model: VisionTower, images: Tensor, concept_ids: Tensor, candidates: Tensor) -> dict[str, float]:
+    """How often the heads find each image's concept among its ``candidates`` [N, K], the first of which is its own."""
+    hits: dict[str, float] = {}
+    with torch.no_grad():
+        chunks = [model.states(to_pixels(chunk)) for chunk in images.split(64)]
+    for name, read in (
+        ("patches", [states.mean(1) for states, _ in chunks]),
+        ("image", [embeds for _, embeds in chunks]),
+    ):
+        logits = cast("Any", getattr(model, name))["concept"](torch.cat(read))
+        hits[name] = (logits.gather(1, candidates).argmax(-1) == 0).float().mean().item()
+        hits[f"{name}, of all"] = (logits.argmax(-1) == concept_ids).float().mean().item()
+    return hits
