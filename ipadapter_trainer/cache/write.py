@@ -57,6 +57,8 @@ def write_cache(
     check_precision(config.mixed_precision, state.device)
     say = say if state.is_main_process else lambda line: None
     with lock_folder(folder, say):
+        for leftover in (*folder.glob(".manifest-*.tmp*"), *folder.glob("*/.shard-*.tmp*")):  # of a killed run
+            leftover.unlink(missing_ok=True)
         base_model, examples = base_model_from_config(config, state.device), examples_from_config(config)
         settings, found = cache_settings(config, examples, base_model), None
         if (folder / MANIFEST).is_file():
@@ -79,8 +81,6 @@ def write_cache(
             _announce(folder, shards, missing, force, say)
         state.wait_for_everyone()  # all processes have looked for shards before the first one writes
         if state.is_main_process and missing:
-            for leftover in folder.glob("*/.*.tmp*"):  # of a run that was killed while it wrote
-                leftover.unlink(missing_ok=True)
             manifest.save(folder)
         state.wait_for_everyone()
         part = missing[state.process_index :: state.num_processes]

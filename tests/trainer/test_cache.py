@@ -287,6 +287,14 @@ def test_kills_at_any_moment(settings: dict[str, Any], tmp_path: Path, small_sha
     assert contents(folder) == contents(whole)
 
 
+def test_a_kill_while_the_manifest_is_written(settings: dict[str, Any]) -> None:
+    folder = Path(settings["cache"])
+    folder.mkdir()
+    (folder / ".manifest-01234567.tmp.json").write_text("{")
+    write_cache(make_config(settings))
+    assert sorted(p.name for p in folder.iterdir()) == ["captions", "images", MANIFEST]
+
+
 def _write_slowly(config: TrainConfig) -> None:
     """So that kills come in the middle of a shard, too."""
     from ipadapter_trainer.cache import encode as cache_encode
