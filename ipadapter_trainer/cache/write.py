@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ def write_cache(
         else:
             buckets = buckets_from_config(config, examples)
         shards = plan_shards(settings, base_model, examples, buckets, _dtype)
-        files, sizes = [shard.file for shard in shards], list(buckets.sizes)
-        manifest = Manifest(settings, files, sizes, trainer_version(), base_model.name, config.mixed_precision)
+        manifest = found or Manifest(settings, [], [], trainer_version(), base_model.name, config.mixed_precision)
+        manifest = replace(manifest, shards=[shard.file for shard in shards], buckets=list(buckets.sizes))
         missing = [shard for shard in shards if not _is_written(folder, settings, shard)]
         if missing:
             say(f"Caching the outputs of the encoders of {base_model.name} in {folder}")
@@ -80,7 +81,7 @@ def write_cache(
                 say(f"{state.num_processes} processes share the work.")
             _announce(folder, shards, missing, force, say)
         state.wait_for_everyone()  # all processes have looked for shards before the first one writes
-        if state.is_main_process and missing:
+        if state.is_main_process and manifest != found:
             manifest.save(folder)
         state.wait_for_everyone()
         part = missing[state.process_index :: state.num_processes]

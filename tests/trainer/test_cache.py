@@ -365,11 +365,14 @@ def test_quantised_rows_are_near_although_some_channels_dwarf_the_others() -> No
 def test_a_manifest_that_lacks_one_of_several_shards_is_damaged(settings: dict[str, Any], small_shards: None) -> None:
     config = make_config(settings)
     folder = write_cache(config)
+    before = contents(folder)
     manifest = manifest_of(config)
     manifest.shards.remove("images/shard-00000.safetensors")
     manifest.save(folder)
     with pytest.raises(CacheError, match=r"manifest.json: not a cache's manifest \(it is damaged\)"):
         CachedDataset(config, base_model_from_config(config), examples_from_config(config))
+    write_cache(make_config({**settings, "mixed_precision": "bf16"}))
+    assert contents(folder) == before
 
 
 def test_values_that_float16_cannot_hold_are_refused(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
