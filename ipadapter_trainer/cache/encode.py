@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -26,65 +25,60 @@ from ..models.features import encode_moments
 from ..models.from_config import preprocessor_from_config
 from ..models.image_features import encode_clip_images
 from ..settings.config import TrainConfig
-from .plan import SIZES, CacheSettings, Shard, distinct_captions, distinct_references
+from .plan import SIZES, Shard, cache_rows, variants
 from .quantise import pack_features
 
 
 @dataclass(frozen=True, eq=False)
 class RowDataset(Dataset[dict[str, Any]]):
-    """The models' inputs for a row, indexed by (shard, position in the shard): `text_input_ids` [L] of a caption;
-    `clip_images` [V, 3, S, S] of a reference; `images` [V, 3, H, W], sizes [V, 2] and, for an image that is its own
-    reference, `clip_images` of an image. `broken` is why the image could not be read, or ""; a blank one replaces it.
+    """The models' inputs for a row, indexed by (number of the shard, row): `text_input_ids` [1, L] of a caption;
+    `clip_images` [V, 3, S, S] of a reference; `images` [V, 3, H, W], sizes [V, 2] and, if it is its own reference,
+    `clip_images` of an image. `broken` is why the image could not be read, or ""; a blank one replaces it.
 
     The variants are the random crops of epochs 0, 1, ...; with flips, each is followed by its mirror image.
     """
 
     shards: Sequence[Shard]
-    examples: Sequence[Example]
-    captions: Sequence[str]
-    references: Sequence[StoredImage]
+    sources: Sequence[Any]  # of the rows
     preprocessor: Preprocessor
     augmentation: Augmentation
 
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
-        shard = self.shards[index[0]]
-        row = int(shard.rows[index[1]])
+        shard, row = self.shards[index[0]], index[1]
+        source = self.sources[row]
         if shard.table == "captions":
-            ids = tokenize(self.preprocessor.tokenizers, [self.captions[row]], self.preprocessor.text_length)
+            ids = tokenize(self.preprocessor.tokenizers, [source], self.preprocessor.text_length)
             names = ("text_input_ids", "text_input_ids_2")
-            return {"broken": "", **{name: rows[0] for name, rows in zip(names, ids, strict=False)}}
-        image = self.references[row] if shard.table == "references" else self.examples[row].image
+            return {"broken": "", **dict(zip(names, ids, strict=False))}
         try:
-            return {"broken": "", **self._variants(shard, row, image)}
+            return {"broken": "", **self._variants(shard, row, source)}
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
             blank = Image.new("RGB", (64, 64))
-            return {"broken": f"{image}: {why_unreadable(error)}", **self._variants(shard, row, blank)}
+            return {"broken": f"{source}: {why_unreadable(error)}", **self._variants(shard, row, blank)}
 
     def _variants(self, shard: Shard, row: int, image: StoredImage) -> dict[str, Tensor]:
-        augmentation, preprocessor = self.augmentation, self.preprocessor
-        size = shard.size or (augmentation.resolution, augmentation.resolution)
-        opened = open_image(preprocessor, augmentation, size, image)
+        preprocessor, augmentation = self.preprocessor, self.augmentation
+        opened = open_image(preprocessor, augmentation, shard.size, image)
         latents, features = (len(shard.tensors.get(name, ())) for name in ("latents_mean", "image_features"))
         if not features:
             preprocessor = replace(preprocessor, image_processor=None)
         flips = 2 if augmentation.flip else 1
-        variants: list[dict[str, Tensor]] = []
+        crops: list[dict[str, Tensor]] = []
         for variant in range(max(latents, features)):
-            name = row if latents else f"reference {row}"
-            crop = crop_params(augmentation, (augmentation.seed, variant // flips, name))
-            crop = replace(crop, flip=variant % flips == 1, own_reference=True)
+            key = (augmentation.seed, variant // flips, row if latents else f"reference {row}")
+            crop = replace(crop_params(augmentation, key), flip=variant % flips == 1, own_reference=True)
             if latents:
-                variants.append(image_tensors(preprocessor, augmentation, size, crop, opened))
+                crops.append(image_tensors(preprocessor, augmentation, shard.size, crop, opened))
             else:
-                variants.append({"clip_images": reference_tensor(preprocessor, crop, opened[0])})
-        tensors = {key: torch.stack([variant[key] for variant in variants]) for key in variants[0]}
+                crops.append({"clip_images": reference_tensor(preprocessor, crop, opened[0])})
+        tensors = {key: torch.stack([crop[key] for crop in crops]) for key in crops[0]}
         return {key: value if key == "clip_images" else value[:latents] for key, value in tensors.items()}
 
 
 def encode_shards(
     config: TrainConfig,
     base_model: BaseModel,
-    settings: CacheSettings,
+    settings: Mapping[str, Any],
     examples: Sequence[Example],
     shards: Sequence[Shard],
     *,
@@ -94,60 +88,48 @@ def encode_shards(
 
     Raises CacheError for values that the tensors cannot hold.
     """
+    batches: list[list[tuple[int, int]]] = []
+    for number, shard in enumerate(shards):
+        size = config.batch_size if shard.table == "captions" else max(1, config.batch_size // variants(settings))
+        indices = [(number, row) for row in shard.rows.tolist()]
+        batches += [indices[start : start + size] for start in range(0, len(indices), size)]
     preprocessor, augmentation = preprocessor_from_config(config, base_model), augmentation_from_config(config)
-    captions, references = distinct_captions(examples), distinct_references(examples)
-    dataset = RowDataset(shards, examples, captions, references, preprocessor, augmentation)
-    for table, part in groupby(enumerate(shards), key=lambda numbered: numbered[1].table):
-        if table != "captions":
+    dataset = RowDataset(shards, cache_rows(settings, examples), preprocessor, augmentation)
+    options = worker_options(config.num_workers, pin=base_model.device.type == "cuda")
+    loader = DataLoader(dataset, batch_sampler=batches, **options)
+    inputs = iter(tqdm(loader, unit="batch", disable=not progress_bar))
+    for shard in shards:
+        if shard.table != "captions":
             base_model.release("text_encoders")
-        size = config.batch_size if table == "captions" else max(1, config.batch_size // settings.variants())
-        batches = [
-            [(number, position) for position in range(start, min(start + size, len(shard.rows)))]
-            for number, shard in part
-            for start in range(0, len(shard.rows), size)
-        ]
-        options = worker_options(config.num_workers, pin=base_model.device.type == "cuda")
-        loader = DataLoader(dataset, batch_sampler=batches, **options)
-        inputs = zip(batches, tqdm(loader, table, unit="batch", disable=not progress_bar), strict=True)
-        for number, group in groupby(inputs, key=lambda pair: pair[0][0][0]):
-            shard = shards[number]
-            yield shard, *_encode_shard(base_model, settings, shard, (batch for _, batch in group))
+        tensors = {k: torch.empty(len(shard.rows), *row.shape, dtype=row.dtype) for k, row in shard.tensors.items()}
+        reasons: list[str] = []
+        while len(reasons) < len(shard.rows):
+            batch = next(inputs)
+            span = slice(len(reasons), len(reasons) + len(batch["broken"]))
+            for key, value in _encode(base_model, settings, batch).items():
+                tensors[key][span] = value.to("cpu", tensors[key].dtype)
+            reasons += batch["broken"]
+        for key, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise CacheError(
+                    f"{key} of {shard.file} has values that are not finite in {str(tensor.dtype)[6:]}: an encoder "
+                    "overflows in its precision. Set mixed_precision=no, or check the base model's files."
+                )
+        broken = {row: reason for row, reason in zip(shard.rows.tolist(), reasons, strict=True) if reason}
+        yield shard, {**tensors, "row": torch.from_numpy(shard.rows)}, broken
 
 
-def _encode_shard(
-    base_model: BaseModel, settings: CacheSettings, shard: Shard, batches: Iterable[dict[str, Any]]
-) -> tuple[dict[str, Tensor], dict[int, str]]:
-    parts: dict[str, list[Tensor]] = {key: [] for key in shard.tensors}
-    reasons: list[str] = []
-    for inputs in batches:
-        reasons += inputs["broken"]
-        for key, value in _encode(base_model, settings, inputs).items():
-            parts[key].append(value.to("cpu", shard.tensors[key].dtype))
-    tensors = {key: torch.cat(values) for key, values in parts.items()}
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise CacheError(
-                f"{key} of {shard.file} has values that are not finite in {dtype}: an encoder overflows in its "
-                "precision. Set mixed_precision=no, or check the base model's files."
-            )
-    broken = {row: reason for row, reason in zip(shard.rows.tolist(), reasons, strict=True) if reason}
-    return {**tensors, "row": torch.from_numpy(shard.rows)}, broken
-
-
-def _encode(base_model: BaseModel, settings: CacheSettings, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def _encode(base_model: BaseModel, settings: Mapping[str, Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
     """A batch of rows -> the tensors of a shard, by name."""
-    outputs: dict[str, Tensor] = {key: inputs[key] for key in SIZES if key in inputs}
-    if "text_input_ids" in inputs:
-        text = encode_tokens(base_model, inputs["text_input_ids"], inputs.get("text_input_ids_2"))
+    rows = len(inputs["broken"])
+    flat: dict[str, Tensor] = {key: value.flatten(0, 1) for key, value in inputs.items() if key != "broken"}
+    outputs = {key: flat[key] for key in SIZES if key in flat}
+    if "text_input_ids" in flat:
+        text = encode_tokens(base_model, flat["text_input_ids"], flat.get("text_input_ids_2"))
         outputs |= {"text_states": text.states} | ({} if text.pooled is None else {"text_embeds": text.pooled})
-    if "images" in inputs:
-        shape = inputs["images"].shape[:2]
-        mean, std = encode_moments(base_model, inputs["images"].flatten(0, 1))
-        outputs |= {"latents_mean": mean.unflatten(0, shape), "latents_std": std.unflatten(0, shape)}
-    if "clip_images" in inputs:
-        assert settings.image_feature is not None
-        shape = inputs["clip_images"].shape[:2]
-        features = encode_clip_images(base_model, inputs["clip_images"].flatten(0, 1), settings.image_feature)
-        outputs |= pack_features(features.unflatten(0, shape), settings.cache_image_features == "int8")
-    return outputs
+    if "images" in flat:
+        outputs["latents_mean"], outputs["latents_std"] = encode_moments(base_model, flat["images"])
+    if "clip_images" in flat:
+        features = encode_clip_images(base_model, flat["clip_images"], settings["image_feature"])
+        outputs |= pack_features(features, settings["cache_image_features"] == "int8")
+    return {key: value.unflatten(0, (rows, -1)) for key, value in outputs.items()}

@@ -1,15 +1,12 @@
-"""What a feature cache holds: its settings, and the shards of its three tables. All follow from the config, the data
-and the models' configs, so every process and every resume finds the same.
+"""What a feature cache holds: its settings, rows and shards. All follow from the config, the data and the models'
+configs, so every process and every resume finds the same.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import count
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,100 +15,73 @@ from torch import Tensor
 from ..data.buckets import Buckets
 from ..data.examples import Example
 from ..data.from_config import data_fingerprint
-from ..data.images import Size, StoredImage
+from ..data.images import Size
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
 from .quantise import pack_features
 
-TABLES = ("captions", "references", "images")
+TABLES = {"captions": "distinct captions", "references": "other references", "images": "images"}  # with their rows
 SIZES = ("original_size", "crop_coords_top_left", "target_size")
 SHARD_BYTES = 128 * 10**6  # what an interruption loses at most, in each process
 
 
-@dataclass(frozen=True)
-class CacheSettings:
-    """What a cache and a training that reads it must have in common."""
+def cache_settings(
+    config: TrainConfig, examples: Sequence[Example], base_model: BaseModel | None = None
+) -> dict[str, Any]:
+    """What a cache and a training that reads it must have in common. Settings that do not matter have a fixed value.
 
-    image_feature: Literal["image_embeds", "penultimate_hidden_states"] | None  # None: no image features are stored
-    cache_image_features: Literal["float16", "int8", "none"]
-    own_references: bool  # images with other references have the features of themselves, too
-    resolution: int
-    buckets: bool
-    bucket_step: int | None
-    crop: str
-    flip: bool
-    reference_crop: float
-    seed: int | None  # of the random crops; None without
-    cache_variants: int  # random crops of an image
-    # Fingerprints; "" in a forecast.
-    data: str
-    vae: str
-    text_encoders: str
-    image_encoder: str | None
-
-    @classmethod
-    def of(cls, config: TrainConfig, examples: Sequence[Example], base_model: BaseModel | None = None) -> CacheSettings:
-        """Of a training's cache. Without `base_model` there are no fingerprints, and no weights are read."""
-        kind = config.train_kind
-        # An embedding is small: `cache_image_features` is about hidden states only.
-        stored = config.cache_image_features if kind.takes_hidden_states else "float16"
-        encoded = kind.takes_image and stored != "none"
-        feature = "penultimate_hidden_states" if kind.takes_hidden_states else "image_embeds"
-        random = config.crop == "random" or (encoded and config.reference_crop < 1)
-        return cls(
-            image_feature=feature if encoded else None,
-            cache_image_features=stored if encoded else "none",
-            own_references=encoded and config.self_reference > 0 and any(e.references for e in examples),
-            resolution=config.resolution,
-            buckets=config.buckets,
-            bucket_step=config.bucket_step if config.buckets else None,
-            crop=config.crop,
-            flip=config.flip,
-            reference_crop=config.reference_crop if encoded else 1.0,
-            seed=config.seed if random else None,
-            cache_variants=config.cache_variants if random else 1,
-            data=data_fingerprint(config, examples) if base_model else "",
-            vae=base_model.vae_fingerprint() if base_model else "",
-            text_encoders=base_model.text_fingerprint() if base_model else "",
-            image_encoder=base_model.encoder_fingerprint() if base_model and encoded else None,
-        )
-
-    def variants(self, random: bool = True) -> int:
-        """Stored variants of what is cropped at random, or not; with `flip`, each crop is followed by its mirror
-        image.
-        """
-        return (self.cache_variants if random else 1) * (2 if self.flip else 1)
-
-    @property
-    def digest(self) -> str:
-        """32 hex digits that mark the shards of one cache."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:32]
-
-    def differences(self, found: CacheSettings) -> str:
-        """A clause for each of the `found` settings that differs from these."""
-        before, now = asdict(found), asdict(self)
-        return "; ".join(f"{k} was {before[k]!r} and is now {now[k]!r}" for k in now if now[k] != before[k])
+    Without `base_model` there are no fingerprints, and no weights are read.
+    """
+    kind = config.train_kind
+    # An embedding is small: `cache_image_features` is about hidden states only.
+    stored = config.cache_image_features if kind.takes_hidden_states else "float16"
+    encoded = kind.takes_image and stored != "none"
+    feature = "penultimate_hidden_states" if kind.takes_hidden_states else "image_embeds"
+    random = config.crop == "random" or (encoded and config.reference_crop < 1)
+    settings: dict[str, Any] = {
+        "image_feature": feature if encoded else None,
+        "cache_image_features": stored if encoded else "none",
+        # Whether images with other references have the features of themselves, too.
+        "own_references": encoded and config.self_reference > 0 and any(e.references for e in examples),
+        "resolution": config.resolution,
+        "bucket_step": config.bucket_step if config.buckets else None,
+        "crop": config.crop,
+        "flip": config.flip,
+        "reference_crop": config.reference_crop if encoded else 1.0,
+        "seed": config.seed if random else None,
+        "cache_variants": config.cache_variants if random else 1,
+    }
+    if base_model is not None:
+        settings["data"] = data_fingerprint(config, examples)
+        settings["vae"] = base_model.vae_fingerprint()
+        settings["text_encoders"] = base_model.text_fingerprint()
+        settings["image_encoder"] = base_model.encoder_fingerprint() if encoded else None
+    return settings
 
 
-def distinct_captions(examples: Sequence[Example]) -> list[str]:
-    """The rows of the table of captions; the empty one, for dropped texts, is the first."""
-    return list(dict.fromkeys(["", *(example.text for example in examples)]))
+def variants(settings: Mapping[str, Any], random: bool = True) -> int:
+    """Stored variants of what is cropped at random, or not. With `flip`, each crop has a mirror image."""
+    return (settings["cache_variants"] if random else 1) * (2 if settings["flip"] else 1)
 
 
-def distinct_references(examples: Sequence[Example]) -> list[StoredImage]:
-    """The rows of the table of references."""
-    return list(dict.fromkeys(reference for example in examples for reference in example.references))
+def cache_rows(settings: Mapping[str, Any], examples: Sequence[Example]) -> list[Any]:
+    """What the rows of a cache are made of: the images, the distinct captions as str, of which the first is the empty
+    one, for dropped texts, and the distinct references.
+    """
+    captions = dict.fromkeys(["", *(example.text for example in examples)])
+    references = dict.fromkeys(reference for example in examples for reference in example.references)
+    return [*(e.image for e in examples), *captions, *(references if settings["image_feature"] is not None else ())]
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A file of a table. The images of a shard belong to one bucket."""
+    """A file with rows of one kind, whose tensors have the same shapes."""
 
-    table: str
+    table: str  # a key of TABLES
     file: str  # relative to the cache's folder
-    rows: np.ndarray  # int32, numbers of captions, of references or of examples
+    rows: np.ndarray  # int32, of `cache_rows`
     tensors: Mapping[str, Tensor]  # of one row, on the meta device
-    size: Size | None  # the bucket
+    size: Size  # of the images: their bucket
 
     @property
     def bytes(self) -> int:
@@ -120,54 +90,50 @@ class Shard:
 
 
 def plan_shards(
-    settings: CacheSettings,
+    settings: Mapping[str, Any],
     base_model: BaseModel,
     examples: Sequence[Example],
     buckets: Buckets,
     dtype: torch.dtype = torch.float16,
 ) -> list[Shard]:
     """All shards of a cache, table by table. No weights are read; the sum of `bytes` is the size of the cache."""
-    shards: list[Shard] = []
-    numbers = {table: count() for table in TABLES}
-    for table, rows, size, tensors in _row_groups(settings, base_model, examples, buckets, dtype):
+    shards: dict[str, list[Shard]] = {table: [] for table in TABLES}
+
+    def add(table: str, rows: np.ndarray, tensors: Mapping[str, Tensor], size: Size) -> None:
         each = max(1, SHARD_BYTES // _row_bytes(tensors))
         for start in range(0, len(rows), each):
-            file = f"{table}/shard-{next(numbers[table]):05d}.safetensors"
-            shards.append(Shard(table, file, rows[start : start + each].astype(np.int32), tensors, size))
-    return shards
-
-
-def _row_groups(
-    settings: CacheSettings, base_model: BaseModel, examples: Sequence[Example], buckets: Buckets, dtype: torch.dtype
-) -> Iterator[tuple[str, np.ndarray, Size | None, dict[str, Tensor]]]:
-    """Rows whose tensors have the same shapes: table, rows, bucket, tensors of one row."""
+            file = f"{table}/shard-{len(shards[table]):05d}.safetensors"
+            shards[table].append(Shard(table, file, rows[start : start + each].astype(np.int32), tensors, size))
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def image_features(random: bool) -> dict[str, Tensor]:
-        hidden = settings.image_feature == "penultimate_hidden_states"
+        hidden = settings["image_feature"] == "penultimate_hidden_states"
         shape = (base_model.image_tokens, base_model.hidden_dim) if hidden else (base_model.image_dim,)
-        return pack_features(empty(settings.variants(random), *shape), settings.cache_image_features == "int8")
+        return pack_features(empty(variants(settings, random), *shape), settings["cache_image_features"] == "int8")
 
-    text = {"text_states": empty(base_model.text_length, base_model.sites[0].cross_attention_dim)}
-    conditions = base_model.meta_conditions(1)
-    if conditions is not None:
-        text["text_embeds"] = empty(conditions["text_embeds"].shape[-1])
-    yield "captions", np.arange(len(distinct_captions(examples))), None, text
+    rows = cache_rows(settings, examples)
+    captions = np.flatnonzero([isinstance(row, str) for row in rows])
+    square = (settings["resolution"], settings["resolution"])
+    text = {"text_states": empty(1, base_model.text_length, base_model.sites[0].cross_attention_dim)}
+    if (conditions := base_model.meta_conditions(1)) is not None:
+        text["text_embeds"] = empty(1, conditions["text_embeds"].shape[-1])
+    add("captions", captions, text, square)
     encoded = np.zeros(len(examples), dtype=bool)  # images that are their own references
-    if settings.image_feature is not None:
-        rows = np.arange(len(distinct_references(examples)))
-        yield "references", rows, None, image_features(random=settings.reference_crop < 1)
-        encoded |= np.array([settings.own_references or not example.references for example in examples])
-    for size, bucket in zip(buckets.sizes, buckets.rows, strict=True):
-        variants, rows = settings.variants(settings.crop == "random"), np.array(bucket)
+    if settings["image_feature"] is not None:
+        references = np.arange(captions[-1] + 1, len(rows))
+        add("references", references, image_features(settings["reference_crop"] < 1), square)
+        encoded |= [settings["own_references"] or not example.references for example in examples]
+    for size, bucket in zip(buckets.sizes, map(np.array, buckets.rows), strict=True):
+        count = variants(settings, settings["crop"] == "random")
         shape = (base_model.latent_channels, size[1] // base_model.latent_scale, size[0] // base_model.latent_scale)
-        tensors = {key: empty(variants, *shape) for key in ("latents_mean", "latents_std")}
-        tensors |= {key: empty(variants, 2, dtype=torch.float32) for key in SIZES}  # exact above 2048
+        tensors = {key: empty(count, *shape) for key in ("latents_mean", "latents_std")}
+        tensors |= {key: empty(count, 2, dtype=torch.float32) for key in SIZES}  # exact above 2048
         if encoded.any():
-            yield "images", rows[encoded[rows]], size, tensors | image_features(random=True)
-        yield "images", rows[~encoded[rows]], size, tensors
+            add("images", bucket[encoded[bucket]], tensors | image_features(random=True), size)
+        add("images", bucket[~encoded[bucket]], tensors, size)
+    return [shard for table in shards.values() for shard in table]
 
 
 def _row_bytes(tensors: Mapping[str, Tensor]) -> int:

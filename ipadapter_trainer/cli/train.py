@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,9 +49,6 @@ def cache(
     *,
     options: ListOptions = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if the disk seems too small.")] = False,
-    check: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Only verify the checksums of an existing cache.")
-    ] = None,
 ) -> None:
     """Run the frozen encoders once over the data set and save their outputs. Training then reads them.
 
@@ -63,18 +59,6 @@ def cache(
     """
     stopped = "Stopped; the shards that are written stay. Run the same command again to resume."
     with user_errors(stopped=stopped, memory="Lower batch_size, or set mixed_precision=bf16."):
-        from ..errors import ConfigError
-
-        if check is not None:
-            from ..cache.files import check_hashes
-            from ..runtime.disk import show_bytes
-
-            if arguments or force:
-                raise ConfigError("Write `ipadapter cache --check FOLDER` alone.")
-            manifest = check_hashes(check)
-            count, size = len(manifest.shards), show_bytes(manifest.size)
-            typer.echo(f"{check}: all {count} shards, {size}, are as they were written.")
-            return
         from ..settings.config import TrainConfig
 
         config = read_settings(context, TrainConfig, arguments, options)

@@ -9,7 +9,7 @@ import torch
 
 from ipadapter_core import AdapterSpec
 
-from ..cache.plan import CacheSettings, plan_shards
+from ..cache.plan import cache_settings, plan_shards
 from ..data.buckets import Buckets
 from ..data.examples import Example
 from ..data.from_config import image_root
@@ -94,7 +94,7 @@ def plan_training(config: TrainConfig, processes: int = 1, checked: Checked | No
 def _cache_bytes(config: TrainConfig, base_model: BaseModel, examples: Sequence[Example]) -> int:
     """Buckets count as squares, whose areas differ by a few percent."""
     squares = Buckets.square(config.resolution, len(examples))
-    shards = plan_shards(CacheSettings.of(config, examples), base_model, examples, squares)
+    shards = plan_shards(cache_settings(config, examples), base_model, examples, squares)
     return sum(shard.bytes for shard in shards)
 
 

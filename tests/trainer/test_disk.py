@@ -122,8 +122,8 @@ def test_a_shard_of_a_cache(disk: Path) -> None:
     filler = fill(disk, 8192)
     file = disk / "images" / "shard-00000.safetensors"
     with pytest.raises(DiskError, match=f"^{file}: {FULL} the same command again; the shards that") as raised:
-        write_shard(file, {"a": torch.zeros(10**5)}, "key", {})
-    assert "needs 400.1 KB" in str(raised.value)
+        write_shard(file, {"a": torch.zeros(10**5)}, {"flip": False}, {})
+    assert "needs 400.2 KB" in str(raised.value)
     assert [p for p in disk.rglob("*") if p.is_file()] == [filler]
 
 
