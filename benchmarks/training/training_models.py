@@ -105,7 +105,7 @@ def tokenizer_names(size: Size) -> tuple[str, ...]:
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
     """CLIP's kind of tokenizer, for the words of the captions, with its length of 77."""
     sys.path.append(str(Path(__file__).parents[2]))
-    from tools.shipped_emoji.clip import train_tokenizer  # noqa: PLC0415 - no installed package
+    from tools.emoji.clip import train_tokenizer  # noqa: PLC0415 - no installed package
 
     train_tokenizer(captions(), folder, size=400)
     tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=TEXT_LENGTH)

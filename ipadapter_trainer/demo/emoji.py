@@ -59,6 +59,11 @@ class EmojiImages:
         return len(self.captions)
 
     @property
+    def size(self) -> int:
+        """Pixels a side; every part of the model follows it."""
+        return self.images.shape[-1]
+
+    @property
     def style_ids(self) -> Tensor:
         """int64 [N]: the index of each image's style in ``style_names``."""
         return torch.tensor([self.style_names.index(style) for style in self.styles])

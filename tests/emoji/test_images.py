@@ -13,8 +13,11 @@ from PIL import Image
 
 from ipadapter_core.assets import PROMPTS, emoji_folder
 from ipadapter_trainer.data.images import to_pil_images
-from ipadapter_trainer.demo.emoji import STYLE_NAMES, TEXT_CONCEPTS, caption, load_images, to_pixels
-from tools.shipped_emoji.build import STYLES, build, is_held_out, render, save_prompts, svg, twin_group
+from ipadapter_trainer.demo import emoji as demo
+from ipadapter_trainer.demo.emoji import TEXT_CONCEPTS, caption, load_images, to_pixels
+from tools.emoji.build import STYLES, build, render, svg
+from tools.emoji.concepts import NEW_CONCEPTS, UNSEEN_CONCEPTS
+from tools.emoji.images import STYLE_NAMES, save_prompts
 
 IMAGES = emoji_folder() / "pictures.zip"
 
@@ -27,23 +30,23 @@ def _icons(folder: Path, package: str, colour: str, names: tuple[str, ...]) -> N
 
 
 @pytest.fixture
-def packages(tmp_path: Path) -> Path:
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The five packages, with two known concepts and an unseen one; they differ in their hyphens."""
+    monkeypatch.setattr("tools.emoji.build.CONCEPTS", ("red-heart", "crab"))
+    monkeypatch.setattr("tools.emoji.build.UNSEEN_CONCEPTS", ("wine-glass",))
     folder = tmp_path / "@iconify-json"
-    names = ("red-heart", "blue-heart", "pizza", "hand-medium-skin-tone")  # pizza is held out
-    for style, colour in zip(STYLES[:4], ("#f00", "#0f0", "#00f", "#ff0"), strict=True):
-        _icons(folder, style.package, colour, names)
-    _icons(folder, "fxemoji", "#0ff", ("redheart", "somethingelse"))
+    for style, colour in zip(STYLES, ("#f00", "#0f0", "#00f", "#ff0", "#0ff"), strict=True):
+        heart = "redheart" if style.name == "pixel" else "red-heart"
+        _icons(folder, style.package, colour, (heart, "crab", "wine-glass", "hand-medium-skin-tone"))
     return folder
 
 
-def test_build_renders_common_concepts_in_every_style(packages: Path, tmp_path: Path) -> None:
+def test_build_renders_the_concepts_in_every_style(packages: Path, tmp_path: Path) -> None:
     output = tmp_path / "pictures.zip"
-    counts = build(packages, output)
-    assert (
-        sum(counts.values()) == 4 * 3 + 1
-    )  # three concepts in four styles, skin tones left out, one more from the fifth
+    counts = build(packages, output, 64)
+    assert counts == {"train": 9, "held_out": 1, "unseen": 5}  # the crab of Twemoji is held out
     train, held_out = load_images(output, "train"), load_images(output, "held_out")
-    assert (len(train), len(held_out)) == (counts["train"], counts["held_out"]) == (9, 4)
+    assert (len(train), held_out.concepts, held_out.styles) == (9, ("crab",), ("twemoji",))
     heart = to_pixels(train.images[[train.find("red-heart", style) for style in STYLE_NAMES]])
     colours = heart[:, :, 32, 32]
     expected = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [-1, 1, 1]])
@@ -69,41 +72,27 @@ def test_an_empty_split_is_named(packages: Path, tmp_path: Path) -> None:
         rows = archive.read("metadata.jsonl").decode().replace("held_out", "elsewhere")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("metadata.jsonl", rows)
-    with pytest.raises(ValueError, match=r"other\.zip: no images in split 'held_out' \(13 in all\)"):
+    with pytest.raises(ValueError, match=r"other\.zip: no images in split 'held_out' \(15 in all\)"):
         load_images(tmp_path / "other.zip", "held_out")
 
 
 def test_an_icon_that_is_not_square_is_centred() -> None:
     icons = {"icons": {"bar": {"body": '<rect width="40" height="20" fill="#000"/>', "width": 40, "height": 20}}}
-    image = render(svg(icons, "bar"))
+    image = render(svg(icons, "bar"), size=64)
     assert image.size == (64, 64)
     assert image.getpixel((32, 32)) == (0, 0, 0)
     assert image.getpixel((32, 4)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("red-heart", "blue-heart"),
-        ("man-firefighter", "woman-firefighter"),
-        ("five-oclock", "eight-thirty"),
-        ("backhand-index-pointing-left", "backhand-index-pointing-right"),
-        ("keycap-1", "keycap-9"),
-    ],
-)
-def test_look_alikes_fall_on_the_same_side(one: str, other: str) -> None:
-    assert twin_group(one) == twin_group(other)
-    assert is_held_out(one) == is_held_out(other)
-
-
-def test_the_bundled_split_shares_no_concept_and_no_look_alike() -> None:
+def test_the_bundled_split_shares_no_concept() -> None:
     with zipfile.ZipFile(IMAGES) as archive:
         rows = [json.loads(line) for line in archive.read("metadata.jsonl").splitlines()]
-    groups = {s: {twin_group(r["concept"]) for r in rows if r["split"] == s} for s in ("train", "held_out")}
-    assert not groups["train"] & groups["held_out"]
+    concepts = {split: {row["concept"] for row in rows if row["split"] == split} for split in ("train", "held_out")}
+    assert not concepts["train"] & concepts["held_out"]
+    assert set(NEW_CONCEPTS) | set(UNSEEN_CONCEPTS) <= concepts["held_out"]  # the next model's own, see tools/emoji
     train = {(row["concept"], row["style"]) for row in rows if row["split"] == "train"}
     for concept in TEXT_CONCEPTS:
-        assert {(concept, style.name) for style in STYLES[:4]} <= train
+        assert {(concept, style) for style in demo.STYLE_NAMES[:4]} <= train
     assert all(row["text"] == caption(row["concept"]) for row in rows)
 
 
@@ -119,10 +108,22 @@ def test_pixels_and_bytes_round_trip() -> None:
     assert torch.equal(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1), images[0])
 
 
-def test_the_bundled_prompts_are_the_held_out_images(tmp_path: Path) -> None:
-    save_prompts(IMAGES, tmp_path)
-    made = sorted(tmp_path.iterdir())
+def test_the_bundled_prompts_are_held_out_images() -> None:
+    held_out = load_images(IMAGES, "held_out")
     shipped = sorted((emoji_folder() / PROMPTS).iterdir())
-    assert [file.name for file in made] == [file.name for file in shipped]
-    for one, other in zip(made, shipped, strict=True):
-        assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
+    assert len(shipped) == 6
+    for file in shipped:
+        row = held_out.find(*file.stem.rsplit("_", 1))
+        assert np.array_equal(np.asarray(Image.open(file)), held_out.images[row].permute(1, 2, 0).numpy())
+
+
+def test_prompts_are_written_as_held_out_images(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.emoji.images.PROMPT_IMAGES", (("crab", "twemoji"),))
+    build(packages, tmp_path / "pictures.zip", 64)
+    save_prompts(tmp_path / "pictures.zip", tmp_path / "prompts")
+    (file,) = (tmp_path / "prompts").iterdir()
+    assert file.name == "crab_twemoji.png"
+    crab = load_images(tmp_path / "pictures.zip", "held_out").images[0]
+    assert np.array_equal(np.asarray(Image.open(file)), crab.permute(1, 2, 0).numpy())

@@ -19,9 +19,9 @@ from ipadapter_trainer.demo.quality import Judges, choose_references, judge_the_
 from ipadapter_trainer.demo.run import COLUMNS, ROWS, demo, train_demo_adapter
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.features import encode_pixels
-from tools.shipped_emoji.loop import fit, progress
-from tools.shipped_emoji.stack import load_clip, load_unet, load_vae, unpack
-from tools.shipped_emoji.unet import new_unet, unet_losses
+from tools.emoji.loop import fit, progress
+from tools.emoji.stack import load_clip, load_unet, load_vae, unpack_first
+from tools.emoji.unet import new_unet, unet_losses
 
 FOLDER = emoji_folder()
 MEGABYTE = 1_000_000
@@ -137,15 +137,15 @@ def test_demo_with_the_bundled_adapter(
         assert image.size == ((len(COLUMNS) + 1) * side + 8, 28 + ROWS * side)
 
 
-def test_unpacked_weights_are_the_shipped_ones_and_train_on(tmp_path: Path, train_images: EmojiImages) -> None:
-    unpack(FOLDER, tmp_path)
+def test_the_next_model_starts_from_the_shipped_weights(tmp_path: Path, train_images: EmojiImages) -> None:
+    unpack_first(FOLDER, tmp_path)
     some = train_images.subset(range(0, 16))
     shipped = load_base_model(FOLDER / MODEL)
-    unet, vae, (clip, tokenizer) = load_unet(tmp_path), load_vae(tmp_path, some), load_clip(tmp_path)
+    unet, vae, (clip, tokenizer) = load_unet(tmp_path, 64), load_vae(tmp_path, some), load_clip(tmp_path, 128)
     for ours, theirs in zip(unet.parameters(), shipped.unet.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(clip.text_model.parameters(), shipped.text_encoder.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    losses = unet_losses(some, vae, clip.text_model, tokenizer, batch_size=8)
-    fit(new_unet(), losses, checkpoint=tmp_path / "unet.pt", steps=2, learning_rate=1e-4)
+    losses = unet_losses(some, vae, clip.text_model, tokenizer, batch_size=8, views=1)
+    fit(new_unet(64), losses, checkpoint=tmp_path / "unet.pt", steps=2, learning_rate=1e-4)
     assert progress(tmp_path / "unet.pt").step == 2

@@ -16,19 +16,13 @@ from ipadapter_trainer.demo.judges import (
     histogram_similarity,
     style_features,
 )
-from tools.shipped_emoji.clip import (
-    MAX_TOKENS,
-    clip_losses,
-    embed_some_patches,
-    new_clip,
-    patchwork,
-    tokenize,
-    train_tokenizer,
-)
-from tools.shipped_emoji.judges import classifier_losses
-from tools.shipped_emoji.loop import Progress, fit, load_ema, progress
-from tools.shipped_emoji.train import PARTS, Run, main
-from tools.shipped_emoji.vae import (
+from tools.emoji.clip import MAX_TOKENS, clip_losses, embed_some_patches, new_clip, tokenize, train_tokenizer
+from tools.emoji.efficientnet import EfficientNet
+from tools.emoji.images import Drawings
+from tools.emoji.judges import concept_losses, new_style_classifier, style_losses
+from tools.emoji.loop import Progress, fit, load_ema, progress
+from tools.emoji.train import PARTS, Run, main
+from tools.emoji.vae import (
     POSTERIOR_STD,
     SD15_SCALING,
     decoder_losses,
@@ -38,11 +32,22 @@ from tools.shipped_emoji.vae import (
     only_decoder,
     vae_losses,
 )
+from tools.emoji.views import patchwork
+from tools.emoji.vision import PATCHES, VisionTower, recognised, vision_losses
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def some(train_images: EmojiImages) -> EmojiImages:
     return train_images.subset(range(0, 60))
+
+
+@pytest.fixture(scope="module")
+def drawings(some: EmojiImages) -> Drawings:
+    labels = tuple(sorted(set(some.concepts)))
+    concept_ids = torch.tensor([labels.index(concept) for concept in some.concepts])
+    return Drawings(some.images, labels, concept_ids, some.style_ids)
 
 
 def _toy(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -90,21 +95,12 @@ def test_parts_take_the_batch_size_that_was_asked_for(some: EmojiImages, tmp_pat
         assert progress(tmp_path / f"{part}.pt") == Progress(step=2, images=10)
 
 
-def test_a_checkpoint_without_a_count_of_images_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "x.pt"
-    fit(nn.Linear(4, 1), _toy, checkpoint=file, steps=3, learning_rate=1e-2)
-    state = torch.load(file, weights_only=True)
-    del state["images"]
-    torch.save(state, file)
-    with pytest.raises(ValueError, match=r"x\.pt holds 3 steps and no count of images.*train this part anew"):
-        fit(nn.Linear(4, 1), _toy, checkpoint=file, steps=4, learning_rate=1e-2)
-
-
 @pytest.mark.parametrize("batch_size", ["0", "-3"])
 def test_a_batch_of_nothing_is_refused(
     batch_size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["train", "vae", "--work", str(tmp_path), "--batch-size", batch_size])
+    folders = [part for name in ("work", "images", "output") for part in (f"--{name}", str(tmp_path))]
+    monkeypatch.setattr("sys.argv", ["train", "vae", *folders, "--batch-size", batch_size])
     with pytest.raises(SystemExit):
         main()
     assert f"--batch-size {batch_size}: expected at least 1" in capsys.readouterr().err
@@ -117,7 +113,7 @@ def test_load_ema_names_the_missing_checkpoint(tmp_path: Path) -> None:
 
 def test_the_autoencoder_learns(some: EmojiImages, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    vae, losses = new_vae(), vae_losses(some, batch_size=2)
+    vae, losses = new_vae(64), vae_losses(some, 2, CPU)
 
     def loss() -> float:
         with torch.no_grad():
@@ -131,7 +127,7 @@ def test_the_autoencoder_learns(some: EmojiImages, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_folding_the_scale_changes_latents_not_images(some: EmojiImages) -> None:
     torch.manual_seed(0)
-    vae = new_vae().eval()
+    vae = new_vae(64).eval()
     before = vae.decode(vae.encode(some.images[:4].float() / 127.5 - 1).latent_dist.mean).sample
     fold_scaling(vae, some.images)
     latents = encode(vae, some.images)
@@ -162,7 +158,7 @@ def test_any_ascii_prompt_has_tokens(tmp_path: Path) -> None:
 def test_clip_learns_to_match(some: EmojiImages, tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(list(some.captions), tmp_path / "tokenizer")
-    clip, losses = new_clip(tokenizer), clip_losses(some, tokenizer, concepts=4, pairs=8)
+    clip, losses = new_clip(tokenizer, 64), clip_losses(some, tokenizer, concepts=4, pairs=8)
     first = losses(clip, torch.Generator().manual_seed(5))["loss"].item()
     fit(clip, losses, checkpoint=tmp_path / "clip.pt", steps=25, learning_rate=1e-3, warmup=5)
     assert losses(clip, torch.Generator().manual_seed(5))["loss"].item() < 0.8 * first
@@ -171,15 +167,54 @@ def test_clip_learns_to_match(some: EmojiImages, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_all_patches_are_the_model_itself_and_half_are_not(some: EmojiImages, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    clip = new_clip(train_tokenizer(list(some.captions), tmp_path / "tokenizer")).eval()
-    pixel_values = normalize(to_pixels(some.images[:6]))
-    pooled = clip.vision_model(pixel_values=pixel_values).pooler_output
+    clip = new_clip(train_tokenizer(list(some.captions), tmp_path / "tokenizer"), 64).eval()
+    pixels = to_pixels(some.images[:6])
+    pooled = clip.vision_model(pixel_values=normalize(pixels)).pooler_output
     whole = nn.functional.normalize(clip.visual_projection(pooled), dim=-1)
-    every, half = (
-        embed_some_patches(clip, pixel_values, torch.Generator().manual_seed(1), share) for share in (1.0, 0.5)
-    )
+    every, half = (embed_some_patches(clip, pixels, torch.Generator().manual_seed(1), share)[0] for share in (1.0, 0.5))
     torch.testing.assert_close(every, whole, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(half, whole, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_tower_is_the_exported_image_encoder(some: EmojiImages) -> None:
+    torch.manual_seed(0)
+    tower, pixels = VisionTower(64, 9).eval(), to_pixels(some.images[:6])
+    states, embeds = tower.states(pixels)
+    exported = tower.encoder(pixel_values=normalize(pixels), output_hidden_states=True)
+    torch.testing.assert_close(states, exported.hidden_states[-2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(embeds, exported.image_embeds, atol=1e-5, rtol=1e-5)
+    some_of_it, _ = tower.states(pixels, torch.arange(10).expand(6, -1))
+    assert some_of_it.shape == (6, 11, states.shape[-1])
+    concept, style = tower.answers(states)
+    assert (concept.shape, style.shape) == ((6, 9), (6, 5))
+    torch.testing.assert_close(concept.exp().sum(-1), torch.ones(6))
+
+
+def test_the_tower_learns_from_its_teacher(drawings: Drawings, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tower, teacher = VisionTower(64, len(drawings.labels)), EfficientNet(len(drawings.labels))
+    losses = vision_losses(drawings, teacher, batch_size=8)
+    first = losses(tower, torch.Generator().manual_seed(5))
+    fit(tower, losses, checkpoint=tmp_path / "vision.pt", steps=12, learning_rate=1e-3, warmup=5)
+    last = losses(tower, torch.Generator().manual_seed(5))
+    assert last["loss"] < 0.95 * first["loss"]
+    assert last["patches"] < first["patches"]
+    candidates = torch.stack([drawings.concept_ids, (drawings.concept_ids + 1) % len(drawings.labels)], dim=1)
+    found = recognised(tower.eval(), drawings.images, drawings.concept_ids, candidates)
+    assert set(found) == {"patches", "patches, of all", "image", "image, of all"}
+    assert all(0 <= share <= 1 for share in found.values())
+    assert tower.states(to_pixels(drawings.images[:1]))[0].shape[1] == PATCHES**2 + 1
+
+
+def test_a_checkpoint_keeps_the_statistics_of_batch_norms(drawings: Drawings, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, losses = EfficientNet(len(drawings.labels)), concept_losses(drawings, batch_size=4)
+    fit(network, losses, checkpoint=tmp_path / "concepts.pt", steps=2, learning_rate=1e-3)
+    again = load_ema(EfficientNet(len(drawings.labels)), tmp_path / "concepts.pt")
+    for key, value in network.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    assert again.state_dict()["_bn0.num_batches_tracked"] == 2
 
 
 def test_a_patchwork_is_of_both_images() -> None:
@@ -191,10 +226,10 @@ def test_a_patchwork_is_of_both_images() -> None:
 
 def test_the_decoder_alone_leaves_the_latents(some: EmojiImages, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    vae = new_vae().eval()
+    vae = new_vae(64).eval()
     few = some.subset(range(12))
     before = encode(vae, few.images)
-    losses = decoder_losses(few, vae, batch_size=2)
+    losses = decoder_losses(few, vae, 2, CPU)
     first = losses(vae, torch.Generator().manual_seed(5))["loss"].item()
     fit(only_decoder(vae), losses, checkpoint=tmp_path / "decoder.pt", steps=12, learning_rate=1e-3, warmup=5)
     assert torch.equal(encode(vae, few.images), before)
@@ -203,7 +238,7 @@ def test_the_decoder_alone_leaves_the_latents(some: EmojiImages, tmp_path: Path)
 
 def test_the_classifier_learns_styles(some: EmojiImages, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    classifier, losses = StyleClassifier(), classifier_losses(some, new_vae().eval(), batch_size=32)
+    classifier, losses = new_style_classifier(), style_losses(some, new_vae(64).eval(), batch_size=32)
     first = losses(classifier, torch.Generator().manual_seed(5))["loss"].item()
     fit(classifier, losses, checkpoint=tmp_path / "judge.pt", steps=60, learning_rate=2e-3, warmup=5)
     assert losses(classifier, torch.Generator().manual_seed(5))["loss"].item() < 0.8 * first

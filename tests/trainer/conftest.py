@@ -181,11 +181,11 @@ def config(settings: dict[str, Any]) -> TrainConfig:
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole random CLIP, as transformers saves it."""
-    from tools.shipped_emoji.clip import new_clip, train_tokenizer
+    from tools.emoji.clip import new_clip, train_tokenizer
 
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
-    new_clip(train_tokenizer([f"a {c} square" for c in COLOURS], folder, size=300)).save_pretrained(folder)
+    new_clip(train_tokenizer([f"a {c} square" for c in COLOURS], folder, size=300), 64).save_pretrained(folder)
     return folder
 
 

@@ -103,7 +103,7 @@ def write_text_encoders(folder: Path, family: str) -> None:
     """One text encoder and tokenizer, or SDXL's two, of which the second pads with "!"."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from tools.shipped_emoji.clip import train_tokenizer
+    from tools.emoji.clip import train_tokenizer
 
     texts = [f"a {c} square" for c in COLOURS]
     tokenizer = train_tokenizer(texts, folder / "tokenizer", size=300)

@@ -26,12 +26,11 @@ from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
 from ipadapter_trainer.training.new_adapter import new_adapter
 
-from ..shipped_emoji.clip import MAX_TOKENS
-from ..shipped_emoji.loop import load_ema
 from .build import GRID, caption
+from .clip import MAX_TOKENS
 from .concepts import CONCEPTS
 from .images import STYLE_NAMES, Drawings, EmojiImages
-from .loop import fit
+from .loop import fit, load_ema
 from .views import PERMUTATIONS, mirror, recolour, shift, zoom
 from .vision import VisionTower
 

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ipadapter_trainer.demo.emoji import normalize, styled_caption, to_pixels
 
-from ..shipped_emoji.clip import MAX_TOKENS, WIDTH, tokenize
-from ..shipped_emoji.loop import training_device
 from .images import STYLE_NAMES, EmojiImages
-from .loop import LossFunction
+from .loop import LossFunction, training_device
 from .views import any_colours, mirror, patchwork, shift, zoom
-from .vision import CELLS, PATCHES, patch_colours, run_layer
+from .vision import CELLS, PATCHES, WIDTH, patch_colours, run_layer
+
+MAX_TOKENS = 16
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def train_tokenizer(texts: list[str], folder: Path, size: int = 2048) -> CLIPTokenizer:
+    """Learn a byte-pair vocabulary from the captions and save it as CLIP's vocab.json and merges.txt."""
+    tokenizer = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Every printable ASCII character is in the alphabet: no prompt is ever unknown.
+    alphabet = [chr(c) for c in range(33, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    learned = json.loads(tokenizer.to_str())["model"]
+    vocabulary = dict(learned["vocab"])
+    for token in [*alphabet, *(c + "</w>" for c in alphabet), START, END]:
+        vocabulary.setdefault(token, len(vocabulary))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    tokenizer_ = CLIPTokenizer.from_pretrained(str(folder), model_max_length=MAX_TOKENS)
+    tokenizer_.save_pretrained(str(folder))
+    return tokenizer_
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """int64 [B, 16], padded with the end token as SD1.5 does."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
 
 class EmojiCLIP(CLIPModel):

@@ -25,11 +25,6 @@ class EmojiImages(demo.EmojiImages):
 
     style_names = STYLE_NAMES
 
-    @property
-    def size(self) -> int:
-        """Pixels a side; every part of the model follows it."""
-        return self.images.shape[-1]
-
 
 def load_images(file: Path, split: Split) -> EmojiImages:
     """Decode one split of ``pictures.zip`` (about a second for 2,000 images).

@@ -7,6 +7,7 @@ on real held-out images is reported beside every number they give.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -16,12 +17,10 @@ from torch.nn import functional as F
 from ipadapter_trainer.demo.emoji import to_pixels
 from ipadapter_trainer.demo.judges import SCALE, StyleClassifier, style_features
 
-from ..shipped_emoji.judges import round_trip
-from ..shipped_emoji.loop import device_of, training_device
 from .concepts import CONCEPTS
 from .efficientnet import EfficientNet
 from .images import Drawings, EmojiImages
-from .loop import LossFunction
+from .loop import LossFunction, device_of, training_device
 from .views import disguise
 
 PALETTES = ((6, "ink"), (12, "ink"), (8, "outlines"), (8, "surfaces"))  # bins a channel, of which pixels
@@ -118,3 +117,10 @@ def judge(classifier: nn.Module, pixels: Tensor) -> Tensor:
 def choose_among(logits: Tensor, candidates: Tensor) -> Tensor:
     """int64 [N]: the candidate with the highest logit, as an index into each row of ``candidates`` [N, K]."""
     return logits.gather(1, candidates).argmax(-1)
+
+
+@torch.no_grad()
+def round_trip(vae: Any, pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] as the autoencoder gives them back, on the CPU."""
+    chunks = (chunk.to(device_of(vae)) for chunk in pixels.split(64))
+    return torch.cat([vae.decode(vae.encode(chunk).latent_dist.mean).sample.cpu() for chunk in chunks]).clamp(-1, 1)

@@ -5,17 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..shipped_emoji.loop import LossFunction, Progress, training_device
+# Takes the model and a generator that decides everything random of the batch; returns named losses, "loss" among them.
+LossFunction = Callable[[nn.Module, torch.Generator], dict[str, Tensor]]
 
+Model = TypeVar("Model", bound=nn.Module)
 WARM_UP = 3  # steps before a CUDA graph is recorded: libraries choose their kernels in them
 Step = Callable[[], dict[str, Tensor]]
+
+
+class Progress(NamedTuple):
+    """How many steps, and images in them where they are counted, a part was trained for, all runs together."""
+
+    step: int = 0
+    images: int = 0
 
 
 def fit(
@@ -137,6 +146,34 @@ def start_from(model: nn.Module, checkpoint: Path) -> None:
     """Write a checkpoint of step 0 that holds the model's weights, for ``fit`` to go on from."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     _save(checkpoint, model, parameters, torch.optim.AdamW(parameters), _new_ema(parameters), Progress())
+
+
+def training_device() -> torch.device:
+    """The GPU when there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def on_training_device(model: Model) -> Model:
+    """The model, moved there."""
+    nn.Module.to(model, training_device())
+    return model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    return next(model.parameters()).device
+
+
+def load_ema(model: nn.Module, checkpoint: Path) -> nn.Module:
+    """Put the averaged weights of a checkpoint into ``model`` (whose trained parameters must be the same)."""
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"{checkpoint} does not exist: train this part first")
+    state = _load(checkpoint)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.load_state_dict(state["buffers"], strict=False)
+    for parameter, value in zip(parameters, state["ema"]["shadow_params"], strict=True):
+        parameter.data.copy_(value)
+    return model.eval()
 
 
 def progress(checkpoint: Path) -> Progress:

@@ -31,11 +31,11 @@ from ipadapter_trainer.models.generate import generate
 from ipadapter_trainer.models.image_features import encode_clip_images
 from ipadapter_trainer.report.image_grid import draw_grid
 
-from ..shipped_emoji.loop import training_device
 from .build import caption
 from .concepts import CONCEPTS, TEXT_CONCEPTS
 from .images import EmojiImages, load_images
 from .judges import ConceptClassifier, choose_among, concept_ids, judge, new_style_classifier
+from .loop import training_device
 from .stack import CLASSIFIERS
 
 PROMPTS = 128

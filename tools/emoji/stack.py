@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
@@ -17,19 +18,15 @@ from ipadapter_core.assets import MODEL
 from ipadapter_trainer.demo.judges import classifier_state, read_judges
 from ipadapter_trainer.models.image_processor import CLIPImageProcessor
 
-from ..shipped_emoji.clip import MAX_TOKENS
-from ..shipped_emoji.loop import load_ema, on_training_device
-from ..shipped_emoji.stack import edit_json, prefix_keys
-from ..shipped_emoji.unet import new_scheduler
-from ..shipped_emoji.vae import fold_scaling, only_decoder
-from .clip import new_clip
+from .build import SIZE
+from .clip import MAX_TOKENS, new_clip
 from .concepts import CONCEPTS
 from .efficientnet import EfficientNet
 from .images import Drawings, EmojiImages
 from .judges import ConceptClassifier, compressed, last_layer, new_style_classifier, only_known
-from .loop import start_from
-from .unet import new_unet
-from .vae import new_vae
+from .loop import load_ema, on_training_device, start_from
+from .unet import new_scheduler, new_unet
+from .vae import fold_scaling, new_vae, only_decoder
 from .vision import VisionTower
 
 CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"styles": new_style_classifier, "concepts": ConceptClassifier}
@@ -105,6 +102,21 @@ def export(work: Path, images: EmojiImages, drawings: Drawings, folder: Path) ->
     save_judges(work, drawings, clip, folder / "judges.safetensors")
 
 
+def edit_json(file: Path, **values: object) -> None:
+    """Change these values of the file; those that are None are removed."""
+    settings = json.loads(file.read_text(encoding="utf-8")) | values
+    for name, value in values.items():
+        if value is None:
+            del settings[name]
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def prefix_keys(file: Path, prefix: str) -> None:
+    """Give every tensor the name that SD1.5's files have; newer transformers write shorter ones, and read both."""
+    state = {key if key.startswith(prefix) else prefix + key: value for key, value in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+
+
 def unpack(folder: Path, drawings: Drawings, work: Path) -> None:
     """The reverse of ``export``: checkpoints of step 0 from the shipped weights, for anyone to train them further.
 
@@ -132,6 +144,20 @@ def unpack(folder: Path, drawings: Drawings, work: Path) -> None:
     start_from(concepts, work / "concepts.pt")
     start_from(AutoencoderKL.from_pretrained(model / "vae"), work / "vae.pt")
     start_from(UNet2DConditionModel.from_pretrained(model / "unet"), work / "unet.pt")
+
+
+def unpack_first(folder: Path, work: Path) -> None:
+    """Checkpoints of step 0 from the model of the first release, whose UNet drew 64 px: its autoencoder, text encoder
+    and UNet. Its image encoder, judges and adapter are not those that ``train`` makes.
+    """
+    model = folder / MODEL
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
+    clip = new_clip(tokenizer, SIZE)
+    clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
+    start_from(clip.float(), work / "clip.pt")
+    start_from(AutoencoderKL.from_pretrained(model / "vae").float(), work / "vae.pt")
+    start_from(UNet2DConditionModel.from_pretrained(model / "unet").float(), work / "unet.pt")
 
 
 def save_judges(work: Path, drawings: Drawings, clip: CLIPModel, file: Path) -> None:

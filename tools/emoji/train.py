@@ -2,15 +2,15 @@
 
     more="--drawings drawings.zip --imagenet efficientnet-lite0-57934424.pth"
     paths="--images pictures.zip --work work/emoji --output work/emoji/model $more"
-    python -m tools.emoji.train vae clip teacher concepts $paths --minutes 40
-    python -m tools.emoji.train styles vision unet export align $paths --minutes 120
+    python -m tools.emoji.train first teacher concepts styles $paths --minutes 40
+    python -m tools.emoji.train vision unet export align $paths --minutes 120
     python -m tools.emoji.train plus base decoder export $paths --minutes 60
     python -m tools.emoji.quality --folder work/emoji/model --images pictures.zip --output quality.json
 
 The images decide the size of the model: 128 px, or 64 px from ``tools.emoji.build --size 64``.
 
-The package still brings the model that `tools/shipped_emoji` trained; this one takes its place when its figures are
-better. `benchmarks/training/emoji.py` runs all of it on one GPU.
+``first`` starts from the model of the first release, which the package still brings; ``vae clip`` start anew. The
+new one takes its place when its figures are better. `benchmarks/training/emoji.py` runs all of it on one GPU.
 
 A GPU is used when there is one; ``--batch-size 1024 --views 16`` gives it more to do in unet, plus and base.
 Running a part again with more steps or minutes continues it; ``unpack`` makes checkpoints from the shipped weights,
@@ -68,8 +68,7 @@ class Run:
 
 
 def train_vae(run: Run) -> None:
-    from ..shipped_emoji.loop import training_device
-    from .loop import fit
+    from .loop import fit, training_device
     from .vae import BATCH, new_vae, vae_losses
 
     sized = run.sized(BATCH, 1e-3)
@@ -79,11 +78,9 @@ def train_vae(run: Run) -> None:
 
 def train_decoder(run: Run) -> None:
     """Go on with the autoencoder's decoder alone; the latents, which the UNet knows, stay."""
-    from ..shipped_emoji.loop import training_device
-    from ..shipped_emoji.vae import only_decoder
-    from .loop import fit
+    from .loop import fit, training_device
     from .stack import load_vae
-    from .vae import BATCH, decoder_losses
+    from .vae import BATCH, decoder_losses, only_decoder
 
     sized = run.sized(BATCH, 5e-4)
     vae = load_vae(run.work, run.train, with_decoder=False)
@@ -94,8 +91,7 @@ def train_decoder(run: Run) -> None:
 def train_clip(run: Run) -> None:
     from ipadapter_trainer.demo.emoji import styled_caption
 
-    from ..shipped_emoji.clip import train_tokenizer
-    from .clip import clip_losses, new_clip
+    from .clip import clip_losses, new_clip, train_tokenizer
     from .loop import fit
 
     texts = [styled_caption(c, s) for c, s in zip(run.train.captions, run.train.styles, strict=True)]
@@ -154,8 +150,7 @@ def _train_efficientnet(run: Run, part: str, seed: int) -> None:
 
 
 def train_unet(run: Run) -> None:
-    from ..shipped_emoji.loop import on_training_device
-    from .loop import fit
+    from .loop import fit, on_training_device
     from .stack import load_clip, load_vae
     from .unet import BATCH, VIEWS, new_unet, unet_losses
 
@@ -185,7 +180,7 @@ def _aligned(run: Run) -> tuple[BaseModel, Alignment]:
 def _exported_model(run: Run) -> BaseModel:
     from ipadapter_trainer.models.base_model import load_base_model
 
-    from ..shipped_emoji.loop import training_device
+    from .loop import training_device
 
     device = training_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -232,7 +227,16 @@ def unpack_stack(run: Run) -> None:
             start_from(adapter, run.work / f"{kind}.pt")
 
 
+def unpack_first_release(run: Run) -> None:
+    from ipadapter_core.assets import emoji_folder
+
+    from .stack import unpack_first
+
+    unpack_first(emoji_folder(), run.work)
+
+
 PARTS: dict[str, Callable[[Run], None]] = {
+    "first": unpack_first_release,
     "unpack": unpack_stack,
     "vae": train_vae,
     "decoder": train_decoder,

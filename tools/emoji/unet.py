@@ -5,21 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ipadapter_trainer.demo.emoji import styled_caption, to_pixels
 
-from ..shipped_emoji.clip import WIDTH, tokenize
-from ..shipped_emoji.loop import device_of, training_device
-from ..shipped_emoji.unet import new_scheduler
 from .build import GRID
+from .clip import tokenize
 from .images import EmojiImages
-from .loop import LossFunction
+from .loop import LossFunction, device_of, training_device
 from .vae import encode
 from .views import LATENT, PERMUTATIONS, mirror, recolour, shift
+from .vision import WIDTH
 
 BATCH = 64
 NO_TEXT, PLAIN, RECOLOURED = 0.1, 0.4, 0.25  # shares: without text; a caption without style; recoloured images
@@ -35,6 +34,18 @@ def new_unet(size: int) -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         attention_head_dim=4,  # heads a layer: the name is diffusers' well-known slip
         norm_num_groups=32,
+    )
+
+
+def new_scheduler() -> DDPMScheduler:
+    """SD1.5's noise schedule with the v target, which a small model learns faster at high noise (arXiv 2202.00512)."""
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+        steps_offset=1,
     )
 
 

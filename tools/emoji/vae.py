@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,14 +12,16 @@ from torch.nn import functional as F
 
 from ipadapter_trainer.demo.emoji import to_pixels
 
-from ..shipped_emoji.loop import device_of
-from ..shipped_emoji.vae import MOST_NOISE, SD15_SCALING, SIZE_WEIGHT, open_identity_path
 from .build import SIZE
 from .images import EmojiImages
-from .loop import LossFunction
+from .loop import LossFunction, device_of
 from .views import any_colours, mirror, shift
 
 BATCH = 32
+MOST_NOISE = 0.6  # of the latents' own spread: about what a small UNet leaves in them
+SIZE_WEIGHT = 3e-5  # keeps the latents from growing; their scale is free
+POSTERIOR_STD = 0.02  # of a latent of unit variance: the encoder is certain
+SD15_SCALING = 0.18215  # every SD1.5 tool multiplies latents by this
 
 
 def new_vae(size: int) -> AutoencoderKL:
@@ -37,6 +40,23 @@ def new_vae(size: int) -> AutoencoderKL:
     )
     open_identity_path(vae)
     return vae
+
+
+@torch.no_grad()
+def open_identity_path(vae: AutoencoderKL) -> None:
+    """Let colours pass from pixels to latents to pixels at step 0: residual branches start at zero, the rest near
+    identity.
+
+    From the default initialisation a small autoencoder spends its first thousands of steps finding that path.
+    """
+    for name, module in vae.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        if name.endswith("conv2"):  # the last convolution of a residual branch
+            nn.init.zeros_(module.weight)
+        elif not name.endswith("conv1"):
+            identity = nn.init.dirac_(torch.empty_like(module.weight))
+            module.weight.mul_(0.3).add_(identity)
 
 
 def most_noise(size: int) -> float:
@@ -74,6 +94,14 @@ def _reconstruction(output: Tensor, pixels: Tensor) -> dict[str, Tensor]:
     return {"loss": pixel + 2 * cell + edge, "l1": pixel.detach(), "cell": cell.detach()}
 
 
+def only_decoder(vae: Any) -> Any:
+    """Let only the decoder be trained: the latents, which a UNet has learned, stay as they are."""
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    return vae
+
+
 def decoder_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int, device: torch.device) -> LossFunction:
     """The reconstruction of ``vae_losses`` alone, with half its noise, from latents that are computed once, here."""
     pixels = torch.cat([images.images, images.images.flip(-1)]).to(device)
@@ -88,6 +116,24 @@ def decoder_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int, dev
         return _reconstruction(decoded.float(), to_pixels(pixels[rows]))
 
     return losses
+
+
+@torch.no_grad()
+def fold_scaling(vae: Any, images: Tensor) -> float:
+    """Rescale the latent space inside the weights so that latents times 0.18215 have unit variance; returns the gain.
+
+    Reconstructions do not change, and tools that assume SD1.5's constant work. ``images`` are uint8 [N, 3, H, W]. The
+    posterior's variance, which the losses do not train, becomes a small constant (``POSTERIOR_STD``).
+    """
+    latents = encode(vae, images[:: max(1, len(images) // 512)])
+    gain = 1.0 / (latents.std().item() * SD15_SCALING)
+    mean, variance = slice(0, 4), slice(4, 8)
+    vae.quant_conv.weight[mean] *= gain
+    vae.quant_conv.bias[mean] *= gain
+    vae.quant_conv.weight[variance] = 0
+    vae.quant_conv.bias[variance] = 2 * math.log(POSTERIOR_STD / SD15_SCALING)
+    vae.post_quant_conv.weight /= gain
+    return gain
 
 
 @torch.no_grad()

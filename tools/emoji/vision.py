@@ -15,13 +15,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ipadapter_trainer.demo.emoji import normalize, to_pixels
 
-from ..shipped_emoji.clip import WIDTH
-from ..shipped_emoji.loop import training_device
 from .efficientnet import MAP_WIDTH, EfficientNet
 from .images import STYLE_NAMES, Drawings
-from .loop import LossFunction
+from .loop import LossFunction, training_device
 from .views import disguise, mirror, patchwork, shift, zoom
 
+WIDTH = 128  # of the text states and of all embeddings
 PATCHES = 8  # a side
 CELLS = 4  # a side: the colours that a patch's state is asked for
 HIDDEN, LAYERS, HEADS = 160, 5, 5

@@ -1,1 +1,0 @@
-"""The factory of the emoji model that the package brings today; `tools/emoji` makes the next one."""
