@@ -1,90 +1,119 @@
-"""Training batches of the emoji adapter: an image with itself as prompt and no text, or with one of its style and its
-caption.
+"""What the emoji adapters are trained on: an image of itself without text or with its caption, or one of its style
+with its caption.
 
-The pairs teach the division of labour that an image prompt is for: alone, the image decides everything; beside
-a text, the text decides what is drawn and the image how. Self-pairs alone teach copying.
+The pairs teach the division of labour that an image prompt is for: alone, the image decides everything;
+beside another text, the text decides what is drawn and the image how. Self-pairs alone teach copying.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ipadapter_core import Feature
+
 from ..models.base_model import BaseModel
 from ..models.conditioning import TextStates, encode_prompts
 from ..models.features import Features, encode_pixels
 from ..models.image_features import encode_clip_images
 from ..training.adapted_unet import TrainBatch
-from .emoji import STYLE_NAMES, EmojiImages, augment, normalize, pick, to_pixels, zoom
+from .emoji import EmojiImages, normalize, to_pixels
+from .views import GRID, PERMUTATIONS, mirror, recolour, shift
 
-SELF_PAIRS = 0.5  # share of the examples whose reference is the image itself, without text
+SELF_PAIRS = 0.45  # share of the examples whose reference is the image itself, without text
+NAMED_PAIRS = 0.2  # of those whose reference is the image itself, with its caption
+RECOLOURED = 0.4  # of both, when there are recoloured views
 IMAGE_DROPOUT = BOTH_DROPOUT = 0.05  # the original's shares
 
 
 @dataclass(frozen=True, eq=False)
 class EmojiFeatures:
-    """The frozen models' outputs for N images and their mirror images, computed once.
+    """The frozen models' outputs for V views of N images, computed once, on the model's device.
 
-    ``latents`` [2, N, 4, 8, 8], ``text_states`` [N, 16, D], ``no_text`` [1, 16, D], ``image_embeds`` [V, N, E]:
-    V views of each image, differently shifted and scaled, so that the adapter learns more than N points.
-    ``styles`` [N]. ``timesteps`` are the scheduler's.
+    ``latents`` [V, N, 4, H/8, W/8] and ``image_features`` [V, N, ...] are of the same views; the first ``own`` views
+    have the images' own colours. ``text_states`` [N, 16, D], ``no_text`` [1, 16, D], ``styles`` [N]. ``timesteps`` are
+    the scheduler's.
     """
 
     latents: Tensor
     text_states: Tensor
     no_text: Tensor
-    image_embeds: Tensor
+    image_features: Tensor
     styles: Tensor
+    own: int
     timesteps: int = 1000
 
     @cached_property
-    def rows_of_style(self) -> tuple[Tensor, ...]:
-        """The images of each style."""
-        return tuple((self.styles == style).nonzero().flatten() for style in range(len(STYLE_NAMES)))
+    def same_style(self) -> Tensor:
+        """[styles, N]: 1 for the images of each style."""
+        return (self.styles == torch.arange(int(self.styles.amax()) + 1, device=self.styles.device)[:, None]).float()
 
 
-def encode_emoji(base_model: BaseModel, images: EmojiImages, seed: int = 0, views: int = 4) -> EmojiFeatures:
-    """Run the frozen models over all images once."""
-    generator = torch.Generator().manual_seed(seed)
-    mirrored = images.images.flip(-1)
-    latents = [_chunked(encode_pixels, base_model, to_pixels(part)) for part in (images.images, mirrored)]
-    pixels = to_pixels(images.images)
-    seen = [pixels] + [zoom(augment(pixels, generator), generator) for _ in range(views - 1)]
+def encode_emoji(
+    base_model: BaseModel, images: EmojiImages, feature: Feature, seed: int = 0, own: int = 2, recoloured: int = 0
+) -> EmojiFeatures:
+    """Run the frozen models over all images once: ``own`` views (the image, its mirror image, shifted ones) and as
+    many ``recoloured`` ones.
+    """
+    device = base_model.device
+    generator = torch.Generator(device).manual_seed(seed)
+    latents, features = [], []
+    for view in range(own + recoloured):
+        pixels = to_pixels(images.images.to(device))
+        if view < 2:
+            pixels = pixels.flip(-1) if view else pixels
+        else:
+            pixels = shift(mirror(pixels, generator), generator, images.size // GRID)
+        if view >= own:
+            drawn = torch.randint(1, len(PERMUTATIONS), (len(pixels),), generator=generator, device=device)
+            pixels = recolour(pixels, drawn)
+        latents.append(torch.cat([encode_pixels(base_model, chunk) for chunk in pixels.split(64)]))
+        chunks = (encode_clip_images(base_model, normalize(chunk), feature) for chunk in pixels.split(64))
+        features.append(torch.cat(list(chunks)))
     return EmojiFeatures(
         latents=torch.stack(latents),
-        text_states=encode_prompts(base_model, images.captions).states.cpu(),
-        no_text=encode_prompts(base_model, [""]).states.cpu(),
-        image_embeds=torch.stack([_chunked(encode_clip_images, base_model, normalize(view)) for view in seen]),
-        styles=images.style_ids,
+        text_states=encode_prompts(base_model, images.captions).states,
+        no_text=encode_prompts(base_model, [""]).states,
+        image_features=torch.stack(features),
+        styles=images.style_ids.to(device),
+        own=own,
         timesteps=base_model.num_train_timesteps,
     )
 
 
 def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> TrainBatch:
-    """One training batch; everything random comes from ``generator``."""
-    rows = torch.randint(len(features.styles), (batch_size,), generator=generator)
-    alone = torch.rand(batch_size, generator=generator) < SELF_PAIRS
-    of_style = [features.rows_of_style[style] for style in features.styles[rows].tolist()]
-    others = torch.stack([pick(rows, generator) for rows in of_style])
-    view = torch.randint(len(features.image_embeds), (batch_size,), generator=generator)
-    mirrored = torch.randint(2, (batch_size,), generator=generator)
-    draw = torch.rand(batch_size, generator=generator)
-    without_text = alone | (draw < BOTH_DROPOUT)
-    states = torch.where(without_text[:, None, None], features.no_text, features.text_states[rows])
+    """One training batch; everything random comes from ``generator``, on the features' device."""
+    device = features.styles.device
+
+    def draw() -> Tensor:
+        return torch.rand(batch_size, generator=generator, device=device)
+
+    def below(high: int) -> Tensor:
+        return torch.randint(high, (batch_size,), generator=generator, device=device)
+
+    rows, kind = below(len(features.styles)), draw()
+    alone, itself = kind < SELF_PAIRS, kind < SELF_PAIRS + NAMED_PAIRS
+    views = below(features.own)
+    if (recoloured := len(features.latents) - features.own) > 0:
+        views = torch.where(itself & (draw() < RECOLOURED), features.own + below(recoloured), views)
+    mates = torch.multinomial(features.same_style[features.styles[rows]], 1, generator=generator).flatten()
+    references = torch.where(itself, rows, mates)
+    dropout = draw()
+    without_text = alone | (dropout < BOTH_DROPOUT)
     batch = Features(
-        latents=features.latents[mirrored, rows],
-        text=TextStates(states, None),
-        image_features=(features.image_embeds[view, torch.where(alone, rows, others)],),
+        latents=features.latents[views, rows],
+        text=TextStates(torch.where(without_text[:, None, None], features.no_text, features.text_states[rows]), None),
+        image_features=(features.image_features[views, references],),
     )
     return TrainBatch(
         batch,
-        drop_image_embeds=draw < IMAGE_DROPOUT + BOTH_DROPOUT,
-        noise=torch.randn(batch.latents.shape, generator=generator),
-        timesteps=torch.randint(features.timesteps, (batch_size,), generator=generator),
+        drop_image_embeds=dropout < IMAGE_DROPOUT + BOTH_DROPOUT,
+        noise=torch.randn(batch.latents.shape, generator=generator, device=device),
+        timesteps=below(features.timesteps),
     )
 
 
@@ -92,7 +121,3 @@ def emoji_batches(features: EmojiFeatures, batch_size: int, generator: torch.Gen
     """Endless training batches."""
     while True:
         yield draw_batch(features, batch_size, generator)
-
-
-def _chunked(encode: Callable[[BaseModel, Tensor], Tensor], base_model: BaseModel, rows: Tensor) -> Tensor:
-    return torch.cat([encode(base_model, chunk).cpu() for chunk in rows.split(64)])

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import Self
 
 STYLE_NAMES = ("fluent", "flat", "noto", "twemoji", "fxemoji")  # one icon package each
@@ -112,11 +111,6 @@ def to_pixels(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1.0
 
 
-def pick(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """One of ``rows`` [N], as a 0-d tensor."""
-    return rows[torch.randint(len(rows), (), generator=generator)]
-
-
 def caption(concept: str) -> str:
     """Turn an icon name into words: "victory-hand" -> "victory hand"."""
     return concept.replace("-", " ")
@@ -138,23 +132,3 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 def styled_caption(caption: str, style: str) -> str:
     """The caption that also says how: "victory hand, noto style"."""
     return f"{caption}, {style} style"
-
-
-def zoom(pixels: Tensor, generator: torch.Generator, smallest: float = 0.8) -> Tensor:
-    """Show a window of ``smallest`` to 1.25 times each image's sides, near its centre; white outside."""
-    side = smallest + (1.25 - smallest) * torch.rand(len(pixels), 1, generator=generator)
-    room = (1 - side).clamp(min=0.1)
-    theta = torch.zeros(len(pixels), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = side[:, 0]
-    theta[:, :, 2] = room * (2 * torch.rand(len(pixels), 2, generator=generator) - 1)
-    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
-    return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
-
-
-def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the images and shift each by up to 4 px over its white background."""
-    mirrored = torch.rand(len(pixels), generator=generator) < 0.5
-    pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-    padded = F.pad(pixels, (4, 4, 4, 4), value=1.0)
-    offsets = torch.randint(9, (len(pixels), 2), generator=generator).tolist()
-    return torch.stack([p[:, y : y + 64, x : x + 64] for p, (y, x) in zip(padded, offsets, strict=True)])

@@ -15,6 +15,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 from ipadapter_core.assets import MODEL
+from ipadapter_trainer.demo import views as demo_views
+from ipadapter_trainer.demo.emoji import caption
 from ipadapter_trainer.demo.judges import classifier_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,16 +112,18 @@ def test_views_keep_the_white_background_and_the_grid_of_pixel_art() -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.ones(64, 3, 128, 128)
     image[:, 0, 8:16, 8:24] = -1.0
-    shifted = views.shift(image, generator, views.LATENT)
-    cells = torch.nn.functional.avg_pool2d(shifted[:, :1], views.LATENT)
+    shifted = demo_views.shift(image, generator, demo_views.LATENT)
+    cells = torch.nn.functional.avg_pool2d(shifted[:, :1], demo_views.LATENT)
     assert set(cells.unique().tolist()) == {-1.0, 1.0}  # whole cells
     assert len({tuple(map(tuple, cell[0].tolist())) for cell in cells}) == 9
     for permutation in range(1, 6):
-        other = views.recolour(image, permutation)
+        other = demo_views.recolour(image, permutation)
         assert other.sum() == image.sum()
         assert (other == 1).all(1).sum() == (image == 1).all(1).sum()
-    each = views.recolour(image[:6], torch.arange(6))
-    assert all(torch.equal(each[i], views.recolour(image[:6], i)[i]) for i in range(6))
+    each = demo_views.recolour(image[:6], torch.arange(6))
+    seeded = (demo_views.shift(image, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(*seeded)
+    assert all(torch.equal(each[i], demo_views.recolour(image[:6], i)[i]) for i in range(6))
     assert views.zoom(image, generator).amax() <= 1.0 + 1e-5
 
 
@@ -140,7 +144,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 image.resize((64, 64)).save(data, "PNG")
                 name = f"{split}/{style.name}/{concept}.png"
                 archive.writestr(name, data.getvalue())
-                rows.append({"file_name": name, "text": build.caption(concept), "concept": concept})
+                rows.append({"file_name": name, "text": caption(concept), "concept": concept})
                 rows[-1] |= {"style": style.name, "split": split}
         archive.writestr("metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return file

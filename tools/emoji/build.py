@@ -26,10 +26,12 @@ from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
+from ipadapter_trainer.demo.emoji import caption
+from ipadapter_trainer.demo.views import GRID
+
 from .concepts import CONCEPTS, NEW_CONCEPTS, TEXT_CONCEPTS, UNSEEN_CONCEPTS
 
 SIZE = 128
-GRID = 16  # pixels a side of pixel art; the other styles have as wide a white margin, so that an image can be shifted
 STROKE = 0.025  # of the icon's width: the outline of the comic style
 
 Drawing = Literal["plain", "comic", "pixel"]
@@ -78,11 +80,6 @@ def split_of(concept: str, style: str) -> str:
     else:
         kept = ("comic", "pixel", *[""] * 5)[draw_number(concept, "drawing", 7)]
     return "held_out" if style == kept else "train"
-
-
-def caption(concept: str) -> str:
-    """Turn an icon name into words: "victory-hand" -> "victory hand"."""
-    return concept.replace("-", " ")
 
 
 def svg(icons: dict[str, Any], name: str, drawing: Drawing = "plain") -> str:

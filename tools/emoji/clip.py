@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ipadapter_trainer.demo.emoji import normalize, styled_caption, to_pixels
+from ipadapter_trainer.demo.views import mirror, shift
 
 from .images import STYLE_NAMES, EmojiImages
 from .loop import LossFunction, training_device
-from .views import any_colours, mirror, patchwork, shift, zoom
+from .views import any_colours, patchwork, zoom
 from .vision import CELLS, PATCHES, WIDTH, patch_colours, run_layer
 
 MAX_TOKENS = 16

@@ -23,7 +23,7 @@ from torch import Tensor
 from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL
 from ipadapter_trainer.data.images import to_pil_images
-from ipadapter_trainer.demo.emoji import normalize, styled_caption, to_pixels
+from ipadapter_trainer.demo.emoji import caption, normalize, styled_caption, to_pixels
 from ipadapter_trainer.demo.judges import StyleClassifier, classifier_state, read_judges
 from ipadapter_trainer.demo.quality import choose_references, closeness, share
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
@@ -31,7 +31,6 @@ from ipadapter_trainer.models.generate import generate
 from ipadapter_trainer.models.image_features import encode_clip_images
 from ipadapter_trainer.report.image_grid import draw_grid
 
-from .build import caption
 from .concepts import CONCEPTS, TEXT_CONCEPTS
 from .images import EmojiImages, load_images
 from .judges import ConceptClassifier, choose_among, concept_ids, judge, new_style_classifier

@@ -11,13 +11,12 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ipadapter_trainer.demo.emoji import styled_caption, to_pixels
+from ipadapter_trainer.demo.views import GRID, LATENT, PERMUTATIONS, mirror, recolour, shift
 
-from .build import GRID
 from .clip import tokenize
 from .images import EmojiImages
 from .loop import LossFunction, device_of, training_device
 from .vae import encode
-from .views import LATENT, PERMUTATIONS, mirror, recolour, shift
 from .vision import WIDTH
 
 BATCH = 64

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipadapter_trainer.demo.emoji import to_pixels
+from ipadapter_trainer.demo.views import mirror, shift
 
 from .build import SIZE
 from .images import EmojiImages
 from .loop import LossFunction, device_of
-from .views import any_colours, mirror, shift
+from .views import any_colours
 
 BATCH = 32
 MOST_NOISE = 0.6  # of the latents' own spread: about what a small UNet leaves in them

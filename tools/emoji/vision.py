@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ipadapter_trainer.demo.emoji import normalize, to_pixels
+from ipadapter_trainer.demo.views import mirror, shift
 
 from .efficientnet import MAP_WIDTH, EfficientNet
 from .images import STYLE_NAMES, Drawings
 from .loop import LossFunction, training_device
-from .views import disguise, mirror, patchwork, shift, zoom
+from .views import disguise, patchwork, zoom
 
 WIDTH = 128  # of the text states and of all embeddings
 PATCHES = 8  # a side
