@@ -38,14 +38,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SD1.5 with a UNet of few layers."""
-    return write_model(tmp_path_factory.mktemp("models") / "small-sd15", small=True)
+    return write_model(tmp_path_factory.mktemp("small") / "tiny-sd15", small=True)
 
 
 @pytest.fixture(scope="session")
 def small_folders(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By family: models with a UNet of few layers."""
-    folder = tmp_path_factory.mktemp("models")
-    others = {family: write_model(folder / f"small-{family}", family, small=True) for family in ("sd2", "sdxl")}
+    folder = tmp_path_factory.mktemp("small")
+    others = {family: write_model(folder / f"tiny-{family}", family, small=True) for family in ("sd2", "sdxl")}
     return {"sd15": small_folder, **others}
 
 
@@ -169,8 +169,11 @@ def training_settings(base_model: Path, data: Path, output: Path) -> dict[str, A
 
 
 @pytest.fixture
-def settings(model_folder: Path, images: Path, tmp_path: Path) -> dict[str, Any]:
-    return training_settings(model_folder, images, tmp_path / "run")
+def settings(images: Path, tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Of the model of few layers, unless the test asks for the whole one too."""
+    whole = {"model_folder", "base_model"} & set(request.fixturenames)
+    folder = request.getfixturevalue("model_folder" if whole else "small_folder")
+    return training_settings(folder, images, tmp_path / "run")
 
 
 @pytest.fixture

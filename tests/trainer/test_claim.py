@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,20 +24,37 @@ from ipadapter_trainer.runtime import folder_lock
 from ipadapter_trainer.runtime.folder_lock import LOCK, NOTE, lock_folder
 from ipadapter_trainer.settings.eval_config import EvalConfig
 
+from .warm_python import WarmPython, process_environment
+
 LIFETIME, HEARTBEAT = 2.0, 0.2
 
 HOLDER = f"""
-import sys, time
+import os, sys
 from pathlib import Path
 from ipadapter_trainer.runtime import folder_lock
 folder_lock.LIFETIME, folder_lock.HEARTBEAT = {LIFETIME}, {HEARTBEAT}
 with folder_lock.lock_folder(Path(sys.argv[1])) as check:
-    print("claimed", flush=True)
+    print("claimed", os.getpid(), flush=True)
     for line in sys.stdin:
         check()
 """
 
-Holder = Callable[[Path], "subprocess.Popen[str]"]
+
+class Owner:
+    """A process that holds a folder until its input ends. `pid` is its own, not that of who started it."""
+
+    def __init__(self, started: subprocess.Popen[str]) -> None:
+        self.started = started
+        assert started.stdout is not None
+        word, pid = started.stdout.readline().split()
+        assert word == "claimed"
+        self.pid = int(pid)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+Holder = Callable[[Path], Owner]
 
 
 @pytest.fixture(autouse=True)
@@ -48,25 +64,22 @@ def _short_lives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def holder() -> Iterator[Holder]:
-    """A process that holds a folder until its input ends."""
+def holder(warm_python: WarmPython) -> Iterator[Holder]:
+    """Starts owners."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(folder: Path) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    def start(folder: Path) -> Owner:
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(folder)],
+            [warm_python.executable, "-c", HOLDER, str(folder)],
             stdin=pipe,
             stdout=pipe,
             stderr=pipe,
             text=True,
-            env=environment,
+            env=process_environment(),
         )
         started.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "claimed\n"
-        return process
+        return Owner(process)
 
     yield start
     for process in started:
@@ -92,9 +105,9 @@ def test_the_second_of_two_is_refused_until_the_first_ends(tmp_path: Path, holde
     owner = f"process {first.pid} on {socket.gethostname()} since 20"
     assert str(refused.value).startswith(f"{folder} is in use by {owner}")
     assert "choose another folder" in str(refused.value)
-    assert first.poll() is None
-    first.communicate()  # its input ends
-    assert first.returncode == 0
+    assert first.started.poll() is None
+    first.started.communicate()  # its input ends
+    assert first.started.returncode == 0
     assert not folder.exists()  # it was made for the claim, and nothing was written
     said: list[str] = []
     with lock_folder(folder, said.append):
@@ -104,8 +117,8 @@ def test_the_second_of_two_is_refused_until_the_first_ends(tmp_path: Path, holde
 
 def test_a_killed_owner_is_replaced_at_once(tmp_path: Path, holder: Holder) -> None:
     first = holder(tmp_path)
-    first.kill()
-    first.wait()
+    first.send_signal(signal.SIGKILL)
+    first.started.wait()
     said: list[str] = []
     start = time.monotonic()
     with lock_folder(tmp_path, said.append):
@@ -163,8 +176,8 @@ def test_a_suspended_owner_learns_that_it_was_replaced(tmp_path: Path, holder: H
     with lock_folder(tmp_path) as check:
         first.send_signal(signal.SIGCONT)
         time.sleep(5 * HEARTBEAT)  # it notices with its next touches
-        _, err = first.communicate("a step\n", timeout=60)
-        assert first.returncode == 1
+        _, err = first.started.communicate("a step\n", timeout=60)
+        assert first.started.returncode == 1
         assert f"{tmp_path} was taken over by process {os.getpid()} on" in err
         check()
         assert (tmp_path / LOCK).exists()
@@ -207,13 +220,18 @@ def test_an_evaluation_is_refused(tmp_path: Path) -> None:
         evaluate(EvalConfig(base_model=nothing, adapter=nothing, data=nothing, clip=nothing, output=held))
 
 
-def test_the_processes_of_one_launch_share_a_claim_and_a_refusal(tmp_path: Path, holder: Holder) -> None:
+def test_the_processes_of_one_launch_share_a_claim_and_a_refusal(
+    tmp_path: Path, holder: Holder, warm_python: WarmPython
+) -> None:
     """The main process takes it; a refusal ends them all, and none waits for the others."""
     script = tmp_path / "launched.py"
-    script.write_text(HOLDER.replace('"claimed"', '"worked"').replace("for line in sys.stdin:", "if True:"))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    script.write_text(
+        HOLDER.replace('"claimed", os.getpid()', '"worked"').replace("for line in sys.stdin:", "if True:")
+    )
+    python = str(warm_python.executable)
+    # PYTHON_EXEC is the Python of the workers.
+    environment = {**process_environment(), "CUDA_VISIBLE_DEVICES": "", "PYTHON_EXEC": python}
+    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
 
     def launched(folder: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*launch, str(folder)], env=environment, capture_output=True, text=True, check=False)

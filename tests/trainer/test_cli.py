@@ -105,6 +105,7 @@ def test_train_with_a_file_and_overrides(settings: dict[str, Any], tmp_path: Pat
     assert "2 to 3" in out
 
 
+@pytest.mark.usefixtures("model_folder")
 def test_a_dry_run_says_what_it_needs_and_writes_nothing(settings: dict[str, Any]) -> None:
     code, out, err = ipadapter("train", "--dry-run", *(f"{key}={value}" for key, value in settings.items()))
     assert code == 0, err

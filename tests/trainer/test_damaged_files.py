@@ -21,7 +21,7 @@ from ipadapter_core.assets import emoji_folder
 from ipadapter_trainer.cli import app
 from ipadapter_trainer.demo.judges import read_judges
 from ipadapter_trainer.errors import BaseModelError
-from ipadapter_trainer.models.base_model import BaseModel, load_base_model
+from ipadapter_trainer.models.base_model import load_base_model
 
 from .conftest import draw_image
 from .ldm import write_single_file
@@ -118,9 +118,10 @@ def refused(file: Path, words: str, *arguments: str | Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(sdxl_folder: Path, sdxl_model: BaseModel, clip_folder: Path, tmp_path_factory: Any) -> Path:
-    """An SDXL model with both kinds of weight files and of tokenizers, an adapter, an image, and a measuring CLIP."""
+def whole(small_folders: dict[str, Path], clip_folder: Path, tmp_path_factory: Any) -> Path:
+    """A small SDXL model with both kinds of weight files and of tokenizers, an adapter, an image, a measuring CLIP."""
     folder = tmp_path_factory.mktemp("whole")
+    sdxl_folder, sdxl_model = small_folders["sdxl"], load_base_model(small_folders["sdxl"])
     model = Path(shutil.copytree(sdxl_folder, folder / "model"))
     for part, name in (("unet", UNET), ("image_encoder", "pytorch_model")):
         file = next((model / part).glob("*.safetensors"))

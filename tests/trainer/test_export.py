@@ -451,7 +451,8 @@ def test_name_problems() -> None:
 
 
 @pytest.fixture
-def run(config: Any) -> Path:
+def run(model_folder: Path, config: Any) -> Path:
+    """Of the whole model: diffusers reads no adapter of few layers."""
     from ipadapter_trainer.training.train import train
 
     train(config.model_copy(update={"steps": 2, "save_every": 1}))

@@ -134,6 +134,7 @@ class WarmPython:
             self._server = subprocess.Popen(
                 [sys.executable, "-c", SERVER, str(listener.fileno())],
                 stdin=subprocess.PIPE,
+                cwd=self._folder,  # else what it imports would come from the folder of pytest first
                 env={**process_environment(), **self.environment},
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
@@ -149,13 +150,13 @@ class WarmPython:
             file.chmod(0o755)
         return file
 
-    def start(self, code: str, arguments: Sequence[str | Path]) -> WarmProcess:
-        """`python -c code arguments`, in a process group of its own."""
+    def start(self, code: str, arguments: Sequence[str | Path], folder: Path | None = None) -> WarmProcess:
+        """`python -c code arguments` in a folder, that of this process unless given; in a process group of its own."""
         self._start_server()
         request = {
             "arguments": ["-c", code, *map(str, arguments)],
             "environment": {**process_environment(), **self.environment},
-            "folder": str(Path.cwd()),
+            "folder": str(Path.cwd() if folder is None else folder),
         }
         name = self._folder / str(len(self._started))
         files = [name.with_suffix(f".{of}") for of in ("stdout", "stderr")]
