@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,8 +23,6 @@ from .model_config import PARTS, ModelConfig
 from .model_folder import PREDICTION_TYPES, TIME_IDS, read_folder
 from .parts import freeze, load_part
 from .single_file import load_from_checkpoint, read_single_file
-
-_SITES: dict[str, tuple[Site, ...]] = {}  # by config; kept, because a UNet has to be made to know them
 
 
 class BaseModel:
@@ -113,10 +110,7 @@ class BaseModel:
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """The UNet's cross-attention layers in id order."""
-        config = json.dumps(self._config.unet, sort_keys=True, default=str)
-        if config not in _SITES:
-            _SITES[config] = diffusers_sites(self.meta_unet())
-        return _SITES[config]
+        return diffusers_sites(self.meta_unet())
 
     @property
     def family(self) -> str:
