@@ -102,37 +102,24 @@ CHARTS = (
 )
 
 
-def new_figure() -> Any:
-    """What the charts of a report are drawn in, one after another: to make axes and ticks anew takes longer."""
+def draw(chart: Chart, train: Lines, validations: Lines) -> bytes | None:
+    """The chart as SVG, without its title; None if the log has no data for it."""
+    lines = validations if chart.of_validation else train
+    if not any(curve.key in line for curve in chart.curves for line in lines):
+        return None
     from matplotlib.figure import Figure
 
     # Fixed margins: matplotlib's layout engines draw every chart a second time to measure it.
     figure = Figure(figsize=(6, 3.2))
-    axes = figure.add_axes(_AXES)
-    axes.set_xlabel("step", fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def draw(chart: Chart, train: Lines, validations: Lines, figure: Any = None) -> bytes | None:
-    """The chart as SVG, without its title; None if the log has no data for it. `figure` is a `new_figure`, which may
-    have a chart in it.
-    """
-    lines = validations if chart.of_validation else train
-    if not any(curve.key in line for curve in chart.curves for line in lines):
-        return None
-    figure = figure or new_figure()
-    (axes,) = figure.axes
-    for artist in (*axes.lines, *axes.collections, *figure.legends):
-        artist.remove()
-    axes.relim()
-    axes.autoscale()
+    axes: Any = figure.add_axes(_AXES)
     for curve in chart.curves:
         _plot(axes, curve, [line for line in lines if curve.key in line], chart.smooth)
     if chart.from_zero:
         axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("step", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     if len(chart.curves) > 1:
         figure.legend(loc="upper left", ncols=4, fontsize=8, frameon=False, handlelength=1.5)
     stream = io.BytesIO()

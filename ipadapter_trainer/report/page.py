@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .curves import CHARTS, Chart, Lines, draw, new_figure
+from .curves import CHARTS, Chart, Lines, draw
 from .run_files import CONFIG_FILE, read_run, replace_text, sample_files
 from .verdict import read_verdict
 
@@ -35,7 +35,7 @@ def write_report(output: Path, summary: str) -> Path:
     train, validations = read_run(output)
     config = output / CONFIG_FILE
     settings = config.read_text(encoding="utf-8") if config.is_file() else ""
-    name, figure = html.escape(output.resolve().name), new_figure()
+    name = html.escape(output.resolve().name)
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width">',
@@ -44,7 +44,7 @@ def write_report(output: Path, summary: str) -> Path:
         f"<pre>{html.escape(summary)}</pre>" if summary else "",
         _verdict(train, validations),
         '<h2>Curves</h2><div class="curves">',
-        *(_figure(chart, drawn) for chart in CHARTS if (drawn := draw(chart, train, validations, figure))),
+        *(_figure(chart, drawn) for chart in CHARTS if (drawn := draw(chart, train, validations))),
         "</div>",
         *_samples(output),
         f"<h2>Settings</h2><pre>{html.escape(settings)}</pre></html>\n",

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ipadapter_trainer.errors import DataError
-from ipadapter_trainer.report.curves import CHARTS, POINTS, draw, new_figure, smoothed
+from ipadapter_trainer.report.curves import CHARTS, POINTS, draw, smoothed
 from ipadapter_trainer.report.page import write_report
 from ipadapter_trainer.report.run_files import LOG_FILE
 from ipadapter_trainer.report.verdict import read_verdict
@@ -223,19 +223,6 @@ def test_the_words_follow_the_numbers(
     assert found is reads
     for word in words:
         assert word in text
-
-
-def test_a_figure_that_had_another_chart_in_it_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    import matplotlib
-
-    monkeypatch.setitem(matplotlib.rcParams, "svg.hashsalt", "the ids in the file are random otherwise")
-    keys = {key for chart in CHARTS for curve in chart.curves for key in (curve.key, curve.error) if key}
-    lines = [{"step": float(i), **{key: 2.0 + i + n for n, key in enumerate(sorted(keys))}} for i in range(3)]
-    figure = new_figure()
-    for chart in (*CHARTS, *CHARTS):
-        drawn = draw(chart, lines, lines, figure)
-        assert drawn is not None
-        assert drawn == draw(chart, lines, lines)
 
 
 def test_a_user_reports_a_run(run: Path, run_ipadapter: Callable[..., Any]) -> None:
