@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ipadapter_core import IPAdapter
 from ipadapter_trainer.demo.batches import draw_batch, encode_emoji
-from ipadapter_trainer.demo.emoji import styled_caption, to_pixels
+from ipadapter_trainer.demo.emoji import caption, styled_caption, to_pixels
 from ipadapter_trainer.demo.views import mirror, shift
 from ipadapter_trainer.models.base_model import BaseModel
 from ipadapter_trainer.models.conditioning import encode_prompts
