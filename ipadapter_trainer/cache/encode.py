@@ -25,7 +25,8 @@ from ..models.features import encode_moments
 from ..models.from_config import preprocessor_from_config
 from ..models.image_features import encode_clip_images
 from ..settings.config import TrainConfig
-from .plan import SIZES, Shard, cache_rows, variants
+from .files import SIZES
+from .plan import Shard, cache_rows, variants
 from .quantise import pack_features
 
 

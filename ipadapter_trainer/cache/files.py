@@ -32,9 +32,17 @@ from ..errors import CacheError
 from ..runtime.disk import whole_file
 
 FORMAT = 3
+SIZES = ("original_size", "crop_coords_top_left", "target_size")
 MANIFEST = "manifest.json"
 _METADATA = "ipadapter.cache"  # a single entry, because safetensors writes several in a random order
 _TAIL = 64  # bytes
+_NEEDED = {
+    "captions": {"row", "text_states"},
+    "references": {"row", "image_features"},
+    "images": {"row", "latents_mean", "latents_std", *SIZES},
+}
+# What decides a setting of the cache, where that is none of the config.
+_CONFIG_KEYS = {"image_feature": "image_feature (kind)", "own_references": "own_references (self_reference > 0)"}
 
 
 @dataclass(frozen=True)
@@ -64,18 +72,24 @@ def read_manifest(folder: Path, settings: Mapping[str, Any]) -> Manifest:
         content = json.loads(file.read_bytes())
         version = content["format"]
         manifest = TypeAdapter(Manifest).validate_python(content) if version == FORMAT else None
+        if manifest and (len({*manifest.shards}) < len(manifest.shards) or any(min(b) < 1 for b in manifest.buckets)):
+            raise ValueError("names a shard twice, or an impossible bucket")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         found = "it is damaged" if file_type(file) == JSON else file_type(file).name
         raise CacheError(f"{file}: not a cache's manifest ({found}). Make the cache again.") from error
     if manifest is None:
         raise CacheError(
-            f"{file}: a cache of format {version}, this version reads {FORMAT}. Make the cache again with "
+            f"{file}: a cache of format {version!r}, this version reads {FORMAT}. Make the cache again with "
             "`ipadapter cache`, in another folder."
         )
     before = dict.fromkeys(settings) | manifest.settings
     if before["own_references"]:  # more features than are needed do no harm
         settings = {**settings, "own_references": True}
-    differences = [f"{k} was {before[k]!r} and is now {now!r}" for k, now in settings.items() if before[k] != now]
+    differences = [
+        f"{_CONFIG_KEYS.get(k, k)} was {before[k]!r} and is now {now!r}"
+        for k, now in settings.items()
+        if before[k] != now
+    ]
     if differences:
         raise CacheError(
             f"{folder} is the cache of other settings: {'; '.join(differences)}. Set them back, or make another with "
@@ -98,11 +112,13 @@ def open_shard(file: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tenso
                 raise ValueError("ends in zeros")
         if metadata["settings"] == settings:
             tensors = {name: opened.read(name) for name in opened.infos}
+            if not _NEEDED[file.parent.name] <= tensors.keys():
+                raise ValueError("lacks a tensor")
             return tensors, {int(row): reason for row, reason in metadata["broken"].items()}
         problem = "belongs to another cache"
     except FileNotFoundError:
         problem = "is missing"
-    except (OSError, AdapterError, ValueError, KeyError):
+    except (OSError, AdapterError, ValueError, KeyError, TypeError, AttributeError):
         problem = "is damaged"
     raise CacheError(
         f"{file} {problem}. Run `ipadapter cache` with the same settings again: it makes all shards again that are "

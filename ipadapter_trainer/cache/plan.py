@@ -18,10 +18,10 @@ from ..data.from_config import data_fingerprint
 from ..data.images import Size
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
+from .files import SIZES
 from .quantise import pack_features
 
 TABLES = {"captions": "distinct captions", "references": "other references", "images": "images"}  # with their rows
-SIZES = ("original_size", "crop_coords_top_left", "target_size")
 SHARD_BYTES = 128 * 10**6  # what an interruption loses at most, in each process
 
 

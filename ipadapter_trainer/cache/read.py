@@ -22,9 +22,11 @@ from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
 from ..models.from_config import preprocessor_from_config
 from ..settings.config import TrainConfig
-from .files import MANIFEST, Manifest, open_shard, read_manifest
-from .plan import SIZES, cache_rows, cache_settings
+from .files import MANIFEST, SIZES, Manifest, open_shard, read_manifest
+from .plan import cache_rows, cache_settings
 from .quantise import unpack_features
+
+_AGAIN = "Run `ipadapter cache` with the same settings again."
 
 
 class StoredRows:
@@ -42,17 +44,21 @@ class StoredRows:
         for number, file in enumerate(self._files):
             tensors, broken = open_shard(file, self._settings)
             rows = tensors["row"].numpy()
+            if ((rows < 0) | (rows >= count)).any():
+                raise CacheError(f"{file} has rows of other data. {_AGAIN}")
             self._place[rows, 0], self._place[rows, 1] = number, np.arange(len(rows))
             self.broken |= broken
             if "target_size" in tensors:
                 height, width = tensors["target_size"][0, 0].int().tolist()
                 buckets.setdefault((width, height), []).extend(rows.tolist())
         if (self._place < 0).any():
-            raise CacheError(f"{folder / MANIFEST}: not a cache's manifest (it is damaged). Make the cache again.")
+            missing = int((self._place < 0).any(axis=1).sum())
+            raise CacheError(f"{folder} lacks {missing} of its {count} rows. {_AGAIN}")
         readable = {size: sorted(rows) for size, rows in buckets.items() if not self.broken.keys() >= set(rows)}
         if not readable:
             raise DataError(
-                f"None of the {sum(map(len, buckets.values()))} images can be read. The first: {self.broken[0]}"
+                f"None of the {sum(map(len, buckets.values()))} images can be read. The first: {self.broken[0]} When "
+                "they can be, run `ipadapter cache` with the same settings again."
             )
         self.buckets = Buckets(tuple(readable), tuple(readable.values()))
 
@@ -69,8 +75,10 @@ class StoredRows:
         shard, position = self._place[row].tolist()
         if shard not in self._mapped:
             self._mapped[shard], _ = open_shard(self._files[shard], self._settings)
-            del self._mapped[shard]["row"]
-        return {key: tensor[position, variant % tensor.shape[1]] for key, tensor in self._mapped[shard].items()}
+        tensors = self._mapped[shard]
+        if position >= len(tensors["row"]) or tensors["row"][position] != row:
+            raise CacheError(f"{self._files[shard]} was made again meanwhile, with other rows. Start this run again.")
+        return {key: tensor[position, variant % tensor.shape[1]] for key, tensor in tensors.items() if key != "row"}
 
 
 class CachedDataset(ImageDataset):

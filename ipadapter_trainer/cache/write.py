@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from ..data.buckets import assign, read_sizes
 from ..data.from_config import buckets_from_config, examples_from_config
+from ..data.images import is_readable
 from ..errors import CacheError, ConfigError
 from ..files.provenance import trainer_version
 from ..models.from_config import base_model_from_config
@@ -66,15 +67,17 @@ def write_cache(
             found = read_manifest(folder, settings)
             settings = found.settings
         elif any(file.name not in (LOCK, NOTE) for file in folder.iterdir()):
-            raise CacheError(f"cache {folder} is a folder with other files in it. Choose another folder.")
-        if found is not None and config.buckets:  # the same ones, although another batch_size may give up others
+            raise CacheError(f"cache {folder} has other files in it, and no {MANIFEST}. Choose another folder.")
+        if found is not None and found.buckets and config.buckets:
+            # The same ones, although another batch_size may give up others.
             buckets = assign(read_sizes(examples), found.buckets)
         else:
             buckets = buckets_from_config(config, examples)
         shards = plan_shards(settings, base_model, examples, buckets, _dtype)
         manifest = found or Manifest(settings, [], [], trainer_version(), base_model.name, config.mixed_precision)
         manifest = replace(manifest, shards=[shard.file for shard in shards], buckets=list(buckets.sizes))
-        missing = [shard for shard in shards if not _is_written(folder, settings, shard)]
+        sources = cache_rows(settings, examples)
+        missing = [shard for shard in shards if not _is_written(folder, settings, shard, sources)]
         if missing:
             say(f"Caching the outputs of the encoders of {base_model.name} in {folder}")
             if state.num_processes > 1:
@@ -91,7 +94,7 @@ def write_cache(
             write_shard(folder / shard.file, tensors, settings, broken)
         state.wait_for_everyone()
         if state.is_main_process:
-            broken = StoredRows(folder, manifest, len(cache_rows(settings, examples))).broken
+            broken = StoredRows(folder, manifest, len(sources)).broken
             if broken:
                 say(f"Could not be read and are left out: {len(broken):,}, such as {next(iter(broken.values()))}")
             size = show_bytes(sum((folder / file).stat().st_size for file in manifest.shards))
@@ -100,12 +103,17 @@ def write_cache(
     return folder
 
 
-def _is_written(folder: Path, settings: Mapping[str, Any], shard: Shard) -> bool:
+def _is_written(folder: Path, settings: Mapping[str, Any], shard: Shard, sources: Sequence[Any]) -> bool:
+    """Whether a shard is as planned, and its unreadable images are still unreadable."""
     try:
-        tensors, _ = open_shard(folder / shard.file, settings)
+        tensors, broken = open_shard(folder / shard.file, settings)
     except CacheError:
         return False
-    return tensors["row"].tolist() == shard.rows.tolist()
+    planned = {name: (row.shape, row.dtype) for name, row in shard.tensors.items()}
+    rows = tensors.pop("row").tolist()
+    written = {name: (tensor.shape[1:], tensor.dtype) for name, tensor in tensors.items()}
+    readable_now = any(is_readable(sources[row]) for row in broken)
+    return rows == shard.rows.tolist() and written == planned and not readable_now
 
 
 def _announce(folder: Path, shards: Sequence[Shard], missing: Sequence[Shard], force: bool, say: Say) -> None:

@@ -95,6 +95,15 @@ def _read_end(image: Path | TarMember | IO[bytes], whence: int) -> bytes:
     return image.read(START)
 
 
+def is_readable(image: ImageSource) -> bool:
+    """Whether an image can be opened and decoded."""
+    try:
+        open_rgb(image)
+    except Exception:  # Pillow's decoders raise nearly anything on damaged files
+        return False
+    return True
+
+
 def why_unreadable(error: Exception) -> str:
     """A decoder's error in one line."""
     if isinstance(error, UnidentifiedImageError):  # its text holds an object's address

@@ -169,7 +169,7 @@ def test_wrong_folders_are_refused(settings: dict[str, Any], tmp_path: Path) -> 
     assert "Write `ipadapter cache CONFIG key=value ...`" in err
     code, _, err = ipadapter("cache", *keys(settings, cache=settings["data"]))
     assert code == 2
-    assert "a folder with other files in it" in err
+    assert "has other files in it, and no manifest.json" in err
     file = tmp_path / "file"
     file.touch()
     code, _, err = ipadapter("cache", *keys(settings, cache=file))
@@ -362,14 +362,14 @@ def test_quantised_rows_are_near_although_some_channels_dwarf_the_others() -> No
     assert torch.equal(zeros, torch.zeros(2, 5, 30, dtype=torch.float16))
 
 
-def test_a_manifest_that_lacks_one_of_several_shards_is_damaged(settings: dict[str, Any], small_shards: None) -> None:
+def test_a_manifest_that_lacks_one_of_several_shards(settings: dict[str, Any], small_shards: None) -> None:
     config = make_config(settings)
     folder = write_cache(config)
     before = contents(folder)
     manifest = manifest_of(config)
     manifest.shards.remove("images/shard-00000.safetensors")
     manifest.save(folder)
-    with pytest.raises(CacheError, match=r"manifest.json: not a cache's manifest \(it is damaged\)"):
+    with pytest.raises(CacheError, match=r"cache lacks \d+ of its 29 rows. Run `ipadapter cache`"):
         CachedDataset(config, base_model_from_config(config), examples_from_config(config))
     write_cache(make_config({**settings, "mixed_precision": "bf16"}))
     assert contents(folder) == before
@@ -395,3 +395,54 @@ def test_the_manifest_is_read_back(settings: dict[str, Any], tmp_path: Path) -> 
     manifest = manifest_of(config)
     manifest.save(tmp_path)
     assert read_manifest(tmp_path, manifest.settings) == manifest
+
+
+def test_an_image_that_can_be_read_again_is_cached(settings: dict[str, Any]) -> None:
+    config = make_config(settings)
+    whole = contents(write_cache(config))
+    file = sorted(Path(settings["data"]).glob("*.png"))[3]
+    image = file.read_bytes()
+    shutil.rmtree(settings["cache"])
+    file.write_bytes(b"not an image")
+    lines: list[str] = []
+    write_cache(config, say=lines.append)
+    assert any("Could not be read and are left out: 1" in line for line in lines)
+    write_cache(config, say=lines.append)  # it is still broken: nothing is done
+    assert not any("Resuming" in line for line in lines)
+    file.write_bytes(image)
+    assert contents(write_cache(config)) == whole
+
+
+def test_a_shard_of_other_tensors_is_made_again(settings: dict[str, Any], small_shards: None) -> None:
+    config = make_config(settings)
+    whole = contents(write_cache(config))
+    file = Path(settings["cache"]) / "images" / "shard-00001.safetensors"
+    good = file.read_bytes()
+    for wrong in (b"latents_meen", b"rox"):
+        file.write_bytes(good.replace(b"latents_mean" if wrong != b"rox" else b"row", wrong))
+        with pytest.raises(CacheError, match=r"shard-00001.safetensors is damaged. Run `ipadapter cache`"):
+            CachedDataset(config, base_model_from_config(config), examples_from_config(config))
+        assert contents(write_cache(config)) == whole
+
+
+def test_a_cache_made_again_during_a_training_is_named(settings: dict[str, Any], small_shards: None) -> None:
+    config = make_config(settings)
+    folder = write_cache(config)
+    dataset = CachedDataset(config, base_model_from_config(config), examples_from_config(config))
+    one, other = (folder / "images" / f"shard-0000{n}.safetensors" for n in (0, 1))
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    with pytest.raises(CacheError, match=r"shard-00000.safetensors was made again meanwhile, with other rows"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("shards", ["captions/shard-00000.safetensors"] * 2), ("buckets", [[64, 0]])]
+)
+def test_an_impossible_manifest_is_damaged(settings: dict[str, Any], name: str, value: list[Any]) -> None:
+    config = make_config(settings)
+    file = write_cache(config) / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(CacheError, match=r"manifest.json: not a cache's manifest \(it is damaged\)"):
+        write_cache(config)

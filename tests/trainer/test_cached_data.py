@@ -284,9 +284,9 @@ def test_a_bucket_of_broken_images_is_left_out(many: dict[str, Any], base_model:
     [
         ({"resolution": 128}, ["resolution was 64 and is now 128"]),
         ({"flip": True, "crop": "random"}, ["flip was False and is now True", "crop was 'center' and is now 'random'"]),
-        ({"kind": "plus"}, ["image_feature was 'image_embeds' and is now 'penultimate_hidden_states'"]),
+        ({"kind": "plus"}, ["image_feature (kind) was 'image_embeds' and is now 'penultimate_hidden_states'"]),
         ({"kind": "faceid"}, ["image_encoder was", "and is now None"]),
-        ({"self_reference": 0.5}, ["own_references was False and is now True"]),
+        ({"self_reference": 0.5}, ["own_references (self_reference > 0) was False and is now True"]),
     ],
     ids=str,
 )

@@ -369,17 +369,24 @@ def test_a_shard_of_another_cache_is_named(cache: dict[str, Any], tmp_path: Path
         shard.write_bytes(whole)
 
 
-@pytest.mark.parametrize("damage", [*DAMAGE, "cut off", "no table", "a list"])
+@pytest.mark.parametrize("damage", [*DAMAGE, "cut off", "a list"])
 def test_a_damaged_manifest_is_named(cache: dict[str, Any], damage: str) -> None:
     manifest = Path(cache["cache"]) / MANIFEST
-    content = json.loads(manifest.read_text())
-    content["shards"].remove("images/shard-00000.safetensors")
-    others = {"no table": lambda whole: json.dumps(content).encode(), "a list": lambda whole: b"[1, 2]"}
+    others = {"a list": lambda whole: b"[1, 2]"}
     manifest.write_bytes({**DAMAGE, **CUT, **others}[damage](manifest.read_bytes()))
     found = damage if damage in DAMAGE else "it is damaged"
     if damage == "a list":
         found = "a text file that begins with '[1, 2]'"
     assert_refused(f"{manifest}: not a cache's manifest ({found}). Make the cache again.", "train", *keys(cache))
+
+
+def test_a_manifest_without_its_images_is_named(cache: dict[str, Any]) -> None:
+    manifest = Path(cache["cache"]) / MANIFEST
+    content = json.loads(manifest.read_text())
+    content["shards"].remove("images/shard-00000.safetensors")
+    manifest.write_text(json.dumps(content))
+    advice = "Run `ipadapter cache` with the same settings again."
+    assert_refused(f"{cache['cache']} lacks 6 of its 13 rows. {advice}", "train", *keys(cache))
 
 
 def test_what_is_no_cache_is_named(cache: dict[str, Any], images: Path, tmp_path: Path) -> None:
