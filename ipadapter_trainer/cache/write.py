@@ -112,8 +112,8 @@ def _is_written(folder: Path, settings: Mapping[str, Any], shard: Shard, sources
     planned = {name: (row.shape, row.dtype) for name, row in shard.tensors.items()}
     rows = tensors.pop("row").tolist()
     written = {name: (tensor.shape[1:], tensor.dtype) for name, tensor in tensors.items()}
-    readable_now = any(is_readable(sources[row]) for row in broken)
-    return rows == shard.rows.tolist() and written == planned and not readable_now
+    as_planned = rows == shard.rows.tolist() and written == planned
+    return as_planned and not any(is_readable(sources[row]) for row in broken)
 
 
 def _announce(folder: Path, shards: Sequence[Shard], missing: Sequence[Shard], force: bool, say: Say) -> None:

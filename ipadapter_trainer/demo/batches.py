@@ -22,7 +22,7 @@ from ..models.features import Features, encode_pixels
 from ..models.image_features import encode_clip_images
 from ..training.adapted_unet import TrainBatch
 from .emoji import EmojiImages, normalize, to_pixels
-from .views import GRID, PERMUTATIONS, mirror, recolour, shift
+from .views import numbered_view, other_colours
 
 SELF_PAIRS = 0.45  # share of the examples whose reference is the image itself, without text
 NAMED_PAIRS = 0.2  # of those whose reference is the image itself, with its caption
@@ -63,14 +63,9 @@ def encode_emoji(
     generator = torch.Generator(device).manual_seed(seed)
     latents, features = [], []
     for view in range(own + recoloured):
-        pixels = to_pixels(images.images.to(device))
-        if view < 2:
-            pixels = pixels.flip(-1) if view else pixels
-        else:
-            pixels = shift(mirror(pixels, generator), generator, images.size // GRID)
+        pixels = numbered_view(to_pixels(images.images.to(device)), view, generator)
         if view >= own:
-            drawn = torch.randint(1, len(PERMUTATIONS), (len(pixels),), generator=generator, device=device)
-            pixels = recolour(pixels, drawn)
+            pixels = other_colours(pixels, generator)
         latents.append(torch.cat([encode_pixels(base_model, chunk) for chunk in pixels.split(64)]))
         chunks = (encode_clip_images(base_model, normalize(chunk), feature) for chunk in pixels.split(64))
         features.append(torch.cat(list(chunks)))

@@ -50,3 +50,18 @@ def recolour(pixels: Tensor, permutation: int | Tensor) -> Tensor:
 @cache
 def _permutations(device: torch.device) -> Tensor:
     return torch.tensor(PERMUTATIONS, device=device)
+
+
+def numbered_view(pixels: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """View 0 of images [B, 3, H, W] are they themselves, view 1 their mirror images; others are mirrored and shifted
+    at random, by whole margins.
+    """
+    if number < 2:
+        return pixels.flip(-1) if number else pixels
+    return shift(mirror(pixels, generator), generator, pixels.shape[-1] // GRID)
+
+
+def other_colours(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image recoloured."""
+    drawn = torch.randint(1, len(PERMUTATIONS), (len(pixels),), generator=generator, device=pixels.device)
+    return recolour(pixels, drawn)

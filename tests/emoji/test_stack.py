@@ -21,7 +21,7 @@ from ipadapter_trainer.demo.run import COLUMNS, ROWS, demo, train_demo_adapter
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.features import encode_pixels
 from tools.emoji.loop import fit, progress
-from tools.emoji.stack import load_clip, load_unet, load_vae, unpack_first
+from tools.emoji.stack import load_clip, load_unet, load_vae, unpack_text_to_image
 from tools.emoji.unet import new_unet, unet_losses
 
 FOLDER = emoji_folder()
@@ -151,7 +151,7 @@ def test_demo_with_the_bundled_adapter(
 
 
 def test_the_next_model_starts_from_the_shipped_weights(tmp_path: Path, train_images: EmojiImages) -> None:
-    unpack_first(FOLDER, tmp_path)
+    unpack_text_to_image(FOLDER, tmp_path, 128)
     some = train_images.subset(range(0, 16))
     shipped = load_base_model(FOLDER / MODEL)
     unet, vae, (clip, tokenizer) = load_unet(tmp_path, 64), load_vae(tmp_path, some), load_clip(tmp_path, 128)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from ipadapter_trainer.demo.emoji import normalize, styled_caption, to_pixels
+from ipadapter_trainer.demo.emoji import styled_caption, to_pixels
 from ipadapter_trainer.demo.views import mirror, shift
 
 from .images import STYLE_NAMES, EmojiImages
 from .loop import LossFunction, training_device
 from .views import any_colours, patchwork, zoom
-from .vision import CELLS, PATCHES, WIDTH, patch_colours, run_layer
+from .vision import CELLS, PATCHES, WIDTH, patch_colours, run_tower
 
 MAX_TOKENS = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -162,18 +162,10 @@ def embed_some_patches(
     Seen are the class token and a random ``share`` of each image's patches: half the work, and a small data set
     is learned by heart much later (FLIP, arXiv 2212.00794).
     """
-    vision = model.vision_model
-    tokens = vision.embeddings(normalize(pixels))
-    patches = tokens.shape[1] - 1
-    drawn = torch.rand(len(tokens), patches, generator=generator, device=tokens.device).argsort(dim=1)
-    kept = drawn[:, : round(share * patches)]
-    chosen = tokens.gather(1, 1 + kept[..., None].expand(-1, -1, tokens.shape[-1]))
-    states = vision.pre_layrnorm(torch.cat([tokens[:, :1], chosen], dim=1))
-    *layers, last = vision.encoder.layers
-    for layer in layers:
-        states = run_layer(layer, states)
+    drawn = torch.rand(len(pixels), PATCHES**2, generator=generator, device=pixels.device).argsort(dim=1)
+    kept = drawn[:, : round(share * PATCHES**2)]
+    states, pooled = run_tower(model.vision_model, pixels, kept)
     colours = model.patch_colours(states[:, 1:])
-    states = run_layer(last, states)
-    embeds = F.normalize(model.visual_projection(vision.post_layernorm(states[:, 0])).float(), dim=-1)
+    embeds = F.normalize(model.visual_projection(pooled).float(), dim=-1)
     wanted = patch_colours(pixels).gather(1, kept[..., None].expand(-1, -1, colours.shape[-1]))
     return embeds, (colours.float() - wanted).abs().mean()

@@ -47,7 +47,7 @@ def last_layer(network: EfficientNet) -> dict[str, Tensor]:
 
 
 def compressed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state in half of its bytes: int8 with a scale for each row; biases, norms and counts as they are, in fp16.
+    """A state in about a byte a weight: int8 with a scale for each row, biases and norms in fp16, counts as they are.
 
     ``classifier_state`` takes it back.
     """

@@ -18,7 +18,6 @@ from ipadapter_core.assets import MODEL
 from ipadapter_trainer.demo.judges import classifier_state, read_judges
 from ipadapter_trainer.models.image_processor import CLIPImageProcessor
 
-from .build import SIZE
 from .clip import MAX_TOKENS, new_clip
 from .concepts import CONCEPTS
 from .efficientnet import EfficientNet
@@ -117,24 +116,34 @@ def prefix_keys(file: Path, prefix: str) -> None:
     save_file(state, file, metadata={"format": "pt"})
 
 
+def unpack_text_to_image(folder: Path, work: Path, size: int) -> None:
+    """Checkpoints of step 0 of the text encoder, the autoencoder and the UNet from a shipped model, of any release.
+
+    The UNet is to draw ``size`` pixels a side, whatever it drew before.
+    """
+    model = folder / MODEL
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
+    clip = new_clip(tokenizer, size)
+    clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
+    clip.text_projection.load_state_dict({"weight": load_file(folder / "judges.safetensors")["text_projection.weight"]})
+    start_from(clip, work / "clip.pt")
+    start_from(AutoencoderKL.from_pretrained(model / "vae"), work / "vae.pt")
+    start_from(UNet2DConditionModel.from_pretrained(model / "unet"), work / "unet.pt")
+
+
 def unpack(folder: Path, drawings: Drawings, work: Path) -> None:
     """The reverse of ``export``: checkpoints of step 0 from the shipped weights, for anyone to train them further.
 
     What is not shipped starts at random: the teacher, the image encoder's heads, and what the judge of concepts knows
     of other drawings.
     """
-    model = folder / MODEL
-    judges = read_judges(folder / "judges.safetensors", CLASSIFIERS)
-    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
-    shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
     size = drawings.images.shape[-1]
-    clip = new_clip(tokenizer, size)
-    clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
-    clip.text_projection.load_state_dict({"weight": judges["text_projection.weight"]})
-    start_from(clip, work / "clip.pt")
+    unpack_text_to_image(folder, work, size)
     tower = VisionTower(size, len(drawings.labels))
-    tower.encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder").float()
+    tower.encoder = CLIPVisionModelWithProjection.from_pretrained(folder / MODEL / "image_encoder").float()
     start_from(tower, work / "vision.pt")
+    judges = read_judges(folder / "judges.safetensors", CLASSIFIERS)
     styles = new_style_classifier()
     styles.load_state_dict(classifier_state(judges, "styles"))
     start_from(styles, work / "styles.pt")
@@ -142,22 +151,6 @@ def unpack(folder: Path, drawings: Drawings, work: Path) -> None:
     rows = {key: torch.cat([known[key], value[len(CONCEPTS) :]]) for key, value in last_layer(concepts).items()}
     concepts.load_state_dict({**known, **rows})
     start_from(concepts, work / "concepts.pt")
-    start_from(AutoencoderKL.from_pretrained(model / "vae"), work / "vae.pt")
-    start_from(UNet2DConditionModel.from_pretrained(model / "unet"), work / "unet.pt")
-
-
-def unpack_first(folder: Path, work: Path) -> None:
-    """Checkpoints of step 0 from the model of the first release, whose UNet drew 64 px: its autoencoder, text encoder
-    and UNet. Its image encoder, judges and adapter are not those that ``train`` makes.
-    """
-    model = folder / MODEL
-    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
-    shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
-    clip = new_clip(tokenizer, SIZE)
-    clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
-    start_from(clip.float(), work / "clip.pt")
-    start_from(AutoencoderKL.from_pretrained(model / "vae").float(), work / "vae.pt")
-    start_from(UNet2DConditionModel.from_pretrained(model / "unet").float(), work / "unet.pt")
 
 
 def save_judges(work: Path, drawings: Drawings, clip: CLIPModel, file: Path) -> None:

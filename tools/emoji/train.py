@@ -41,7 +41,9 @@ ADAPTERS = {"plus": "adapter.safetensors", "base": "adapter_base.safetensors"}
 
 @dataclass(frozen=True)
 class Run:
-    """What the command line asked for; ``train`` are the images of the file ``images`` to train on."""
+    """What the command line asked for; ``train`` are the images of the file ``images`` to train on, ``drawings`` and
+    ``imagenet`` the files of more drawings and of the weights that teacher and judge start from.
+    """
 
     images: Path
     train: EmojiImages
@@ -230,9 +232,9 @@ def unpack_stack(run: Run) -> None:
 def unpack_first_release(run: Run) -> None:
     from ipadapter_core.assets import emoji_folder
 
-    from .stack import unpack_first
+    from .stack import unpack_text_to_image
 
-    unpack_first(emoji_folder(), run.work)
+    unpack_text_to_image(emoji_folder(), run.work, run.train.size)
 
 
 PARTS: dict[str, Callable[[Run], None]] = {

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ipadapter_trainer.demo.emoji import styled_caption, to_pixels
-from ipadapter_trainer.demo.views import GRID, LATENT, PERMUTATIONS, mirror, recolour, shift
+from ipadapter_trainer.demo.views import LATENT, numbered_view, other_colours
 
 from .clip import tokenize
 from .images import EmojiImages
@@ -62,14 +62,9 @@ def encode_views(vae: AutoencoderKL, images: EmojiImages, views: int, generator:
     device = generator.device
     own, recoloured = [], []
     for view in range(views):
-        pixels = to_pixels(images.images.to(device))
-        if view < 2:
-            pixels = pixels.flip(-1) if view else pixels
-        else:
-            pixels = shift(mirror(pixels, generator), generator, images.size // GRID)
-        drawn = torch.randint(1, len(PERMUTATIONS), (len(pixels),), generator=generator, device=device)
+        pixels = numbered_view(to_pixels(images.images.to(device)), view, generator)
         own.append(encode(vae, pixels))
-        recoloured.append(encode(vae, recolour(pixels, drawn)))
+        recoloured.append(encode(vae, other_colours(pixels, generator)))
     return torch.stack([torch.stack(own), torch.stack(recoloured)]) * vae.config["scaling_factor"]
 
 

@@ -61,17 +61,8 @@ class VisionTower(nn.Module):
         """Pixels [B, 3, H, W] in [-1, 1] -> penultimate states [B, 1 + patches, D] and image embeddings [B, E], of all
         patches or of the ``kept`` ones [B, K].
         """
-        vision = self.encoder.vision_model
-        tokens = vision.embeddings(normalize(pixels))
-        if kept is not None:
-            chosen = tokens.gather(1, 1 + kept[..., None].expand(-1, -1, tokens.shape[-1]))
-            tokens = torch.cat([tokens[:, :1], chosen], dim=1)
-        states = vision.pre_layrnorm(tokens)
-        *layers, last = vision.encoder.layers
-        for layer in layers:
-            states = run_layer(layer, states)
-        final = vision.post_layernorm(run_layer(last, states)[:, 0])
-        return states, self.encoder.visual_projection(final)
+        states, pooled = run_tower(self.encoder.vision_model, pixels, kept)
+        return states, self.encoder.visual_projection(pooled)
 
     def answers(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Log probabilities [B, labels] of the concept and [B, 5] of the style, by the penultimate states."""
@@ -86,8 +77,22 @@ def _heads(width: int, labels: int) -> nn.ModuleDict:
     return nn.ModuleDict({"concept": head(labels), "style": head(len(STYLE_NAMES))})
 
 
-def run_layer(layer: nn.Module, states: Tensor) -> Tensor:
-    """One layer of a vision tower."""
+def run_tower(vision: Any, pixels: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A CLIP vision model on pixels [B, 3, H, W] in [-1, 1]: its penultimate states [B, 1 + patches, D] and its pooled
+    output [B, D], of all patches or of the ``kept`` ones [B, K].
+    """
+    tokens = vision.embeddings(normalize(pixels))
+    if kept is not None:
+        chosen = tokens.gather(1, 1 + kept[..., None].expand(-1, -1, tokens.shape[-1]))
+        tokens = torch.cat([tokens[:, :1], chosen], dim=1)
+    states = vision.pre_layrnorm(tokens)
+    *layers, last = vision.encoder.layers
+    for layer in layers:
+        states = _run(layer, states)
+    return states, vision.post_layernorm(_run(last, states)[:, 0])
+
+
+def _run(layer: nn.Module, states: Tensor) -> Tensor:
     output = layer(states, attention_mask=None)
     return output if isinstance(output, Tensor) else output[0]  # older transformers return a tuple
 
