@@ -25,7 +25,7 @@ WIDTH = 128  # of the text states and of all embeddings
 PATCHES = 8  # a side
 CELLS = 4  # a side: the colours that a patch's state is asked for
 HIDDEN, LAYERS, HEADS = 160, 5, 5
-SEEN = 0.5  # share of the patches in training: half the work, and less is learned by heart (FLIP, arXiv 2212.00794)
+PARTS = 2  # that the patches of a view are seen in: less is learned by heart (FLIP, arXiv 2212.00794)
 
 
 def new_image_encoder(size: int) -> CLIPVisionModelWithProjection:
@@ -101,6 +101,7 @@ def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 6
     """Four losses: the teacher's probabilities, its map of what is where, the styles, and the colours of each patch.
 
     Half of a batch are natural views, which have a style; of the others, disguised ones, half are patchworks of two.
+    The tower sees one half of a view's patches, then the other: the teacher, which takes longer, looks at it once.
     """
     device = training_device()
     images, styles = drawings.images.to(device), drawings.style_ids.to(device)
@@ -122,8 +123,9 @@ def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 6
             wanted = logits.float().softmax(-1)
             there = F.interpolate(there.float(), (PATCHES, PATCHES), mode="bilinear").flatten(2).transpose(1, 2)
             there = F.layer_norm(there, there.shape[-1:])
-        kept = torch.rand(len(views), PATCHES**2, generator=generator, device=device).argsort(dim=1)
-        kept = kept[:, : round(SEEN * PATCHES**2)]
+        order = torch.rand(len(views), PATCHES**2, generator=generator, device=device).argsort(dim=1)
+        kept = torch.cat(order.chunk(PARTS, dim=1))
+        views, there, wanted = (t.repeat(PARTS, *[1] * (t.dim() - 1)) for t in (views, there, wanted))
         states, embeds = model.states(views, kept)
         of_kept = kept[..., None]
         map_error = F.mse_loss(model.map(states[:, 1:]).float(), there.gather(1, of_kept.expand(-1, -1, MAP_WIDTH)))
@@ -132,9 +134,9 @@ def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 6
         concept = style = colour_error.new_zeros(())
         for heads, read in ((model.patches, states.mean(dim=1)), (model.image, embeds)):
             concept = concept - (wanted * heads["concept"](read).float().log_softmax(-1)).sum(-1).mean()
-            style = style + F.cross_entropy(
-                heads["style"](read[:natural]).float(), styles[rows[:natural]], ignore_index=-1
-            )
+            of_natural = heads["style"](read.unflatten(0, (PARTS, -1))[:, :natural]).float()
+            truth = styles[rows[:natural]].repeat(PARTS)
+            style = style + F.cross_entropy(of_natural.flatten(0, 1), truth, ignore_index=-1)
         style = style.nan_to_num()  # a batch without any style
         return {
             "loss": concept + style + map_error + 2 * colour_error,
