@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 # Takes the model and a generator that decides everything random of the batch; returns named losses, "loss" among them.
@@ -46,9 +48,9 @@ def fit(
 
     The learning rate is constant after the warm-up, the weights are averaged, and what is random in a step depends on
     the seed and the step alone. So a later, longer run continues from the checkpoint as if it had never stopped.
-    Only parameters that require a gradient are trained, on the GPU when there is one: there in ``bfloat16``, unless the
-    losses need more, and as a CUDA graph, so ``losses`` must not wait for the GPU. ``batch_size`` is that of
-    ``losses``, for the checkpoint's count of images; without it they are not counted.
+    Only parameters that require a gradient are trained, in ``bfloat16`` where the machine has it, unless the losses
+    need more; on the GPU when there is one, as a CUDA graph, so ``losses`` must not wait for the GPU. ``batch_size`` is
+    that of ``losses``, for the checkpoint's count of images; without it they are not counted.
     """
     device = training_device()
     place: dict[str, Any] = {"device": device, "memory_format": torch.channels_last}  # faster convolutions
@@ -67,7 +69,7 @@ def fit(
     generator = torch.Generator(device)
 
     def take_step() -> dict[str, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and on_gpu):
+        with mixed_precision(device, bfloat16):
             terms = losses(model, generator)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
@@ -103,6 +105,24 @@ def fit(
     ema.copy_to(parameters)
     place = {"device": "cpu", "memory_format": torch.contiguous_format}
     return model.to(**place).eval()
+
+
+@contextmanager
+def mixed_precision(device: torch.device, enabled: bool = True) -> Iterator[None]:
+    """Autocast to bfloat16, on a GPU and on a CPU that multiplies it; then its attention is plain matrix products,
+    which are six times as fast as PyTorch's fused kernel for bfloat16 on the CPU (2.13).
+    """
+    on_cpu = device.type == "cpu"
+    if not enabled or (on_cpu and not torch.cpu._is_avx512_bf16_supported()):
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16):
+        if not on_cpu:
+            yield
+            return
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # of the CPU as well; else it computes in float32
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
 
 
 def graphed(step: Step, generator: torch.Generator) -> Step:

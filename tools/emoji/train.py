@@ -120,7 +120,7 @@ def train_vision(run: Run) -> None:
     sized = run.sized(64, 1e-3)
     losses = vision_losses(drawings, load_teacher(run.work, drawings), sized["batch_size"])
     tower = VisionTower(run.train.size, len(drawings.labels))
-    fit(tower, losses, **run.limits("vision"), **sized, weight_decay=0.05, bfloat16=False)
+    fit(tower, losses, **run.limits("vision"), **sized, weight_decay=0.05)
 
 
 def train_styles(run: Run) -> None:

@@ -26,7 +26,7 @@ VIEWS = 4  # of each image in its own colours, and as many recoloured
 
 def new_unet(size: int) -> UNet2DConditionModel:
     """SD1.5's layout, four levels of two layers, for images of ``size`` pixels a side; random weights."""
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=size // LATENT,
         block_out_channels=(64, 96, 128, 128),
         layers_per_block=2,
@@ -34,6 +34,10 @@ def new_unet(size: int) -> UNet2DConditionModel:
         attention_head_dim=4,  # heads a layer: the name is diffusers' well-known slip
         norm_num_groups=32,
     )
+    for module in unet.modules():
+        if isinstance(module, nn.GroupNorm):  # slow in bfloat16 on a CPU, and on a GPU autocast does the same
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    return unet
 
 
 def new_scheduler() -> DDPMScheduler:

@@ -1,6 +1,6 @@
 """The image encoder: a CLIP vision tower that learns from a convolutional teacher what a drawing shows.
 
-A small transformer knows two thousand images by heart and no others. A teacher that has seen ImageNet generalises, and
+A small transformer knows a thousand images by heart and no others. A teacher that has seen ImageNet generalises, and
 says more of each view than its label (DeiT, arXiv 2012.12877; "a patient and consistent teacher", arXiv 2106.05237).
 """
 
@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from ipadapter_trainer.demo.emoji import normalize, to_pixels
 from ipadapter_trainer.demo.views import mirror, shift
 
+from .concepts import CONCEPTS
 from .efficientnet import MAP_WIDTH, EfficientNet
 from .images import STYLE_NAMES, Drawings
 from .loop import LossFunction, training_device
@@ -100,18 +101,21 @@ def _run(layer: nn.Module, states: Tensor) -> Tensor:
 def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 64) -> LossFunction:
     """Four losses: the teacher's probabilities, its map of what is where, the styles, and the colours of each patch.
 
-    Half of a batch are natural views, which have a style; of the others, disguised ones, half are patchworks of two.
+    Half of a batch are natural views of the known concepts, most of which have a style. The others are disguised ones
+    of all concepts, half of them patchworks of two.
     The tower sees one half of a view's patches, then the other: the teacher, which takes longer, looks at it once.
     """
     device = training_device()
     images, styles = drawings.images.to(device), drawings.style_ids.to(device)
     teacher.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher.eval().requires_grad_(False)
+    known = (drawings.concept_ids < len(CONCEPTS)).nonzero()[:, 0].to(device)
     natural = batch_size // 2
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, VisionTower)
         rows = torch.randint(len(images), (batch_size,), generator=generator, device=device)
+        rows[:natural] = known[rows[:natural] % len(known)]
         pixels = to_pixels(images[rows])
         plain = zoom(shift(mirror(pixels[:natural], generator), generator), generator)
         hidden = disguise(pixels[natural:], generator)
