@@ -45,6 +45,14 @@ class Drawings:
     concept_ids: Tensor
     style_ids: Tensor
 
+    def draw_rows(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """The rows of a batch [B]; the first half are of the known concepts, an eighth of all."""
+        device = generator.device
+        known = (self.concept_ids < len(CONCEPTS)).nonzero()[:, 0].to(device)
+        rows = torch.randint(len(self.images), (batch_size,), generator=generator, device=device)
+        rows[: batch_size // 2] = known[rows[: batch_size // 2] % len(known)]
+        return rows
+
 
 def load_drawings(train: EmojiImages, file: Path | None) -> Drawings:
     """The training images, and those of ``drawings.zip`` when there is one."""

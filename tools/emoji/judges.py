@@ -90,7 +90,7 @@ def concept_losses(drawings: Drawings, batch_size: int = 64) -> LossFunction:
     images, labels = drawings.images.to(device), drawings.concept_ids.to(device)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(images), (batch_size,), generator=generator, device=device)
+        rows = drawings.draw_rows(batch_size, generator)
         pixels = disguise(to_pixels(images[rows]), generator).contiguous(memory_format=torch.channels_last)
         return _cross_entropy(model(pixels), labels[rows])
 

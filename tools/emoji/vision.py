@@ -16,7 +16,6 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from ipadapter_trainer.demo.emoji import normalize, to_pixels
 from ipadapter_trainer.demo.views import mirror, shift
 
-from .concepts import CONCEPTS
 from .efficientnet import MAP_WIDTH, EfficientNet
 from .images import STYLE_NAMES, Drawings
 from .loop import LossFunction, training_device
@@ -109,13 +108,11 @@ def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 6
     images, styles = drawings.images.to(device), drawings.style_ids.to(device)
     teacher.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher.eval().requires_grad_(False)
-    known = (drawings.concept_ids < len(CONCEPTS)).nonzero()[:, 0].to(device)
     natural = batch_size // 2
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, VisionTower)
-        rows = torch.randint(len(images), (batch_size,), generator=generator, device=device)
-        rows[:natural] = known[rows[:natural] % len(known)]
+        rows = drawings.draw_rows(batch_size, generator)
         pixels = to_pixels(images[rows])
         plain = zoom(shift(mirror(pixels[:natural], generator), generator), generator)
         hidden = disguise(pixels[natural:], generator)
