@@ -182,10 +182,10 @@ def _aligned(run: Run) -> tuple[BaseModel, Alignment]:
 def _exported_model(run: Run) -> BaseModel:
     from ipadapter_trainer.models.base_model import load_base_model
 
-    from .loop import training_device
+    from .loop import multiplies_bfloat16, training_device
 
     device = training_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     return load_base_model(run.output / MODEL, device=device, dtype=dtype)
 
 
