@@ -17,6 +17,7 @@ from ipadapter_trainer.demo.judges import (
     style_features,
 )
 from tools.emoji.clip import MAX_TOKENS, clip_losses, embed_some_patches, new_clip, tokenize, train_tokenizer
+from tools.emoji.concepts import CONCEPTS
 from tools.emoji.efficientnet import EfficientNet
 from tools.emoji.images import Drawings
 from tools.emoji.judges import concept_losses, new_style_classifier, style_losses
@@ -198,6 +199,14 @@ def test_the_tower_learns_from_its_teacher(drawings: Drawings, tmp_path: Path) -
     assert set(found) == {"patches", "patches, of all", "image", "image, of all"}
     assert all(0 <= share <= 1 for share in found.values())
     assert tower.states(to_pixels(drawings.images[:1]))[0].shape[1] == PATCHES**2 + 1
+
+
+def test_half_of_a_batch_is_of_the_known_concepts() -> None:
+    concept_ids = torch.tensor([len(CONCEPTS)] * 50 + [3, 5])
+    many = Drawings(torch.zeros(52, 3, 1, 1), (), concept_ids, torch.full((52,), -1))
+    rows = many.sampler(200, CPU)(torch.Generator().manual_seed(0))
+    assert set(rows[:100].tolist()) == {50, 51}
+    assert 40 < len(set(rows[100:].tolist())) <= 52
 
 
 def test_a_checkpoint_keeps_the_statistics_of_batch_norms(drawings: Drawings, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
         @iconify-json/openmoji @iconify-json/streamline-emojis
     python -m tools.emoji.drawings icons/node_modules/@iconify-json pictures.zip drawings.zip
 
-Two thousand images are too few to learn what a drawing shows: an encoder knows them by heart, and no others. These
+A thousand images are too few to learn what a drawing shows: an encoder knows them by heart, and no others. These
 are for the image encoder, its teacher, the judge of concepts and the alignment; the UNet never sees them.
 Nothing that is kept from training is among them: no concept that is unseen, no concept in the style that is held out
 for it, nor by the same designers, and no near copy of an image that is kept.

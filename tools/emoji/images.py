@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,13 +46,19 @@ class Drawings:
     concept_ids: Tensor
     style_ids: Tensor
 
-    def draw_rows(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """The rows of a batch [B]; the first half are of the known concepts, an eighth of all."""
-        device = generator.device
-        known = (self.concept_ids < len(CONCEPTS)).nonzero()[:, 0].to(device)
-        rows = torch.randint(len(self.images), (batch_size,), generator=generator, device=device)
-        rows[: batch_size // 2] = known[rows[: batch_size // 2] % len(known)]
-        return rows
+    def sampler(self, batch_size: int, device: torch.device) -> Callable[[torch.Generator], Tensor]:
+        """A function that draws the rows of a batch [B]; the first half are of the known concepts.
+
+        It never waits for ``device``, so it can be part of a CUDA graph.
+        """
+        half, known = batch_size // 2, (self.concept_ids < len(CONCEPTS)).nonzero()[:, 0].to(device)
+
+        def draw(generator: torch.Generator) -> Tensor:
+            rows = torch.randint(len(self.images), (batch_size,), generator=generator, device=device)
+            rows[:half] = known[rows[:half] % len(known)]
+            return rows
+
+        return draw
 
 
 def load_drawings(train: EmojiImages, file: Path | None) -> Drawings:

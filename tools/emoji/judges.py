@@ -88,9 +88,10 @@ def concept_losses(drawings: Drawings, batch_size: int = 64) -> LossFunction:
     """Cross-entropy on disguised drawings, with smoothed labels (arXiv 1512.00567)."""
     device = training_device()
     images, labels = drawings.images.to(device), drawings.concept_ids.to(device)
+    draw_rows = drawings.sampler(batch_size, device)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = drawings.draw_rows(batch_size, generator)
+        rows = draw_rows(generator)
         pixels = disguise(to_pixels(images[rows]), generator).contiguous(memory_format=torch.channels_last)
         return _cross_entropy(model(pixels), labels[rows])
 

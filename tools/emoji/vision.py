@@ -25,7 +25,7 @@ WIDTH = 128  # of the text states and of all embeddings
 PATCHES = 8  # a side
 CELLS = 4  # a side: the colours that a patch's state is asked for
 HIDDEN, LAYERS, HEADS = 160, 5, 5
-PARTS = 2  # that the patches of a view are seen in: less is learned by heart (FLIP, arXiv 2212.00794)
+PARTS = 2  # The patches of a view are seen in so many parts: less is learned by heart (FLIP, arXiv 2212.00794)
 
 
 def new_image_encoder(size: int) -> CLIPVisionModelWithProjection:
@@ -108,11 +108,11 @@ def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 6
     images, styles = drawings.images.to(device), drawings.style_ids.to(device)
     teacher.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher.eval().requires_grad_(False)
-    natural = batch_size // 2
+    natural, draw_rows = batch_size // 2, drawings.sampler(batch_size, device)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, VisionTower)
-        rows = drawings.draw_rows(batch_size, generator)
+        rows = draw_rows(generator)
         pixels = to_pixels(images[rows])
         plain = zoom(shift(mirror(pixels[:natural], generator), generator), generator)
         hidden = disguise(pixels[natural:], generator)
