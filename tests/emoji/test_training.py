@@ -21,7 +21,7 @@ from tools.emoji.concepts import CONCEPTS
 from tools.emoji.efficientnet import EfficientNet
 from tools.emoji.images import Drawings
 from tools.emoji.judges import concept_losses, new_style_classifier, style_losses
-from tools.emoji.loop import Progress, fit, load_ema, progress
+from tools.emoji.loop import Progress, fit, load_ema, mixed_precision, multiplies_bfloat16, progress
 from tools.emoji.train import PARTS, Run, main
 from tools.emoji.vae import (
     POSTERIOR_STD,
@@ -68,6 +68,20 @@ def test_fit_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         assert torch.equal(a, b)
     for a, b in zip(load_ema(start(), tmp_path / "whole.pt").parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_mixed_precision_leaves_no_setting_behind() -> None:
+    def settings() -> tuple[bool, ...]:
+        cuda = torch.backends.cuda
+        kernels = (cuda.math_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled())
+        return (cuda.fp16_bf16_reduction_math_sdp_allowed(), torch.is_autocast_enabled("cpu"), *kernels)
+
+    before = settings()
+    with pytest.raises(ZeroDivisionError), mixed_precision(CPU):
+        if multiplies_bfloat16(CPU):
+            assert settings() != before
+        raise ZeroDivisionError
+    assert settings() == before
 
 
 def test_fit_stops_after_its_minutes(tmp_path: Path) -> None:

@@ -121,7 +121,10 @@ def mixed_precision(device: torch.device, enabled: bool = True) -> Iterator[None
         if enabled and multiplies_bfloat16(device):
             stack.enter_context(torch.autocast(device.type, torch.bfloat16))
             if device.type == "cpu":
-                torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for the CPU too; else it takes float32
+                # In bfloat16 as well: without this setting, which is the CPU's too, they would be in float32.
+                before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+                stack.callback(torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, before)
+                torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
