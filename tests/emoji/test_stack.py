@@ -159,6 +159,6 @@ def test_the_next_model_starts_from_the_shipped_weights(tmp_path: Path, train_im
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(clip.text_model.parameters(), shipped.text_encoder.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    losses = unet_losses(some, vae, clip.text_model, tokenizer, batch_size=8, views=1)
+    losses = unet_losses(some, some.subset(range(4)), vae, clip.text_model, tokenizer, batch_size=8, views=1)
     fit(new_unet(64), losses, checkpoint=tmp_path / "unet.pt", steps=2, learning_rate=1e-4)
     assert progress(tmp_path / "unet.pt").step == 2

@@ -21,9 +21,9 @@ from ipadapter_trainer.demo.judges import classifier_state
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-build, concepts, drawings, efficientnet, judges, views = (
+build, concepts, drawings, efficientnet, emoji_images, judges, views = (
     importlib.import_module(f"tools.emoji.{name}")
-    for name in ("build", "concepts", "drawings", "efficientnet", "judges", "views")
+    for name in ("build", "concepts", "drawings", "efficientnet", "images", "judges", "views")
 )
 
 
@@ -65,6 +65,25 @@ def test_drawings_show_nothing_that_is_kept_from_training() -> None:
     of_crab = {(icon.package, icon.drawing) for icon in trained if icon.concept == "crab"}  # held out: twemoji's
     assert ("noto", "comic") in of_crab and not any(package == "twemoji" for package, _ in of_crab)
     assert len([icon for icon in icons if icon.concept == "crab"]) == 3 * len(drawings.DESIGNERS)
+
+
+def test_share_alike_drawings_are_for_the_encoder_alone(tmp_path: Path, images: Path) -> None:
+    def row(concept: str, style: str, split: str) -> tuple[dict[str, str], Image.Image]:
+        name = f"{split}/{style or 'plain'}/{concept}.webp"
+        return {"file_name": name, "text": concept, "concept": concept, "style": style, "split": split}, Image.new(
+            "RGB", (64, 64)
+        )
+
+    file = tmp_path / "drawings.zip"
+    rows = [("crab", "pixel"), ("crab", "noto"), ("elsewhere", "comic"), ("elsewhere", "")]
+    build.write_images(file, [row(*names, "train") for names in rows] + [row("crab", "comic", "share_alike")])
+    train = drawings.load_images(images, "train")
+    assert len(emoji_images.load_drawings(train, file).images) == len(train) + 5
+    known, others = emoji_images.load_more_images(train, file)
+    assert [(c, s) for c, s in zip(known.concepts, known.styles, strict=True)][len(train) :] == [("crab", "pixel")]
+    assert known.captions[-1] == "crab" and len(known.images) == len(train) + 1
+    assert (others.concepts, others.styles) == (("elsewhere",), ("comic",))
+    assert emoji_images.load_more_images(train, None) == (train, train)
 
 
 def test_near_copies_are_found(images: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from PIL import Image
@@ -16,7 +16,7 @@ from ipadapter_trainer.demo import emoji as demo
 from .build import STYLES
 from .concepts import CONCEPTS, PROMPT_IMAGES
 
-Split = Literal["train", "held_out", "unseen"]
+Split = Literal["train", "held_out", "unseen"]  # drawings.zip: "train" and "share_alike"
 STYLE_NAMES = tuple(style.name for style in STYLES)
 
 
@@ -47,25 +47,25 @@ class Drawings:
     style_ids: Tensor
 
     def sampler(self, batch_size: int, device: torch.device) -> Callable[[torch.Generator], Tensor]:
-        """A function that draws the rows of a batch [B]; the first half are of the known concepts.
+        """A function that draws the rows of a batch [B]; every other one is of a known concept.
 
         It never waits for ``device``, so it can be part of a CUDA graph.
         """
-        half, known = batch_size // 2, (self.concept_ids < len(CONCEPTS)).nonzero()[:, 0].to(device)
+        known = (self.concept_ids < len(CONCEPTS)).nonzero()[:, 0].to(device)
 
         def draw(generator: torch.Generator) -> Tensor:
             rows = torch.randint(len(self.images), (batch_size,), generator=generator, device=device)
-            rows[:half] = known[rows[:half] % len(known)]
+            rows[::2] = known[rows[::2] % len(known)]
             return rows
 
         return draw
 
 
 def load_drawings(train: EmojiImages, file: Path | None) -> Drawings:
-    """The training images, and those of ``drawings.zip`` when there is one."""
+    """The training images, and all of ``drawings.zip`` when there is one."""
     images, concepts, styles = [train.images], list(train.concepts), list(train.styles)
-    if file is not None:
-        more = demo.load_images(file, "train")
+    for split in ("train", "share_alike") if file is not None else ():
+        more = demo.load_images(cast("Path", file), split)
         images.append(more.images)
         concepts += more.concepts
         styles += more.styles
@@ -77,6 +77,31 @@ def load_drawings(train: EmojiImages, file: Path | None) -> Drawings:
         concept_ids=torch.tensor([index[concept] for concept in concepts]),
         style_ids=torch.tensor([STYLE_NAMES.index(style) if style else -1 for style in styles]),
     )
+
+
+def load_more_images(train: EmojiImages, file: Path | None) -> tuple[EmojiImages, EmojiImages]:
+    """What the UNet and the adapters learn from: images of the known concepts, and as many of others, whose captions
+    are not used. Without ``drawings.zip`` both are the training images.
+
+    Of the known concepts ``drawings.zip`` has more comic and pixel drawings. Share-alike ones are not among them.
+    """
+    if file is None:
+        return train, train
+    every = EmojiImages(**vars(demo.load_images(file, "train")))
+    known, others = [], []
+    for row, (concept, style) in enumerate(zip(every.concepts, every.styles, strict=True)):
+        if concept not in CONCEPTS and style:
+            others.append(row)
+        elif concept in CONCEPTS and style in ("comic", "pixel"):
+            known.append(row)
+    more = every.subset(known)
+    images = EmojiImages(
+        images=torch.cat([train.images, more.images]),
+        captions=(*train.captions, *map(demo.caption, more.concepts)),
+        concepts=(*train.concepts, *more.concepts),
+        styles=(*train.styles, *more.styles),
+    )
+    return images, every.subset(others[:: max(1, len(others) // len(images))])
 
 
 def save_prompts(file: Path, folder: Path) -> None:

@@ -34,7 +34,7 @@ from ipadapter_core.assets import MODEL, PROMPTS
 from ipadapter_trainer.models.base_model import BaseModel
 
 from .adapter import Alignment
-from .images import EmojiImages, load_drawings, load_images, save_prompts
+from .images import EmojiImages, load_drawings, load_images, load_more_images, save_prompts
 
 ADAPTERS = {"plus": "adapter.safetensors", "base": "adapter_base.safetensors"}
 
@@ -159,7 +159,8 @@ def train_unet(run: Run) -> None:
     sized = run.sized(BATCH, 5e-4)
     clip, tokenizer = load_clip(run.work, run.train.size)
     vae, text_encoder = load_vae(run.work, run.train), on_training_device(clip.text_model)
-    losses = unet_losses(run.train, vae, text_encoder, tokenizer, sized["batch_size"], run.views or VIEWS)
+    images, others = load_more_images(run.train, run.drawings)
+    losses = unet_losses(images, others, vae, text_encoder, tokenizer, sized["batch_size"], run.views or VIEWS)
     fit(new_unet(run.train.size), losses, **run.limits("unet"), **sized)
 
 

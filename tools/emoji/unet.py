@@ -14,14 +14,15 @@ from ipadapter_trainer.demo.emoji import styled_caption, to_pixels
 from ipadapter_trainer.demo.views import LATENT, numbered_view, other_colours
 
 from .clip import tokenize
-from .images import EmojiImages
+from .images import STYLE_NAMES, EmojiImages
 from .loop import LossFunction, device_of, training_device
 from .vae import encode
 from .vision import WIDTH
 
 BATCH = 64
-NO_TEXT, PLAIN, RECOLOURED = 0.1, 0.4, 0.25  # shares: without text; a caption without style; recoloured images
-VIEWS = 4  # of each image in its own colours, and as many recoloured
+NO_TEXT, PLAIN, STYLE_ONLY = 0.1, 0.3, 0.15  # shares of the captions: none, without style, the style alone
+RECOLOURED, OTHERS = 0.25, 0.25  # shares of the images
+VIEWS = 2  # of each image in its own colours, and as many recoloured
 
 
 def new_unet(size: int) -> UNet2DConditionModel:
@@ -74,6 +75,7 @@ def encode_views(vae: AutoencoderKL, images: EmojiImages, views: int, generator:
 
 def unet_losses(
     images: EmojiImages,
+    others: EmojiImages,
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
@@ -82,38 +84,44 @@ def unet_losses(
 ) -> LossFunction:
     """Plain v-prediction MSE over uniform timesteps; latents and text states are computed once, here.
 
+    Of ``others``, images of what the model need not know, the caption says the style alone: without them a style is
+    known by heart with each concept, and cannot be asked for where it was never seen. All styles are drawn alike often.
     Recoloured images, whose captions say so, are there for the image prompts: their colours are not those that the
     concept usually has.
     """
     device = training_device()
-    latents = encode_views(vae, images, views, torch.Generator(device).manual_seed(0))
+    generator = torch.Generator(device).manual_seed(0)
+    latents, other_latents = encode_views(vae, images, views, generator), encode_views(vae, others, 1, generator)
+    style_ids, other_style_ids = images.style_ids.to(device), others.style_ids.to(device)
+    evenly, others_evenly = ((1 / torch.bincount(ids).float())[ids] for ids in (style_ids, other_style_ids))
     plain = list(images.captions)
     styled = [styled_caption(c, s) for c, s in zip(images.captions, images.styles, strict=True)]
+    recoloured_captions = [[f"{text}, recoloured" for text in texts] for texts in (plain, styled)]
     states = torch.stack(
-        [
-            text_states(text_encoder, tokenizer, [""]).expand(len(images), -1, -1),
-            text_states(text_encoder, tokenizer, plain),
-            text_states(text_encoder, tokenizer, styled),
-            text_states(text_encoder, tokenizer, [f"{text}, recoloured" for text in plain]),
-            text_states(text_encoder, tokenizer, [f"{text}, recoloured" for text in styled]),
-        ]
+        [text_states(text_encoder, tokenizer, texts) for texts in (plain, styled, *recoloured_captions)]
     ).to(device)
+    of_styles = text_states(text_encoder, tokenizer, [f"{style} style" for style in STYLE_NAMES]).to(device)
+    no_text = text_states(text_encoder, tokenizer, [""]).to(device)
     scheduler: Any = new_scheduler()
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         def draw() -> Tensor:
             return torch.rand(batch_size, generator=generator, device=device)
 
-        rows = torch.randint(len(images), (batch_size,), generator=generator, device=device)
-        recoloured = (draw() < RECOLOURED).long()
-        clean = latents[recoloured, torch.randint(views, (batch_size,), generator=generator, device=device), rows]
-        text = (draw() > NO_TEXT).long()
-        caption = 1 + (draw() > PLAIN).long() + 2 * recoloured
-        context = states[text * caption, rows]
+        def below(high: int) -> Tensor:
+            return torch.randint(high, (batch_size,), generator=generator, device=device)
+
+        rows = torch.multinomial(evenly, batch_size, replacement=True, generator=generator)
+        other_rows = torch.multinomial(others_evenly, batch_size, replacement=True, generator=generator)
+        other, recoloured, kind = draw() < OTHERS, (draw() < RECOLOURED).long(), draw()
+        known = latents[recoloured, below(views), rows]
+        clean = torch.where(other[:, None, None, None], other_latents[recoloured, 0, other_rows], known)
+        context = states[(kind > PLAIN).long() + 2 * recoloured, rows]
+        style = of_styles[torch.where(other, other_style_ids[other_rows], style_ids[rows])]
+        context = torch.where((other | (kind > 1 - STYLE_ONLY))[:, None, None], style, context)
+        context = torch.where((draw() < NO_TEXT)[:, None, None], no_text, context)
         noise = torch.randn(clean.shape, generator=generator, device=device)
-        timesteps = torch.randint(
-            scheduler.config["num_train_timesteps"], (batch_size,), generator=generator, device=device
-        )
+        timesteps = below(scheduler.config["num_train_timesteps"])
         noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
         target = scheduler.get_velocity(clean, noise, timesteps)
         return {"loss": F.mse_loss(model(noisy, timesteps, context).sample.float(), target)}

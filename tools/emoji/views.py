@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ipadapter_trainer.demo.views import PERMUTATIONS, mirror, recolour, shift
+from ipadapter_trainer.demo.views import PERMUTATIONS, mirror, recolour
 
 
 def any_colours(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -32,6 +32,26 @@ def zoom(pixels: Tensor, generator: torch.Generator, smallest: float = 0.8) -> T
     return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
 
 
+def warp(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Zoom each image by another factor in each direction, and turn it by up to 30 degrees; white outside."""
+    count, device = len(pixels), pixels.device
+
+    def draw(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, generator=generator, device=device)
+
+    angle, sides = draw(-0.52, 0.52), draw(0.75, 1.3, 2)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).unflatten(1, (2, 2))
+    theta = torch.cat([turn * sides[:, None], draw(-0.12, 0.12, 2, 1)], dim=2)
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
+
+
+def blend(pixels: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image, and another shining through (mixup, arXiv 1710.09412)."""
+    share = 0.5 * torch.rand(len(pixels), 1, 1, 1, generator=generator, device=pixels.device)
+    return torch.lerp(pixels, others, share)
+
+
 def patchwork(pixels: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
     """The left or right part of each image, and the rest from another (CutMix, arXiv 1905.04899)."""
     width, device = pixels.shape[-1], pixels.device
@@ -40,12 +60,12 @@ def patchwork(pixels: Tensor, others: Tensor, generator: torch.Generator) -> Ten
 
 
 def disguise(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Zoom, shift, mirror, recolour, soften and tint images, so that the drawing stays and its pixels do not."""
+    """Warp, mirror, recolour, soften and tint images, so that the drawing stays and its pixels do not."""
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(len(pixels), *shape, generator=generator, device=pixels.device)
 
-    pixels = any_colours(zoom(shift(mirror(pixels, generator), generator), generator), generator)
+    pixels = any_colours(warp(mirror(pixels, generator), generator), generator)
     soft = F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
     pixels = torch.lerp(pixels, soft, draw(1, 1, 1))  # an autoencoder's softness
     return (pixels - 1) * (0.6 + 0.4 * draw(3, 1, 1)) + 1

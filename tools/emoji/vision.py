@@ -6,6 +6,7 @@ says more of each view than its label (DeiT, arXiv 2012.12877; "a patient and co
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from ipadapter_trainer.demo.views import mirror, shift
 from .efficientnet import MAP_WIDTH, EfficientNet
 from .images import STYLE_NAMES, Drawings
 from .loop import LossFunction, training_device
-from .views import disguise, patchwork, zoom
+from .views import blend, disguise, patchwork, zoom
 
 WIDTH = 128  # of the text states and of all embeddings
 PATCHES = 8  # a side
@@ -100,25 +101,27 @@ def _run(layer: nn.Module, states: Tensor) -> Tensor:
 def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 64) -> LossFunction:
     """Four losses: the teacher's probabilities, its map of what is where, the styles, and the colours of each patch.
 
-    Half of a batch are natural views of the known concepts, most of which have a style. The others are disguised ones
-    of all concepts, half of them patchworks of two.
+    A quarter of a batch are natural views, which have a style. Of the others, which are disguised, a third are
+    patchworks of two, and in a third another shines through.
     The tower sees one half of a view's patches, then the other: the teacher, which takes longer, looks at it once.
     """
     device = training_device()
     images, styles = drawings.images.to(device), drawings.style_ids.to(device)
     teacher.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher.eval().requires_grad_(False)
-    natural, draw_rows = batch_size // 2, drawings.sampler(batch_size, device)
+    natural, draw_rows = math.ceil(batch_size / 4), drawings.sampler(batch_size, device)
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, VisionTower)
         rows = draw_rows(generator)
         pixels = to_pixels(images[rows])
-        plain = zoom(shift(mirror(pixels[:natural], generator), generator), generator)
+        crisp = shift(mirror(pixels[:natural], generator), generator)
+        zoomed = zoom(crisp[natural // 2 :], generator)
         hidden = disguise(pixels[natural:], generator)
-        quarter = len(hidden) // 2
-        mixed = patchwork(hidden[:quarter], hidden[-quarter:], generator) if quarter else hidden[:0]
-        views = torch.cat([plain, mixed, hidden[quarter:]])
+        third = len(hidden) // 3
+        patched = patchwork(hidden[:third], hidden[-third:], generator) if third else hidden[:0]
+        blended = blend(hidden[third : 2 * third], hidden[-third:], generator) if third else hidden[:0]
+        views = torch.cat([crisp[: natural // 2], zoomed, patched, blended, hidden[2 * third :]])
         with torch.no_grad():
             logits, there = teacher.logits_and_map(views.contiguous(memory_format=torch.channels_last))
             wanted = logits.float().softmax(-1)
