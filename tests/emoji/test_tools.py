@@ -70,9 +70,8 @@ def test_drawings_show_nothing_that_is_kept_from_training() -> None:
 def test_share_alike_drawings_are_for_the_encoder_alone(tmp_path: Path, images: Path) -> None:
     def row(concept: str, style: str, split: str) -> tuple[dict[str, str], Image.Image]:
         name = f"{split}/{style or 'plain'}/{concept}.webp"
-        return {"file_name": name, "text": concept, "concept": concept, "style": style, "split": split}, Image.new(
-            "RGB", (64, 64)
-        )
+        labels = {"file_name": name, "text": concept, "concept": concept, "style": style, "split": split}
+        return labels, Image.new("RGB", (64, 64))
 
     file = tmp_path / "drawings.zip"
     rows = [("crab", "pixel"), ("crab", "noto"), ("elsewhere", "comic"), ("elsewhere", "")]
@@ -80,7 +79,7 @@ def test_share_alike_drawings_are_for_the_encoder_alone(tmp_path: Path, images: 
     train = drawings.load_images(images, "train")
     assert len(emoji_images.load_drawings(train, file).images) == len(train) + 5
     known, others = emoji_images.load_more_images(train, file)
-    assert [(c, s) for c, s in zip(known.concepts, known.styles, strict=True)][len(train) :] == [("crab", "pixel")]
+    assert list(zip(known.concepts, known.styles, strict=True))[len(train) :] == [("crab", "pixel")]
     assert known.captions[-1] == "crab" and len(known.images) == len(train) + 1
     assert (others.concepts, others.styles) == (("elsewhere",), ("comic",))
     assert emoji_images.load_more_images(train, None) == (train, train)

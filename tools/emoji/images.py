@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -16,7 +16,7 @@ from ipadapter_trainer.demo import emoji as demo
 from .build import STYLES
 from .concepts import CONCEPTS, PROMPT_IMAGES
 
-Split = Literal["train", "held_out", "unseen"]  # drawings.zip: "train" and "share_alike"
+Split = Literal["train", "held_out", "unseen", "share_alike"]  # the last one: drawings.zip only
 STYLE_NAMES = tuple(style.name for style in STYLES)
 
 
@@ -64,11 +64,12 @@ class Drawings:
 def load_drawings(train: EmojiImages, file: Path | None) -> Drawings:
     """The training images, and all of ``drawings.zip`` when there is one."""
     images, concepts, styles = [train.images], list(train.concepts), list(train.styles)
-    for split in ("train", "share_alike") if file is not None else ():
-        more = demo.load_images(cast("Path", file), split)
-        images.append(more.images)
-        concepts += more.concepts
-        styles += more.styles
+    if file is not None:
+        for split in ("train", "share_alike"):
+            more = load_images(file, split)
+            images.append(more.images)
+            concepts += more.concepts
+            styles += more.styles
     labels = (*CONCEPTS, *sorted(set(concepts) - set(CONCEPTS)))
     index = {concept: number for number, concept in enumerate(labels)}
     return Drawings(
@@ -80,14 +81,14 @@ def load_drawings(train: EmojiImages, file: Path | None) -> Drawings:
 
 
 def load_more_images(train: EmojiImages, file: Path | None) -> tuple[EmojiImages, EmojiImages]:
-    """What the UNet and the adapters learn from: images of the known concepts, and as many of others, whose captions
-    are not used. Without ``drawings.zip`` both are the training images.
+    """What the UNet learns from: images of the known concepts, and about as many of others, whose captions are not
+    used. Without ``drawings.zip`` both are the training images.
 
     Of the known concepts ``drawings.zip`` has more comic and pixel drawings. Share-alike ones are not among them.
     """
     if file is None:
         return train, train
-    every = EmojiImages(**vars(demo.load_images(file, "train")))
+    every = load_images(file, "train")
     known, others = [], []
     for row, (concept, style) in enumerate(zip(every.concepts, every.styles, strict=True)):
         if concept not in CONCEPTS and style:

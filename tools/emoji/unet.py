@@ -84,8 +84,8 @@ def unet_losses(
 ) -> LossFunction:
     """Plain v-prediction MSE over uniform timesteps; latents and text states are computed once, here.
 
-    Of ``others``, images of what the model need not know, the caption says the style alone: without them a style is
-    known by heart with each concept, and cannot be asked for where it was never seen. All styles are drawn alike often.
+    The captions of ``others``, images of what the model need not know, say the style alone: else a style is learned
+    with each concept, and cannot be asked for where it was never seen. Every style is drawn equally often.
     Recoloured images, whose captions say so, are there for the image prompts: their colours are not those that the
     concept usually has.
     """

@@ -28,8 +28,7 @@ def zoom(pixels: Tensor, generator: torch.Generator, smallest: float = 0.8) -> T
     theta[:, 0, 0] = theta[:, 1, 1] = side[:, 0]
     room = (1 - side).clamp(min=0.1)
     theta[:, :, 2] = room * (2 * torch.rand(count, 2, generator=generator, device=device) - 1)
-    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
-    return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
+    return _transform(pixels, theta)
 
 
 def warp(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -42,6 +41,11 @@ def warp(pixels: Tensor, generator: torch.Generator) -> Tensor:
     angle, sides = draw(-0.52, 0.52), draw(0.75, 1.3, 2)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).unflatten(1, (2, 2))
     theta = torch.cat([turn * sides[:, None], draw(-0.12, 0.12, 2, 1)], dim=2)
+    return _transform(pixels, theta)
+
+
+def _transform(pixels: Tensor, theta: Tensor) -> Tensor:
+    """Sample each image by its affine matrix [B, 2, 3]; white outside, which is 1."""
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
 

@@ -101,8 +101,8 @@ def _run(layer: nn.Module, states: Tensor) -> Tensor:
 def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 64) -> LossFunction:
     """Four losses: the teacher's probabilities, its map of what is where, the styles, and the colours of each patch.
 
-    A quarter of a batch are natural views, which have a style. Of the others, which are disguised, a third are
-    patchworks of two, and in a third another shines through.
+    A quarter of a batch are natural views, half of them zoomed. The others are disguised: a third of them are
+    patchworks of two, and in a third another image shines through.
     The tower sees one half of a view's patches, then the other: the teacher, which takes longer, looks at it once.
     """
     device = training_device()
@@ -119,8 +119,9 @@ def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 6
         zoomed = zoom(crisp[natural // 2 :], generator)
         hidden = disguise(pixels[natural:], generator)
         third = len(hidden) // 3
-        patched = patchwork(hidden[:third], hidden[-third:], generator) if third else hidden[:0]
-        blended = blend(hidden[third : 2 * third], hidden[-third:], generator) if third else hidden[:0]
+        partners = hidden[len(hidden) - third :]
+        patched = patchwork(hidden[:third], partners, generator)
+        blended = blend(hidden[third : 2 * third], partners, generator)
         views = torch.cat([crisp[: natural // 2], zoomed, patched, blended, hidden[2 * third :]])
         with torch.no_grad():
             logits, there = teacher.logits_and_map(views.contiguous(memory_format=torch.channels_last))
