@@ -36,8 +36,8 @@ ADAPTERS = {"quality": "adapter.safetensors", "quality_base": "adapter_base.safe
 # Parts in a row train side by side; the rows follow each other. The adapters need many steps rather than large ones.
 PHASES = (
     (Part("vae", 1.3, 64), Part("clip", 0.7, 96), Part("teacher", 1.0, 256), Part("concepts", 1.0, 256)),
-    (Part("unet", 2.2, 256), Part("vision", 2.2, 256), Part("styles", 0.2, 128)),
-    (Part("align", 0.4, 64),),
+    (Part("unet", 2.2, 256), Part("vision", 2.2, 256)),
+    (Part("align", 0.4, 64), Part("styles", 0.6, 256)),
     (Part("plus", 3.0, 128, 8), Part("base", 1.5, 128, 8), Part("decoder", 0.8, 64)),
 )
 NAMES = tuple(part.name for phase in PHASES for part in phase)
@@ -68,8 +68,8 @@ class Runner:
             part.name, TRAIN, part.name, *self.folders, *self.more, *sizes, *(("--steps", "2") if self.check else ())
         )
 
-    def export(self) -> subprocess.Popen[bytes]:
-        return self.start("export", TRAIN, "export", *self.folders, *self.more)
+    def write(self, name: str) -> subprocess.Popen[bytes]:
+        return self.start(name, TRAIN, name, *self.folders, *self.more)
 
     def quality(self, name: str, adapter: str) -> subprocess.Popen[bytes]:
         prompts = ("--prompts", "2") if self.check else ()
@@ -117,7 +117,8 @@ def main() -> int:
         if wanted := [part for part in phase if part.name in args.parts]:
             runner.finish({part.name: runner.train(part) for part in wanted})
             if phase is not PHASES[0]:  # the adapters need the exported UNet; the last export has the decoder
-                runner.finish({"export": runner.export()})
+                runner.finish({"export": runner.write("export")})
+    runner.finish({"judges": runner.write("judges")})
     runner.finish({name: runner.quality(name, file) for name, file in ADAPTERS.items()})
     return 0
 

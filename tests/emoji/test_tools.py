@@ -174,8 +174,8 @@ def test_every_part_trains_and_the_result_is_measured(
     train, quality = (importlib.import_module(f"tools.emoji.{name}") for name in ("train", "quality"))
     model = tmp_path / "model"
     where = ["--images", str(images), "--work", str(tmp_path / "work"), "--output", str(model)]
-    parts = ["vae", "clip", "teacher", "vision", "concepts", "styles", "unet", "export"]
-    parts += ["align", "plus", "base", "decoder", "vision", "export"]
+    parts = ["vae", "clip", "teacher", "vision", "concepts", "unet", "styles", "export"]
+    parts += ["align", "plus", "base", "decoder", "vision", "export", "judges"]
     monkeypatch.setattr(sys, "argv", ["train", *parts, *where, "--steps", "1", "--batch-size", "2", "--views", "1"])
     train.main()
     assert StableDiffusionPipeline.from_pretrained(model / MODEL).unet.config["sample_size"] > 0

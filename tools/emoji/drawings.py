@@ -5,7 +5,7 @@
     python -m tools.emoji.drawings icons/node_modules/@iconify-json pictures.zip drawings.zip
 
 A thousand images are too few to learn what a drawing shows or how it is drawn: they are soon known by heart. These
-are for the image encoder, its teacher, the judge of concepts and the alignment. The UNet learns only from those whose
+are for the image encoder, its teacher, the judges and the alignment. The UNet learns only from those whose
 licence is not share-alike.
 Nothing that is kept from training is among them: no concept that is unseen, no concept in the style that is held out
 for it, nor by the same designers, and no near copy of an image that is kept.

@@ -1,12 +1,11 @@
 """Who judges the generated images: a classifier of styles, one of concepts, colour histograms, and the stack's CLIP.
 
-The classifiers are trained on the training images alone and are no part of what generates; how often they are right
-on real held-out images is reported beside every number they give.
+The classifiers are trained on training images and drawings alone and are no part of what generates; how often they are
+right on real held-out images is reported beside every number they give.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +14,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipadapter_trainer.demo.emoji import to_pixels
-from ipadapter_trainer.demo.judges import SCALE, StyleClassifier, style_features
+from ipadapter_trainer.demo.judges import SCALE
 
 from .concepts import CONCEPTS
 from .efficientnet import EfficientNet
-from .images import Drawings, EmojiImages
-from .loop import LossFunction, device_of, training_device
-from .views import disguise
+from .images import STYLE_NAMES, Drawings, EmojiImages
+from .loop import LossFunction, device_of, mixed_precision, training_device
+from .unet import new_scheduler
+from .vae import encode
+from .views import disguise, retouch
 
-PALETTES = ((6, "ink"), (12, "ink"), (8, "outlines"), (8, "surfaces"))  # bins a channel, of which pixels
+STYLED = 2000  # drawings of each style that the judge of styles learns from, at most
+REDRAWN = (50, 600)  # timesteps of the noise
 
 
-new_style_classifier = partial(StyleClassifier, palettes=PALETTES)
+class StyleClassifier(EfficientNet):
+    """Pixels [B, 3, H, W] in [-1, 1] -> logits [B, 5] over ``STYLE_NAMES``."""
+
+    def __init__(self) -> None:
+        super().__init__(len(STYLE_NAMES))
 
 
 class ConceptClassifier(EfficientNet):
@@ -64,24 +70,52 @@ def compressed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def style_losses(images: EmojiImages, vae: AutoencoderKL, batch_size: int = 128) -> LossFunction:
-    """Cross-entropy on real images and on their round trips through the autoencoder, half each.
+def style_losses(
+    drawings: Drawings,
+    vae: AutoencoderKL,
+    unet: nn.Module,
+    no_text: Tensor,
+    batch_size: int = 64,
+    most: int = STYLED,
+) -> LossFunction:
+    """Cross-entropy on drawings in the five styles, all alike often: half as they are, half as ``redrawn``.
 
-    The round trips keep the classifier from reading the autoencoder's softness, which every generated image has,
-    as a style.
+    Those keep the classifier from reading the softness that every generated image has as a style.
     """
     device = device_of(vae)
-    real = to_pixels(images.images)
-    chunks = (chunk.to(device) for chunk in (*real.split(64), *round_trip(vae, real).split(64)))
-    features = torch.cat([style_features(chunk, PALETTES) for chunk in chunks])
-    labels = images.style_ids.repeat(2).to(device)
+    generator, chooser = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
+    found = [(drawings.style_ids == style).nonzero()[:, 0] for style in range(len(STYLE_NAMES))]
+    rows = torch.cat([own[torch.randperm(len(own), generator=chooser)][:most] for own in found])
+    images, labels = drawings.images[rows].to(device), drawings.style_ids[rows].to(device)
+    again = torch.cat([redrawn(vae, unet, no_text, chunk, generator) for chunk in images.split(64)])
+    both, evenly = torch.stack([images, again]), (1 / torch.bincount(labels).float())[labels]
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        assert isinstance(model, StyleClassifier)
-        rows = torch.randint(len(features), (batch_size,), generator=generator, device=device)
-        return _cross_entropy(model.head(features[rows]), labels[rows])
+        drawn = torch.multinomial(evenly, batch_size, replacement=True, generator=generator)
+        kind = torch.randint(2, (batch_size,), generator=generator, device=device)
+        pixels = retouch(to_pixels(both[kind, drawn]), generator).contiguous(memory_format=torch.channels_last)
+        return _cross_entropy(model(pixels), labels[drawn])
 
     return losses
+
+
+@torch.no_grad()
+def redrawn(vae: AutoencoderKL, unet: nn.Module, no_text: Tensor, images: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 [B, 3, H, W]: what the UNet, without a text, takes the images for through more or less noise.
+
+    ``no_text`` [1, 16, D] are the states of an empty text.
+    """
+    count, device, scheduler = len(images), device_of(vae), new_scheduler()
+    with mixed_precision(device):
+        latents = vae.config["scaling_factor"] * encode(vae, images).float()
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        timesteps = torch.randint(*REDRAWN, (count,), generator=generator, device=device)
+        noisy: Any = scheduler.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]
+        velocity = unet(noisy, timesteps, no_text.expand(count, -1, -1)).sample.float()
+        alpha = scheduler.alphas_cumprod.to(device)[timesteps][:, None, None, None]
+        clean = alpha.sqrt() * noisy - (1 - alpha).sqrt() * velocity
+        decoded: Any = vae.decode(clean / vae.config["scaling_factor"])
+    return ((decoded.sample.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def concept_losses(drawings: Drawings, batch_size: int = 64) -> LossFunction:

@@ -24,7 +24,7 @@ from ipadapter_core import IPAdapter, load_adapter
 from ipadapter_core.assets import MODEL
 from ipadapter_trainer.data.images import to_pil_images
 from ipadapter_trainer.demo.emoji import caption, normalize, styled_caption, to_pixels
-from ipadapter_trainer.demo.judges import StyleClassifier, classifier_state, read_judges
+from ipadapter_trainer.demo.judges import classifier_state, read_judges
 from ipadapter_trainer.demo.quality import choose_references, closeness, share
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.generate import generate
@@ -33,7 +33,7 @@ from ipadapter_trainer.report.image_grid import draw_grid
 
 from .concepts import CONCEPTS, TEXT_CONCEPTS
 from .images import EmojiImages, load_images
-from .judges import ConceptClassifier, choose_among, concept_ids, judge, new_style_classifier
+from .judges import ConceptClassifier, StyleClassifier, choose_among, concept_ids, judge
 from .loop import training_device
 from .stack import CLASSIFIERS
 
@@ -64,7 +64,7 @@ class Judges:
 def load_judges(base_model: BaseModel, file: Path) -> Judges:
     """Read judges.safetensors. Raises BaseModelError for another or a damaged file."""
     state = read_judges(file, CLASSIFIERS)
-    styles, concepts = new_style_classifier(), ConceptClassifier()
+    styles, concepts = StyleClassifier(), ConceptClassifier()
     styles.load_state_dict(classifier_state(state, "styles"))
     concepts.load_state_dict(classifier_state(state, "concepts"))
     device = base_model.device

@@ -22,13 +22,13 @@ from .clip import MAX_TOKENS, new_clip
 from .concepts import CONCEPTS
 from .efficientnet import EfficientNet
 from .images import Drawings, EmojiImages
-from .judges import ConceptClassifier, compressed, last_layer, new_style_classifier, only_known
+from .judges import ConceptClassifier, StyleClassifier, compressed, last_layer, only_known
 from .loop import load_ema, on_training_device, start_from
 from .unet import new_scheduler, new_unet
 from .vae import fold_scaling, new_vae, only_decoder
 from .vision import VisionTower
 
-CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"styles": new_style_classifier, "concepts": ConceptClassifier}
+CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"styles": StyleClassifier, "concepts": ConceptClassifier}
 
 
 def load_vae(work: Path, images: EmojiImages, with_decoder: bool = True) -> AutoencoderKL:
@@ -72,7 +72,7 @@ def load_unet(work: Path, size: int) -> UNet2DConditionModel:
 
 
 def export(work: Path, images: EmojiImages, drawings: Drawings, folder: Path) -> None:
-    """Write ``folder``/emoji-model as diffusers loads it (fp16) and ``folder``/judges.safetensors beside it."""
+    """Write ``folder``/emoji-model as diffusers loads it (fp16)."""
     clip, tokenizer = load_clip(work, images.size)
     config: Any = clip.config
     text_encoder = CLIPTextModel(config.text_config)
@@ -98,7 +98,6 @@ def export(work: Path, images: EmojiImages, drawings: Drawings, folder: Path) ->
         shutil.copy(work / "tokenizer" / name, folder / MODEL / "tokenizer" / name)
     # The tokenizer remembers the folder it was read from; nobody else has that folder.
     edit_json(folder / MODEL / "tokenizer" / "tokenizer_config.json", name_or_path=None)
-    save_judges(work, drawings, clip, folder / "judges.safetensors")
 
 
 def edit_json(file: Path, **values: object) -> None:
@@ -144,7 +143,7 @@ def unpack(folder: Path, drawings: Drawings, work: Path) -> None:
     tower.encoder = CLIPVisionModelWithProjection.from_pretrained(folder / MODEL / "image_encoder").float()
     start_from(tower, work / "vision.pt")
     judges = read_judges(folder / "judges.safetensors", CLASSIFIERS)
-    styles = new_style_classifier()
+    styles = StyleClassifier()
     styles.load_state_dict(classifier_state(judges, "styles"))
     start_from(styles, work / "styles.pt")
     concepts, known = EfficientNet(len(drawings.labels)), classifier_state(judges, "concepts")
@@ -153,10 +152,11 @@ def unpack(folder: Path, drawings: Drawings, work: Path) -> None:
     start_from(concepts, work / "concepts.pt")
 
 
-def save_judges(work: Path, drawings: Drawings, clip: CLIPModel, file: Path) -> None:
+def save_judges(work: Path, images: EmojiImages, drawings: Drawings, file: Path) -> None:
     """The classifiers and CLIP's text projection, which no generation needs, in one file."""
+    clip, _ = load_clip(work, images.size)
     judges: dict[str, dict[str, Tensor]] = {
-        "styles": load_ema(new_style_classifier(), work / "styles.pt").state_dict(),
+        "styles": load_ema(StyleClassifier(), work / "styles.pt").state_dict(),
         "concepts": only_known(load_ema(EfficientNet(len(drawings.labels)), work / "concepts.pt").state_dict()),
     }
     state = {"text_projection.weight": clip.text_projection.weight.detach().half()}

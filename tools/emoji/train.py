@@ -2,9 +2,9 @@
 
     more="--drawings drawings.zip --imagenet efficientnet-lite0-57934424.pth"
     paths="--images pictures.zip --work work/emoji --output work/emoji/model $more"
-    python -m tools.emoji.train first teacher concepts styles $paths --minutes 40
+    python -m tools.emoji.train first teacher concepts $paths --minutes 40
     python -m tools.emoji.train vision unet export align $paths --minutes 120
-    python -m tools.emoji.train plus base decoder export $paths --minutes 60
+    python -m tools.emoji.train styles plus base decoder export judges $paths --minutes 60
     python -m tools.emoji.quality --folder work/emoji/model --images pictures.zip --output quality.json
 
 The images decide the size of the model: 128 px, or 64 px from ``tools.emoji.build --size 64``.
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,13 +36,17 @@ from ipadapter_trainer.models.base_model import BaseModel
 from .adapter import Alignment
 from .images import EmojiImages, load_drawings, load_images, load_more_images, save_prompts
 
+if TYPE_CHECKING:
+    from .efficientnet import EfficientNet
+    from .loop import LossFunction
+
 ADAPTERS = {"plus": "adapter.safetensors", "base": "adapter_base.safetensors"}
 
 
 @dataclass(frozen=True)
 class Run:
     """What the command line asked for; ``train`` are the images of the file ``images`` to train on, ``drawings`` and
-    ``imagenet`` the files of more drawings and of the weights that teacher and judge start from.
+    ``imagenet`` the files of more drawings and of the weights that the teacher and the judges start from.
     """
 
     images: Path
@@ -124,12 +128,18 @@ def train_vision(run: Run) -> None:
 
 
 def train_styles(run: Run) -> None:
-    from .judges import new_style_classifier, style_losses
-    from .loop import fit
-    from .stack import load_vae
+    from .judges import StyleClassifier, style_losses
+    from .loop import on_training_device
+    from .stack import load_clip, load_unet, load_vae
+    from .unet import text_states
 
-    losses = style_losses(run.train, load_vae(run.work, run.train))
-    fit(new_style_classifier(), losses, **run.limits("styles"), learning_rate=1e-3, weight_decay=0.05)
+    drawings, size = load_drawings(run.train, run.drawings), run.train.size
+    clip, tokenizer = load_clip(run.work, size)
+    no_text = text_states(on_training_device(clip.text_model), tokenizer, [""])
+    unet = on_training_device(load_unet(run.work, size))
+    losses = style_losses(drawings, load_vae(run.work, run.train), unet, no_text, run.batch_size or 64)
+    torch.manual_seed(2)
+    _fit_efficientnet(run, StyleClassifier(), losses, "styles", seed=2)
 
 
 def train_concepts(run: Run) -> None:
@@ -140,14 +150,18 @@ def train_concepts(run: Run) -> None:
 def _train_efficientnet(run: Run, part: str, seed: int) -> None:
     from .efficientnet import EfficientNet
     from .judges import concept_losses
-    from .loop import fit
 
     drawings = load_drawings(run.train, run.drawings)
+    losses = concept_losses(drawings, run.batch_size or 64)
     torch.manual_seed(seed)
-    network = EfficientNet(len(drawings.labels))
+    _fit_efficientnet(run, EfficientNet(len(drawings.labels)), losses, part, seed)
+
+
+def _fit_efficientnet(run: Run, network: EfficientNet, losses: LossFunction, part: str, seed: int) -> None:
+    from .loop import fit
+
     if run.imagenet is not None:
         network.load_imagenet(run.imagenet)
-    losses = concept_losses(drawings, run.batch_size or 64)
     fit(network, losses, **run.limits(part), learning_rate=1e-3, weight_decay=0.05, bfloat16=False, seed=seed)
 
 
@@ -217,6 +231,12 @@ def export_stack(run: Run) -> None:
     save_prompts(run.images, run.output / PROMPTS)
 
 
+def export_judges(run: Run) -> None:
+    from .stack import save_judges
+
+    save_judges(run.work, run.train, load_drawings(run.train, run.drawings), run.output / "judges.safetensors")
+
+
 def unpack_stack(run: Run) -> None:
     from ipadapter_core import load_adapter
 
@@ -250,6 +270,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "concepts": train_concepts,
     "unet": train_unet,
     "export": export_stack,
+    "judges": export_judges,
     "align": train_align,
     "plus": partial(train_adapter, kind="plus"),
     "base": partial(train_adapter, kind="base"),

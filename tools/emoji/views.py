@@ -73,3 +73,16 @@ def disguise(pixels: Tensor, generator: torch.Generator) -> Tensor:
     soft = F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
     pixels = torch.lerp(pixels, soft, draw(1, 1, 1))  # an autoencoder's softness
     return (pixels - 1) * (0.6 + 0.4 * draw(3, 1, 1)) + 1
+
+
+def retouch(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror, zoom, soften and tint some of the images, so that their style stays."""
+
+    def some(*shape: int) -> Tensor:
+        return torch.rand(len(pixels), *shape, generator=generator, device=pixels.device)
+
+    pixels = mirror(pixels, generator)
+    pixels = torch.where(some(1, 1, 1) < 0.5, zoom(pixels, generator), pixels)
+    soft = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
+    pixels = torch.lerp(pixels, soft, 2 * (some(1, 1, 1) - 0.5).clamp(min=0))
+    return (pixels - 1) * (0.8 + 0.2 * some(3, 1, 1)) + 1
