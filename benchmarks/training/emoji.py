@@ -40,6 +40,7 @@ PHASES = (
     (Part("align", 0.4, 64), Part("styles", 0.6, 256)),
     (Part("plus", 3.0, 128, 8), Part("base", 1.5, 128, 8), Part("decoder", 0.8, 64)),
 )
+EXPORTED = {"unet", "vision", "decoder"}  # after these, the model is written: the adapters train over it
 NAMES = tuple(part.name for phase in PHASES for part in phase)
 
 
@@ -116,7 +117,7 @@ def main() -> int:
     for phase in PHASES:
         if wanted := [part for part in phase if part.name in args.parts]:
             runner.finish({part.name: runner.train(part) for part in wanted})
-            if phase is not PHASES[0]:  # the adapters need the exported UNet; the last export has the decoder
+            if EXPORTED & {part.name for part in wanted}:
                 runner.finish({"export": runner.write("export")})
     runner.finish({"judges": runner.write("judges")})
     runner.finish({name: runner.quality(name, file) for name, file in ADAPTERS.items()})

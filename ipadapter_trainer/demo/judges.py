@@ -22,9 +22,8 @@ from .emoji import STYLE_NAMES
 
 SCALE = "_scale"  # after the name of a tensor that is stored in int8
 WHITE = 0.94  # a pixel whose darkest channel is above is background
-Palettes = tuple[tuple[int, str], ...]
 # Bins a channel, of which pixels.
-PALETTES: Palettes = ((6, "ink"), (12, "ink"), (20, "ink"), (8, "outlines"), (8, "surfaces"))
+PALETTES = ((6, "ink"), (12, "ink"), (20, "ink"), (8, "outlines"), (8, "surfaces"))
 STEPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.5)  # between pixels in [-1, 1]
 
 
@@ -35,26 +34,25 @@ class StyleClassifier(nn.Module):
     few thousand images by heart before it tells the styles of others as well.
     """
 
-    def __init__(self, hidden: int = 96, palettes: Palettes = PALETTES) -> None:
+    def __init__(self, hidden: int = 96) -> None:
         super().__init__()
-        self.palettes = palettes
-        inputs = sum(bins**3 for bins, _ in palettes) + len(STEPS) + 1
+        inputs = sum(bins**3 for bins, _ in PALETTES) + len(STEPS) + 1
         self.head = nn.Sequential(
             nn.Dropout(0.2), nn.Linear(inputs, hidden), nn.SiLU(), nn.Dropout(0.3), nn.Linear(hidden, len(STYLE_NAMES))
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.head(style_features(pixels, self.palettes))
+        return self.head(style_features(pixels))
 
 
 # By the prefix of their tensors in judges.safetensors.
 CLASSIFIERS: Mapping[str, Callable[[], nn.Module]] = {"style_classifier": StyleClassifier}
 
 
-def style_features(pixels: Tensor, palettes: Palettes = PALETTES) -> Tensor:
+def style_features(pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] in [-1, 1] -> [B, F], the square roots of shares of the ink.
 
-    Palettes (joint RGB histograms of all ink, of outlines and of surfaces, see ``palettes``), and how steep the steps
+    Palettes (joint RGB histograms of all ink, of outlines and of surfaces, see ``PALETTES``), and how steep the steps
     between neighbouring pixels are (``STEPS``): what flat, shaded and outlined drawing leave behind.
     """
     unit = (pixels.clamp(-1, 1) + 1) / 2
@@ -63,7 +61,7 @@ def style_features(pixels: Tensor, palettes: Palettes = PALETTES) -> Tensor:
     below = F.pad(pixels.diff(dim=-2).abs().amax(dim=1), (0, 0, 0, 1))
     step = torch.maximum(right, below)
     where = {"ink": ink, "outlines": ink & (step > 0.25), "surfaces": ink & (step < 0.05)}
-    shares = [_palette(unit, where[part], bins) for bins, part in palettes]
+    shares = [_palette(unit, where[part], bins) for bins, part in PALETTES]
     kind = torch.bucketize(step, torch.tensor(STEPS, device=pixels.device))
     shares.append(_shares(kind, ink, len(STEPS) + 1))
     return torch.cat(shares, dim=-1).sqrt()

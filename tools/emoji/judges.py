@@ -152,10 +152,3 @@ def judge(classifier: nn.Module, pixels: Tensor) -> Tensor:
 def choose_among(logits: Tensor, candidates: Tensor) -> Tensor:
     """int64 [N]: the candidate with the highest logit, as an index into each row of ``candidates`` [N, K]."""
     return logits.gather(1, candidates).argmax(-1)
-
-
-@torch.no_grad()
-def round_trip(vae: Any, pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] as the autoencoder gives them back, on the CPU."""
-    chunks = (chunk.to(device_of(vae)) for chunk in pixels.split(64))
-    return torch.cat([vae.decode(vae.encode(chunk).latent_dist.mean).sample.cpu() for chunk in chunks]).clamp(-1, 1)

@@ -152,9 +152,9 @@ def unpack(folder: Path, drawings: Drawings, work: Path) -> None:
     start_from(concepts, work / "concepts.pt")
 
 
-def save_judges(work: Path, images: EmojiImages, drawings: Drawings, file: Path) -> None:
+def save_judges(work: Path, drawings: Drawings, file: Path) -> None:
     """The classifiers and CLIP's text projection, which no generation needs, in one file."""
-    clip, _ = load_clip(work, images.size)
+    clip, _ = load_clip(work, drawings.images.shape[-1])
     judges: dict[str, dict[str, Tensor]] = {
         "styles": load_ema(StyleClassifier(), work / "styles.pt").state_dict(),
         "concepts": only_known(load_ema(EfficientNet(len(drawings.labels)), work / "concepts.pt").state_dict()),

@@ -24,7 +24,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,9 @@ from ipadapter_core.assets import MODEL, PROMPTS
 from ipadapter_trainer.models.base_model import BaseModel
 
 from .adapter import Alignment
-from .images import EmojiImages, load_drawings, load_images, load_more_images, save_prompts
+from .images import STYLE_NAMES, Drawings, EmojiImages, load_drawings, load_images, load_more_images, save_prompts
 
 if TYPE_CHECKING:
-    from .efficientnet import EfficientNet
     from .loop import LossFunction
 
 ADAPTERS = {"plus": "adapter.safetensors", "base": "adapter_base.safetensors"}
@@ -59,6 +58,11 @@ class Run:
     views: int | None = None
     drawings: Path | None = None
     imagenet: Path | None = None
+
+    @cached_property
+    def all_drawings(self) -> Drawings:
+        """The images, and those of the file ``drawings``."""
+        return load_drawings(self.train, self.drawings)
 
     def sized(self, batch_size: int, learning_rate: float) -> dict[str, Any]:
         """The batch size that was asked for, or a part's own, and the learning rate for it.
@@ -111,7 +115,7 @@ def train_clip(run: Run) -> None:
 
 def train_teacher(run: Run) -> None:
     """The teacher of the image encoder."""
-    _train_efficientnet(run, "teacher", seed=0)
+    _learn_concepts(run, "teacher", seed=0)
 
 
 def train_vision(run: Run) -> None:
@@ -120,46 +124,43 @@ def train_vision(run: Run) -> None:
     from .stack import load_teacher
     from .vision import VisionTower, vision_losses
 
-    drawings = load_drawings(run.train, run.drawings)
-    sized = run.sized(64, 1e-3)
+    drawings, sized = run.all_drawings, run.sized(64, 1e-3)
     losses = vision_losses(drawings, load_teacher(run.work, drawings), sized["batch_size"])
     tower = VisionTower(run.train.size, len(drawings.labels))
     fit(tower, losses, **run.limits("vision"), **sized, weight_decay=0.05)
 
 
 def train_styles(run: Run) -> None:
-    from .judges import StyleClassifier, style_losses
+    from .judges import style_losses
     from .loop import on_training_device
     from .stack import load_clip, load_unet, load_vae
     from .unet import text_states
 
-    drawings, size = load_drawings(run.train, run.drawings), run.train.size
-    clip, tokenizer = load_clip(run.work, size)
+    clip, tokenizer = load_clip(run.work, run.train.size)
     no_text = text_states(on_training_device(clip.text_model), tokenizer, [""])
-    unet = on_training_device(load_unet(run.work, size))
-    losses = style_losses(drawings, load_vae(run.work, run.train), unet, no_text, run.batch_size or 64)
-    torch.manual_seed(2)
-    _fit_efficientnet(run, StyleClassifier(), losses, "styles", seed=2)
+    unet = on_training_device(load_unet(run.work, run.train.size))
+    losses = style_losses(run.all_drawings, load_vae(run.work, run.train), unet, no_text, run.batch_size or 64)
+    _fit_efficientnet(run, "styles", len(STYLE_NAMES), losses, seed=2)
 
 
 def train_concepts(run: Run) -> None:
     """The judge of concepts: trained as the teacher is, but another network, so that no adapter is taught by it."""
-    _train_efficientnet(run, "concepts", seed=1)
+    _learn_concepts(run, "concepts", seed=1)
 
 
-def _train_efficientnet(run: Run, part: str, seed: int) -> None:
-    from .efficientnet import EfficientNet
+def _learn_concepts(run: Run, part: str, seed: int) -> None:
     from .judges import concept_losses
 
-    drawings = load_drawings(run.train, run.drawings)
-    losses = concept_losses(drawings, run.batch_size or 64)
-    torch.manual_seed(seed)
-    _fit_efficientnet(run, EfficientNet(len(drawings.labels)), losses, part, seed)
+    losses = concept_losses(run.all_drawings, run.batch_size or 64)
+    _fit_efficientnet(run, part, len(run.all_drawings.labels), losses, seed)
 
 
-def _fit_efficientnet(run: Run, network: EfficientNet, losses: LossFunction, part: str, seed: int) -> None:
+def _fit_efficientnet(run: Run, part: str, classes: int, losses: LossFunction, seed: int) -> None:
+    from .efficientnet import EfficientNet
     from .loop import fit
 
+    torch.manual_seed(seed)
+    network = EfficientNet(classes)
     if run.imagenet is not None:
         network.load_imagenet(run.imagenet)
     fit(network, losses, **run.limits(part), learning_rate=1e-3, weight_decay=0.05, bfloat16=False, seed=seed)
@@ -190,7 +191,7 @@ def _aligned(run: Run) -> tuple[BaseModel, Alignment]:
     from .adapter import align_drawings
     from .stack import load_tower
 
-    base_model, drawings = _exported_model(run), load_drawings(run.train, run.drawings)
+    base_model, drawings = _exported_model(run), run.all_drawings
     return base_model, align_drawings(base_model, load_tower(run.work, drawings), drawings)
 
 
@@ -227,14 +228,14 @@ def train_adapter(run: Run, kind: str) -> None:
 def export_stack(run: Run) -> None:
     from .stack import export
 
-    export(run.work, run.train, load_drawings(run.train, run.drawings), run.output)
+    export(run.work, run.train, run.all_drawings, run.output)
     save_prompts(run.images, run.output / PROMPTS)
 
 
 def export_judges(run: Run) -> None:
     from .stack import save_judges
 
-    save_judges(run.work, run.train, load_drawings(run.train, run.drawings), run.output / "judges.safetensors")
+    save_judges(run.work, run.all_drawings, run.output / "judges.safetensors")
 
 
 def unpack_stack(run: Run) -> None:
@@ -243,7 +244,7 @@ def unpack_stack(run: Run) -> None:
     from .loop import start_from
     from .stack import unpack
 
-    unpack(run.output, load_drawings(run.train, run.drawings), run.work)
+    unpack(run.output, run.all_drawings, run.work)
     for kind, name in ADAPTERS.items():
         if (run.output / name).is_file():
             adapter = load_adapter(run.output / name, dtype=torch.float32).requires_grad_(True)

@@ -65,24 +65,30 @@ def patchwork(pixels: Tensor, others: Tensor, generator: torch.Generator) -> Ten
 
 def disguise(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Warp, mirror, recolour, soften and tint images, so that the drawing stays and its pixels do not."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(len(pixels), *shape, generator=generator, device=pixels.device)
-
     pixels = any_colours(warp(mirror(pixels, generator), generator), generator)
-    soft = F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
-    pixels = torch.lerp(pixels, soft, draw(1, 1, 1))  # an autoencoder's softness
-    return (pixels - 1) * (0.6 + 0.4 * draw(3, 1, 1)) + 1
+    pixels = _soften(pixels, _draw(pixels, generator, 1, 1, 1), cell=4)
+    return _tint(pixels, generator, least=0.6)
 
 
 def retouch(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror, zoom, soften and tint some of the images, so that their style stays."""
-
-    def some(*shape: int) -> Tensor:
-        return torch.rand(len(pixels), *shape, generator=generator, device=pixels.device)
-
     pixels = mirror(pixels, generator)
-    pixels = torch.where(some(1, 1, 1) < 0.5, zoom(pixels, generator), pixels)
-    soft = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
-    pixels = torch.lerp(pixels, soft, 2 * (some(1, 1, 1) - 0.5).clamp(min=0))
-    return (pixels - 1) * (0.8 + 0.2 * some(3, 1, 1)) + 1
+    pixels = torch.where(_draw(pixels, generator, 1, 1, 1) < 0.5, zoom(pixels, generator), pixels)
+    pixels = _soften(pixels, 2 * (_draw(pixels, generator, 1, 1, 1) - 0.5).clamp(min=0), cell=2)
+    return _tint(pixels, generator, least=0.8)
+
+
+def _draw(pixels: Tensor, generator: torch.Generator, *shape: int) -> Tensor:
+    """Uniform numbers [B, *shape] in 0..1."""
+    return torch.rand(len(pixels), *shape, generator=generator, device=pixels.device)
+
+
+def _soften(pixels: Tensor, share: Tensor, cell: int) -> Tensor:
+    """Mix each image with itself without what is smaller than ``cell`` pixels, as an autoencoder's images are."""
+    soft = F.interpolate(F.avg_pool2d(pixels, cell), scale_factor=cell, mode="bilinear")
+    return torch.lerp(pixels, soft, share)
+
+
+def _tint(pixels: Tensor, generator: torch.Generator, least: float) -> Tensor:
+    """Scale each colour channel's distance from white by ``least`` to 1."""
+    return (pixels - 1) * (least + (1 - least) * _draw(pixels, generator, 3, 1, 1)) + 1
