@@ -1,13 +1,15 @@
 """Every figure that needs a GPU, one part after another. A part that fails or takes too long does not stop the others.
 
-    python benchmarks/gpu.py --original PATH/TO/IP-Adapter --comfyui PATH/TO/ComfyUI [--peer PATH] --out results
+    python benchmarks/gpu.py --original PATH/TO/IP-Adapter --comfyui PATH/TO/ComfyUI [--peer PATH] \
+        --images pictures.zip [--drawings drawings.zip] --out results
     python benchmarks/gpu.py ... --check                                  # every part at a tiny size: does it start?
     python benchmarks/gpu.py ... --parts training-sd15,comfyui --limit training-sd15=300
 
-Parts: training-sd15 and training-sdxl (training/speed.py), comfyui (comfyui/overhead.py). Each is a process of its own
-with a time limit, within which the training leaves out what does not fit. A part's table is in OUT/<part>.txt, its
-progress and errors in OUT/<part>.log, all figures in OUT/<part>.json; the tables are printed together at the end. Exit
-code 1 when a part fails or misses a bar. --check works on a CPU too.
+Parts: training-sd15 and training-sdxl (training/speed.py), comfyui (comfyui/overhead.py), emoji (training/emoji.py).
+Each is a process of its own with a time limit; all limits together are 12 minutes. Within its limit speed.py leaves out
+what does not fit, and emoji.py trains for as long as is left. A part's table is in OUT/<part>.txt, its progress and
+errors in OUT/<part>.log, its figures in OUT/<part>.json, but those of emoji in OUT/emoji; the tables are printed
+together at the end. Exit code 1 when a part fails or misses a bar. --check works on a CPU too.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CHECK_LIMIT = 120  # seconds; a GPU needs 20 to 40, a busy CPU more
 GRACE = 20  # seconds between the end of a training's budget and its limit
 FULL = ("--num-workers", "8")
 SDXL = ("--rounds", "1", "--batch-size", "4", "--warmup", "5", "--steps", "15")
@@ -33,12 +34,14 @@ FEW = ("--warmup", "1", "--steps", "2", "--batch-size", "2", "--rounds", "1", "-
 @dataclass(frozen=True)
 class Part:
     """`command` makes the arguments of a run, of a tiny one with --check, from the options and the limit in seconds;
-    None: it cannot run without the option that `needs` names.
+    None: it cannot run without the option that `needs` names. `check` is the limit of a tiny one: a GPU needs a third
+    of it, a busy CPU more.
     """
 
     command: Callable[[argparse.Namespace, int], list[str] | None]
     limit: int
     needs: str = ""
+    check: int = 120
 
 
 @dataclass(frozen=True)
@@ -57,24 +60,30 @@ class Outcome:
         return f"=== {self.name}: {how}, {self.seconds:.0f} s"
 
 
-def _training(args: argparse.Namespace, size: str, limit: int, *more: str) -> list[str]:
+def _training(args: argparse.Namespace, family: str, limit: int, *more: str, tiny: str) -> list[str]:
     scratch = ["--scratch", str(args.scratch)] if args.scratch else []
-    against = ["--original", str(args.original)] if args.original and not size.endswith("sdxl") else []
-    budget = str(limit - GRACE)
-    return [str(HERE / "training" / "speed.py"), "--size", size, "--budget", budget, *against, *scratch, *more]
+    against = ["--original", str(args.original)] if args.original and family == "sd15" else []
+    size, budget = tiny if args.check else family, str(limit - GRACE)
+    options = ["--size", size, "--budget", budget, *_json(args, f"training-{family}"), *against, *scratch, *more]
+    return [str(HERE / "training" / "speed.py"), *options]
+
+
+def _json(args: argparse.Namespace, name: str) -> list[str]:
+    return ["--json", str(args.out / f"{name}.json")]
 
 
 def _sd15(args: argparse.Namespace, limit: int) -> list[str]:
     if not args.check:
-        return _training(args, "sd15", limit, *FULL, "--rounds", "2", "--warmup", "8", "--steps", "24", "--profile")
+        few = ("--rounds", "2", "--warmup", "8", "--steps", "24", "--profile")
+        return _training(args, "sd15", limit, *FULL, *few, tiny="tiny")
     extras = ["mixed_precision=fp8", *(["mixed_precision=fp16", "optimizer=adamw8bit"] if _gpu() else [])]
-    return _training(args, "tiny", limit, *FEW, "--profile", *(text for e in extras for text in ("--extra", e)))
+    more = (text for extra in extras for text in ("--extra", extra))
+    return _training(args, "sd15", limit, *FEW, "--profile", *more, tiny="tiny")
 
 
 def _sdxl(args: argparse.Namespace, limit: int) -> list[str]:
-    if not args.check:
-        return _training(args, "sdxl", limit, *FULL, *SDXL)
-    return _training(args, "tiny-sdxl", limit, *FEW, "--extra", "gradient_checkpointing=true")
+    how = (*FEW, "--extra", "gradient_checkpointing=true") if args.check else (*FULL, *SDXL)
+    return _training(args, "sdxl", limit, *how, tiny="tiny-sdxl")
 
 
 def _comfyui(args: argparse.Namespace, limit: int) -> list[str] | None:
@@ -84,14 +93,25 @@ def _comfyui(args: argparse.Namespace, limit: int) -> list[str] | None:
     device = ["--device", "cuda"] if _gpu() else []
     few = ["--repeats", "1", "--apply-repeats", "1", "--steps", "2"] if args.check else []
     profile = ["--profile"] if device and not args.check else []
-    return [str(HERE / "comfyui" / "overhead.py"), "--comfyui", str(args.comfyui), *peer, *device, *few, *profile]
+    options = ["--comfyui", str(args.comfyui), *peer, *device, *few, *profile, *_json(args, "comfyui")]
+    return [str(HERE / "comfyui" / "overhead.py"), *options]
+
+
+def _emoji(args: argparse.Namespace, limit: int) -> list[str] | None:
+    if not args.images:
+        return None
+    more = ["--drawings", str(args.drawings)] if args.drawings else []
+    how = ["--check"] if args.check else ["--budget", str(limit - GRACE)]
+    options = ["--images", str(args.images), "--output", str(args.out / "emoji"), *more, *how]
+    return [str(HERE / "training" / "emoji.py"), *options]
 
 
 # In the order in which they run. One part more is one entry more.
 PARTS: Mapping[str, Part] = {
-    "training-sd15": Part(_sd15, limit=240),
+    "training-sd15": Part(_sd15, limit=200),
     "training-sdxl": Part(_sdxl, limit=90),
-    "comfyui": Part(_comfyui, limit=200, needs="--comfyui"),
+    "comfyui": Part(_comfyui, limit=150, needs="--comfyui"),
+    "emoji": Part(_emoji, limit=280, needs="--images", check=900),
 }
 
 
@@ -102,14 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = []
     for name in args.parts:
         part = PARTS[name]
-        limit = args.limits.get(name, CHECK_LIMIT if args.check else part.limit)
+        limit = args.limits.get(name, part.check if args.check else part.limit)
         command = part.command(args, limit)
         if command is None:
             outcomes.append(Outcome(name, 2, 0.0, f"Left out: it needs {part.needs}.\n"))
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, *command, "--json", str(args.out / f"{name}.json")]
-        outcomes.append(run(name, command, args.out, limit))
+        outcomes.append(run(name, [sys.executable, *command], args.out, limit))
         print(outcomes[-1].heading, file=sys.stderr, flush=True)
     for outcome in outcomes:
         print(f"\n{outcome.heading}\n\n{outcome.text.rstrip()}")
@@ -165,6 +184,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--comfyui", type=Path, default=where and Path(where), help="a ComfyUI checkout; default: $COMFYUI_PATH"
     )
     parser.add_argument("--peer", type=Path, help="a ComfyUI_IPAdapter_plus checkout, for comfyui")
+    parser.add_argument("--images", type=Path, help="pictures.zip of tools.emoji.build, for emoji")
+    parser.add_argument("--drawings", type=Path, help="drawings.zip of tools.emoji.drawings, for emoji")
     parser.add_argument("--scratch", type=Path, help="folder for the training's models and images, such as /dev/shm")
     args = parser.parse_args(arguments)
     args.parts = args.parts.split(",")

@@ -61,12 +61,12 @@ if TYPE_CHECKING:
 SIZES = ("tiny", "sd15", "tiny-sdxl", "sdxl")
 EXTRAS = {  # the most telling first: a budget may end before the last
     "sd15": (
+        "@contiguous",
+        "compile=true",
         "gradient_checkpointing=true",
         "optimizer=adamw8bit",
         "mixed_precision=fp8",
         "mixed_precision=fp16",
-        "@contiguous",
-        "compile=true",
     ),
     "sdxl": ("gradient_checkpointing=true",),
 }

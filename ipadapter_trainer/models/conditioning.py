@@ -70,9 +70,9 @@ def encode_tokens(base_model: BaseModel, text_input_ids: Tensor, text_input_ids_
 
 def encode_prompts(base_model: BaseModel, prompts: Sequence[str]) -> TextStates:
     """Prompts -> text states; equal prompts are encoded once."""
-    distinct = list(dict.fromkeys(prompts))
-    rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=base_model.device)
-    ids = tokenize(base_model.tokenizers, distinct, base_model.text_length)
+    number = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    rows = torch.tensor([number[prompt] for prompt in prompts], device=base_model.device)
+    ids = tokenize(base_model.tokenizers, list(number), base_model.text_length)
     return encode_tokens(base_model, *ids).index(rows)
 
 

@@ -395,6 +395,25 @@ def test_gpu_py_keeps_going_and_prints_every_part(tmp_path, monkeypatch, capsys)
     assert gpu.main(["--out", str(tmp_path), "--parts", "good"]) == 0
 
 
+def test_gpu_py_trains_the_emoji_model_within_its_limit(tmp_path, capsys, monkeypatch):
+    import gpu
+
+    seen = []
+    monkeypatch.setattr(
+        gpu, "run", lambda name, command, out, limit: seen.append(command) or gpu.Outcome(name, 0, 1.0, "")
+    )
+    assert sum(part.limit for part in gpu.PARTS.values()) <= 12 * 60
+    options = ["--parts", "emoji", "--out", str(tmp_path), "--limit", "emoji=200"]
+    assert gpu.main(options) == 1
+    assert "it needs --images" in capsys.readouterr().out and not seen
+    assert gpu.main([*options, "--images", "pictures.zip", "--drawings", "drawings.zip"]) == 0
+    assert gpu.main([*options, "--images", "pictures.zip", "--check"]) == 0
+    full, check = seen
+    assert full[1].endswith("emoji.py") and full[-2:] == ["--budget", "180"]
+    assert full[full.index("--drawings") + 1] == "drawings.zip"
+    assert check[-1] == "--check" and "--drawings" not in check
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"), [(["--parts", "all"], "there is no part all"), (["--limit", "comfyui"], "PART=SECONDS")]
 )
