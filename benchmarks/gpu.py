@@ -27,6 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 GRACE = 20  # seconds between the end of a training's budget and its limit
 FULL = ("--num-workers", "8")
+SD15 = ("--rounds", "2", "--warmup", "8", "--steps", "24")
 SDXL = ("--rounds", "1", "--batch-size", "4", "--warmup", "5", "--steps", "15")
 FEW = ("--warmup", "1", "--steps", "2", "--batch-size", "2", "--rounds", "1", "--num-workers", "2")
 
@@ -34,8 +35,7 @@ FEW = ("--warmup", "1", "--steps", "2", "--batch-size", "2", "--rounds", "1", "-
 @dataclass(frozen=True)
 class Part:
     """`command` makes the arguments of a run, of a tiny one with --check, from the options and the limit in seconds;
-    None: it cannot run without the option that `needs` names. `check` is the limit of a tiny one: a GPU needs a third
-    of it, a busy CPU more.
+    None: it cannot run without the option that `needs` names. `check` is the limit of a tiny one, on a busy CPU too.
     """
 
     command: Callable[[argparse.Namespace, int], list[str] | None]
@@ -73,12 +73,10 @@ def _json(args: argparse.Namespace, name: str) -> list[str]:
 
 
 def _sd15(args: argparse.Namespace, limit: int) -> list[str]:
-    if not args.check:
-        few = ("--rounds", "2", "--warmup", "8", "--steps", "24", "--profile")
-        return _training(args, "sd15", limit, *FULL, *few, tiny="tiny")
     extras = ["mixed_precision=fp8", *(["mixed_precision=fp16", "optimizer=adamw8bit"] if _gpu() else [])]
-    more = (text for extra in extras for text in ("--extra", extra))
-    return _training(args, "sd15", limit, *FEW, "--profile", *more, tiny="tiny")
+    few = (*FEW, *(text for extra in extras for text in ("--extra", extra)))
+    how = few if args.check else (*FULL, *SD15)
+    return _training(args, "sd15", limit, *how, "--profile", tiny="tiny")
 
 
 def _sdxl(args: argparse.Namespace, limit: int) -> list[str]:

@@ -5,7 +5,7 @@
 
 Independent parts train at the same time. FOLDER gets the log of each part with its steps and images per second, the
 model, the adapters, their quality.json and a sheet of samples. `--check` runs a few steps of everything, also on a CPU;
-`--budget` shortens the training of all parts so that everything ends in about so many seconds.
+`--budget` scales the training of all parts, at least to a twentieth, so that everything ends in about so many seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,20 +114,20 @@ def main() -> int:
     )
     args = parser.parse_args()
     images, output = args.images.resolve(), args.output.resolve()
-    runner = Runner(output, _scale(args.budget), args.check, images, args.drawings, args.imagenet)
-    for phase in PHASES:
-        if wanted := [part for part in phase if part.name in args.parts]:
-            runner.finish({part.name: runner.train(part) for part in wanted})
-            if EXPORTED & {part.name for part in wanted}:
-                runner.finish({"export": runner.write("export")})
+    phases = [[part for part in phase if part.name in args.parts] for phase in PHASES]
+    runner = Runner(output, _scale(phases, args.budget), args.check, images, args.drawings, args.imagenet)
+    for wanted in filter(None, phases):
+        runner.finish({part.name: runner.train(part) for part in wanted})
+        if EXPORTED & {part.name for part in wanted}:
+            runner.finish({"export": runner.write("export")})
     runner.finish({"judges": runner.write("judges")})
     runner.finish({name: runner.quality(name, file) for name, file in ADAPTERS.items()})
     return 0
 
 
-def _scale(budget: float | None) -> float:
+def _scale(phases: Sequence[Sequence[Part]], budget: float | None) -> float:
     """What the minutes of all parts are multiplied by to end in so many seconds."""
-    seconds = 60 * sum(max(part.minutes for part in phase) for phase in PHASES)
+    seconds = 60 * sum(max(part.minutes for part in phase) for phase in phases if phase)
     return 1.0 if budget is None else max(0.05, (budget - BESIDE) / seconds)
 
 
