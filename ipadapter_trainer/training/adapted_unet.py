@@ -24,7 +24,7 @@ from ipadapter_core import (
 )
 
 from ..models.base_model import BaseModel
-from ..models.conditioning import added_conditions
+from ..models.conditioning import TextStates, added_conditions
 from ..models.features import Features
 from ..models.image_features import dropped_features
 from .objective import Objective, dropped, noisy_latents_and_target
@@ -66,15 +66,19 @@ class AdaptedUNet:
         latents, noise = receive(features.latents), receive(batch.noise)
         noisy, target = noisy_latents_and_target(self.objective.scheduler, latents, noise, timesteps)
         self.enable_adapter(image_features or features.image_features, receive(batch.drop_image_embeds))
-        text = features.text.to(self.base_model.device)
+        predicted = self.predict(noisy, timesteps, features.text, features.time_ids)
+        return self.objective.sample_losses(predicted, target, timesteps)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextStates, time_ids: Tensor | None = None) -> Tensor:
+        """The UNet's output [B, 4, h, w] for noisy latents, with the adapter as it is: enabled or not."""
+        text = text.to(self.base_model.device)
         with self._unet_precision():
-            predicted = self.base_model.unet(
+            return self.base_model.unet(
                 noisy.to(self.base_model.dtype),
                 timesteps,
                 text.states.to(self.base_model.dtype),
-                added_cond_kwargs=added_conditions(text, features.time_ids),
+                added_cond_kwargs=added_conditions(text, time_ids),
             ).sample
-        return self.objective.sample_losses(predicted, target, timesteps)
 
     def _unet_precision(self) -> AbstractContextManager[Any]:
         """No autocast: on a GPU it would run the frozen UNet's norms in float32, which doubles much of the memory and
