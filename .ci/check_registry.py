@@ -27,7 +27,8 @@ from ipadapter_core import load_adapter
 from ipadapter_core.assets import emoji_folder
 folder = emoji_folder()
 assert str(folder).startswith(sys.argv[1]), folder
-print(load_adapter(folder / "adapter.safetensors").spec.kind, "adapter loads from the archive")
+for name in ("adapter", "adapter_base"):
+    print(load_adapter(folder / f"{name}.safetensors").spec.kind, "adapter loads from the archive")
 """
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from .errors import AdapterError
 
 MODEL = "emoji-model"  # the diffusers folder inside `emoji_folder()`
-PROMPTS = "prompts"  # a few images that neither the model nor the adapter was trained on
+PROMPTS = "prompts"  # a few images that neither the model nor its adapters were trained on
 _FOLDERS = ("assets", "ipadapter_assets")  # next to this package: in a checkout or custom_nodes, from a wheel
 
 
 def emoji_folder() -> Path:
-    """The folder with the emoji model, its adapter and its images.
+    """The folder with the emoji model, its adapters and its images.
 
     Raises AdapterError when it is missing.
     """

@@ -24,6 +24,7 @@ from .types import IPAdapterModel, manage, node_schema
 
 ADAPTER = "adapter.safetensors"
 BUNDLED = "the emoji adapter"
+_BUNDLED_FILES = {BUNDLED: ADAPTER, f"{BUNDLED} (base)": "adapter_base.safetensors"}
 _LARGEST = 64_000_000  # bytes; adapters for so small a model are smaller, so others are not even opened
 
 
@@ -35,22 +36,23 @@ class LoadIPAdapterDemo(Node):
         return node_schema(
             node_id="LoadIPAdapterDemo",
             display_name="Load IP Adapter Demo",
-            description="Loads the small text-to-image model that comes with this pack, and its adapter. It draws "
-            "emoji of 64 x 64 pixels, to try image prompts without downloads.",
+            description="Loads the small text-to-image model that comes with this pack, and its adapters. It draws "
+            "emoji of 128 x 128 pixels, to try image prompts without downloads.",
             inputs=[
                 io.Combo.Input(
                     "adapter",
-                    options=[BUNDLED, *list_adapters()],
+                    options=[*_BUNDLED_FILES, *list_adapters()],
                     default=BUNDLED,
                     optional=True,
-                    tooltip="The adapter. One that you trained on this model, with ipadapter demo or ipadapter train "
-                    "configs/emoji-base.toml, appears here when its file is copied into models/ipadapter.",
+                    tooltip="The adapter: two come with this pack, a plus and a base adapter. One that you trained on "
+                    "this model, with ipadapter demo or ipadapter train configs/emoji-base.toml, appears here when "
+                    "its file is copied into models/ipadapter.",
                 )
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="A UNet in the layout of SD1.5, a hundredth its size."),
                 io.Clip.Output(display_name="clip", tooltip="Its text encoder, of 16 tokens."),
-                io.Vae.Output(display_name="vae", tooltip="Its autoencoder; images are 64 x 64."),
+                io.Vae.Output(display_name="vae", tooltip="Its autoencoder; images are 128 x 128."),
                 io.ClipVision.Output(display_name="clip_vision", tooltip="The image encoder of the adapter."),
                 IPAdapterModel.Output(display_name="ip_adapter", tooltip="The adapter, trained on emoji."),
             ],
@@ -59,13 +61,13 @@ class LoadIPAdapterDemo(Node):
     @classmethod
     def fingerprint_inputs(cls, adapter: str | None = BUNDLED) -> str:
         """Changes when the adapter's file is replaced."""
-        return str(adapter if adapter in (None, BUNDLED) else stamp(ADAPTERS, adapter))
+        return str(adapter if adapter is None or adapter in _BUNDLED_FILES else stamp(ADAPTERS, adapter))
 
     @classmethod
     def execute(cls, adapter: str = BUNDLED) -> io.NodeOutput:
         root = emoji_folder()
         folder = root / MODEL
-        path = root / ADAPTER if adapter == BUNDLED else adapter_path(adapter)
+        path = root / _BUNDLED_FILES[adapter] if adapter in _BUNDLED_FILES else adapter_path(adapter)
         return io.NodeOutput(
             demo_model.load_unet(folder / "unet"),
             demo_model.load_text_encoder(folder / "text_encoder", folder / "tokenizer"),
@@ -156,7 +158,7 @@ def list_adapters() -> list[str]:
 
 
 def load_image(name: str) -> Tensor:
-    """A bundled image as an IMAGE, [1, 64, 64, 3] in 0..1.
+    """A bundled image as an IMAGE, [1, 128, 128, 3] in 0..1.
 
     Raises AdapterError when there is none of this name.
     """

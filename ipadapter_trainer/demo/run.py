@@ -17,41 +17,43 @@ from ipadapter_core.assets import MODEL, emoji_folder
 from ..data.images import to_pil_images
 from ..files.provenance import export_adapter, provenance
 from ..models.base_model import BaseModel, load_base_model
+from ..models.conditioning import encode_prompts
 from ..models.generate import generate
 from ..models.image_features import encode_clip_images
 from ..report.image_grid import draw_grid
 from ..runtime.disk import whole_file
+from ..settings.kinds import TRAIN_KINDS
 from ..training.adapted_unet import adapt_unet
 from ..training.new_adapter import new_adapter
 from ..training.optimizers import new_optimizer
 from ..training.steps import check_loss, train_steps
-from .batches import emoji_batches, encode_emoji
+from .alignment import Alignment, cancel_empty_text
+from .batches import EmojiFeatures, captions_of, emoji_batches, encode_emoji
+from .closeness import choose_references, closeness
 from .emoji import EmojiImages, load_images, normalize, to_pixels
-from .quality import GUIDANCE, choose_references, closeness
 
-TRAINING_IMAGES = 1500  # of 6,000: encoding them all would take the time that training needs
 # 20 times the usual learning rate: a tiny adapter in two minutes, not a real one in days.
 BATCH, LEARNING_RATE = 32, 2e-3
-STEPS = 12
+ALIGN_BATCH, ALIGN_SHARE = 64, 0.3  # of the training time, for the projector alone
+STEPS, GUIDANCE = 12, 3.0
 ROWS, MEASURED = 6, 24
-SIDE = 128  # of an image in the grid; the model's own is 64
 OTHER_TEXT = "cat face"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the image: its title and how its images are made."""
+    """One column of the image: its title and how its images are made; without a text, each has its own name."""
 
     title: str
-    text: str
+    text: str | None
     weight: float
 
 
 COLUMNS = (
-    Column("weight 0", "", 0.0),
-    Column("weight 0.5", "", 0.5),
-    Column("weight 1", "", 1.0),
-    Column(f'1 + "{OTHER_TEXT}"', OTHER_TEXT, 1.0),
+    Column("its name", None, 0.0),
+    Column("name and image", None, 1.0),
+    Column("image alone", "", 1.0),
+    Column(f'"{OTHER_TEXT}", 0.7', OTHER_TEXT, 0.7),
 )
 
 
@@ -73,19 +75,20 @@ def demo(output: Path, adapter: str | None = None, minutes: float = 2.0, seed: i
     else:
         file = folder / "adapter.safetensors" if adapter == "bundled" else Path(adapter)
         chosen = load_adapter(file, dtype=torch.float32)
-    rows = choose_references(held_out, MEASURED, seed)
-    images = to_pixels(held_out.images[rows])
-    embeds = encode_clip_images(base_model, normalize(images))
-    alone = {weight: _generate(base_model, chosen, embeds, "", weight, seed) for weight in (0.0, 1.0)}
-    columns = [
-        alone[c.weight][:ROWS]
-        if c.weight in alone and not c.text
-        else _generate(base_model, chosen, embeds[:ROWS], c.text, c.weight, seed)
-        for c in COLUMNS
-    ]
-    titles = ("image prompt", *(column.title for column in COLUMNS))
-    shown = [to_pil_images(pixels) for pixels in (images[:ROWS], *columns)]
-    drawn = draw_grid(list(zip(titles, shown, strict=True)), side=SIDE)
+    prompts = held_out.subset(choose_references(held_out, MEASURED, seed))
+    images = to_pixels(prompts.images)
+    features = encode_clip_images(base_model, normalize(images), chosen.spec.feature)
+    alone = {weight: _generate(base_model, chosen, features, [""] * MEASURED, weight, seed) for weight in (0.0, 1.0)}
+    columns = [("image prompt", images[:ROWS])]
+    for column in COLUMNS:
+        texts = list(prompts.captions[:ROWS]) if column.text is None else [column.text] * ROWS
+        pixels = (
+            alone[column.weight][:ROWS]
+            if column.text == ""
+            else _generate(base_model, chosen, features[:ROWS], texts, column.weight, seed)
+        )
+        columns.append((column.title, pixels))
+    drawn = draw_grid([(title, to_pil_images(pixels)) for title, pixels in columns], side=held_out.size)
     with whole_file(output) as temporary:
         drawn.save(temporary)
     report(base_model, images, alone)
@@ -102,14 +105,15 @@ class TrainedAdapter:
 
 
 def train_demo_adapter(base_model: BaseModel, images: EmojiImages, minutes: float, seed: int) -> TrainedAdapter:
-    """Train for ``minutes``, the encoding of the images included; the steps adapt to the machine."""
+    """Train a plus adapter for ``minutes``, the encoding of the images included; the steps adapt to the machine."""
     deadline = time.monotonic() + 60 * minutes
     generator = torch.Generator().manual_seed(seed)
-    some = images.subset(torch.randperm(len(images), generator=generator)[:TRAINING_IMAGES].tolist())
-    print(f"Encoding {len(some)} images once ...", flush=True)
+    print(f"Encoding {len(images)} images once ...", flush=True)
     torch.manual_seed(seed)
-    adapter = new_adapter(base_model)
-    features = encode_emoji(base_model, some, adapter.spec.feature, seed)
+    adapter = new_adapter(base_model, TRAIN_KINDS["plus"])
+    features = encode_emoji(base_model, images, adapter.spec.feature, seed)
+    aligned = min(deadline, time.monotonic() + 60 * minutes * ALIGN_SHARE)
+    _align(base_model, adapter, images, features, aligned, generator)
     optimizer = new_optimizer(adapter, LEARNING_RATE)
     parameters = sum(p.numel() for p in adapter.parameters())
     print(f"Training {parameters / 1e6:.2f} M parameters; the {base_model.name} UNet stays frozen.", flush=True)
@@ -136,12 +140,36 @@ def train_demo_adapter(base_model: BaseModel, images: EmojiImages, minutes: floa
     return TrainedAdapter(adapter.requires_grad_(False).eval(), step, num_images)
 
 
-def _generate(base_model: BaseModel, adapter: IPAdapter, embeds: Tensor, text: str, weight: float, seed: int) -> Tensor:
+def _align(
+    base_model: BaseModel,
+    adapter: IPAdapter,
+    images: EmojiImages,
+    features: EmojiFeatures,
+    deadline: float,
+    generator: torch.Generator,
+) -> None:
+    """Train the projector on what the captions say of the images, and let the values draw that."""
+    print("The projector learns what the captions say of the images ...", flush=True)
+    states = torch.cat([encode_prompts(base_model, texts).states for texts in captions_of(images, features)])
+    alignment = Alignment(features.image_features.flatten(0, 1), states)
+    alignment = alignment.with_no_image(base_model, adapter.spec, features.no_text)
+    cancel_empty_text(base_model, adapter, features.latents.flatten(0, 1), states, features.no_text, generator)
+    optimizer = torch.optim.AdamW(adapter.projector.parameters(), lr=LEARNING_RATE)
+    while time.monotonic() < deadline:
+        loss = alignment.loss(adapter, ALIGN_BATCH, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def _generate(
+    base_model: BaseModel, adapter: IPAdapter, features: Tensor, texts: list[str], weight: float, seed: int
+) -> Tensor:
     return generate(
         base_model,
         adapter,
-        prompts=[text],
-        image_features=[embeds],
+        prompts=texts,
+        image_features=[features],
         weight=weight,
         steps=STEPS,
         guidance=GUIDANCE,

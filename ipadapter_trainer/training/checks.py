@@ -24,8 +24,8 @@ from .resume import changed_settings, checkpoint_to_resume, nothing_to_do, run_s
 from .run_log import tracker_arguments
 from .training_data import TrainingData, open_training_data
 
-# The paper trained from scratch on 10 million images. For the tiny emoji model 1,500 images suffice to see that the
-# adapter follows its image prompt; with a few hundred it memorises them.
+# The paper trained from scratch on 10 million images. For the tiny emoji model a thousand suffice to see that the
+# adapter follows its image prompt; a few hundred it memorises.
 FEW_IMAGES = 1000
 # The paper saw each image 6 times. The config sd15-plus-finetune sees each of 100 images 160 times and advises to stop
 # earlier; several times that memorises them, whatever the learning rate.

@@ -28,28 +28,28 @@ def folder(pack):
 def sample(stack, world, model, steps=4):
     text = stack["clip"].encode_from_tokens_scheduled(stack["clip"].tokenize("rocket"))
     empty = stack["clip"].encode_from_tokens_scheduled(stack["clip"].tokenize(""))
-    return world.sample(model, size=(8, 8), steps=steps, positive=text, negative=empty)
+    return world.sample(model, size=(16, 16), steps=steps, positive=text, negative=empty)
 
 
 def test_a_image(stack, pack, world):
-    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(51))
+    image = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(51))
     prompt = pack.EncodeImagePrompt.execute(stack["ip_adapter"], stack["clip_vision"], image).args[0]
     patched = world.apply(stack["model"], stack["ip_adapter"], prompt)
     drawn = stack["vae"].decode(sample(stack, world, patched))
-    assert drawn.shape == (1, 64, 64, 3)
+    assert drawn.shape == (1, 128, 128, 3)
     assert drawn.std() > 0.02
     assert not torch.equal(drawn, stack["vae"].decode(sample(stack, world, stack["model"])))
 
 
 def test_the_bundled_images(pack):
     names = pack.demo.list_images()
-    assert len(names) == 6
+    assert len(names) == 8
     assert pack.DemoImage.define_schema().inputs[0].options == names
     for name in names:
         image = pack.DemoImage.execute(name).args[0]
-        assert image.shape == (1, 64, 64, 3)
+        assert image.shape == (1, 128, 128, 3)
         assert image.min() >= 0.0 and image.max() == 1.0 and image.std() > 0.1
-    with pytest.raises(pack.core.AdapterError, match=r"'\.\./secret'.*crab_fluent"):
+    with pytest.raises(pack.core.AdapterError, match=r"'\.\./secret'.*crab_twemoji"):
         pack.demo.load_image("../secret")
 
 
@@ -65,18 +65,26 @@ def test_an_adapter_of_ones_own(stack, pack, world, folders):
     (folders["ipadapter"] / "no model.safetensors").write_bytes(b"x")
     assert pack.demo.list_adapters() == ["named after nothing.safetensors"]
     options = pack.LoadIPAdapterDemo.define_schema().inputs[0].options
-    assert options == ["the emoji adapter", "named after nothing.safetensors"]
-    before = pack.LoadIPAdapterDemo.fingerprint_inputs(options[1])
-    loaded = pack.LoadIPAdapterDemo.execute(options[1]).args[4]
-    assert loaded.name == options[1]
+    assert options == ["the emoji adapter", "the emoji adapter (base)", "named after nothing.safetensors"]
+    before = pack.LoadIPAdapterDemo.fingerprint_inputs(options[2])
+    loaded = pack.LoadIPAdapterDemo.execute(options[2]).args[4]
+    assert loaded.name == options[2]
     for key, tensor in pack.core.export_state(loaded.adapter).items():
         torch.testing.assert_close(tensor, pack.core.export_state(own)[key])
-    image = torch.rand(1, 64, 64, 3)
+    image = torch.rand(1, 128, 128, 3)
     prompt = pack.EncodeImagePrompt.execute(loaded, stack["clip_vision"], image).args[0]
     drawn = sample(stack, world, world.apply(stack["model"], loaded, prompt))
     assert not torch.equal(drawn, sample(stack, world, stack["model"]))
-    pack.core.save_adapter(folders["ipadapter"] / options[1], own, {"more": "metadata"})
-    assert pack.LoadIPAdapterDemo.fingerprint_inputs(options[1]) != before
+    pack.core.save_adapter(folders["ipadapter"] / options[2], own, {"more": "metadata"})
+    assert pack.LoadIPAdapterDemo.fingerprint_inputs(options[2]) != before
+
+
+def test_both_kinds_come_with_the_pack(stack, pack, world):
+    base = pack.LoadIPAdapterDemo.execute("the emoji adapter (base)").args[4]
+    assert (stack["ip_adapter"].spec.kind, base.spec.kind) == ("plus", "base")
+    prompt = pack.EncodeImagePrompt.execute(base, stack["clip_vision"], pack.demo.load_image("crab_twemoji")).args[0]
+    drawn = sample(stack, world, world.apply(stack["model"], base, prompt))
+    assert not torch.equal(drawn, sample(stack, world, stack["model"]))
 
 
 def test_it_has_sixteen_sites(stack, pack):
@@ -113,7 +121,7 @@ def test_the_encoders_are_transformers_own(stack, folder):
     tokens = stack["clip"].tokenize("victory hand, noto style")["l"][0]
     assert [token for token, _ in tokens] == ids
     vision = CLIPVisionModelWithProjection.from_pretrained(str(folder / "image_encoder")).float()
-    pixels = torch.randn(1, 3, 64, 64)
+    pixels = torch.randn(1, 3, 128, 128)
     ours = stack["clip_vision"].model(pixel_values=pixels, intermediate_output=-2)
     theirs = vision(pixels, output_hidden_states=True)
     torch.testing.assert_close(ours[2], theirs.image_embeds, atol=1e-4, rtol=1e-4)

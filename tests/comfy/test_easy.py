@@ -321,7 +321,7 @@ def test_the_demo_model_needs_no_file(pack, folders):
     if not (pack.assets.emoji_folder() / pack.demo.ADAPTER).is_file():
         pytest.skip("assets/emoji holds no adapter")
     model = pack.LoadIPAdapterDemo.execute().args[0]
-    image = pack.DemoImage.execute("crab_fluent").args[0]
+    image = pack.DemoImage.execute("crab_twemoji").args[0]
     output = pack.ImagePrompt.execute(model, image)
     assert text_of(output).startswith("the emoji adapter with its own image encoder, weight type 'linear'.")
 
@@ -334,7 +334,7 @@ def test_an_adapter_of_ones_own_for_the_demo_model(pack, world, folders):
         pytest.skip("assets/emoji holds no adapter")
     model, clip, _, clip_vision, bundled = pack.LoadIPAdapterDemo.execute().args
     text = [clip.encode_from_tokens_scheduled(clip.tokenize(words)) for words in ("rocket", "")]
-    image = pack.DemoImage.execute("crab_fluent").args[0]
+    image = pack.DemoImage.execute("crab_twemoji").args[0]
 
     def draw(patched):
         return world.sample(patched, size=(8, 8), positive=text[0], negative=text[1])

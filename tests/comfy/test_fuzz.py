@@ -118,8 +118,8 @@ def files(pack: Any, world: Any, folders: dict[str, Path], tmp_path: Path, reque
     places = ([str(tmp_path / "insightface")], set())
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "insightface", places)
     wires = request.getfixturevalue("wires")
-    wires["IMAGE"] += [models.draw_faces((32, 10, 9))[None]] * 3
-    wires["IP_ADAPTER_MODEL"].append(pack.LoadIPAdapter.execute("face.safetensors").args[0])
+    wires["IMAGE"] += [models.draw_faces((32, 10, 9))[None]] * 6
+    wires["IP_ADAPTER_MODEL"] += [pack.LoadIPAdapter.execute("face.safetensors").args[0]] * 3
     wires["FACE_ANALYSIS"] = list(pack.LoadFaceAnalysis.execute("buffalo_l").args)
     return set()
 

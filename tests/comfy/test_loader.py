@@ -35,7 +35,7 @@ def test_missing_bundled_files_take_no_node_away(comfyui, copy_pack, tmp_path, c
         with pytest.raises(Exception, match="bundled emoji files are missing"):
             nodes.NODE_CLASS_MAPPINGS["LoadIPAdapterDemo"].execute()
         with pytest.raises(Exception, match="bundled emoji files are missing"):
-            nodes.NODE_CLASS_MAPPINGS["DemoImage"].execute("crab_fluent")
+            nodes.NODE_CLASS_MAPPINGS["DemoImage"].execute("crab_twemoji")
     finally:
         for name in added:
             del nodes.NODE_CLASS_MAPPINGS[name]

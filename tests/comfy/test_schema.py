@@ -19,7 +19,7 @@ FILES = {
     "ipadapter_name": [],
     "clip_vision_name": ["auto"],
     "image_prompt_name": [],
-    "adapter": ["the emoji adapter"],
+    "adapter": ["the emoji adapter", "the emoji adapter (base)"],
 }  # lists of files are not part of the promise
 
 

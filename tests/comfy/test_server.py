@@ -85,7 +85,7 @@ def test_another_image_loads_no_model_again(server):
     """And with Image Prompt on the demo model: two nodes, no file, the choice in the history."""
     graph = {
         "1": {"class_type": "LoadIPAdapterDemo", "inputs": {}},
-        "2": {"class_type": "DemoImage", "inputs": {"image": "crab_fluent"}},
+        "2": {"class_type": "DemoImage", "inputs": {"image": "crab_twemoji"}},
         "3": {"class_type": "ImagePrompt", "inputs": {"model": ["1", 0], "image": ["2", 0], "use_for": "subject"}},
         "5": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ""}},
         "6": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
@@ -99,7 +99,7 @@ def test_another_image_loads_no_model_again(server):
     assert first["status"]["status_str"] == "success", first["status"]
     assert first["outputs"]["3"]["text"][0].startswith("the emoji adapter")
     assert len(first["outputs"]["3"]["images"]) == 1 and len(first["outputs"]["2"]["images"]) == 1
-    graph["2"]["inputs"]["image"] = "lizard_twemoji"
+    graph["2"]["inputs"]["image"] = "pineapple_fluent"
     second = server.run(graph)
     cached = next(data["nodes"] for kind, data in second["status"]["messages"] if kind == "execution_cached")
     assert "1" in cached and not {"2", "3", "7"} & set(cached)

@@ -13,11 +13,10 @@ from PIL import Image
 
 from ipadapter_core.assets import PROMPTS, emoji_folder
 from ipadapter_trainer.data.images import to_pil_images
-from ipadapter_trainer.demo import emoji as demo
-from ipadapter_trainer.demo.emoji import TEXT_CONCEPTS, caption, load_images, to_pixels
-from tools.emoji.build import STYLES, build, render, svg
-from tools.emoji.concepts import NEW_CONCEPTS, UNSEEN_CONCEPTS
-from tools.emoji.images import STYLE_NAMES, save_prompts
+from ipadapter_trainer.demo.emoji import STYLE_NAMES, caption, load_images, to_pixels
+from tools.emoji.build import STYLES, build, render, split_of, svg
+from tools.emoji.concepts import CONCEPTS, PROMPT_IMAGES, UNSEEN_CONCEPTS
+from tools.emoji.images import save_prompts
 
 IMAGES = emoji_folder() / "pictures.zip"
 
@@ -84,16 +83,18 @@ def test_an_icon_that_is_not_square_is_centred() -> None:
     assert image.getpixel((32, 4)) == (255, 255, 255)
 
 
-def test_the_bundled_split_shares_no_concept() -> None:
+def test_the_bundled_images_are_those_of_the_concepts() -> None:
     with zipfile.ZipFile(IMAGES) as archive:
         rows = [json.loads(line) for line in archive.read("metadata.jsonl").splitlines()]
-    concepts = {split: {row["concept"] for row in rows if row["split"] == split} for split in ("train", "held_out")}
-    assert not concepts["train"] & concepts["held_out"]
-    assert set(NEW_CONCEPTS) | set(UNSEEN_CONCEPTS) <= concepts["held_out"]  # the next model's own, see tools/emoji
-    train = {(row["concept"], row["style"]) for row in rows if row["split"] == "train"}
-    for concept in TEXT_CONCEPTS:
-        assert {(concept, style) for style in demo.STYLE_NAMES[:4]} <= train
+    splits = {(row["concept"], row["style"]): row["split"] for row in rows}
+    every = (*CONCEPTS, *UNSEEN_CONCEPTS)
+    assert splits == {(concept, style): split_of(concept, style) for concept in every for style in STYLE_NAMES}
+    assert len(splits) == len(rows)
     assert all(row["text"] == caption(row["concept"]) for row in rows)
+
+
+def test_the_styles_of_the_captions_are_the_packages() -> None:
+    assert tuple(style.name for style in STYLES) == STYLE_NAMES
 
 
 def test_find_names_what_is_missing() -> None:
@@ -111,7 +112,7 @@ def test_pixels_and_bytes_round_trip() -> None:
 def test_the_bundled_prompts_are_held_out_images() -> None:
     held_out = load_images(IMAGES, "held_out")
     shipped = sorted((emoji_folder() / PROMPTS).iterdir())
-    assert len(shipped) == 6
+    assert {file.stem for file in shipped} == {f"{concept}_{style}" for concept, style in PROMPT_IMAGES}
     for file in shipped:
         row = held_out.find(*file.stem.rsplit("_", 1))
         assert np.array_equal(np.asarray(Image.open(file)), held_out.images[row].permute(1, 2, 0).numpy())

@@ -29,7 +29,7 @@ def models(tmp_path: Path, held_out: EmojiImages) -> Path:
     adapters = tmp_path / "models" / "IP-Adapter" / "models"
     shutil.copytree(FOLDER / MODEL, tmp_path / "models" / "stable-diffusion-v1-5")
     shutil.copytree(FOLDER / MODEL / "image_encoder", adapters / "image_encoder")
-    shutil.copy(FOLDER / "adapter.safetensors", adapters / "ip-adapter_sd15.safetensors")
+    shutil.copy(FOLDER / "adapter_base.safetensors", adapters / "ip-adapter_sd15.safetensors")
     (tmp_path / "models" / "stable-diffusion-v1-5" / "tokenizer" / "special_tokens_map.json").write_text("{}")
     Image.fromarray(held_out.images[0].permute(1, 2, 0).numpy()).save(tmp_path / "cat.jpg")
     shutil.copy(tmp_path / "cat.jpg", tmp_path / "dog.jpg")
@@ -42,7 +42,7 @@ def test_the_python_examples_run(models: Path, run_python: Callable[[str, Path],
     assert len(examples) == 4
     run_python("\n".join(examples), models)
     with Image.open(models / "moon.png") as image:
-        assert image.size == (64, 64)
+        assert image.size == (128, 128)
 
 
 def test_train_inspect_generate_as_written(models: Path, run_command: Callable[..., None]) -> None:
@@ -56,7 +56,7 @@ def test_train_inspect_generate_as_written(models: Path, run_command: Callable[.
     assert [command.split()[1] for command in commands] == ["models", "data", "train", "inspect", "generate"]
     for command in commands:
         # The README's training is of a real model.
-        small = ["resolution=64", "batch_size=2", "save_every=2", "mixed_precision=no"] if " train " in command else []
+        small = ["resolution=128", "batch_size=2", "save_every=2", "mixed_precision=no"] if " train " in command else []
         run_command(command, models, *small)
     quick = f"{sys.executable} -m ipadapter_trainer.cli " + commands[0].removeprefix("ipadapter ")
     done = subprocess.run(quick, shell=True, cwd=models, capture_output=True, text=True, check=False)
@@ -67,21 +67,24 @@ def test_train_inspect_generate_as_written(models: Path, run_command: Callable[.
 def test_the_quality_table_is_the_measured_one() -> None:
     quality = json.loads((FOLDER / "quality.json").read_text(encoding="utf-8"))
     table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in _table("How well, how fast")}
-    alone, mixed = quality["image_only"], quality["image_and_text"]
+    alone, named, mixed = (quality[asked] for asked in ("image_alone", "image_and_its_name", "image_and_text"))
     columns = ("adapter", "weight_0", "shuffled_references")
     expected = {
         "colours closer to the own prompt than to another": [alone[c]["closer_by_histogram"] for c in columns],
         "CLIP embedding closer to the own prompt than to another": [alone[c]["closer_by_clip"] for c in columns],
+        "object of the prompt": [alone[c]["concept"] for c in columns],
         "drawing style of the prompt": [alone[c]["style"] for c in columns],
-        "with a text: drawing style of the prompt": [mixed[c]["style"] for c in columns],
-        "with a text: object of the text": [mixed[c]["concept"] for c in columns],
+        "with its name: object of the prompt": [named[c]["concept"] for c in columns],
+        "with another text: object of the text": [mixed[c]["concept_of_the_text"] for c in columns],
+        "with another text: drawing style of the prompt": [mixed[c]["style"] for c in columns],
     }
     for title, values in expected.items():
         assert table[title][:3] == [f"{value:.0%}" for value in values], title
     text = " ".join(README.split())
-    assert f"draws only {quality['limits']['style_asked_in_words']:.0%}" in text
-    style, concept = (quality["judges"][name] for name in ("style_on_real_held_out", "concept_on_real"))
-    assert f"right on {style:.0%} and {concept:.0%}" in text
+    unseen = quality["unseen_concept"]["adapter"]
+    assert f"in {unseen['closer_by_histogram']:.0%} by colour and {unseen['closer_by_clip']:.0%} by CLIP" in text
+    judges = quality["judges_on_real_held_out_images"]
+    assert f"right on {judges['style']:.0%} and {judges['concept']:.0%} of real images" in text
 
 
 def test_the_readme_is_short() -> None:

@@ -1,4 +1,4 @@
-"""The factory of the next emoji model: every part runs, and what is kept from training is kept."""
+"""The factory of the emoji model: every part runs, and what is kept from training is kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw
 from ipadapter_core.assets import MODEL
 from ipadapter_trainer.demo import views as demo_views
 from ipadapter_trainer.demo.emoji import caption
-from ipadapter_trainer.demo.judges import classifier_state
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -119,7 +118,7 @@ def test_judges_are_stored_in_a_byte_a_weight() -> None:
     torch.manual_seed(0)
     network = efficientnet.EfficientNet(5)
     state = judges.compressed(network.state_dict())
-    read = classifier_state({f"concepts.{key}": value for key, value in state.items()}, "concepts")
+    read = judges.classifier_state({f"concepts.{key}": value for key, value in state.items()}, "concepts")
     assert read.keys() == network.state_dict().keys()
     for key, value in network.state_dict().items():
         assert (read[key] - value.float()).abs().max() <= 0.005 * value.float().abs().max() + 1e-6, key
@@ -180,9 +179,11 @@ def test_every_part_trains_and_the_result_is_measured(
     train.main()
     assert StableDiffusionPipeline.from_pretrained(model / MODEL).unet.config["sample_size"] > 0
     monkeypatch.setattr(quality, "STEPS", 2)
-    output, sheet = tmp_path / "quality.json", tmp_path / "sheet.png"
-    files = ["--folder", str(model), "--images", str(images), "--output", str(output), "--sheet", str(sheet)]
-    monkeypatch.setattr(sys, "argv", ["quality", *files, "--prompts", "3"])
+    monkeypatch.setattr("tools.emoji.sheets.STEPS", 2)
+    output, sheet, quiz = tmp_path / "quality.json", tmp_path / "sheet.png", tmp_path / "quiz.png"
+    files = {"folder": model, "images": images, "output": output, "sheet": sheet, "quiz": quiz}
+    arguments = [part for name, file in files.items() for part in (f"--{name}", str(file))]
+    monkeypatch.setattr(sys, "argv", ["quality", *arguments, "--prompts", "3"])
     quality.main()
     found = json.loads(output.read_text(encoding="utf-8"))
     assert found["image_alone"]["prompts"] == 3
@@ -192,7 +193,9 @@ def test_every_part_trains_and_the_result_is_measured(
             assert all(0 <= share <= 1 for share in found[asked][who].values())
     file, images = images, train.load_images(images, "train")
     with Image.open(sheet) as image:
-        assert image.width > 6 * images.size
+        assert image.width > 5 * images.size
+    with Image.open(quiz) as image:
+        assert image.width > 8 * images.size
     prompts = list((model / "prompts").glob("*.png"))
     assert len(prompts) == len(concepts.PROMPT_IMAGES)
     with Image.open(prompts[0]) as image:

@@ -152,7 +152,7 @@ def test_a_plan_without_hope_names_the_number_and_the_fine_tune_config() -> None
 def test_reasonable_plans_are_not_warned_of() -> None:
     assert expected(101, 2000, 8, init_from="a.safetensors") == []  # the fine-tune config
     assert expected(10_000_000, 1_000_000, 64) == []  # the paper
-    assert expected(6717 - 16, 300, 16) == []  # configs/emoji-base.toml
+    assert expected(1140 - 16, 300, 16) == []  # configs/emoji-base.toml
     assert expected(None, 1_000_000, 64) == []  # a stream
 
 

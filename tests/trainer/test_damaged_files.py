@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from ipadapter_core import save_adapter
 from ipadapter_core.assets import emoji_folder
 from ipadapter_trainer.cli import app
-from ipadapter_trainer.demo.judges import read_judges
 from ipadapter_trainer.errors import BaseModelError
 from ipadapter_trainer.models.base_model import load_base_model
+from tools.emoji.judges import read_judges
 
 from .conftest import draw_image
 from .ldm import write_single_file

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,83 +10,99 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipadapter_core import IPAdapter
-from ipadapter_trainer.demo.batches import draw_batch, encode_emoji
-from ipadapter_trainer.demo.emoji import caption, styled_caption, to_pixels
-from ipadapter_trainer.demo.views import mirror, shift
+from ipadapter_trainer.demo.alignment import Alignment, cancel_empty_text
+from ipadapter_trainer.demo.batches import captions_of, draw_batch, encode_emoji
+from ipadapter_trainer.demo.colours import colour_words
+from ipadapter_trainer.demo.emoji import STYLE_NAMES, EmojiImages, caption, styled_caption, to_pixels
+from ipadapter_trainer.demo.views import mirror, other_colours
 from ipadapter_trainer.models.base_model import BaseModel
-from ipadapter_trainer.models.conditioning import encode_prompts
+from ipadapter_trainer.models.conditioning import TextStates, encode_prompts
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
-from ipadapter_trainer.training.adapted_unet import adapt_unet
-from ipadapter_trainer.training.new_adapter import new_adapter
+from ipadapter_trainer.training.adapted_unet import AdaptedUNet, TrainBatch, adapt_unet
+from ipadapter_trainer.training.new_adapter import adapter_spec, new_adapter
+from ipadapter_trainer.training.objective import noisy_latents_and_target
 
-from .clip import MAX_TOKENS
 from .concepts import CONCEPTS
-from .images import STYLE_NAMES, Drawings, EmojiImages
+from .images import Drawings
 from .loop import fit, load_ema
-from .views import zoom
+from .views import blend, other_tones, patchwork, warp, zoom
 from .vision import VisionTower
 
-BATCH, LEARNING_RATE = 64, 5e-4
-VIEWS = 4  # of each image in its own colours, and as many recoloured
-ALIGNMENT = 0.1  # weight of the alignment beside the diffusion loss
-
-
-@dataclass(frozen=True, eq=False)
-class Alignment:
-    """Hidden states [N, 1 + patches, D] of drawings of the known concepts, and the text states [N, 16, E] of what the
-    image encoder sees in them: those of all captions in all styles, by their probability.
-    """
-
-    hidden_states: Tensor
-    text_states: Tensor
-
-    def loss(self, adapter: IPAdapter, batch_size: int, generator: torch.Generator) -> Tensor:
-        """How far the image tokens of a plus adapter are from those text states."""
-        device = generator.device
-        rows = torch.randint(len(self.hidden_states), (batch_size,), generator=generator, device=device)
-        tokens = adapter.encode(self.hidden_states[rows].float())
-        return F.mse_loss(tokens.float(), self.text_states[rows].float())
+BATCH, LEARNING_RATE = 32, 1e-3
+ALIGN_BATCH, ALIGN_RATE = 64, 2e-3
+VIEWS = 3  # of each image in its own colours, and three times as many in others
+TAUGHT = 0.75  # share of the UNet's own prediction in the target
+COARSE = 4  # latents a side of a cell, whose mean holds the colours
+COLOURS = 8.0  # weight of the error of the cells' means beside the loss
 
 
 @torch.no_grad()
 def align_drawings(base_model: BaseModel, tower: VisionTower, drawings: Drawings, seed: int = 0) -> Alignment:
-    """See all drawings of the known concepts twice: as they are, and mirrored, shifted and zoomed.
+    """What the image encoder sees in drawings, and the text states of a caption that says the same: the concept and
+    the style that its heads find, and the colours.
 
-    An adapter without it finds out very slowly what an image shows: the diffusion loss says little about it. The
-    captions' states, which the UNet knows, are a start from which keys and values copied from the text's already draw.
+    Drawings of other concepts than those of the captions, and two in one image, show what it makes of an image that it
+    is not sure of, as it is not of those it has never seen.
     """
     device, known = base_model.device, len(CONCEPTS)
-    captions = [styled_caption(caption(concept), style) for concept in CONCEPTS for style in STYLE_NAMES]
-    of_captions = encode_prompts(base_model, captions).states.flatten(1)
-    images = drawings.images[drawings.concept_ids < known].to(device)
     generator = torch.Generator(device).manual_seed(seed)
+    own = drawings.concept_ids < known
+    order = torch.randperm(int(own.sum()), generator=torch.Generator().manual_seed(seed))
     tower.to(device).eval()
     seen: list[Tensor] = []
-    expected: list[Tensor] = []
-    for view in range(2):
-        for chunk in images.split(64):
-            pixels = to_pixels(chunk)
-            if view:
-                pixels = zoom(shift(mirror(pixels, generator), generator), generator, smallest=0.9)
-            states, _ = tower.states(pixels)
-            concept, style = tower.answers(states)
-            joint = concept[:, :known].softmax(-1)[:, :, None] * style.exp()[:, None]
-            seen.append(states.half())
-            expected.append((joint.flatten(1) @ of_captions.float()).half())
-    return Alignment(torch.cat(seen), torch.cat(expected).unflatten(1, (MAX_TOKENS, -1)))
+    captions: list[str] = []
+
+    def look(pixels: Tensor) -> None:
+        states, _ = tower.states(pixels)
+        concepts, styles = (found.argmax(dim=1).tolist() for found in tower.known_answers(states))
+        seen.append(states.half())
+        for concept, style, colours in zip(concepts, styles, colour_words(pixels), strict=True):
+            captions.append(styled_caption(caption(CONCEPTS[concept]), STYLE_NAMES[style], colours))
+
+    for chunk in drawings.images[own][order].split(64):
+        for view in _views(to_pixels(chunk.to(device)), generator):
+            look(view)
+    others = drawings.images[~own]
+    for start in range(0, len(others), 64):
+        pixels = mirror(to_pixels(others[start : start + 64].to(device)), generator)
+        look(warp(pixels, generator) if start % 128 else pixels)
+    alignment = Alignment(torch.cat(seen), encode_prompts(base_model, captions).states.half())
+    no_text = encode_prompts(base_model, [""]).states
+    return alignment.with_no_image(base_model, adapter_spec(base_model, TRAIN_KINDS["plus"]), no_text)
+
+
+def _views(pixels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """Images as they are, zoomed, warped four times, half of them recoloured, and each with another."""
+    yield pixels
+    yield zoom(mirror(pixels, generator), generator)
+    warped = pixels
+    for number in range(4):
+        warped = warp(mirror(pixels, generator), generator)
+        yield other_colours(warped, generator) if number % 2 else warped
+    others = warped.roll(1, 0)
+    yield blend(warped, others, generator)
+    yield patchwork(warped, others, generator)
 
 
 def align_projector(
-    base_model: BaseModel, alignment: Alignment, *, checkpoint: Path, steps: int, minutes: float, seed: int = 0
+    base_model: BaseModel,
+    alignment: Alignment,
+    projector: nn.Module,
+    *,
+    checkpoint: Path,
+    steps: int,
+    minutes: float,
+    seed: int = 0,
 ) -> IPAdapter:
-    """A new plus adapter whose projector has learned the text states of what an image shows."""
+    """A new plus adapter whose projector has learned all text states of what an image shows, ``projector`` first."""
     torch.manual_seed(seed)
     adapter = new_adapter(base_model, TRAIN_KINDS["plus"])
+    adapter.projector.load_state_dict(projector.state_dict())
 
     def losses(_: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"loss": alignment.loss(adapter, BATCH, generator)}
+        return {"loss": alignment.loss(adapter, ALIGN_BATCH, generator)}
 
-    fit(adapter.projector, losses, checkpoint=checkpoint, steps=steps, minutes=minutes, learning_rate=LEARNING_RATE)
+    fit(adapter.projector, losses, checkpoint=checkpoint, steps=steps, minutes=minutes, learning_rate=ALIGN_RATE)
     return adapter
 
 
@@ -103,27 +119,31 @@ def fit_adapter(
     seed: int = 0,
     views: int = VIEWS,
     aligned: Path | None = None,
-    alignment: Alignment | None = None,
 ) -> IPAdapter:
     """Train an adapter, keys and values starting from the UNet's own; resumes from ``checkpoint``.
 
-    ``aligned`` is the checkpoint of ``align_projector`` to start from; ``alignment`` keeps the projector there, while
-    the diffusion loss adds what captions do not say.
+    Beside the diffusion loss, the UNet without the adapter is the teacher: what it draws of the noise with a caption
+    that says everything, it shall draw with the adapter.
+    ``aligned`` is the checkpoint of ``align_projector`` that a new adapter starts from. Nothing holds the projector
+    there: it has the names of three colours to learn from, and the image has all of them.
     """
     torch.manual_seed(seed)
     adapter = new_adapter(base_model, TRAIN_KINDS[kind])
+    if checkpoint.is_file():  # its training goes on
+        aligned = None
     if aligned is not None:
         load_ema(adapter.projector, aligned)
         adapter.train()
-    features = encode_emoji(base_model, images, adapter.spec.feature, seed, views, views)
+    features = encode_emoji(base_model, images, adapter.spec.feature, seed, views, 3 * views, other_tones, warp)
+    captions = torch.stack([encode_prompts(base_model, texts).states for texts in captions_of(images, features)])
+    if aligned is not None:
+        generator = torch.Generator(base_model.device).manual_seed(seed)
+        cancel_empty_text(base_model, adapter, features.latents[0], captions[0], features.no_text, generator)
     with adapt_unet(base_model, adapter) as denoising:
 
         def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-            denoised = denoising.loss(draw_batch(features, batch_size, generator))
-            if alignment is None:
-                return {"loss": denoised}
-            kept = alignment.loss(adapter, batch_size, generator)
-            return {"loss": denoised + ALIGNMENT * kept, "denoised": denoised.detach(), "aligned": kept.detach()}
+            batch = draw_batch(features, batch_size, generator)
+            return {"loss": taught_loss(denoising, batch, TextStates(captions[batch.views, batch.rows], None))}
 
         fit(
             adapter,
@@ -136,3 +156,24 @@ def fit_adapter(
             seed=seed,
         )
     return adapter
+
+
+def taught_loss(denoising: AdaptedUNet, batch: TrainBatch, captions: TextStates) -> Tensor:
+    """The diffusion loss, in whose target the details are in part what the UNet itself predicts from the whole
+    ``captions`` [B].
+
+    That says what an image shows with less noise than one image does (distillation, arXiv 1503.02531). Of the image's
+    colours it knows but three names; so that they are learned as fast, the coarse error counts more.
+    """
+    objective, features = denoising.objective, batch.features
+    noisy, target = noisy_latents_and_target(objective.scheduler, features.latents, batch.noise, batch.timesteps)
+    with torch.no_grad():
+        denoising.disable_adapter()
+        taught = denoising.predict(noisy, batch.timesteps, captions)
+        details = taught.float() - target.float()
+        details -= F.interpolate(F.avg_pool2d(details, COARSE), scale_factor=COARSE, mode="bilinear")
+        target = target + TAUGHT * details * (1 - batch.drop_image_embeds.float())[:, None, None, None]
+    denoising.enable_adapter(features.image_features, batch.drop_image_embeds)
+    predicted = denoising.predict(noisy, batch.timesteps, features.text)
+    coarse = F.avg_pool2d(predicted.float() - target, COARSE).square().mean()
+    return objective.sample_losses(predicted, target, batch.timesteps).mean() + COLOURS * coarse

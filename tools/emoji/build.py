@@ -67,7 +67,7 @@ def draw_number(concept: str, what: str, sides: int) -> int:
 def split_of(concept: str, style: str) -> str:
     """Return "train", "held_out" or "unseen".
 
-    Of the ``NEW_CONCEPTS`` a plain drawing is held out, of two in seven of the others the comic or the pixel drawing.
+    Of the ``NEW_CONCEPTS`` a plain drawing is held out, of most of the others the comic or the pixel drawing.
     The text concepts are trained in every style.
     """
     if concept in UNSEEN_CONCEPTS:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from ipadapter_trainer.demo.emoji import styled_caption, to_pixels
+from ipadapter_trainer.demo.emoji import STYLE_NAMES, EmojiImages, caption, styled_caption, to_pixels
 from ipadapter_trainer.demo.views import mirror, shift
 
-from .images import STYLE_NAMES, EmojiImages
-from .loop import LossFunction, training_device
+from .concepts import CONCEPTS
+from .loop import LossFunction, device_of, training_device
 from .views import any_colours, patchwork, zoom
-from .vision import CELLS, PATCHES, WIDTH, patch_colours, run_tower
+from .vision import CELLS, PATCHES, WIDTH, Said, patch_colours, run_tower
 
 MAX_TOKENS = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -50,6 +51,23 @@ def train_tokenizer(texts: list[str], folder: Path, size: int = 2048) -> CLIPTok
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """int64 [B, 16], padded with the end token as SD1.5 does."""
     return tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+@torch.no_grad()
+def text_states(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """[N, 16, 128] on the encoder's device: the last hidden states that condition the UNet."""
+    ids = tokenize(tokenizer, texts).to(device_of(text_encoder))
+    return torch.cat([text_encoder(chunk).last_hidden_state for chunk in ids.split(256)])
+
+
+def said_of(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> Said:
+    """The text states of all concepts in all styles."""
+    texts = [styled_caption(caption(concept), style) for concept in CONCEPTS for style in STYLE_NAMES]
+    end = cast("int", tokenizer.eos_token_id)
+    ends = torch.eq(tokenize(tokenizer, texts), end).int().argmax(dim=1)  # the first of several
+    counted = torch.arange(MAX_TOKENS) < ends[:, None]
+    states, shape = text_states(text_encoder, tokenizer, texts), (len(CONCEPTS), len(STYLE_NAMES))
+    return Said(states.unflatten(0, shape), counted.float()[..., None].to(states).unflatten(0, shape))
 
 
 class EmojiCLIP(CLIPModel):

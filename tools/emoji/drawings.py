@@ -5,8 +5,8 @@
     python -m tools.emoji.drawings icons/node_modules/@iconify-json pictures.zip drawings.zip
 
 A thousand images are too few to learn what a drawing shows or how it is drawn: they are soon known by heart. These
-are for the image encoder, its teacher, the judges and the alignment. The UNet learns only from those whose
-licence is not share-alike.
+are for the image encoder, its teacher, the judges and the alignment. The UNet and the adapters learn only
+from those whose licence is not share-alike, but for the plus adapter's projector, which starts with the image encoder.
 Nothing that is kept from training is among them: no concept that is unseen, no concept in the style that is held out
 for it, nor by the same designers, and no near copy of an image that is kept.
 """
@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ipadapter_trainer.demo.emoji import Split, load_images
+
 from .build import STYLES, Drawing, Style, draw_number, read_icons, render, split_of, svg, write_images
 from .concepts import CONCEPTS, UNSEEN_CONCEPTS
-from .images import Split, load_images
 
 DESIGNERS = {
     "emojione": "emojione",

@@ -1,38 +1,18 @@
-"""Read the bundled emoji images into memory: one uint8 tensor and its captions."""
+"""The drawings that some parts learn from beside the images, and the image prompts that are shipped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ipadapter_trainer.demo import emoji as demo
+from ipadapter_trainer.demo.emoji import STYLE_NAMES, EmojiImages, caption, load_images
 
-from .build import STYLES
 from .concepts import CONCEPTS, PROMPT_IMAGES
-
-Split = Literal["train", "held_out", "unseen", "share_alike"]  # the last one: drawings.zip only
-STYLE_NAMES = tuple(style.name for style in STYLES)
-
-
-@dataclass(frozen=True)
-class EmojiImages(demo.EmojiImages):
-    """Images of one split, in the styles of the next model."""
-
-    style_names = STYLE_NAMES
-
-
-def load_images(file: Path, split: Split) -> EmojiImages:
-    """Decode one split of ``pictures.zip`` (half a second for 900 images).
-
-    Raises ValueError when the split has none.
-    """
-    return EmojiImages(**vars(demo.load_images(file, split)))
 
 
 @dataclass(frozen=True)
@@ -81,8 +61,8 @@ def load_drawings(train: EmojiImages, file: Path | None) -> Drawings:
 
 
 def load_more_images(train: EmojiImages, file: Path | None) -> tuple[EmojiImages, EmojiImages]:
-    """What the UNet learns from: images of the known concepts, and about as many of others, whose captions are not
-    used. Without ``drawings.zip`` both are the training images.
+    """What the UNet and the adapters learn from: images of the known concepts, and about as many of others, whose
+    captions are not used. Without ``drawings.zip`` both are the training images.
 
     Of the known concepts ``drawings.zip`` has more comic and pixel drawings. Share-alike ones are not among them.
     """
@@ -98,7 +78,7 @@ def load_more_images(train: EmojiImages, file: Path | None) -> tuple[EmojiImages
     more = every.subset(known)
     images = EmojiImages(
         images=torch.cat([train.images, more.images]),
-        captions=(*train.captions, *map(demo.caption, more.concepts)),
+        captions=(*train.captions, *map(caption, more.concepts)),
         concepts=(*train.concepts, *more.concepts),
         styles=(*train.styles, *more.styles),
     )

@@ -6,6 +6,8 @@ right on real held-out images is reported beside every number they give.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,15 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ipadapter_trainer.demo.emoji import to_pixels
-from ipadapter_trainer.demo.judges import SCALE
+from ipadapter_core import AdapterError, looks_like
+from ipadapter_core.tensors import check_weights
+from ipadapter_trainer.demo.emoji import STYLE_NAMES, EmojiImages, to_pixels
+from ipadapter_trainer.errors import BaseModelError
+from ipadapter_trainer.models.weight_files import open_weights
 
 from .concepts import CONCEPTS
 from .efficientnet import EfficientNet
-from .images import STYLE_NAMES, Drawings, EmojiImages
+from .images import Drawings
 from .loop import LossFunction, device_of, mixed_precision, training_device
 from .unet import new_scheduler
 from .vae import encode
@@ -26,6 +31,7 @@ from .views import disguise, retouch
 
 STYLED = 2000  # drawings of each style that the judge of styles learns from, at most
 REDRAWN = (50, 600)  # timesteps of the noise
+SCALE = "_scale"  # after the name of a tensor that is stored in int8
 
 
 class StyleClassifier(EfficientNet):
@@ -40,6 +46,11 @@ class ConceptClassifier(EfficientNet):
 
     def __init__(self) -> None:
         super().__init__(len(CONCEPTS))
+
+
+JUDGES_FILE = "judges.safetensors"
+# By the prefix of their tensors in it.
+CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"styles": StyleClassifier, "concepts": ConceptClassifier}
 
 
 def only_known(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -68,6 +79,43 @@ def compressed(state: dict[str, Tensor]) -> dict[str, Tensor]:
             result[key] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8).contiguous()
             result[f"{key}{SCALE}"] = scale
     return result
+
+
+def read_judges(file: Path) -> dict[str, Tensor]:
+    """The tensors of judges.safetensors: the classifiers', and CLIP's text projection.
+
+    Raises BaseModelError for another file and for a damaged one.
+    """
+    source = "the repository of ip-adapter-kit"
+    opened = open_weights(file, "the judges of the emoji model", source)
+    expected = {"text_projection.weight"}
+    for name, new_classifier in CLASSIFIERS.items():
+        expected |= {f"{name}.{key}" for key in new_classifier().state_dict()}
+    if lacking := sorted(expected - set(opened.infos)):
+        raise BaseModelError(
+            f"{file}: looks like {looks_like(opened.infos)}; expected the judges of the emoji model ({lacking[0]} is "
+            f"missing). Take it from {source}."
+        )
+    tensors = {name: opened.read(name) for name in opened.infos}
+    try:
+        check_weights(tensors, str(file))
+        for name in CLASSIFIERS:  # as float32: of int8 tensors nothing is asked
+            check_weights(classifier_state(tensors, name), str(file))
+    except AdapterError as error:
+        raise BaseModelError(str(error)) from error
+    return tensors
+
+
+def classifier_state(judges: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The float32 state of one classifier out of the tensors of judges.safetensors; int8 ones have a scale a row."""
+    prefix = f"{name}."
+    own = {key.removeprefix(prefix): value for key, value in judges.items() if key.startswith(prefix)}
+    state: dict[str, Tensor] = {}
+    for key, value in own.items():
+        if not key.endswith(SCALE):
+            scale = own.get(f"{key}{SCALE}")
+            state[key] = value.float() if scale is None else value.float() * scale.float()
+    return state
 
 
 def style_losses(

@@ -62,10 +62,9 @@ def fit(
     )
     ema = _new_ema(parameters)
     begun = done = _resume(checkpoint, model, parameters, optimizer, ema)
-    lr = torch.zeros((), device=device)  # a tensor, so that it can change in a CUDA graph
     if on_gpu:
-        for group in optimizer.param_groups:
-            group.update(lr=lr, fused=True, capturable=True)
+        for group in optimizer.param_groups:  # a tensor can change in a CUDA graph
+            group.update(lr=torch.zeros((), device=device), fused=True, capturable=True)
     generator = torch.Generator(device)
 
     def take_step() -> dict[str, Tensor]:
@@ -83,10 +82,10 @@ def fit(
     bar = tqdm(total=steps, initial=done.step, desc=checkpoint.stem, unit="step", dynamic_ncols=True, mininterval=5.0)
     while done.step < steps and time.monotonic() - start < 60 * minutes:
         current = learning_rate * min(1.0, (done.step + 1) / warmup)
-        if on_gpu:
-            lr.fill_(current)
-        else:
-            for group in optimizer.param_groups:
+        for group in optimizer.param_groups:
+            if on_gpu:
+                group["lr"].fill_(current)
+            else:
                 group["lr"] = current
         generator.manual_seed(seed + (done.step << 16))
         torch.manual_seed(seed + (done.step << 16))

@@ -1,6 +1,6 @@
 """Measure how well an adapter steers the emoji model, on held-out images with fixed seeds, and write a JSON.
 
-    python -m tools.emoji.quality --folder work/emoji/model --images pictures.zip --output quality.json
+    python -m tools.emoji.quality --output quality.json
 
 Four situations: an image alone, an image with the text of another concept, an image with its own name, and an image of
 a concept that no training saw. Each is generated with the adapter and without (weight 0), from the same noise; the
@@ -17,30 +17,37 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from PIL import Image
 from torch import Tensor
 
 from ipadapter_core import IPAdapter, load_adapter
-from ipadapter_core.assets import MODEL
-from ipadapter_trainer.data.images import to_pil_images
-from ipadapter_trainer.demo.emoji import caption, normalize, styled_caption, to_pixels
-from ipadapter_trainer.demo.judges import classifier_state, read_judges
-from ipadapter_trainer.demo.quality import choose_references, closeness, share
+from ipadapter_core.assets import MODEL, emoji_folder
+from ipadapter_trainer.demo.closeness import choose_references, closeness
+from ipadapter_trainer.demo.emoji import EmojiImages, caption, load_images, normalize, styled_caption, to_pixels
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.generate import generate
 from ipadapter_trainer.models.image_features import encode_clip_images
-from ipadapter_trainer.report.image_grid import draw_grid
 
 from .concepts import CONCEPTS, TEXT_CONCEPTS
-from .images import EmojiImages, load_images
-from .judges import ConceptClassifier, StyleClassifier, choose_among, concept_ids, judge
+from .judges import (
+    JUDGES_FILE,
+    ConceptClassifier,
+    StyleClassifier,
+    choose_among,
+    classifier_state,
+    concept_ids,
+    judge,
+    read_judges,
+)
 from .loop import training_device
-from .stack import CLASSIFIERS
+from .sheets import GUIDANCE, STEPS, WEIGHT, WEIGHT_BESIDE_TEXT, draw_quiz, draw_sheet
 
 PROMPTS = 128
 CHOICES = 16  # concepts that the judge chooses among
-STEPS, GUIDANCE = 25, 3.0
-WEIGHT = 1.0
+
+
+def share(hits: Tensor) -> float:
+    """The share of true values."""
+    return hits.float().mean().item()
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Judges:
 
 def load_judges(base_model: BaseModel, file: Path) -> Judges:
     """Read judges.safetensors. Raises BaseModelError for another or a damaged file."""
-    state = read_judges(file, CLASSIFIERS)
+    state = read_judges(file)
     styles, concepts = StyleClassifier(), ConceptClassifier()
     styles.load_state_dict(classifier_state(state, "styles"))
     concepts.load_state_dict(classifier_state(state, "concepts"))
@@ -131,48 +138,22 @@ def evaluate(
     names = {"style": judges.style(run(some, in_words, 0.0), some.style_ids)}
     names["concept"] = judges.concept(run(some, list(some.captions), 0.0), own_concepts, first)
     result: dict[str, object] = {"text_alone": names}  # what the base model draws without any adapter
-    for asked, of, texts in (
-        ("image_alone", some, [""] * len(some)),
-        ("image_and_text", some, others),
-        ("image_and_its_name", some, list(some.captions)),
-        ("unseen_concept", new, [""] * len(new)),
+    for asked, of, texts, weight in (
+        ("image_alone", some, [""] * len(some), WEIGHT),
+        ("image_and_text", some, others, WEIGHT_BESIDE_TEXT),
+        ("image_and_its_name", some, list(some.captions), WEIGHT),
+        ("unseen_concept", new, [""] * len(new), WEIGHT),
     ):
-        steered = run(of, texts, WEIGHT)
+        steered = run(of, texts, weight)
         own = torch.arange(len(of))
         result[asked] = {
             "prompts": len(of),
+            "weight": weight,
             "adapter": answers(steered, of, own, asked),
             "weight_0": answers(run(of, texts, 0.0), of, own, asked),
             "shuffled_references": answers(steered, of, own.roll(1), asked),
         }
     return result
-
-
-def draw_sheet(base_model: BaseModel, adapter: IPAdapter, images: EmojiImages, rows: int = 16) -> Image.Image:
-    """A row for each of the first references: the image prompt, and what it becomes alone and beside two texts."""
-    some = images.subset(choose_references(images, rows))
-    pixels = to_pixels(some.images)
-    features = encode_clip_images(base_model, normalize(pixels.to(base_model.device)), adapter.spec.feature)
-    others = [caption(TEXT_CONCEPTS[row % len(TEXT_CONCEPTS)]) for row in range(len(some))]
-    columns = [("image prompt", pixels)]
-    for title, texts, weight in (
-        ("image alone", [""] * len(some), WEIGHT),
-        ("its name alone", list(some.captions), 0.0),
-        ("its name and image", list(some.captions), WEIGHT),
-        ("another text", others, WEIGHT),
-        ("weight 0.6", others, 0.6),
-    ):
-        drawn = generate(
-            base_model,
-            adapter,
-            prompts=texts,
-            image_features=[features],
-            weight=weight,
-            steps=STEPS,
-            guidance=GUIDANCE,
-        )
-        columns.append((title, drawn.cpu()))
-    return draw_grid([(title, to_pil_images(images)) for title, images in columns], side=images.size)
 
 
 def judge_the_judges(judges: Judges, held_out: EmojiImages, seed: int = 0) -> dict[str, float]:
@@ -189,12 +170,11 @@ def judge_the_judges(judges: Judges, held_out: EmojiImages, seed: int = 0) -> di
 def measure(folder: Path, adapter_file: Path, images: Path, prompts: int = PROMPTS, seed: int = 0) -> dict[str, object]:
     """The whole table for one adapter file over the model of this folder."""
     base_model = load_base_model(folder / MODEL, device=training_device())
-    judges = load_judges(base_model, folder / "judges.safetensors")
+    judges = load_judges(base_model, folder / JUDGES_FILE)
     held_out, unseen = load_images(images, "held_out"), load_images(images, "unseen")
     adapter = load_adapter(adapter_file, dtype=torch.float32).to(base_model.device)
     return {
         "seed": seed,
-        "weight": WEIGHT,
         "sampler": f"{DDIMScheduler.__name__}, {STEPS} steps, guidance {GUIDANCE}",
         "judges_on_real_held_out_images": judge_the_judges(judges, held_out, seed),
         **evaluate(base_model, adapter, judges, held_out, unseen, prompts, seed),
@@ -203,22 +183,31 @@ def measure(folder: Path, adapter_file: Path, images: Path, prompts: int = PROMP
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="the model, its judges and its adapters")
-    parser.add_argument("--images", type=Path, required=True, help="pictures.zip of tools.emoji.build")
+    parser.add_argument(
+        "--folder", type=Path, help="the model, its judges and its adapters (default: the bundled ones)"
+    )
+    parser.add_argument("--images", type=Path, help="pictures.zip of tools.emoji.build (default: that in the folder)")
     parser.add_argument("--adapter", type=Path, help="adapter file (default: adapter.safetensors in the folder)")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--sheet", type=Path, help="also draw some of the images into this file")
+    parser.add_argument("--quiz", type=Path, help="also draw 16 prompts, and their images in another order")
     arguments = parser.parse_args()
-    folder = arguments.folder
+    folder = arguments.folder or emoji_folder()
+    images = arguments.images or folder / "pictures.zip"
     adapter = arguments.adapter or folder / "adapter.safetensors"
-    if arguments.sheet:
+    if arguments.sheet or arguments.quiz:
         base_model = load_base_model(folder / MODEL, device=training_device())
-        held_out = load_images(arguments.images, "held_out")
+        held_out = load_images(images, "held_out")
         shown = load_adapter(adapter, dtype=torch.float32).to(base_model.device)
-        draw_sheet(base_model, shown, held_out, min(16, arguments.prompts)).save(arguments.sheet)
-    result = measure(folder, adapter, arguments.images, arguments.prompts, arguments.seed)
+        if arguments.sheet:
+            draw_sheet(base_model, shown, held_out, min(16, arguments.prompts)).save(arguments.sheet)
+        if arguments.quiz:
+            drawn, solution = draw_quiz(base_model, shown, held_out, arguments.seed)
+            drawn.save(arguments.quiz)
+            print(solution)
+    result = measure(folder, adapter, images, arguments.prompts, arguments.seed)
     text = json.dumps(result, indent=2) + "\n"
     arguments.output.write_text(text, encoding="utf-8")
     print(text)

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ipadapter_core.assets import MODEL
-from ipadapter_trainer.demo.judges import classifier_state, read_judges
+from ipadapter_trainer.demo.emoji import EmojiImages
 from ipadapter_trainer.models.image_processor import CLIPImageProcessor
 
 from .clip import MAX_TOKENS, new_clip
 from .concepts import CONCEPTS
 from .efficientnet import EfficientNet
-from .images import Drawings, EmojiImages
-from .judges import ConceptClassifier, StyleClassifier, compressed, last_layer, only_known
+from .images import Drawings
+from .judges import JUDGES_FILE, StyleClassifier, classifier_state, compressed, last_layer, only_known, read_judges
 from .loop import load_ema, on_training_device, start_from
 from .unet import new_scheduler, new_unet
 from .vae import fold_scaling, new_vae, only_decoder
 from .vision import VisionTower
-
-CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"styles": StyleClassifier, "concepts": ConceptClassifier}
 
 
 def load_vae(work: Path, images: EmojiImages, with_decoder: bool = True) -> AutoencoderKL:
@@ -82,7 +79,8 @@ def export(work: Path, images: EmojiImages, drawings: Drawings, folder: Path) ->
         "vae": load_vae(work, images).cpu(),
         "text_encoder": text_encoder,
         "tokenizer": tokenizer,
-        "unet": cast("Any", unet).to(memory_format=torch.contiguous_format),
+        # It was trained in bfloat16: in float16 its 8 bits are all there, and the file compresses better.
+        "unet": cast("Any", unet).to(torch.bfloat16, memory_format=torch.contiguous_format),
         "scheduler": new_scheduler(),
         "safety_checker": None,
         "feature_extractor": new_image_processor(images.size),
@@ -115,34 +113,25 @@ def prefix_keys(file: Path, prefix: str) -> None:
     save_file(state, file, metadata={"format": "pt"})
 
 
-def unpack_text_to_image(folder: Path, work: Path, size: int) -> None:
-    """Checkpoints of step 0 of the text encoder, the autoencoder and the UNet from a shipped model, of any release.
+def unpack(folder: Path, drawings: Drawings, work: Path) -> None:
+    """The reverse of ``export``: checkpoints of step 0 from the shipped weights, for anyone to train them further.
 
-    The UNet is to draw ``size`` pixels a side, whatever it drew before.
+    What is not shipped starts at random: the teacher, the image encoder's heads and projector, and what the judge of
+    concepts knows of other drawings.
     """
-    model = folder / MODEL
+    size, model = drawings.images.shape[-1], folder / MODEL
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
     clip = new_clip(tokenizer, size)
     clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
-    clip.text_projection.load_state_dict({"weight": load_file(folder / "judges.safetensors")["text_projection.weight"]})
+    judges = read_judges(folder / JUDGES_FILE)
+    clip.text_projection.load_state_dict({"weight": judges["text_projection.weight"]})
     start_from(clip, work / "clip.pt")
     start_from(AutoencoderKL.from_pretrained(model / "vae"), work / "vae.pt")
     start_from(UNet2DConditionModel.from_pretrained(model / "unet"), work / "unet.pt")
-
-
-def unpack(folder: Path, drawings: Drawings, work: Path) -> None:
-    """The reverse of ``export``: checkpoints of step 0 from the shipped weights, for anyone to train them further.
-
-    What is not shipped starts at random: the teacher, the image encoder's heads, and what the judge of concepts knows
-    of other drawings.
-    """
-    size = drawings.images.shape[-1]
-    unpack_text_to_image(folder, work, size)
     tower = VisionTower(size, len(drawings.labels))
-    tower.encoder = CLIPVisionModelWithProjection.from_pretrained(folder / MODEL / "image_encoder").float()
+    tower.encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder").float()
     start_from(tower, work / "vision.pt")
-    judges = read_judges(folder / "judges.safetensors", CLASSIFIERS)
     styles = StyleClassifier()
     styles.load_state_dict(classifier_state(judges, "styles"))
     start_from(styles, work / "styles.pt")

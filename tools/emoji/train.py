@@ -1,21 +1,20 @@
-"""Train the next emoji model, part by part, from the images alone; every part resumes where it was.
+"""Train the emoji model, part by part, from the images alone; every part resumes where it was.
 
     more="--drawings drawings.zip --imagenet efficientnet-lite0-57934424.pth"
     paths="--images pictures.zip --work work/emoji --output work/emoji/model $more"
-    python -m tools.emoji.train first teacher concepts $paths --minutes 40
+    python -m tools.emoji.train vae clip teacher concepts $paths --minutes 40
     python -m tools.emoji.train vision unet export align $paths --minutes 120
     python -m tools.emoji.train styles plus base decoder export judges $paths --minutes 60
     python -m tools.emoji.quality --folder work/emoji/model --images pictures.zip --output quality.json
 
 The images decide the size of the model: 128 px, or 64 px from ``tools.emoji.build --size 64``.
-
-``first`` starts from the model of the first release, which the package still brings; ``vae clip`` start anew. The
-new one takes its place when its figures are better. `benchmarks/training/emoji.py` runs all of it on one GPU.
+`benchmarks/training/emoji.py` runs all of it on one GPU.
 
 A GPU is used when there is one; ``--batch-size 1024 --views 16`` gives it more to do in unet, plus and base.
-Running a part again with more steps or minutes continues it; ``unpack`` makes checkpoints from the shipped weights,
-for whoever has no others. A part that is trained further makes those after it stale: the UNet learns the latents of one
-autoencoder and the states of one text encoder, the adapters the states of one image encoder.
+Running a part again with more steps or minutes continues it; ``unpack`` makes checkpoints from the shipped weights
+(``--output assets/emoji``), for whoever has no others. A part that is trained further makes those after it stale: the
+UNet learns the latents of one autoencoder and the states of one text encoder, the adapters the states of one image
+encoder.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ipadapter_core.assets import MODEL, PROMPTS
+from ipadapter_trainer.demo.emoji import STYLE_NAMES, EmojiImages, load_images
 from ipadapter_trainer.models.base_model import BaseModel
 
-from .adapter import Alignment
-from .images import STYLE_NAMES, Drawings, EmojiImages, load_drawings, load_images, load_more_images, save_prompts
+from .images import Drawings, load_drawings, load_more_images, save_prompts
 
 if TYPE_CHECKING:
     from .loop import LossFunction
@@ -99,13 +98,14 @@ def train_decoder(run: Run) -> None:
 
 
 def train_clip(run: Run) -> None:
+    from ipadapter_trainer.demo.colours import COLOUR_NAMES
     from ipadapter_trainer.demo.emoji import styled_caption
 
     from .clip import clip_losses, new_clip, train_tokenizer
     from .loop import fit
 
     texts = [styled_caption(c, s) for c, s in zip(run.train.captions, run.train.styles, strict=True)]
-    tokenizer = train_tokenizer([*texts, "recoloured"], run.work / "tokenizer")
+    tokenizer = train_tokenizer([*texts, *COLOUR_NAMES], run.work / "tokenizer")
     concepts = run.batch_size or 32
     losses = clip_losses(run.train, tokenizer, concepts, pairs=2 * concepts)
     # A contrast of unit vectors needs more than bfloat16's eight bits.
@@ -120,21 +120,24 @@ def train_teacher(run: Run) -> None:
 
 def train_vision(run: Run) -> None:
     """Train the image encoder by its teacher."""
-    from .loop import fit
-    from .stack import load_teacher
+    from .clip import said_of
+    from .loop import fit, on_training_device
+    from .stack import load_clip, load_teacher
     from .vision import VisionTower, vision_losses
 
     drawings, sized = run.all_drawings, run.sized(64, 1e-3)
-    losses = vision_losses(drawings, load_teacher(run.work, drawings), sized["batch_size"])
+    clip, tokenizer = load_clip(run.work, run.train.size)
+    said = said_of(on_training_device(clip.text_model), tokenizer)
+    losses = vision_losses(drawings, load_teacher(run.work, drawings), said, sized["batch_size"])
     tower = VisionTower(run.train.size, len(drawings.labels))
     fit(tower, losses, **run.limits("vision"), **sized, weight_decay=0.05)
 
 
 def train_styles(run: Run) -> None:
+    from .clip import text_states
     from .judges import style_losses
     from .loop import on_training_device
     from .stack import load_clip, load_unet, load_vae
-    from .unet import text_states
 
     clip, tokenizer = load_clip(run.work, run.train.size)
     no_text = text_states(on_training_device(clip.text_model), tokenizer, [""])
@@ -181,18 +184,13 @@ def train_unet(run: Run) -> None:
 
 def train_align(run: Run) -> None:
     """Teach the projector of a plus adapter the text states of what the image encoder sees."""
-    from .adapter import align_projector
-
-    base_model, alignment = _aligned(run)
-    align_projector(base_model, alignment, **run.limits("align"))
-
-
-def _aligned(run: Run) -> tuple[BaseModel, Alignment]:
-    from .adapter import align_drawings
+    from .adapter import align_drawings, align_projector
     from .stack import load_tower
 
     base_model, drawings = _exported_model(run), run.all_drawings
-    return base_model, align_drawings(base_model, load_tower(run.work, drawings), drawings)
+    tower = load_tower(run.work, drawings)
+    alignment = align_drawings(base_model, tower, drawings)
+    align_projector(base_model, alignment, tower.projector, **run.limits("align"))
 
 
 def _exported_model(run: Run) -> BaseModel:
@@ -206,20 +204,17 @@ def _exported_model(run: Run) -> BaseModel:
 
 
 def train_adapter(run: Run, kind: str) -> None:
-    """A bundled adapter, over the exported model, by the same loss as ``ipadapter train``; plus from its alignment."""
+    """A bundled adapter, over the exported model, by the images and the drawings; a new plus from its alignment."""
     from ipadapter_trainer.files.provenance import export_adapter, provenance
 
     from .adapter import BATCH, LEARNING_RATE, VIEWS, fit_adapter
     from .loop import progress
 
-    aligned = run.work / "align.pt"
-    if kind == "plus" and aligned.is_file():
-        base_model, alignment = _aligned(run)
-        start: dict[str, Any] = {"aligned": aligned, "alignment": alignment}
-    else:
-        base_model, start = _exported_model(run), {}
+    base_model = _exported_model(run)
+    aligned = run.work / "align.pt" if kind == "plus" else None
+    images, _ = load_more_images(run.train, run.drawings)
     sized, views = run.sized(BATCH, LEARNING_RATE), run.views or VIEWS
-    adapter = fit_adapter(base_model, run.train, kind, **run.limits(kind), **sized, **start, views=views)
+    adapter = fit_adapter(base_model, images, kind, **run.limits(kind), **sized, views=views, aligned=aligned)
     done = progress(run.work / f"{kind}.pt")
     metadata = provenance(base_model, adapter.spec, steps=done.step, images_seen=done.images, seed=0)
     export_adapter(run.output / ADAPTERS[kind], adapter.half(), metadata)
@@ -233,9 +228,10 @@ def export_stack(run: Run) -> None:
 
 
 def export_judges(run: Run) -> None:
+    from .judges import JUDGES_FILE
     from .stack import save_judges
 
-    save_judges(run.work, run.all_drawings, run.output / "judges.safetensors")
+    save_judges(run.work, run.all_drawings, run.output / JUDGES_FILE)
 
 
 def unpack_stack(run: Run) -> None:
@@ -251,16 +247,7 @@ def unpack_stack(run: Run) -> None:
             start_from(adapter, run.work / f"{kind}.pt")
 
 
-def unpack_first_release(run: Run) -> None:
-    from ipadapter_core.assets import emoji_folder
-
-    from .stack import unpack_text_to_image
-
-    unpack_text_to_image(emoji_folder(), run.work, run.train.size)
-
-
 PARTS: dict[str, Callable[[Run], None]] = {
-    "first": unpack_first_release,
     "unpack": unpack_stack,
     "vae": train_vae,
     "decoder": train_decoder,
@@ -289,7 +276,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_000_000, help="steps of a part in all, earlier runs counted in")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop a part after this long")
     parser.add_argument("--batch-size", type=int, help="images a step (clip: concepts, in every style)")
-    parser.add_argument("--views", type=int, help="encoded views of each image for unet, plus and base (default: 4)")
+    parser.add_argument(
+        "--views", type=int, help="encoded views of each image: 2 for unet, 3 for plus and base unless set"
+    )
     arguments = parser.parse_args()
     for name in ("batch_size", "views"):
         if (value := getattr(arguments, name)) is not None and value < 1:

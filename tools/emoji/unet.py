@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,17 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ipadapter_trainer.demo.emoji import styled_caption, to_pixels
+from ipadapter_trainer.demo.colours import colour_words
+from ipadapter_trainer.demo.emoji import EmojiImages, styled_caption, to_pixels
 from ipadapter_trainer.demo.views import LATENT, numbered_view, other_colours
 
-from .clip import tokenize
-from .images import STYLE_NAMES, EmojiImages
-from .loop import LossFunction, device_of, training_device
+from .clip import text_states
+from .loop import LossFunction, training_device
 from .vae import encode
 from .vision import WIDTH
 
 BATCH = 64
-NO_TEXT, PLAIN, STYLE_ONLY = 0.1, 0.3, 0.15  # shares of the captions: none, without style, the style alone
+KINDS = (0.3, 0.15)  # shares of the captions that say what alone and how alone; the others say both, see ``say``
+STYLE_ONLY = 1
+NO_TEXT, COLOURED = 0.1, 0.5  # shares of the captions: none, with the colours
 RECOLOURED, OTHERS = 0.25, 0.25  # shares of the images
 VIEWS = 2  # of each image in its own colours, and as many recoloured
 
@@ -53,24 +56,30 @@ def new_scheduler() -> DDPMScheduler:
     )
 
 
-@torch.no_grad()
-def text_states(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """[N, 16, 128] on the encoder's device: the last hidden states that condition the UNet."""
-    ids = tokenize(tokenizer, texts).to(device_of(text_encoder))
-    return torch.cat([text_encoder(chunk).last_hidden_state for chunk in ids.split(256)])
-
-
-def encode_views(vae: AutoencoderKL, images: EmojiImages, views: int, generator: torch.Generator) -> Tensor:
+def encode_views(
+    vae: AutoencoderKL, images: EmojiImages, views: int, generator: torch.Generator
+) -> tuple[Tensor, list[list[str]]]:
     """[2, views, N, 4, H/8, W/8], scaled: the images in their own colours and recoloured; the first view of each is the
-    image itself, the second its mirror image, the others are mirrored and shifted at random.
+    image itself, the second its mirror image, the others are mirrored and shifted at random. And the colours, in words,
+    of each of the 2 * views views.
     """
     device = generator.device
-    own, recoloured = [], []
+    latents: list[list[Tensor]] = [[], []]
+    colours: list[list[list[str]]] = [[], []]
     for view in range(views):
         pixels = numbered_view(to_pixels(images.images.to(device)), view, generator)
-        own.append(encode(vae, pixels))
-        recoloured.append(encode(vae, other_colours(pixels, generator)))
-    return torch.stack([torch.stack(own), torch.stack(recoloured)]) * vae.config["scaling_factor"]
+        for recoloured, shown in enumerate((pixels, other_colours(pixels, generator))):
+            latents[recoloured].append(encode(vae, shown))
+            colours[recoloured].append(colour_words(shown))
+    stacked = torch.stack([torch.stack(of) for of in latents]) * vae.config["scaling_factor"]
+    return stacked, colours[0] + colours[1]
+
+
+def say(images: EmojiImages, colours: Sequence[str] | None = None) -> list[list[str]]:
+    """Captions of three kinds: what an image shows, how it is drawn, and both; with its colours when they are given."""
+    words, nothing = colours or [""] * len(images), [""] * len(images)
+    kinds = ((images.captions, nothing), (nothing, images.styles), (images.captions, images.styles))
+    return [[styled_caption(*each) for each in zip(*kind, words, strict=True)] for kind in kinds]
 
 
 def unet_losses(
@@ -84,24 +93,29 @@ def unet_losses(
 ) -> LossFunction:
     """Plain v-prediction MSE over uniform timesteps; latents and text states are computed once, here.
 
-    The captions of ``others``, images of what the model need not know, say the style alone: else a style is learned
-    with each concept, and cannot be asked for where it was never seen. Every style is drawn equally often.
-    Recoloured images, whose captions say so, are there for the image prompts: their colours are not those that the
-    concept usually has.
+    Of ``others``, images of what the model need not know, the caption says the style alone: without them a style is
+    known by heart with each concept, and cannot be asked for where it was never seen. All styles are drawn equally
+    often. Half of the captions say the colours, and those of recoloured images always do: then a caption can say all
+    that an image prompt shall.
     """
     device = training_device()
     generator = torch.Generator(device).manual_seed(0)
-    latents, other_latents = encode_views(vae, images, views, generator), encode_views(vae, others, 1, generator)
-    style_ids, other_style_ids = images.style_ids.to(device), others.style_ids.to(device)
-    evenly, others_evenly = ((1 / torch.bincount(ids).float())[ids] for ids in (style_ids, other_style_ids))
-    plain = list(images.captions)
-    styled = [styled_caption(c, s) for c, s in zip(images.captions, images.styles, strict=True)]
-    recoloured_captions = [[f"{text}, recoloured" for text in texts] for texts in (plain, styled)]
-    states = torch.stack(
-        [text_states(text_encoder, tokenizer, texts) for texts in (plain, styled, *recoloured_captions)]
-    ).to(device)
-    of_styles = text_states(text_encoder, tokenizer, [f"{style} style" for style in STYLE_NAMES]).to(device)
-    no_text = text_states(text_encoder, tokenizer, [""]).to(device)
+
+    def states(texts: list[list[str]]) -> Tensor:
+        return torch.stack([text_states(text_encoder, tokenizer, each) for each in texts]).to(device)
+
+    def tables(of: EmojiImages, views: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [2 * views, N, ...], and text states [3, N, ...] and, with the colours, [2 * views, 3, N, ...]."""
+        latents, colours = encode_views(vae, of, views, generator)
+        return latents.flatten(0, 1), states(say(of)), torch.stack([states(say(of, words)) for words in colours])
+
+    latents, plain, coloured = tables(images, views)
+    other_latents, other_plain, other_coloured = tables(others, 1)
+    evenly, others_evenly = (
+        (1 / torch.bincount(ids).float())[ids].to(device) for ids in (images.style_ids, others.style_ids)
+    )
+    no_text = states([[""]])[0]
+    shares = torch.tensor(KINDS, device=device).cumsum(0)
     scheduler: Any = new_scheduler()
 
     def losses(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -113,12 +127,14 @@ def unet_losses(
 
         rows = torch.multinomial(evenly, batch_size, replacement=True, generator=generator)
         other_rows = torch.multinomial(others_evenly, batch_size, replacement=True, generator=generator)
-        other, recoloured, kind = draw() < OTHERS, (draw() < RECOLOURED).long(), draw()
-        known = latents[recoloured, below(views), rows]
-        clean = torch.where(other[:, None, None, None], other_latents[recoloured, 0, other_rows], known)
-        context = states[(kind > PLAIN).long() + 2 * recoloured, rows]
-        style = of_styles[torch.where(other, other_style_ids[other_rows], style_ids[rows])]
-        context = torch.where((other | (kind > 1 - STYLE_ONLY))[:, None, None], style, context)
+        other, recoloured = (draw() < OTHERS)[:, None, None], draw() < RECOLOURED
+        kind, view = torch.bucketize(draw(), shares), views * recoloured + below(views)
+        clean = torch.where(other[..., None], other_latents[recoloured.long(), other_rows], latents[view, rows])
+        silent = torch.where(other, other_plain[STYLE_ONLY, other_rows], plain[kind, rows])
+        telling = torch.where(
+            other, other_coloured[recoloured.long(), STYLE_ONLY, other_rows], coloured[view, kind, rows]
+        )
+        context = torch.where((recoloured | (draw() < COLOURED))[:, None, None], telling, silent)
         context = torch.where((draw() < NO_TEXT)[:, None, None], no_text, context)
         noise = torch.randn(clean.shape, generator=generator, device=device)
         timesteps = below(scheduler.config["num_train_timesteps"])

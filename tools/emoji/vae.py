@@ -10,11 +10,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ipadapter_trainer.demo.emoji import to_pixels
+from ipadapter_trainer.demo.emoji import EmojiImages, to_pixels
 from ipadapter_trainer.demo.views import mirror, shift
 
 from .build import SIZE
-from .images import EmojiImages
 from .loop import LossFunction, device_of
 from .views import any_colours
 

@@ -20,6 +20,20 @@ def any_colours(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return recolour(pixels, torch.where(changed, drawn, 0))
 
 
+def other_tones(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image paler or darker, each channel by an amount of its own, and a quarter of the images recoloured.
+
+    White and black stay. With five other orders of the channels alone, an adapter learns a concept's usual colours, not
+    the image's.
+    """
+    device = pixels.device
+    drawn = torch.randint(1, len(PERMUTATIONS), (len(pixels),), generator=generator, device=device)
+    changed = _draw(pixels, generator) < 0.25
+    power = 0.6 * (2 * _draw(pixels, generator, 1, 1, 1) - 1) + 0.25 * (2 * _draw(pixels, generator, 3, 1, 1) - 1)
+    ink = ((1 - recolour(pixels, torch.where(changed, drawn, 0))) / 2).clamp(0, 1)
+    return 1 - 2 * ink ** power.exp()
+
+
 def zoom(pixels: Tensor, generator: torch.Generator, smallest: float = 0.8) -> Tensor:
     """Show a window of ``smallest`` to 1.25 times each image's sides, near its centre; white outside."""
     count, device = len(pixels), pixels.device

@@ -7,6 +7,7 @@ says more of each view than its label (DeiT, arXiv 2012.12877; "a patient and co
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from ipadapter_trainer.demo.emoji import normalize, to_pixels
+from ipadapter_core.build import build_projector
+from ipadapter_trainer.demo.emoji import STYLE_NAMES, normalize, to_pixels
 from ipadapter_trainer.demo.views import mirror, shift
+from ipadapter_trainer.settings.kinds import TRAIN_KINDS, spec_for
 
+from .concepts import CONCEPTS
 from .efficientnet import MAP_WIDTH, EfficientNet
-from .images import STYLE_NAMES, Drawings
+from .images import Drawings
 from .loop import LossFunction, training_device
 from .views import blend, disguise, patchwork, zoom
 
@@ -26,6 +30,7 @@ WIDTH = 128  # of the text states and of all embeddings
 PATCHES = 8  # a side
 CELLS = 4  # a side: the colours that a patch's state is asked for
 HIDDEN, LAYERS, HEADS = 160, 5, 5
+SAID = 10  # weight of the projector's loss
 PARTS = 2  # The patches of a view are seen in so many parts: less is learned by heart (FLIP, arXiv 2212.00794)
 
 
@@ -47,7 +52,9 @@ class VisionTower(nn.Module):
     """The image encoder, and heads that say what is in its states; only the encoder is exported.
 
     What an adapter gets must hold everything: the heads of ``patches`` read the penultimate states, which a plus
-    adapter is given, those of ``image`` the projected embedding, which a base adapter is given.
+    adapter is given, those of ``image`` the projected embedding, which a base adapter is given. ``projector`` is that
+    of a plus adapter: its tokens are the text states of what an image shows. Trained after the encoder instead of
+    with it, it overfits.
     """
 
     def __init__(self, size: int, labels: int) -> None:
@@ -57,6 +64,10 @@ class VisionTower(nn.Module):
         self.image = _heads(WIDTH, labels)
         self.map = nn.Linear(HIDDEN, MAP_WIDTH)
         self.colours = nn.Linear(HIDDEN, 3 * CELLS**2)
+        shape = spec_for(
+            TRAIN_KINDS["plus"], [], WIDTH, image_embeds_dim=WIDTH, hidden_dim=HIDDEN, image_tokens=1 + PATCHES**2
+        )
+        self.projector = build_projector(shape)
 
     def states(self, pixels: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pixels [B, 3, H, W] in [-1, 1] -> penultimate states [B, 1 + patches, D] and image embeddings [B, E], of all
@@ -65,10 +76,10 @@ class VisionTower(nn.Module):
         states, pooled = run_tower(self.encoder.vision_model, pixels, kept)
         return states, self.encoder.visual_projection(pooled)
 
-    def answers(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Log probabilities [B, labels] of the concept and [B, 5] of the style, by the penultimate states."""
-        pooled = states.mean(dim=1)
-        return tuple(head(pooled).float().log_softmax(-1) for head in self.patches.values())  # type: ignore[return-value]
+    def known_answers(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, concepts], over ``CONCEPTS``, and [B, 5] of the style, by the penultimate states."""
+        concept, style = (head(states.mean(dim=1)).float() for head in self.patches.values())
+        return concept[:, : len(CONCEPTS)], style
 
 
 def _heads(width: int, labels: int) -> nn.ModuleDict:
@@ -98,8 +109,24 @@ def _run(layer: nn.Module, states: Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]  # older transformers return a tuple
 
 
-def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 64) -> LossFunction:
-    """Four losses: the teacher's probabilities, its map of what is where, the styles, and the colours of each patch.
+@dataclass(frozen=True, eq=False)
+class Said:
+    """The text states [concepts, styles, 16, D] of what an image can show and how it can be drawn, and which of them
+    say that: 1 or 0 [concepts, styles, 16, 1]. The others come after it: in a whole caption, they say the colours.
+    """
+
+    states: Tensor
+    counted: Tensor
+
+    def error(self, tokens: Tensor, concepts: Tensor, styles: Tensor) -> Tensor:
+        """The mean squared error of image tokens [B, 16, D] of images of ``concepts`` [B] in ``styles`` [B]."""
+        wanted, counted = self.states[concepts, styles], self.counted[concepts, styles]
+        return ((tokens.float() - wanted).square() * counted).sum() / (counted.sum() * wanted.shape[-1])
+
+
+def vision_losses(drawings: Drawings, teacher: EfficientNet, said: Said, batch_size: int = 64) -> LossFunction:
+    """Five losses: the teacher's probabilities, its map of what is where, the styles, the colours of each patch, and
+    the text states of what the teacher finds.
 
     A quarter of a batch are natural views, half of them zoomed. The others are disguised: a third of them are
     patchworks of two, and in a third another image shines through.
@@ -126,6 +153,7 @@ def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 6
         with torch.no_grad():
             logits, there = teacher.logits_and_map(views.contiguous(memory_format=torch.channels_last))
             wanted = logits.float().softmax(-1)
+            concepts = logits[:, : len(CONCEPTS)].argmax(-1).repeat(PARTS)
             there = F.interpolate(there.float(), (PATCHES, PATCHES), mode="bilinear").flatten(2).transpose(1, 2)
             there = F.layer_norm(there, there.shape[-1:])
         order = torch.rand(len(views), PATCHES**2, generator=generator, device=device).argsort(dim=1)
@@ -143,8 +171,13 @@ def vision_losses(drawings: Drawings, teacher: EfficientNet, batch_size: int = 6
             truth = styles[rows[:natural]].repeat(PARTS)
             style = style + F.cross_entropy(of_natural.flatten(0, 1), truth, ignore_index=-1)
         style = style.nan_to_num()  # a batch without any style
+        with torch.no_grad():
+            found = model.patches["style"](states.mean(dim=1).unflatten(0, (PARTS, -1)).mean(dim=0)).argmax(-1)
+            found[:natural] = torch.where(styles[rows[:natural]] < 0, found[:natural], styles[rows[:natural]])
+        said_error = said.error(model.projector(states), concepts, found.repeat(PARTS))
         return {
-            "loss": concept + style + map_error + 2 * colour_error,
+            "loss": concept + style + map_error + 2 * colour_error + SAID * said_error,
+            "said": said_error.detach(),
             "concept": concept.detach(),
             "style": style.detach(),
             "map": map_error.detach(),
