@@ -21,7 +21,8 @@ from .views import numbered_view, other_colours
 
 NAMED = 0.1  # share of the examples with the caption beside the image
 RECOLOURED = 0.6  # share of the examples, when there are recoloured views
-# EARLY of the timesteps are from the noisier part, above EARLIEST of them all, where it is decided what is drawn.
+# What is drawn is decided in much noise: a share EARLY of the timesteps is drawn from those above EARLIEST, a share of
+# the schedule; the others are uniform.
 EARLY, EARLIEST = 0.6, 0.4
 IMAGE_DROPOUT = BOTH_DROPOUT = 0.05  # the original's shares
 
@@ -93,12 +94,15 @@ def encode_emoji(
     )
 
 
-def captions_of(images: EmojiImages, features: EmojiFeatures) -> list[list[str]]:
-    """For each view of the images, captions that say everything: what is drawn, in which style and colours."""
-    return [
+def caption_states(base_model: BaseModel, images: EmojiImages, features: EmojiFeatures) -> Tensor:
+    """Text states [V, N, 16, D], for each view, of captions that say everything: what is drawn, in which style and
+    colours.
+    """
+    captions = (
         [styled_caption(*each) for each in zip(images.captions, images.styles, colours, strict=True)]
         for colours in features.colours
-    ]
+    )
+    return torch.stack([encode_prompts(base_model, texts).states for texts in captions])
 
 
 def draw_batch(features: EmojiFeatures, batch_size: int, generator: torch.Generator) -> EmojiBatch:

@@ -41,13 +41,8 @@ def colour_histogram(pixels: Tensor, bins: int = 4) -> Tensor:
     The background is the same in every image and would only dilute the distances.
     """
     unit = (pixels.clamp(-1, 1) + 1) / 2
-    return palette(unit, unit.amin(dim=1) < WHITE, bins)
-
-
-def palette(unit: Tensor, where: Tensor, bins: int) -> Tensor:
-    """Joint RGB histogram [B, bins**3] of unit [B, 3, H, W] in 0..1, of the pixels ``where`` [B, H, W] is true."""
-    index = (unit * bins).long().clamp(max=bins - 1)
-    return shares((index[:, 0] * bins + index[:, 1]) * bins + index[:, 2], where, bins**3)
+    red, green, blue = (unit * bins).long().clamp(max=bins - 1).unbind(1)
+    return shares((red * bins + green) * bins + blue, unit.amin(dim=1) < WHITE, bins**3)
 
 
 def shares(index: Tensor, where: Tensor, size: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .closeness import WHITE
+from .closeness import WHITE, shares
 
 COLOUR_NAMES = ("black", "grey", "white", "brown", "red", "orange", "yellow", "green", "blue", "purple", "pink")
 HUES = ((15, "red"), (42, "orange"), (68, "yellow"), (165, "green"), (255, "blue"), (300, "purple"), (340, "pink"))
@@ -15,15 +15,10 @@ MOST, SMALLEST = 3, 0.1  # colours of an image, and the share of the ink that ea
 def colour_words(pixels: Tensor) -> list[str]:
     """The most frequent colours of each image [B, 3, H, W] in [-1, 1], without its background: "red black"."""
     unit = (pixels.clamp(-1, 1) + 1) / 2
-    named = _named(unit)
-    named = torch.where(unit.amin(dim=1) < WHITE, named, len(COLOUR_NAMES)).flatten(1)
-    counts = torch.zeros(len(pixels), len(COLOUR_NAMES) + 1, device=pixels.device)
-    counts.scatter_add_(1, named, torch.ones_like(named, dtype=counts.dtype))
-    ink = counts[:, :-1]
-    shares, order = (ink / ink.sum(dim=1, keepdim=True).clamp(min=1)).topk(MOST)
+    most, order = shares(_named(unit), unit.amin(dim=1) < WHITE, len(COLOUR_NAMES)).topk(MOST)
     return [
         " ".join(COLOUR_NAMES[colour] for share, colour in zip(*row, strict=True) if share >= SMALLEST)
-        for row in zip(shares.tolist(), order.tolist(), strict=True)
+        for row in zip(most.tolist(), order.tolist(), strict=True)
     ]
 
 

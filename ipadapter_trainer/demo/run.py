@@ -17,7 +17,6 @@ from ipadapter_core.assets import MODEL, emoji_folder
 from ..data.images import to_pil_images
 from ..files.provenance import export_adapter, provenance
 from ..models.base_model import BaseModel, load_base_model
-from ..models.conditioning import encode_prompts
 from ..models.generate import generate
 from ..models.image_features import encode_clip_images
 from ..report.image_grid import draw_grid
@@ -28,7 +27,7 @@ from ..training.new_adapter import new_adapter
 from ..training.optimizers import new_optimizer
 from ..training.steps import check_loss, train_steps
 from .alignment import Alignment, cancel_empty_text
-from .batches import EmojiFeatures, captions_of, emoji_batches, encode_emoji
+from .batches import EmojiFeatures, caption_states, emoji_batches, encode_emoji
 from .closeness import choose_references, closeness
 from .emoji import EmojiImages, load_images, normalize, to_pixels
 
@@ -150,7 +149,7 @@ def _align(
 ) -> None:
     """Train the projector on what the captions say of the images, and let the values draw that."""
     print("The projector learns what the captions say of the images ...", flush=True)
-    states = torch.cat([encode_prompts(base_model, texts).states for texts in captions_of(images, features)])
+    states = caption_states(base_model, images, features).flatten(0, 1)
     alignment = Alignment(features.image_features.flatten(0, 1), states)
     alignment = alignment.with_no_image(base_model, adapter.spec, features.no_text)
     cancel_empty_text(base_model, adapter, features.latents.flatten(0, 1), states, features.no_text, generator)

@@ -14,6 +14,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
+from ipadapter_core import load_adapter
 from ipadapter_core.assets import MODEL
 from ipadapter_trainer.demo import views as demo_views
 from ipadapter_trainer.demo.emoji import caption
@@ -204,3 +205,9 @@ def test_every_part_trains_and_the_result_is_measured(
     train.PARTS["unpack"](train.Run(images=file, train=images, work=again, output=model, steps=1, minutes=1.0))
     for part in ("vae", "clip", "vision", "concepts", "styles", "unet", "plus", "base"):
         assert (again / f"{part}.pt").is_file(), part
+    # What was unpacked is trained on as it is: plus does not ask for an alignment, nor undo itself with one.
+    where = ["--images", str(file), "--work", str(again), "--output", str(model)]
+    monkeypatch.setattr(sys, "argv", ["train", "plus", *where, "--steps", "1", "--batch-size", "2", "--views", "1"])
+    train.main()
+    assert not (again / "align.pt").exists()
+    assert load_adapter(model / "adapter.safetensors").metadata["ipadapter.steps"] == "1"

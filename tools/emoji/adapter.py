@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ipadapter_core import IPAdapter
 from ipadapter_trainer.demo.alignment import Alignment, cancel_empty_text
-from ipadapter_trainer.demo.batches import captions_of, draw_batch, encode_emoji
+from ipadapter_trainer.demo.batches import caption_states, draw_batch, encode_emoji
 from ipadapter_trainer.demo.colours import colour_words
 from ipadapter_trainer.demo.emoji import STYLE_NAMES, EmojiImages, caption, styled_caption, to_pixels
 from ipadapter_trainer.demo.views import mirror, other_colours
@@ -41,8 +41,8 @@ def align_drawings(base_model: BaseModel, tower: VisionTower, drawings: Drawings
     """What the image encoder sees in drawings, and the text states of a caption that says the same: the concept and
     the style that its heads find, and the colours.
 
-    Drawings of other concepts than those of the captions, and two in one image, show what it makes of an image that it
-    is not sure of, as it is not of those it has never seen.
+    It is sure of its training images, and not of those it has never seen. So there are other views of them, two
+    drawings in one image, and concepts that the captions do not know.
     """
     device, known = base_model.device, len(CONCEPTS)
     generator = torch.Generator(device).manual_seed(seed)
@@ -72,7 +72,7 @@ def align_drawings(base_model: BaseModel, tower: VisionTower, drawings: Drawings
 
 
 def _views(pixels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Images as they are, zoomed, warped four times, half of them recoloured, and each with another."""
+    """Images as they are; zoomed; warped four times, then recoloured twice; blended with another; half of another."""
     yield pixels
     yield zoom(mirror(pixels, generator), generator)
     warped = pixels
@@ -122,21 +122,18 @@ def fit_adapter(
 ) -> IPAdapter:
     """Train an adapter, keys and values starting from the UNet's own; resumes from ``checkpoint``.
 
-    Beside the diffusion loss, the UNet without the adapter is the teacher: what it draws of the noise with a caption
-    that says everything, it shall draw with the adapter.
-    ``aligned`` is the checkpoint of ``align_projector`` that a new adapter starts from. Nothing holds the projector
-    there: it has the names of three colours to learn from, and the image has all of them.
+    The UNet without the adapter is the teacher beside the images: with the adapter it learns to predict what it
+    predicts alone from a caption that says everything. ``aligned`` is the checkpoint of ``align_projector`` that a new
+    adapter starts from. Nothing holds the projector there: a caption names three colours, the image has them all.
     """
     torch.manual_seed(seed)
     adapter = new_adapter(base_model, TRAIN_KINDS[kind])
-    if checkpoint.is_file():  # its training goes on
-        aligned = None
-    if aligned is not None:
+    features = encode_emoji(
+        base_model, images, adapter.spec.feature, seed, views, 3 * views, recolour=other_tones, disguise=warp
+    )
+    captions = caption_states(base_model, images, features)
+    if aligned is not None and not checkpoint.is_file():
         load_ema(adapter.projector, aligned)
-        adapter.train()
-    features = encode_emoji(base_model, images, adapter.spec.feature, seed, views, 3 * views, other_tones, warp)
-    captions = torch.stack([encode_prompts(base_model, texts).states for texts in captions_of(images, features)])
-    if aligned is not None:
         generator = torch.Generator(base_model.device).manual_seed(seed)
         cancel_empty_text(base_model, adapter, features.latents[0], captions[0], features.no_text, generator)
     with adapt_unet(base_model, adapter) as denoising:

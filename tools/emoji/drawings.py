@@ -6,7 +6,8 @@
 
 A thousand images are too few to learn what a drawing shows or how it is drawn: they are soon known by heart. These
 are for the image encoder, its teacher, the judges and the alignment. The UNet and the adapters learn only
-from those whose licence is not share-alike, but for the plus adapter's projector, which starts with the image encoder.
+from those whose licence is not share-alike; the plus adapter's projector, which is first trained with the image
+encoder, has seen all.
 Nothing that is kept from training is among them: no concept that is unseen, no concept in the style that is held out
 for it, nor by the same designers, and no near copy of an image that is kept.
 """

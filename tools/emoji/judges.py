@@ -99,8 +99,9 @@ def read_judges(file: Path) -> dict[str, Tensor]:
     tensors = {name: opened.read(name) for name in opened.infos}
     try:
         check_weights(tensors, str(file))
-        for name in CLASSIFIERS:  # as float32: of int8 tensors nothing is asked
-            check_weights(classifier_state(tensors, name), str(file))
+        for name in CLASSIFIERS:  # as float32: integers are not checked
+            state = classifier_state(tensors, name)
+            check_weights({f"{name}.{key}": value for key, value in state.items()}, str(file))
     except AdapterError as error:
         raise BaseModelError(str(error)) from error
     return tensors

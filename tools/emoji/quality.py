@@ -127,11 +127,10 @@ def evaluate(
     def answers(pixels: Tensor, of: EmojiImages, order: Tensor, asked: str) -> dict[str, float]:
         references = to_pixels(of.images[order]).to(pixels.device)
         found = {"style": judges.style(pixels, of.style_ids[order])}
-        if asked != "image_and_text":
-            found |= closeness(base_model, pixels, references)
         if asked == "image_and_text":
-            found["concept_of_the_text"] = judges.concept(pixels, text_concepts, wanted)
-        elif asked != "unseen_concept":
+            return found | {"concept_of_the_text": judges.concept(pixels, text_concepts, wanted)}
+        found |= closeness(base_model, pixels, references)
+        if asked != "unseen_concept":
             found["concept"] = judges.concept(pixels, own_concepts[order], first)
         return found
 

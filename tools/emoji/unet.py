@@ -95,8 +95,8 @@ def unet_losses(
 
     Of ``others``, images of what the model need not know, the caption says the style alone: without them a style is
     known by heart with each concept, and cannot be asked for where it was never seen. All styles are drawn equally
-    often. Half of the captions say the colours, and those of recoloured images always do: then a caption can say all
-    that an image prompt shall.
+    often. Half of the captions say the colours, and those of recoloured images always do: so a caption can say all
+    that an image prompt shows.
     """
     device = training_device()
     generator = torch.Generator(device).manual_seed(0)

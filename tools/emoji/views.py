@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ipadapter_trainer.demo.views import PERMUTATIONS, mirror, recolour
+from ipadapter_trainer.demo.views import PERMUTATIONS, mirror, other_colours, recolour
 
 
 def any_colours(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -26,11 +26,10 @@ def other_tones(pixels: Tensor, generator: torch.Generator) -> Tensor:
     White and black stay. With five other orders of the channels alone, an adapter learns a concept's usual colours, not
     the image's.
     """
-    device = pixels.device
-    drawn = torch.randint(1, len(PERMUTATIONS), (len(pixels),), generator=generator, device=device)
-    changed = _draw(pixels, generator) < 0.25
+    others = other_colours(pixels, generator)
+    pixels = torch.where(_draw(pixels, generator, 1, 1, 1) < 0.25, others, pixels)
     power = 0.6 * (2 * _draw(pixels, generator, 1, 1, 1) - 1) + 0.25 * (2 * _draw(pixels, generator, 3, 1, 1) - 1)
-    ink = ((1 - recolour(pixels, torch.where(changed, drawn, 0))) / 2).clamp(0, 1)
+    ink = ((1 - pixels) / 2).clamp(0, 1)
     return 1 - 2 * ink ** power.exp()
 
 
