@@ -10,9 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ipadapter_core.assets import MODEL, emoji_folder
+from ipadapter_trainer.demo.alignment import NO_IMAGE
 from ipadapter_trainer.demo.closeness import closer_to_own, colour_histogram, histogram_similarity
 from ipadapter_trainer.demo.colours import colour_words
 from ipadapter_trainer.demo.emoji import STYLE_NAMES, EmojiImages, caption, normalize, styled_caption, to_pixels
+from ipadapter_trainer.models.base_model import load_base_model
+from ipadapter_trainer.models.conditioning import encode_prompts
+from ipadapter_trainer.models.image_features import dropped_features
+from ipadapter_trainer.settings.kinds import TRAIN_KINDS
+from ipadapter_trainer.training.new_adapter import adapter_spec
+from tools.emoji.adapter import align_drawings
 from tools.emoji.clip import (
     MAX_TOKENS,
     clip_losses,
@@ -41,7 +49,7 @@ from tools.emoji.vae import (
     vae_losses,
 )
 from tools.emoji.views import blend, other_tones, patchwork, warp
-from tools.emoji.vision import PATCHES, WIDTH, Said, VisionTower, recognised, vision_losses
+from tools.emoji.vision import PATCHES, WIDTH, Said, VisionTower, vision_losses
 
 CPU = torch.device("cpu")
 
@@ -201,8 +209,8 @@ def test_the_tower_is_the_exported_image_encoder(some: EmojiImages) -> None:
     torch.testing.assert_close(embeds, exported.image_embeds, atol=1e-5, rtol=1e-5)
     some_of_it, _ = tower.states(pixels, torch.arange(10).expand(6, -1))
     assert some_of_it.shape == (6, 11, states.shape[-1])
-    concept, style = tower.known_answers(states)
-    assert (concept.shape, style.shape) == ((6, 9), (6, 5))
+    concept, style = VisionTower(some.size, len(CONCEPTS) + 9).eval().known_answers(states)
+    assert (concept.shape, style.shape) == ((6, len(CONCEPTS)), (6, len(STYLE_NAMES)))
 
 
 def test_the_tower_learns_from_its_teacher(drawings: Drawings, tmp_path: Path) -> None:
@@ -216,11 +224,39 @@ def test_the_tower_learns_from_its_teacher(drawings: Drawings, tmp_path: Path) -
     assert last["loss"] < 0.95 * first["loss"]
     assert last["patches"] < first["patches"]
     assert last["said"] < first["said"]
-    candidates = torch.stack([drawings.concept_ids, (drawings.concept_ids + 1) % len(drawings.labels)], dim=1)
-    found = recognised(tower.eval(), drawings.images, drawings.concept_ids, candidates)
-    assert set(found) == {"patches", "patches, of all", "image", "image, of all"}
-    assert all(0 <= share <= 1 for share in found.values())
     assert tower.states(to_pixels(drawings.images[:1]))[0].shape[1] == PATCHES**2 + 1
+
+
+@torch.no_grad()
+def test_an_alignment_says_in_words_what_the_tower_sees(some: EmojiImages) -> None:
+    base_model = load_base_model(emoji_folder() / MODEL)
+    unknown = 7  # of the first concepts no caption exists
+    concept_ids = torch.tensor([CONCEPTS.index(concept) for concept in some.concepts])
+    concept_ids[:unknown] = len(CONCEPTS)
+    drawings = Drawings(some.images, (*CONCEPTS, "a concept without a caption"), concept_ids, some.style_ids)
+    torch.manual_seed(0)
+    tower = VisionTower(some.size, len(drawings.labels))
+    alignment = align_drawings(base_model, tower, drawings)
+
+    pixels = to_pixels(some.images[unknown:])
+    states, _ = tower.states(pixels)
+    concepts, styles = (found.argmax(dim=1).tolist() for found in tower.known_answers(states))
+    texts = [
+        styled_caption(caption(CONCEPTS[concept]), STYLE_NAMES[style], colours)
+        for concept, style, colours in zip(concepts, styles, colour_words(pixels), strict=True)
+    ]
+    as_they_are = alignment.hidden_states[: len(pixels)].float()
+    row = torch.cdist(as_they_are.flatten(1), states.flatten(1)).argmin(dim=1)
+    assert row.unique().numel() == len(pixels)
+    expected = encode_prompts(base_model, texts).states[row]
+    torch.testing.assert_close(alignment.text_states[: len(pixels)].float(), expected, atol=5e-3, rtol=1e-3)
+
+    seen = 8 * len(pixels) + unknown  # eight views of a known drawing, one of another
+    (no_image,) = dropped_features(base_model, adapter_spec(base_model, TRAIN_KINDS["plus"]))
+    no_text = encode_prompts(base_model, [""]).states
+    assert len(alignment.hidden_states) == len(alignment.text_states) == seen + int(NO_IMAGE * seen)
+    for found, none in ((alignment.hidden_states, no_image), (alignment.text_states, no_text)):
+        torch.testing.assert_close(found[seen:].float(), none.expand_as(found[seen:]), atol=5e-3, rtol=1e-3)
 
 
 def test_what_an_image_shows_is_said_before_its_colours(some: EmojiImages, tmp_path: Path) -> None:

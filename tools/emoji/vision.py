@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -191,18 +191,3 @@ def patch_colours(pixels: Tensor) -> Tensor:
     """[B, 3, H, W] -> [B, patches, 3 * CELLS**2]: the mean colours of each patch's cells."""
     cells = F.adaptive_avg_pool2d(pixels, PATCHES * CELLS)
     return F.unfold(cells, CELLS, stride=CELLS).transpose(1, 2)
-
-
-def recognised(model: VisionTower, images: Tensor, concept_ids: Tensor, candidates: Tensor) -> dict[str, float]:
-    """How often the heads find each image's concept among its ``candidates`` [N, K], the first of which is its own."""
-    hits: dict[str, float] = {}
-    with torch.no_grad():
-        chunks = [model.states(to_pixels(chunk)) for chunk in images.split(64)]
-    for name, read in (
-        ("patches", [states.mean(1) for states, _ in chunks]),
-        ("image", [embeds for _, embeds in chunks]),
-    ):
-        logits = cast("Any", getattr(model, name))["concept"](torch.cat(read))
-        hits[name] = (logits.gather(1, candidates).argmax(-1) == 0).float().mean().item()
-        hits[f"{name}, of all"] = (logits.argmax(-1) == concept_ids).float().mean().item()
-    return hits
