@@ -97,8 +97,8 @@ class IPAdapter(nn.Module):
         """Tokens [B, T, D] of the unconditional branch, as in training.
 
         base, faceid, portrait: the projection of zeros (not zero tokens), B = 1. plus, full and faceid-plus
-        need `image_features` [B, L, E]: the encoding of zero pixel values (zeros AFTER the encoder's
-        normalisation). `device` and `dtype` are those of the zeros; default: the projector's.
+        need `image_features` [B, L, E]: the encoding of a grey image, whose pixel_values, after the encoder's
+        normalisation, are zeros. `device` and `dtype` are those of the zeros; default: the projector's.
 
         Raises AdapterError when image features are needed and were not given.
         """
@@ -106,7 +106,8 @@ class IPAdapter(nn.Module):
         if spec.feature != "image_embeds" and spec.image_dim is not None and image_features is None:
             raise AdapterError(
                 f"The negative tokens of a {spec.kind} adapter need the penultimate hidden states [B, L, "
-                f"{spec.image_dim}] of an image of zero pixel values. Encode it with {spec.encoder} and pass it."
+                f"{spec.image_dim}] of a grey image, whose pixel_values are zeros. Encode it with {spec.encoder}, and "
+                "pass them."
             )
         like = next(self.projector.parameters())
         if spec.face_dim is not None:

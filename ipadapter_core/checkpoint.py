@@ -72,9 +72,7 @@ def _checkpoint(origin: str, file: TensorFile) -> AdapterCheckpoint:
 
 def _open(path: Path) -> TensorFile:
     if not path.exists():
-        raise AdapterError(
-            f"{path}: no such file. Check the path, or put the adapter into the models/ipadapter folder."
-        )
+        raise AdapterError(f"{path}: no such file. Check the path.")
     if not path.is_file():
         raise AdapterError(f"{path}: a folder, not a file. Choose the .safetensors or .bin file inside it.")
     return open_tensors(path, _EXPECTED)

@@ -70,7 +70,7 @@ class EncodeImagePrompt(Node):
                     default=TRAINED,
                     optional=True,
                     tooltip="The image of the negative branch if image_negative is not connected: the same as in the "
-                    "adapter's training (no features, or zero pixel values), or a black image.",
+                    "adapter's training (no features, or a grey image), or a black image.",
                 ),
                 io.Int.Input(
                     "tiles",

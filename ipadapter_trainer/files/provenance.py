@@ -53,7 +53,7 @@ def provenance(
         BASE_HASH: base_model.fingerprint(),
         PREDICTION_TYPE: prediction_type or base_model.prediction_type,
         METADATA_ENCODER: spec.encoder,
-        METADATA_NEGATIVE: "zeros",  # zero embeddings, or the encoding of zero pixel values; see `dropped_features`
+        METADATA_NEGATIVE: "zeros",  # zero embeddings, or the encoding of a grey image; see `dropped_features`
         STEPS: str(steps),
         IMAGES_SEEN: str(images_seen),
         SEED: str(seed),

@@ -53,8 +53,8 @@ def encode_images(
 def dropped_features(base_model: BaseModel, spec: AdapterSpec) -> tuple[Tensor, ...]:
     """The features of a dropped image in training and of the negative image at inference, each [1, ...].
 
-    Zeros for embeddings of images and faces (tutorial_train.py, tutorial_train_faceid.py); the encoding of zero pixel
-    values, which are mean grey after normalisation, where hidden states are read (tutorial_train_plus.py).
+    Zeros for embeddings of images and faces (tutorial_train.py, tutorial_train_faceid.py); the encoding of a
+    grey image, whose pixel_values are zeros, where hidden states are read (tutorial_train_plus.py).
     """
     features: tuple[Tensor, ...] = ()
     if spec.face_dim is not None:

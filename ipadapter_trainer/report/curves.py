@@ -43,13 +43,13 @@ class Chart:
 CHARTS = (
     Chart(
         "Training loss",
-        "Of random timesteps, so it is noisy and falls little; on its own it does not say whether the image is read.",
+        "At random timesteps, so it is noisy and falls little; it does not say whether the image prompt is used.",
         (Curve("loss", "loss"),),
         smooth=True,
     ),
     Chart(
         "Validation loss",
-        "Of held-out images, the noise and the timesteps the same each time. The lower, the better.",
+        "On held-out images, always with the same noise and timesteps. The lower, the better.",
         (
             Curve("right image", "validation/loss"),
             Curve("another image", "validation/loss_shuffled", _ORANGE),
@@ -59,8 +59,8 @@ CHARTS = (
         of_validation=True,
     ),
     Chart(
-        "What the right image is worth",
-        "How much lower the loss is with it. Above zero and its shade (two standard errors) the image is read.",
+        "How much the right image prompt helps",
+        "How much lower the loss is with it. Where the shade (two standard errors) is above zero, it is used.",
         (
             Curve("than with another one", "validation/gap_shuffled", _ORANGE, error="validation/gap_shuffled_error"),
             Curve("than without adapter", "validation/gap_no_image", _BLACK, dashed=True),
@@ -69,8 +69,8 @@ CHARTS = (
         from_zero=True,
     ),
     Chart(
-        "The same by the amount of noise",
-        "With most noise an image decides about layout and colour, with little about details.",
+        "The same, by the amount of noise",
+        "With much noise, the image prompt decides on layout and colour; with little, on details.",
         tuple(
             Curve(f"{name} noise", f"validation/gap_shuffled_t{quarter}", colour)
             for quarter, (name, colour) in enumerate(zip(("least", "less", "more", "most"), _BY_NOISE, strict=True))
@@ -80,7 +80,7 @@ CHARTS = (
     ),
     Chart(
         "Image attention beside text attention",
-        "The ratio of their norms, the mean of all layers: how loud the image is at weight 1.",
+        "The ratio of their norms, averaged over all layers: how strong the image prompt is at weight 1.",
         (Curve("ratio", "validation/attention_ratio"),),
         of_validation=True,
         from_zero=True,

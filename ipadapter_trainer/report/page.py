@@ -18,7 +18,7 @@ _STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem } h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
-pre { background: #8881; padding: 1rem; overflow-x: auto; font-size: .85rem; border-radius: .4rem }
+pre { background: #8881; padding: 1rem; white-space: pre-wrap; font-size: .85rem; border-radius: .4rem }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem }
 figure { margin: 0 } figcaption { font-size: .9rem; margin-bottom: .4rem }
 figcaption small { display: block; opacity: .7 }

@@ -26,7 +26,7 @@ def read_verdict(validations: Lines) -> tuple[bool | None, str]:
     if not validations:
         return None, (
             "There was no validation: validation_images is 0, the data are a stream of shards, or there are fewer "
-            "than ten images. The loss alone does not say whether the adapter reads its image; look at what it "
+            "than ten images. The loss alone does not say whether the adapter uses its image prompt; look at what it "
             "generates."
         )
     last = validations[-1]
@@ -38,18 +38,19 @@ def read_verdict(validations: Lines) -> tuple[bool | None, str]:
     if reads:
         share = gap / (last["validation/loss"] + gap)
         first = (
-            f"The adapter reads its image: on held-out images the right one lowers the loss by {share:.1%} against "
-            f"another one ({numbers})."
+            f"The adapter uses its image prompt: on held-out images, the loss is {share:.1%} lower with the right "
+            f"image than with another one ({numbers})."
         )
     elif gap < -2 * error:
         first = (
-            f"Something is wrong: on held-out images the right image predicts worse than another one ({numbers}). "
+            f"Something is wrong: on held-out images, the loss is higher with the right image than with another one "
+            f"({numbers}). "
             "Check that the data pair each image with its own image."
         )
     else:
         first = (
-            f"No gap yet: on held-out images the right image and another one give the same loss ({numbers}). Train "
-            "on, and judge with more validation_images if there are few."
+            f"No gap yet: on held-out images, the loss is the same with the right image and with another one "
+            f"({numbers}). Train for longer, and set more validation_images if there are few."
         )
     others = (_beside_the_base(last), _strength(last), _trend(validations) if reads else None)
     return reads, " ".join([first, *(sentence for sentence in others if sentence)])
@@ -60,11 +61,8 @@ def _beside_the_base(last: dict[str, float]) -> str | None:
     if gap is None:
         return None
     if gap >= 0:
-        return f"Beside the base model alone it is lower by {gap:.4f}."
-    return (
-        f"The base model alone still predicts better by {-gap:.4f}: at weight 1 the adapter disturbs more than it "
-        "helps."
-    )
+        return f"It is {gap:.4f} lower than without the adapter."
+    return f"Without the adapter it is still {-gap:.4f} lower: at weight 1, the adapter disturbs more than it helps."
 
 
 def _strength(last: dict[str, float]) -> str | None:
@@ -86,5 +84,5 @@ def _trend(validations: Lines) -> str | None:
         )
     widest = max(validations, key=lambda line: line.get("validation/gap_shuffled", 0.0))
     if widest is last:
-        return "The gap is larger than at any validation before: training on helps."
+        return "The gap is larger than at any validation before: more training should help."
     return f"The gap was largest at step {int(widest['step']):,}; it no longer grows."

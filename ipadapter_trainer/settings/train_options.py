@@ -164,7 +164,8 @@ class TrainOptions(ModelConfig):
     cuda_graphs: bool = Field(
         True,
         description="On a GPU, record the kernels of a step once and launch them together, as a CUDA graph: faster "
-        "steps, the same results. Left out with several GPUs, gradient_checkpointing, compile and fp16.",
+        "steps, with the same results but for rounding. Left out with several GPUs, gradient_checkpointing, compile "
+        "and fp16.",
     )
     seed: int = Field(0, ge=0, description="Seed of the weights, the order of the data, crops, dropout and noise.")
 

@@ -44,7 +44,7 @@ def test_center_is_comfyuis_own_preprocessing(encode, world, encoder, images):
 
 
 def test_the_negative_of_training(encode, world, encoder, plus, images):
-    """base: the projection of zeros. plus: the encoding of zero pixel values, which a black image is not."""
+    """base: the projection of zeros. plus: the encoding of a grey image, which a black image is not."""
     _, base = encode(world.adapter, encoder, images[:1])
     torch.testing.assert_close(base.negative, world.adapter.adapter.encode(torch.zeros(1, 48)))
     states = encoder.model(pixel_values=torch.zeros(1, 3, 32, 32), intermediate_output=-2)[1]

@@ -30,6 +30,7 @@ def models(tmp_path: Path, held_out: EmojiImages) -> Path:
     shutil.copytree(FOLDER / MODEL, tmp_path / "models" / "stable-diffusion-v1-5")
     shutil.copytree(FOLDER / MODEL / "image_encoder", adapters / "image_encoder")
     shutil.copy(FOLDER / "adapter_base.safetensors", adapters / "ip-adapter_sd15.safetensors")
+    shutil.copy(FOLDER / "adapter.safetensors", adapters / "ip-adapter-plus_sd15.safetensors")
     (tmp_path / "models" / "stable-diffusion-v1-5" / "tokenizer" / "special_tokens_map.json").write_text("{}")
     Image.fromarray(held_out.images[0].permute(1, 2, 0).numpy()).save(tmp_path / "cat.jpg")
     shutil.copy(tmp_path / "cat.jpg", tmp_path / "dog.jpg")
@@ -39,7 +40,7 @@ def models(tmp_path: Path, held_out: EmojiImages) -> Path:
 def test_the_python_examples_run(models: Path, run_python: Callable[[str, Path], None]) -> None:
     """Those of docs/python.md continue the one of the README."""
     examples = re.findall(r"```python\n(.*?)```", README + PYTHON_PAGE, re.DOTALL)
-    assert len(examples) == 4
+    assert len(examples) == 5
     run_python("\n".join(examples), models)
     with Image.open(models / "moon.png") as image:
         assert image.size == (128, 128)
@@ -58,6 +59,9 @@ def test_train_inspect_generate_as_written(models: Path, run_command: Callable[.
         # The README's training is of a real model.
         small = ["resolution=128", "batch_size=2", "save_every=2", "mixed_precision=no"] if " train " in command else []
         run_command(command, models, *small)
+        if small:  # the name says of which base model an adapter is
+            (exported,) = (models / "runs" / "cats").glob("*.safetensors")
+            exported.rename(exported.with_name("ip-adapter_sd15.safetensors"))
     quick = f"{sys.executable} -m ipadapter_trainer.cli " + commands[0].removeprefix("ipadapter ")
     done = subprocess.run(quick, shell=True, cwd=models, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -70,13 +74,13 @@ def test_the_quality_table_is_the_measured_one() -> None:
     alone, named, mixed = (quality[asked] for asked in ("image_alone", "image_and_its_name", "image_and_text"))
     columns = ("adapter", "weight_0", "shuffled_references")
     expected = {
-        "colours closer to the own prompt than to another": [alone[c]["closer_by_histogram"] for c in columns],
-        "CLIP embedding closer to the own prompt than to another": [alone[c]["closer_by_clip"] for c in columns],
-        "object of the prompt": [alone[c]["concept"] for c in columns],
-        "drawing style of the prompt": [alone[c]["style"] for c in columns],
-        "with its name: object of the prompt": [named[c]["concept"] for c in columns],
-        "with another text: object of the text": [mixed[c]["concept_of_the_text"] for c in columns],
-        "with another text: drawing style of the prompt": [mixed[c]["style"] for c in columns],
+        "colours are closer to their prompt than to another one": [alone[c]["closer_by_histogram"] for c in columns],
+        "CLIP embedding is closer to its prompt than to another one": [alone[c]["closer_by_clip"] for c in columns],
+        "shows the object of its prompt": [alone[c]["concept"] for c in columns],
+        "has the drawing style of its prompt": [alone[c]["style"] for c in columns],
+        "beside its name: shows the object of its prompt": [named[c]["concept"] for c in columns],
+        "beside another text: shows the object of the text": [mixed[c]["concept_of_the_text"] for c in columns],
+        "beside another text: has the drawing style of its prompt": [mixed[c]["style"] for c in columns],
     }
     for title, values in expected.items():
         assert table[title][:3] == [f"{value:.0%}" for value in values], title

@@ -81,7 +81,7 @@ def test_the_page_has_it_all_and_needs_nothing(run: Path) -> None:
         "cats & dogs",
         "base for <SD1.5>, 4 tokens",
         'data = "images/<cats>"',
-        "The adapter reads its image",
+        "The adapter uses its image prompt",
     ):
         assert words in page.text
     assert all(reference.startswith("data:") for reference in page.references)
@@ -144,7 +144,7 @@ def test_broken_lines_are_counted(run: Path, caplog: pytest.LogCaptureFixture) -
     log = run / LOG_FILE
     whole = log.read_bytes()
     log.write_bytes(whole + b"\n".join(BROKEN) + b"\n")
-    assert "The adapter reads its image" in Page(write_report(run, "")).text
+    assert "The adapter uses its image prompt" in Page(write_report(run, "")).text
     assert caplog.messages == [f"{log}: 6 of 40 lines cannot be read and are left out."]
     log.write_bytes(b"\n".join(BROKEN))
     with pytest.raises(DataError, match=r"log\.jsonl: none of its 6 lines is about training steps\. The"):
@@ -201,9 +201,13 @@ def test_smoothing_keeps_the_mean_and_tames_the_noise() -> None:
         ([{"step": 1, "validation/loss": 0.5, "validation/gap_no_image": 0.1}], None, ["the same image prompt"]),
         ([validated(1, 0.005)], False, ["No gap yet", "0.0050, standard error 0.0100", "80% as strong"]),
         ([validated(1, -0.1)], False, ["Something is wrong"]),
-        ([validated(1, 0.1, loss=0.4)], True, ["reads its image", "by 20.0%", "lower by 0.1000"]),
-        ([validated(1, 0.1, loss=0.6)], True, ["The base model alone still predicts better by 0.1000"]),
-        ([validated(i, i / 10, loss=0.5 - i / 100) for i in (1, 2, 3)], True, ["training on helps"]),
+        (
+            [validated(1, 0.1, loss=0.4)],
+            True,
+            ["uses its image", "20.0% lower with the right image", "It is 0.1000 lower"],
+        ),
+        ([validated(1, 0.1, loss=0.6)], True, ["Without the adapter it is still 0.1000 lower"]),
+        ([validated(i, i / 10, loss=0.5 - i / 100) for i in (1, 2, 3)], True, ["more training should help"]),
         (
             [validated(i, g) for i, g in ((1, 0.1), (2000, 0.2), (3000, 0.15))],
             True,
@@ -230,7 +234,7 @@ def test_a_user_reports_a_run(run: Path, run_ipadapter: Callable[..., Any]) -> N
     said, complaint = process.communicate(timeout=120)
     assert process.returncode == 0, complaint
     assert said.strip() == f"Saved {run / 'report.html'}"
-    assert "The adapter reads its image" in Page(run / "report.html").text
+    assert "The adapter uses its image prompt" in Page(run / "report.html").text
 
 
 def test_a_folder_of_the_wrong_kind_is_refused_in_one_line(tmp_path: Path) -> None:

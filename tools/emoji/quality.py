@@ -1,6 +1,7 @@
 """Measure how well an adapter steers the emoji model, on held-out images with fixed seeds, and write a JSON.
 
     python -m tools.emoji.quality --output quality.json
+    python -m tools.emoji.quality --quiz quiz.png
 
 Four situations: an image alone, an image with the text of another concept, an image with its own name, and an image of
 a concept that no training saw. Each is generated with the adapter and without (weight 0), from the same noise; the
@@ -189,10 +190,14 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, help="adapter file (default: adapter.safetensors in the folder)")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
-    parser.add_argument("--sheet", type=Path, help="also draw some of the images into this file")
-    parser.add_argument("--quiz", type=Path, help="also draw 16 prompts, and their images in another order")
+    parser.add_argument("--output", type=Path, help="measure, and write this JSON")
+    parser.add_argument("--sheet", type=Path, help="draw some of the images into this file")
+    parser.add_argument(
+        "--quiz", type=Path, help="draw 16 prompts, and their images in another order; print the answer"
+    )
     arguments = parser.parse_args()
+    if not (arguments.output or arguments.sheet or arguments.quiz):
+        parser.error("name a file for --output, --sheet or --quiz")
     folder = arguments.folder or emoji_folder()
     images = arguments.images or folder / "pictures.zip"
     adapter = arguments.adapter or folder / "adapter.safetensors"
@@ -206,10 +211,11 @@ def main() -> None:
             drawn, solution = draw_quiz(base_model, shown, held_out, arguments.seed)
             drawn.save(arguments.quiz)
             print(solution)
-    result = measure(folder, adapter, images, arguments.prompts, arguments.seed)
-    text = json.dumps(result, indent=2) + "\n"
-    arguments.output.write_text(text, encoding="utf-8")
-    print(text)
+    if arguments.output:
+        result = measure(folder, adapter, images, arguments.prompts, arguments.seed)
+        text = json.dumps(result, indent=2) + "\n"
+        arguments.output.write_text(text, encoding="utf-8")
+        print(text)
 
 
 if __name__ == "__main__":
