@@ -116,15 +116,21 @@ def resolve_branches(
     return tuple(branches)
 
 
-def source_rows(declared: Sequence[int], chunks: Sequence[int], before: int, batch: int) -> list[int]:
+def source_rows(declared: Sequence[int], chunks: Sequence[int], before: int, batch: int, copies: int = 1) -> list[int]:
     """Maps each row of a batch that regional prompts have enlarged to its row in the original batch.
 
     `chunks` has the cond of each chunk of the original batch, of `before` rows; `declared` that of each chunk of the
-    enlarged one, of `batch` rows, which repeats them.
+    enlarged one, of `batch` rows, which repeats them. `copies`: of the chunks in the original batch.
 
-    Raises AdapterError when the batch does not divide into its chunks, or one of them is not in the original batch.
+    Raises AdapterError when the batch does not divide into its chunks, one of them is not in the original batch, or
+    that has several copies, whose order in the enlarged one is not known.
     """
     rows = rows_each(len(declared), batch)
+    if copies > 1:
+        raise AdapterError(
+            "One node samples several tiles in a batch, another one changes the batch inside a layer. Set the batch of "
+            "tiles to 1."
+        )
     if not set(declared) <= set(chunks):
         raise AdapterError(
             f"Another node made conditionings {list(declared)} of {list(chunks)} inside a layer. Connect it after the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,14 @@ def crop_mask(mask: Tensor, size: tuple[int, int], corner: tuple[int, int], area
     """
     (top, left), (height, width) = corner, area
     return _resized(mask, size)[:, 0, top : top + height, left : left + width]
+
+
+def select_mask(mask: Tensor, size: tuple[int, int], dim: int, indices: Sequence[int]) -> Tensor:
+    """Some rows (dim 2) or columns (dim 3), by `indices`, of a mask [B or 1, height, width] over a latent of `size`.
+
+    Raises AdapterError as `resize_mask` does.
+    """
+    return _resized(mask, size)[:, 0].index_select(dim - 1, torch.tensor(indices, device=mask.device))
 
 
 def _resized(mask: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..ipadapter_core import KeyValue, WeightSchedule, resize_mask
+from ..ipadapter_core import AdapterError, KeyValue, WeightSchedule, resize_mask
 from ..ipadapter_core.branches import POSITIVE, source_rows
-from ..ipadapter_core.masks import crop_mask
+from ..ipadapter_core.masks import crop_mask, select_mask
 from .run import Call, Grid, Options, Place, declared_chunks, grid_of, read_call, run_of, sigma_of, step_of_run
 
 
@@ -40,7 +40,7 @@ class Step:
         if batch == len(self.rows):
             return key, value, gate
         # Regional prompts enlarge the batch between the wrapper and the layer.
-        sources = source_rows(declared_chunks(options), self.call.chunks, len(self.rows), batch)
+        sources = source_rows(declared_chunks(options), self.call.chunks, len(self.rows), batch, self.call.copies)
         rows = _on(torch.tensor(sources), query.device)
         return (
             key.index_select(0, rows),
@@ -95,7 +95,9 @@ class Application:
         **kwargs: Any,
     ) -> Tensor:
         options = dict(transformer_options or {})
-        call = read_call(options, x)
+        call = read_call(options, x, context=c_crossattn)
+        if self.checked:
+            self.check_call(call, options)
         active = self._is_active(executor.class_obj.model_sampling, t, options)
         factors = self.factors(t, options, call) if active else (0.0,) * len(call.frames)
         options[self.key] = self.step(factors, options, call)
@@ -103,6 +105,25 @@ class Application:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Application:
         return self  # ComfyUI before 0.14 deep-copies what a model holds whenever it is cloned
+
+    def check_call(self, call: Call, options: Options) -> None:
+        """Raises AdapterError when it matters which images, or which part of them, a call has, and the node that makes
+        it does not say so.
+        """
+        masks = 0 if self.attn_mask is None else len(self.attn_mask)
+        over_frames = self.schedule is not None and self.schedule.over == "frames"
+        if not call.known and (self.rows != (1, 1) or masks > 1 or over_frames):
+            raise AdapterError(
+                f"{self.node}: another node calls the model with {len(call.frames)} of {run_of(options).images} "
+                "images, and does not say which. Use one image prompt, mask and weight for all, or leave that node out."
+            )
+        if masks and not call.is_placed:
+            (height, width), (whole_height, whole_width) = call.size, call.whole
+            raise AdapterError(
+                f"{self.node}: another node samples the {whole_width} x {whole_height} latent in parts of {width} x "
+                f"{height}, and does not say where they are. {self.mask_name} needs that: disconnect it, or leave that "
+                "node out (such as Tiled Diffusion)."
+            )
 
     @property
     def is_always_active(self) -> bool:
@@ -150,11 +171,12 @@ class Application:
         """The row of `pairs` for each row of the batch; the last image is used for all remaining frames."""
         positives, negatives = self.rows
         starts = {branch: (0, positives) if branch == POSITIVE else (positives, negatives) for branch in call.branches}
-        return tuple(
+        rows = tuple(
             start + min(frame, count - 1)
             for start, count in (starts[branch] for branch in call.branches)
             for frame in call.frames
         )
+        return rows * call.copies
 
     def _select(self, rows: Sequence[int], device: torch.device) -> dict[Place, KeyValue]:
         """The rows of `pairs` for this call, on the device; each row is copied once."""
@@ -170,7 +192,8 @@ class Application:
     def _gates(self, factors: tuple[float, ...], call: Call) -> dict[Grid, Tensor]:
         # In the dtype of the layers: the latents of the call are still fp32, and the layers would get fp32 back.
         dtype = next(iter(self.pairs.values())).key.dtype
-        scale = _on(torch.tensor(factors * len(call.chunks), dtype=dtype), call.device).reshape(-1, 1, 1)
+        factors = factors * len(call.chunks) * call.copies
+        scale = _on(torch.tensor(factors, dtype=dtype), call.device).reshape(-1, 1, 1)
         return {grid: self._gate(scale, grid, call) for grid in level_grids(call.size)}
 
     def _gate(self, scale: Tensor, grid: Grid, call: Call) -> Tensor:
@@ -180,10 +203,14 @@ class Application:
             return scale.expand(-1, grid[0] * grid[1], -1).contiguous()
         chunks: list[Tensor] = []
         for corner in call.corners:
-            part = mask if corner is None else crop_mask(mask, call.whole, corner, call.size)
+            part = mask
+            if corner is not None:
+                part = crop_mask(mask, call.whole, corner, call.size)
+            elif call.part is not None:
+                part = select_mask(mask, call.whole, *call.part)
             resized = resize_mask(part, grid)
             chunks.append(resized[[min(frame, len(resized) - 1) for frame in call.frames]])
-        return _on(torch.cat(chunks).to(scale.dtype), call.device) * scale
+        return _on(torch.cat(chunks * call.copies).to(scale.dtype), call.device) * scale
 
 
 def step_of(application: Application, options: Options, query: Tensor) -> Step:

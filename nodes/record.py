@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ipadapter_core import AdapterError, WeightLayout, group_indices, image_share
 from ..ipadapter_core.branches import POSITIVE, source_rows
-from .run import Call, Grid, Options, Place, declared_chunks, read_call, run_of, step_of_run
+from .run import Call, Grid, Options, Part, Place, declared_chunks, read_call, run_of, step_of_run
 
 _log = logging.getLogger("ip_adapter_kit")
 
@@ -23,11 +23,14 @@ TEXT = ""  # the key of the attention to the text, beside those of applications
 
 
 class Area(NamedTuple):
-    """The part of the latents that a cond covers: its corner (top, left), its size, and which images."""
+    """The part of the latents that a cond covers: its corner (top, left), its size, and which images; or which rows or
+    columns of them, in a spatial window.
+    """
 
     corner: Grid
     size: Grid
     images: tuple[int, ...]
+    part: Part | None = None
 
 
 class Entry(NamedTuple):
@@ -52,7 +55,7 @@ class Moment:
         """The positive rows of a batch within a layer, where regional prompts may have enlarged it."""
         sources = list(range(self.call.rows))
         if batch != self.call.rows:
-            sources = source_rows(declared_chunks(options), self.call.chunks, self.call.rows, batch)
+            sources = source_rows(declared_chunks(options), self.call.chunks, self.call.rows, batch, self.call.copies)
         for area, rows in self.rows.items():
             # Row i of each chunk is that of image i, so the rows of an area come image by image.
             yield area, [place for place, source in enumerate(sources) if source in rows]
@@ -127,7 +130,8 @@ class Record:
         if step != self.latest:
             self._to_main_memory()
             self.latest = step
-        call, run = read_call(options, x), run_of(options)
+        call, run = read_call(options, x, context=c_crossattn), run_of(options)
+        _check_place(call)
         self.images, self.size = run.images or len(call.frames), call.whole
         options[self.name] = Moment(step, call, _positive_rows(call))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -206,10 +210,15 @@ class Record:
 
     def _canvas(self, entry: Entry, total: Tensor) -> Tensor:
         """The magnitudes of an area within the whole latents, [images, height, width]."""
-        (top, left), (height, width), images = entry.area
+        (top, left), (height, width), images, window = entry.area
         part = F.interpolate(total.reshape(-1, 1, *entry.grid), size=(height, width), mode="bilinear")[:, 0]
         canvas = torch.zeros(self.images, *self.size)
-        canvas[list(images), top : top + height, left : left + width] = part
+        if window is not None:
+            dim, indices = window
+            whole = torch.zeros(len(images), *self.size)
+            canvas[list(images)] = whole.index_copy(dim - 1, torch.tensor(indices), part)
+        else:
+            canvas[list(images), top : top + height, left : left + width] = part
         return canvas
 
 
@@ -225,13 +234,24 @@ def _rest(totals: dict[str, Tensor], keys: tuple[str, ...]) -> Tensor:
 
 
 def _positive_rows(call: Call) -> dict[Area, tuple[int, ...]]:
-    each = len(call.frames)
+    each, chunks = len(call.frames), len(call.chunks)
     rows: dict[Area, tuple[int, ...]] = {}
     for chunk, (branch, corner) in enumerate(zip(call.branches, call.corners, strict=True)):
         if branch == POSITIVE:
-            area = Area(corner or (0, 0), call.size, call.frames)
-            rows[area] = (*rows.get(area, ()), *range(chunk * each, (chunk + 1) * each))
+            area = Area(corner or (0, 0), call.size, call.frames, call.part)
+            starts = ((copy * chunks + chunk) * each for copy in range(call.copies))
+            rows[area] = (*rows.get(area, ()), *(row for start in starts for row in range(start, start + each)))
     return rows
+
+
+def _check_place(call: Call) -> None:
+    """Raises AdapterError when it is not known which part of which images a call has."""
+    if not (call.known and call.is_placed):
+        (height, width), (whole_height, whole_width) = call.size, call.whole
+        raise AdapterError(
+            f"Record Attention Map: another node samples parts ({call.rows} of {width} x {height}) of the "
+            f"{whole_width} x {whole_height} latent, and does not say which. Bypass that node while you look at it."
+        )
 
 
 def _is_range(rows: list[int]) -> bool:

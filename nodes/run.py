@@ -18,6 +18,7 @@ _CACHE_SIZE = 4  # calls: positive and negative in calls of their own, at two si
 
 Options = dict[str, Any]  # ComfyUI's transformer_options, or model_options
 Grid = tuple[int, int]  # (height, width)
+Part = tuple[int, tuple[int, ...]]  # a dimension of the latent, and the indices in it
 Place = tuple[str, int, int]  # ComfyUI's key of an attention layer, such as ("input", 1, 0)
 _T = TypeVar("_T")
 
@@ -56,7 +57,9 @@ class Call:
 
     The batch has one chunk for each cond: `chunks` has their indices in the guider's list, `branches` POSITIVE or
     NEGATIVE, `corners` where their area begins in the latent of size `whole` (None: no area). `frames` are the images
-    of the whole batch that each chunk has.
+    of the whole batch that each chunk has; not `known` if another node calls the model with some of them and does not
+    say which. `copies`: nodes that sample in tiles put several tiles into one batch, all chunks of a tile together.
+    `part`: the rows (dimension 2) or columns (3) of the latent that a spatial context window has.
     """
 
     rows: int
@@ -67,6 +70,15 @@ class Call:
     corners: tuple[Grid | None, ...]
     frames: tuple[int, ...]
     device: torch.device
+    known: bool = True
+    copies: int = 1
+    part: Part | None = None
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the place of this call in the whole latent is known."""
+        areas = any(corner is not None for corner in self.corners)
+        return not areas if self.part is not None else areas or self.size == self.whole
 
 
 def remember(cache: dict[Hashable, _T], key: Hashable, make: Callable[[], _T], size: int) -> _T:
@@ -84,17 +96,23 @@ def run_of(options: Options) -> Run:
     return run if isinstance(run, Run) else Run()
 
 
-def read_call(options: Options, x: Tensor, size: Grid | None = None) -> Call:
-    """The call with these transformer options and this input [B, C, H, W]; in a layer with its query [B, N, C] and the
-    `size` of the latent.
+def read_call(options: Options, x: Tensor, size: Grid | None = None, context: Tensor | None = None) -> Call:
+    """The call with these transformer options, this input [B, C, H, W] and this text `context` [B, T, C]; in a layer
+    with its query [B, N, C] and the `size` of the latent.
 
-    Raises AdapterError when the batch does not divide into the conds.
+    Raises AdapterError when the batch does not divide into the conds, and when the order of its rows is not known.
     """
     run = run_of(options)
     chunks = tuple(options.get("cond_or_uncond") or (0,))
     uuids = options.get("uuids") or ()
     corners = run.corners if len(uuids) == len(chunks) else {}
     size = size or grid_of(x.shape)
+    each = rows_each(len(chunks), x.shape[0])
+    frames = _frames(options, run.images or each)
+    copies = 1
+    if (known := each % len(frames) == 0) and each > len(frames):
+        copies = each // len(frames)
+        _check_copies(context, copies, x.shape[0], len(chunks), len(frames))
     return Call(
         rows=x.shape[0],
         size=size,
@@ -102,8 +120,11 @@ def read_call(options: Options, x: Tensor, size: Grid | None = None) -> Call:
         chunks=chunks,
         branches=resolve_branches(chunks, uuids, run.names),
         corners=tuple(corners.get(uuid) for uuid in uuids) if corners else (None,) * len(chunks),
-        frames=_frames(options, rows_each(len(chunks), x.shape[0])),
+        frames=frames if known else tuple(range(each)),
         device=x.device,
+        known=known,
+        copies=copies,
+        part=_part(options, size, run.size or size),
     )
 
 
@@ -138,12 +159,38 @@ def grid_of(shape: Sequence[int]) -> Grid:
     return int(shape[-2]), int(shape[-1])
 
 
-def _frames(options: Options, count: int) -> tuple[int, ...]:
+def _frames(options: Options, images: int) -> tuple[int, ...]:
     """All images, or the window of them that is sampled now (AnimateDiff, ComfyUI's Context Windows)."""
+    dim, indices = _window(options)
+    frames = (options.get("ad_params") or {}).get("sub_idxs") or (indices if dim == 0 else ())
+    return tuple(frames) or tuple(range(images))
+
+
+def _part(options: Options, size: Grid, whole: Grid) -> Part | None:
+    """The rows or columns of the latent in a spatial window (ComfyUI's Context Windows with dim 2 or 3)."""
+    dim, indices = _window(options)
+    if dim not in (2, 3) or size == whole or len(indices) != size[dim - 2]:
+        return None
+    return dim, indices
+
+
+def _window(options: Options) -> tuple[int | None, tuple[int, ...]]:
+    """The dimension of the latents and the indices in it of ComfyUI's context window."""
     window = options.get("context_window")
-    frames = (options.get("ad_params") or {}).get("sub_idxs")
-    if not frames and getattr(window, "dim", None) == 0:
-        anchor = getattr(window, "causal_anchor_index", None)  # a frame before the window, dropped afterwards
-        before = [] if anchor is None or anchor < 0 else [anchor]
-        frames = [*before, *getattr(window, "index_list", ())]
-    return tuple(frames) if frames and len(frames) == count else tuple(range(count))
+    anchor = getattr(window, "causal_anchor_index", None)  # comes before the window, and is dropped afterwards
+    before = () if anchor is None or anchor < 0 else (anchor,)
+    return getattr(window, "dim", None), (*before, *getattr(window, "index_list", ()))
+
+
+def _check_copies(context: Tensor | None, copies: int, rows: int, chunks: int, images: int) -> None:
+    """Raises AdapterError unless each copy of the batch has the same texts, which tells that its chunks are together.
+
+    A node that samples in tiles (Tiled Diffusion) gives the model several tiles of the batch at once: ABABAB. Were it
+    AAABBB, the texts would differ, and rows of the positive branch would be taken for those of the negative one.
+    """
+    texts = None if context is None or len(context) != rows else context.reshape(copies, -1, *context.shape[1:])
+    if texts is None or not bool((texts == texts[:1]).all()):
+        raise AdapterError(
+            f"Another node calls the model with {rows} rows for {chunks} conditionings of {images} images, and their "
+            "order is not known. Set its batch of tiles to 1, or leave it out."
+        )
