@@ -14,6 +14,7 @@ from .errors import AdapterError
 from .weight_types import LayerWeight
 
 POSITIVE, NEGATIVE = 0, 1
+MOST_REPEATS = 8  # of the images of the larger branch
 
 
 def branch_rows(positives: int, negatives: int, *, one_each: bool, swapped: bool) -> tuple[int, int]:
@@ -22,9 +23,17 @@ def branch_rows(positives: int, negatives: int, *, one_each: bool, swapped: bool
     Joined images are one row per branch. With `one_each` every image has its own row; a single negative image is used
     for all. In `swapped` layers the negative branch gets the positive images.
 
-    Raises AdapterError when there are several negative images, but not as many as positive ones.
+    Raises AdapterError when with `one_each` there are several negative images, but not as many as positive ones, and
+    when joined images have to be repeated more than `MOST_REPEATS` times.
     """
     if not one_each:
+        joined = math.lcm(max(1, positives), max(1, negatives))
+        if joined > MOST_REPEATS * max(positives, negatives):
+            raise AdapterError(
+                f"{positives} images and {negatives} negative images would have to be repeated {joined // positives} "
+                f"and {joined // negatives} times for the same number of tokens. Use as many negative images as "
+                "images, or a single one."
+            )
         return 1, 1
     if negatives not in (1, positives):
         raise AdapterError(

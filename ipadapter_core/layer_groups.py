@@ -20,6 +20,7 @@ LAYER_GROUPS: Mapping[str, Mapping[str, range]] = {
     "style": {"sd15": range(9, 13), "sdxl": range(6, 7)},
     "detail": {"sd15": range(13, 16), "sdxl": range(7, 11)},
 }
+MOST_FACTOR = 10.0  # that a text may name
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def parse_factors(family: str, text: str, name: str = "layers") -> LayerFactors:
     """Factors as "index:factor" separated by commas or newlines, such as "3:2.5, 6:1"; transformers that are not
     listed get 0. `name` is that of the input, for messages.
 
-    Raises AdapterError for what is not such an entry, an index that the family has not, and one that is listed twice.
+    Raises AdapterError for what is not such an entry, an index that the family has not, one that is listed twice, and
+    factors beyond `MOST_FACTOR`.
     """
     count = WEIGHT_LAYOUTS[family].transformers
     given: dict[int, float] = {}
@@ -78,8 +80,15 @@ def parse_factors(family: str, text: str, name: str = "layers") -> LayerFactors:
             )
         if int(index) in given:
             raise AdapterError(f"{where} names transformer {index:g} a second time. Keep one of the two.")
+        check_factor(factor, where)
         given[int(index)] = factor
     return LayerFactors(family, tuple(given.get(index, 0.0) for index in range(count)))
+
+
+def check_factor(factor: float, where: str) -> None:
+    """Raises AdapterError for a factor of a text that is too large: float16 ends at 65,504."""
+    if abs(factor) > MOST_FACTOR:
+        raise AdapterError(f"{where} is too large. Choose numbers from {-MOST_FACTOR:g} to {MOST_FACTOR:g}.")
 
 
 def family_of_layout(layout: WeightLayout) -> str | None:

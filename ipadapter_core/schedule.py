@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .errors import AdapterError
-from .layer_groups import entries
+from .layer_groups import check_factor, entries
 
 Over = Literal["steps", "frames"]
 Timing = Literal["linear", "ease in", "ease out", "ease in-out", "custom"]
@@ -30,7 +30,8 @@ class WeightSchedule:
     """A factor for each of N steps or frames, from `start` up to, not including, `end`.
 
     "custom" uses `weights` one by one. The other timings interpolate through all of them, from the first at `start` to
-    the last at `end` - 1. Before `start` the first weight is used, after `end` the last.
+    the last at `end` - 1. Before `start` the first weight is used, after `end` the last. A single step or frame has the
+    first.
 
     Raises AdapterError for weights that are not finite, all 0, or too few for the timing, and for `end` <= `start`.
     """
@@ -59,6 +60,8 @@ class WeightSchedule:
 
     def factors(self, count: int) -> tuple[float, ...]:
         """The factor of each of `count` steps or frames."""
+        if count == 1:
+            return self.weights[:1]
         end = max(min(self.end, count), self.start + 1)
         return tuple(self._factor(min(index, end - 1), end) for index in range(count))
 
@@ -90,7 +93,7 @@ class WeightSchedule:
 def parse_weights(text: str, name: str = "weights") -> tuple[float, ...]:
     """Numbers separated by commas or newlines. `name` is that of the input, for messages.
 
-    Raises AdapterError for an entry that is no finite number.
+    Raises AdapterError for an entry that is no finite number, or beyond `MOST_FACTOR`.
     """
     weights: list[float] = []
     for place, entry in entries(text):
@@ -100,6 +103,7 @@ def parse_weights(text: str, name: str = "weights") -> tuple[float, ...]:
             weights.append(math.nan)
         if not math.isfinite(weights[-1]):
             raise AdapterError(f"{name}: entry {place}, {entry!r}, is not a number. Write for example 1.0, 0.5, 0.0.")
+        check_factor(weights[-1], f"{name}: entry {place}, {entry!r},")
     return tuple(weights)
 
 

@@ -53,7 +53,7 @@ def tile_image(
 
     `mask` and `fill` as in `crop_image`; tiles where the mask is 0 are left out.
 
-    Raises AdapterError as `crop_image` and `tile_boxes` do.
+    Raises AdapterError as `crop_image` and `tile_boxes` do, and when the mask leaves no tile.
     """
     pixels = rgb_pixels(image, name)
     boxes = tile_boxes(pixels.shape[-2], pixels.shape[-1], tiles)
@@ -66,6 +66,11 @@ def tile_image(
             if seen is None or seen.any():
                 part = image[index : index + 1, rows, columns]
                 made.append(crop_image(part, size, "stretch", mask=seen, fill=fill, name=name))
+    if not made:
+        raise AdapterError(
+            f"All {len(boxes)} tiles of {name} are hidden by the mask, which shows only what lies between them. Set "
+            "tiles to 0, or grow the mask."
+        )
     return torch.cat(made)
 
 

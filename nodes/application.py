@@ -32,7 +32,7 @@ class Step:
 
     def of(self, place: Place, options: Options, query: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [B, H, T, d] for query [B, N, C], and the factor of their attention, [B, N, 1] or None."""
-        (key, value), gate = self.pairs[place], self._gate(options)
+        (key, value), gate = self.pairs[place], self._gate(options, query.shape[1])
         if key.dtype != query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
             gate = None if gate is None else gate.to(query.dtype)
@@ -48,10 +48,15 @@ class Step:
             None if gate is None else gate.index_select(0, rows),
         )
 
-    def _gate(self, options: Options) -> Tensor | None:
+    def _gate(self, options: Options, queries: int) -> Tensor | None:
         if not self.gates:
             return None
         height, width = options["activations_shape"][-2:]
+        if height * width != queries:
+            raise AdapterError(
+                f"A layer has {queries} queries for a grid of {height} x {width}: another node merges them. A mask or "
+                "a Weight Schedule needs each one; leave that node out."
+            )
         if (height, width) in self.gates:
             return self.gates[height, width]
         # A node that shrinks the activations makes grids that no level of the UNet has.

@@ -151,7 +151,12 @@ def _layer_pairs(
         pair = KeyValue(to_k(tokens), to_v(tokens))
         folded = fold_weights(pair, weight, shares, rows, scaling, positives=positives, one_each=one_each)
         if folded is not None and site.block is not None:
-            parts = (part.to(offload_device, dtype) for part in folded)
+            parts = [part.to(offload_device, dtype) for part in folded]
+            if not all(part.isfinite().all() for part in parts):
+                raise AdapterError(
+                    f"The weights of the image prompt, {weight.weight:g} in layer {site.id}, are too large for the "
+                    f"model's {str(dtype).removeprefix('torch.')}. Lower them."
+                )
             pairs[site.block] = KeyValue(*(split_heads(part, site.heads).contiguous() for part in parts))
     return rows, pairs
 

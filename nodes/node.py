@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from numbers import Integral, Real  # NumPy's as well, which other packs put on a wire
 from typing import Any
 
 from comfy_api.latest import io
@@ -64,13 +65,13 @@ def check_value(entry: Any, value: Any) -> None:
             listed = ", ".join(map(str, choices[:_LISTED])) + (", ..." if len(choices) > _LISTED else "")
             raise AdapterError(f"{entry.id} is {str(value)[:80]!r}. Choose one of: {listed}.")
     if entry.io_type in _NUMBERS:
-        sort, types = ("a whole number", int) if entry.io_type == "INT" else ("a number", int | float)
+        sort, types = ("a whole number", Integral) if entry.io_type == "INT" else ("a number", Real)
         if not isinstance(value, types) or not math.isfinite(value) or not _in_range(entry, value):
             low, high = (f"{end:g}" if isinstance(end, int | float) else "any" for end in (entry.min, entry.max))
             raise AdapterError(f"{entry.id} is {str(value)[:80]}. Choose {sort} from {low} to {high}.")
 
 
-def _in_range(entry: Any, value: float) -> bool:
+def _in_range(entry: Any, value: Any) -> bool:
     low = -math.inf if entry.min is None else entry.min
     high = math.inf if entry.max is None else entry.max
     return low <= value <= high

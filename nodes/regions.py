@@ -14,6 +14,7 @@ from ..ipadapter_core.masks import check_attention_mask
 from .install import apply_prompt
 from .layer_weights import model_weights
 from .node import Node
+from .run import REGION
 from .types import ImagePrompt, ImagePromptType, IPAdapterModel, LoadedAdapter, node_schema
 
 REGIONS = 4
@@ -88,7 +89,7 @@ class ImagePromptRegions(Node):
                     needs_negative=negative,
                 )
             if text is not None:
-                region = {"mask": mask, "set_area_to_bounds": False, "mask_strength": 1.0}
+                region = {"mask": mask, "set_area_to_bounds": False, "mask_strength": 1.0, REGION: True}
                 positive = positive + node_helpers.conditioning_set_values(text, region)
         return io.NodeOutput(model, positive)
 

@@ -14,6 +14,7 @@ from ..ipadapter_core import AdapterError, step_at
 from ..ipadapter_core.branches import resolve_branches, rows_each
 
 RUN = "ip_adapter_kit.run"  # the key of the Run in transformer_options
+REGION = "ip_adapter_kit.region"  # marks the conds of Image Prompt Regions
 _CACHE_SIZE = 4  # calls: positive and negative in calls of their own, at two sizes
 
 Options = dict[str, Any]  # ComfyUI's transformer_options, or model_options

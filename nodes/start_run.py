@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.patcher_extension
 import comfy.samplers
+import torch
 from torch import Tensor
 
 from ..ipadapter_core import AdapterError, resize_mask
@@ -17,7 +18,7 @@ from ..ipadapter_core.branches import names_by_uuid
 from .application import Application
 from .graphs import with_own_graphs
 from .patch import SitePatch, refuse_late_patch
-from .run import RUN, Grid, Options, Run, grid_of
+from .run import REGION, RUN, Grid, Options, Run, grid_of
 
 Conds = Mapping[str, list[dict[str, Any]]]
 
@@ -43,7 +44,7 @@ def start_run(
         options = with_own_graphs(model_options, options)
     conds = getattr(guider, "conds", None) or {}
     if conds:
-        guider.conds = conds = _one_name_each(conds)
+        guider.conds = conds = _extend_masks(_one_name_each(conds), len(noise))
     _check_applications(guider, options, sigmas, noise)
     run = Run(names_by_uuid(conds), grid_of(noise.shape), _corners(conds), len(noise), sigmas)
     model_options["transformer_options"] = {**options, RUN: run}
@@ -143,6 +144,20 @@ def _one_name_each(conds: Conds) -> Conds:
         return {**cond, "uuid": uuid.uuid4()} if len(names.get(cond.get("uuid"), ())) > 1 else cond
 
     return {name: items and [with_own_uuid(cond) for cond in items] for name, items in conds.items()}
+
+
+def _extend_masks(conds: Conds, images: int) -> Conds:
+    """ComfyUI repeats the masks of a cond for more images; those of Image Prompt Regions have the last for all further
+    ones, as its image prompts do.
+    """
+
+    def extended(cond: dict[str, Any]) -> dict[str, Any]:
+        mask = cond.get("mask")
+        if REGION not in cond or not isinstance(mask, Tensor) or not 1 < len(mask) < images:
+            return cond
+        return {**cond, "mask": torch.cat([mask, mask[-1:].expand(images - len(mask), *mask.shape[1:])])}
+
+    return {name: items and [extended(cond) for cond in items] for name, items in conds.items()}
 
 
 def _corners(conds: Conds) -> dict[Hashable, Grid]:

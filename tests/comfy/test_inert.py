@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,6 +122,19 @@ def test_a_window_between_two_steps_is_logged(world, caplog):
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers(world, refuse, weight):
     refuse(lambda: world.apply(world.model, world.adapter, world.prompt, weight=weight), f"weight is {weight}")
+
+
+def test_numbers_of_numpy(world):
+    """Other packs put them on a wire."""
+    half = world.sample(world.apply(world.model, world.adapter, world.prompt, weight=0.5))
+    for number in (np.float32(0.5), np.float64(0.5)):
+        assert torch.equal(world.sample(world.apply(world.model, world.adapter, world.prompt, weight=number)), half)
+
+
+def test_weights_beyond_the_precision_of_the_model(pack, world, refuse):
+    model = world.new_model(dtype=torch.float16)
+    prompt = world.new_prompt(world.adapter, weight=1e6)
+    refuse(lambda: world.apply(model, world.adapter, prompt), "are too large for the model's float16. Lower them")
 
 
 def test_weight_zero_switches_off_whatever_else_is_connected(world):

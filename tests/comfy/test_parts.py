@@ -1,4 +1,4 @@
-"""Nodes that call the model with parts of the batch or of the latent: tiles, single images, spatial context windows."""
+"""Nodes that call the model or its layers with parts: tiles, single images, spatial context windows, merged queries."""
 
 from __future__ import annotations
 
@@ -139,3 +139,25 @@ def test_a_map_of_what_is_not_known_is_refused(pack, world):
     model, _ = pack.RecordAttentionMap.execute(patched).args
     with pytest.raises(pack.core.AdapterError, match=r"another node samples parts \(2 of 8 x 16\) of the 16 x 16"):
         world.sample(wrapped(model, tiles()))
+
+
+@pytest.mark.parametrize("options", [{}, {"attn_mask": LEFT}])
+def test_merged_queries(pack, world, options):
+    """A patch of another pack that merges the queries of the cross-attention: only a mask needs each of them."""
+    kept = []
+
+    def merge(query, key, value, _):
+        kept.append(query.shape[1])
+        return query[:, ::2], key, value
+
+    def unmerge(output, _):
+        return output.repeat_interleave(2, 1)[:, : kept.pop()]
+
+    patched = world.apply(world.model, world.adapter, world.prompt, **options)
+    patched.set_model_attn2_patch(merge)
+    patched.set_model_attn2_output_patch(unmerge)
+    if not options:
+        assert world.sample(patched).isfinite().all()
+        return
+    with pytest.raises(pack.core.AdapterError, match="128 queries for a grid of 16 x 16: another node merges them"):
+        world.sample(patched)

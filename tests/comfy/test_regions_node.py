@@ -122,3 +122,18 @@ def test_former_names_of_weight_types(pack):
 def test_what_comes_over_a_wire_into_a_weight(pack, world, regions, value, message):
     with pytest.raises(pack.core.AdapterError, match=message):
         regions(mask_2=LEFT, image_prompt_2=world.prompt, weight_2=value)
+
+
+@pytest.mark.parametrize("batch", [3, 4])
+def test_the_last_mask_is_for_all_further_images(world, regions, batch):
+    """Of the text as of the image prompt; ComfyUI alone repeats the masks of a text, or fails where they do not fit."""
+    masks = torch.cat([LEFT, RIGHT])
+    all_masks = torch.cat([masks, RIGHT.expand(batch - 2, -1, -1)])
+    text, _ = world.conds(seed=43)
+    got, want = (
+        world.sample(model, positive=conditioning, batch=batch)
+        for model, conditioning in (
+            regions(mask_1=given, image_prompt_1=world.prompt, positive_1=text) for given in (masks, all_masks)
+        )
+    )
+    close(got, want)

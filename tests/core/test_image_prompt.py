@@ -183,6 +183,11 @@ def test_one_negative_image_or_one_for_each():
     assert branch_rows(3, 2, one_each=False, swapped=False) == (1, 1)
     with pytest.raises(AdapterError, match=r"3 images, one for each latent, and 2 negative .* or 3\."):
         branch_rows(3, 2, one_each=True, swapped=False)
+    assert branch_rows(16, 1, one_each=False, swapped=False) == branch_rows(5, 8, one_each=False, swapped=False)
+    with pytest.raises(
+        AdapterError, match=r"16 images and 15 negative images would have to be repeated 15 and 16 times"
+    ):
+        branch_rows(16, 15, one_each=False, swapped=False)
 
 
 def test_branches_by_name_and_by_index():

@@ -57,6 +57,7 @@ def test_text(text):
         ("3:nan", "is not index:weight"),
         ("3.5:1", "is not index:weight"),
         ("3:1:2", "is not index:weight"),
+        ("6:1, 3:-1e6", "layers: entry 2, '3:-1e6', is too large. Choose numbers from -10 to 10"),
         ("3:1, 3:0.5", "entry 2, '3:0.5', names transformer 3 a second time"),
     ],
 )

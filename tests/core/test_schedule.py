@@ -42,7 +42,7 @@ def test_custom():
 
 
 def test_one_step_and_one_frame():
-    assert schedule(1.0, 0.2).factors(1) == (0.2,)
+    assert schedule(1.0, 0.2).factors(1) == (1.0,)
     assert schedule(0.4, timing="custom").factors(1) == (0.4,)
     assert schedule(1.0, 0.2, start=5).factors(3) == (1.0, 1.0, 1.0)
 
@@ -89,6 +89,8 @@ def test_text():
     for text in ("1, 2, x", "1, 2, nan", "1, 2, 3:4"):
         with pytest.raises(AdapterError, match="weights: entry 3"):
             parse_weights(text)
+    with pytest.raises(AdapterError, match=r"weights: entry 1, '1e5', is too large. Choose numbers from -10 to 10"):
+        parse_weights("1e5, 1")
 
 
 def test_the_step_of_a_sigma():

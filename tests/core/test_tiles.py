@@ -57,3 +57,10 @@ def test_a_mask_hides_pixels_and_whole_tiles():
     assert len(tiles) == 2
     assert torch.equal(tiles[0, :, :15], image[0, :, :15])
     assert (tiles[:, :, 15:] == torch.tensor([0.0, 0.5, 1.0])).all()
+
+
+def test_a_mask_between_the_tiles_is_refused():
+    image, mask = torch.rand(1, 100, 205, 3), torch.zeros(100, 205)
+    mask[:, 101:104] = 1.0
+    with pytest.raises(AdapterError, match="All 2 tiles of image are hidden by the mask"):
+        tile_image(image, 30, 1, mask=mask)
