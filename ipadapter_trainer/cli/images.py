@@ -64,10 +64,13 @@ def evaluate(context: typer.Context, arguments: Settings = None, *, options: Lis
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Image to write.")] = Path("demo.png"),
+    output: Annotated[
+        Path,
+        typer.Option(help="Image to write; the adapter is saved beside it, as .safetensors. Both replace older ones."),
+    ] = Path("demo.png"),
     adapter: Annotated[str | None, typer.Option(help='Skip the training: "bundled", or an adapter file.')] = None,
     minutes: Annotated[float, typer.Option(min=0.1, callback=finite, help="Training time.")] = 2.0,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed.")] = 0,
 ) -> None:
     """Train an adapter on the bundled emoji model and show its results. Needs no download and no GPU."""
     with user_errors(memory="Close other programs, and try again."):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ipadapter_core.file_types import START, type_of
 
-from ..errors import DataError
+from ..errors import DataError, TrainerError
 from .files import IMAGES, TarMember, fault
 
 Size = tuple[int, int]  # width, height
@@ -36,6 +36,14 @@ _STRIP = 8  # an image that has this many times the target's pixels once it cove
 
 # Pillow warns at half of what it refuses; large photographs are fine.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def check_image_file(path: Path) -> None:
+    """Raises TrainerError for a path that no image can be written to: a folder, or an unknown suffix."""
+    if path.is_dir():
+        raise TrainerError(f"{path}: this is a folder. Give a file name, such as {path / 'image.png'}.")
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise TrainerError(f"{path}: unknown image suffix {path.suffix!r}. Use .png.")
 
 
 class ImageError(ValueError):

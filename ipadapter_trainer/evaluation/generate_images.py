@@ -11,7 +11,7 @@ from torch import Tensor
 from ipadapter_core import AdapterSpec
 
 from ..data.face_embeds import check_face_embed, read_face_embed
-from ..data.images import StoredImage, open_rgb, to_pil_images, why_unreadable
+from ..data.images import StoredImage, check_image_file, open_rgb, to_pil_images, why_unreadable
 from ..errors import DataError, TrainerError
 from ..files.opening import adapter_to_use
 from ..models.base_model import BaseModel, load_base_model
@@ -29,7 +29,7 @@ def generate_files(config: GenerateConfig) -> list[Path]:
     Raises TrainerError for an output without a known image suffix and for prompts that the kind of adapter does not
     take, before the model is loaded; and as loading and generating do.
     """
-    _check_output(config.output)
+    check_image_file(config.output)
     adapter = None if config.adapter is None else adapter_to_use(config.adapter, config.shortcut)
     if adapter is not None:
         _check_prompts(adapter.spec, config)
@@ -94,13 +94,6 @@ def open_face(path: Path, spec: AdapterSpec) -> Tensor:
     if not path.is_file():
         raise DataError(f"{path}: no such face embedding.")
     return check_face_embed(read_face_embed(path), int(spec.face_dim or 0), str(path))[None]
-
-
-def _check_output(output: Path) -> None:
-    if output.is_dir():
-        raise TrainerError(f"{output}: this is a folder. Give a file name, such as {output / 'image.png'}.")
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise TrainerError(f"{output}: unknown image suffix {output.suffix!r}. Use .png.")
 
 
 def _check_prompts(spec: AdapterSpec, config: GenerateConfig) -> None:

@@ -21,6 +21,7 @@ from ipadapter_trainer.demo.batches import draw_batch, encode_emoji
 from ipadapter_trainer.demo.closeness import choose_references
 from ipadapter_trainer.demo.emoji import EmojiImages, to_pixels
 from ipadapter_trainer.demo.run import COLUMNS, ROWS, demo, train_demo_adapter
+from ipadapter_trainer.errors import TrainerError
 from ipadapter_trainer.models.base_model import BaseModel, load_base_model
 from ipadapter_trainer.models.conditioning import TextStates, encode_prompts
 from ipadapter_trainer.models.features import encode_pixels
@@ -224,6 +225,15 @@ def test_demo_with_the_bundled_adapter(
     with Image.open(tmp_path / "demo.png") as image:
         side = 128 + 8
         assert image.size == ((len(COLUMNS) + 1) * side + 8, 28 + ROWS * side)
+
+
+def test_demo_asks_for_an_image_file_before_it_trains(tmp_path: Path) -> None:
+    for output, message in (
+        (tmp_path / "demo.txt", "unknown image suffix '.txt'. Use .png"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(TrainerError, match=message):
+            demo(output, adapter=None, minutes=60.0, seed=0)
 
 
 def test_the_shipped_weights_can_be_trained_further(tmp_path: Path, train_images: EmojiImages) -> None:
