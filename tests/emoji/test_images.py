@@ -18,6 +18,8 @@ from tools.emoji.build import STYLES, build, render, split_of, svg
 from tools.emoji.concepts import CONCEPTS, PROMPT_IMAGES, UNSEEN_CONCEPTS
 from tools.emoji.images import save_prompts
 
+ROOT = Path(__file__).resolve().parents[2]
+
 IMAGES = emoji_folder() / "pictures.zip"
 
 
@@ -91,6 +93,12 @@ def test_the_bundled_images_are_those_of_the_concepts() -> None:
     assert splits == {(concept, style): split_of(concept, style) for concept in every for style in STYLE_NAMES}
     assert len(splits) == len(rows)
     assert all(row["text"] == caption(row["concept"]) for row in rows)
+
+
+def test_the_help_page_lists_the_names_that_the_model_knows() -> None:
+    page = (ROOT / "web" / "docs" / "LoadIPAdapterDemo.md").read_text(encoding="utf-8")
+    listed = " ".join(page.split("## The names it knows")[1].split("##")[0].split())
+    assert listed.rstrip(".").split(", ") == sorted(map(caption, CONCEPTS))
 
 
 def test_the_styles_of_the_captions_are_the_packages() -> None:
