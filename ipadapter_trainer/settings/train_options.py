@@ -167,7 +167,12 @@ class TrainOptions(ModelConfig):
         "steps, with the same results but for rounding. Left out with several GPUs, gradient_checkpointing, compile "
         "and fp16.",
     )
-    seed: int = Field(0, ge=0, description="Seed of the weights, the order of the data, crops, dropout and noise.")
+    seed: int = Field(
+        0,
+        ge=0,
+        le=2**32 - 1,  # NumPy's largest
+        description="Seed of the weights, the order of the data, crops, dropout and noise.",
+    )
 
     # --- Output
     save_every: int = Field(1000, ge=1, description="Steps between checkpoints.")
