@@ -192,7 +192,7 @@ class TrainOptions(ModelConfig):
     )
     sample_images: int = Field(4, ge=0, description="Rows of the sample grid; 0 turns it off.")
     sample_prompt: str = Field("", description="Text prompt for an additional column of the sample grid.")
-    sample_steps: int = Field(20, ge=1, description="DDIM steps of the samples.")
+    sample_steps: int = Field(20, ge=1, le=1000, description="DDIM steps of the samples.")
     export_dtype: Literal["float16", "bfloat16", "float32"] = Field(
         "float16", description="Precision of the exported adapter. Checkpoints are float32."
     )
