@@ -64,6 +64,11 @@ class TrainConfig(TrainOptions):
         dropout = self.text_dropout + self.image_dropout + self.both_dropout
         if dropout > 1:
             yield f"text_dropout + image_dropout + both_dropout is {dropout:g}; their sum must be at most 1"
+        if (without_image := self.image_dropout + self.both_dropout) >= 1:
+            yield (
+                f"image_dropout + both_dropout is {without_image:g}, so the adapter would never see an image prompt; "
+                "their sum must be less than 1"
+            )
 
     def _training_problems(self) -> Iterator[str]:
         if self.steps is None and self.epochs is None:

@@ -43,6 +43,11 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"steps": None}, ["either steps or epochs"]),
         ({"epochs": 2}, ["either steps or epochs"]),
         ({"text_dropout": 0.9, "image_dropout": 0.2}, ["1.15", "at most 1"]),
+        (
+            {"image_dropout": 1, "both_dropout": 0, "text_dropout": 0},
+            ["image_dropout + both_dropout is 1", "less than 1"],
+        ),
+        ({"image_dropout": 0.5, "both_dropout": 0.5, "text_dropout": 0}, ["would never see an image"]),
         ({"data_root": "x"}, ["data_root", "'d'"]),
         ({"data": 3}, ["data = 3", "text"]),
         ({"data": ""}, ["data is missing"]),
