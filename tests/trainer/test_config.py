@@ -62,6 +62,7 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"optimizer": "schedulefree", "ema_decay": 0.9}, ["ema_decay=0", "0.9"]),
         ({"lr_warmup_steps": 10}, ["lr_warmup_steps=10", "steps=10"]),
         ({"buckets": True, "resolution": 32}, ["bucket_step=64", "resolution=32"]),
+        ({"bucket_step": 32}, ["bucket_step=32 has no effect", "buckets=true"]),
         ({"zero_terminal_snr": True, "prediction_type": "epsilon"}, ["v_prediction"]),
     ],
 )
@@ -164,6 +165,11 @@ def test_weights_are_numbers_with_commas(given: object, weights: tuple[float, ..
         (GenerateConfig, {"guidance_scale": -3}, "guidance_scale = -3: expected at least 0."),
         (GenerateConfig, {"prediction_type": "v"}, "prediction_type = 'v': expected 'epsilon' or 'v_prediction'."),
         (GenerateConfig, {"image": "i.png"}, "an image prompt needs an adapter: image is set, adapter is missing."),
+        (
+            GenerateConfig,
+            {"negative_prompt": "blurry", "guidance_scale": 1},
+            "negative_prompt has no effect without guidance, but guidance_scale is 1; raise it above 1, or leave",
+        ),
         (GenerateConfig, {"face_embeds": "f.npy"}, "needs an adapter: face_embeds is set, adapter is missing."),
     ],
 )
