@@ -89,8 +89,10 @@ def read_manifest(folder: Path, settings: Mapping[str, Any]) -> Manifest:
     differences = [
         f"{_CONFIG_KEYS.get(k, k)} was {before[k]!r} and is now {now!r}"
         for k, now in settings.items()
-        if before[k] != now
+        if before[k] != now and k != "data"
     ]
+    if before["data"] != settings["data"] and before["images"] == settings["images"]:
+        differences.append(f"its {settings['images']:,} images had other file names or captions")
     if differences:
         raise CacheError(
             f"{folder} is the cache of other settings: {'; '.join(differences)}. Set them back, or make another with "

@@ -52,6 +52,7 @@ def cache_settings(
         "cache_variants": config.cache_variants if random else 1,
     }
     if base_model is not None:
+        settings["images"] = len(examples)
         settings["data"] = data_fingerprint(config, examples)
         settings["vae"] = base_model.vae_fingerprint()
         settings["text_encoders"] = base_model.text_fingerprint()

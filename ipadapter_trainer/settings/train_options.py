@@ -68,6 +68,7 @@ class TrainOptions(ModelConfig):
     resolution: int = Field(
         512,
         ge=8,
+        le=16384,  # as MAX_SIDE of `generate`
         multiple_of=8,
         description="Side of the training images in pixels; use the native resolution of the base model.",
     )

@@ -37,6 +37,7 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"flip": "perhaps"}, ["flip = 'perhaps'", "true or false"]),
         ({"resolution": 500}, ["resolution = 500", "a multiple of 8"]),
         ({"seed": 2**32}, ["seed = 4294967296", "at most 4294967295"]),
+        ({"resolution": 1_000_000}, ["resolution = 1000000", "at most 16384"]),
         ({"sample_steps": 1001}, ["sample_steps = 1001", "at most 1000"]),
         ({"mixed_precision": "int4"}, ["mixed_precision = 'int4'", "'no'", "'bf16'", "'fp16'"]),
         ({"kind": "faceid2"}, ["kind = 'faceid2'", "'faceid-plusv2'"]),
