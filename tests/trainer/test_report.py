@@ -108,6 +108,7 @@ def test_a_run_without_validation_or_samples_is_reported_too(run: Path) -> None:
 def test_a_sample_that_cannot_be_read_is_left_out(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken = run / "samples" / "step-000000.png"
     broken.write_bytes(b"")
+    (run / "samples" / "step-000000 copy.png").touch()  # a file of the user's
     page = Page(write_report(run, ""))
     assert [title for title in page.images if title.startswith("samples")] == [
         "samples at step 20",
