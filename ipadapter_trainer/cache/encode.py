@@ -16,7 +16,7 @@ from ..data.augmentation import Augmentation, crop_params
 from ..data.dataset import worker_options
 from ..data.examples import Example
 from ..data.from_config import augmentation_from_config
-from ..data.images import StoredImage, why_unreadable
+from ..data.images import StoredImage, file_size, why_unreadable
 from ..data.preprocess import Preprocessor, image_tensors, open_image, reference_tensor, tokenize
 from ..errors import CacheError
 from ..models.base_model import BaseModel
@@ -95,7 +95,8 @@ def encode_shards(
         indices = [(number, row) for row in shard.rows.tolist()]
         batches += [indices[start : start + size] for start in range(0, len(indices), size)]
     preprocessor, augmentation = preprocessor_from_config(config, base_model), augmentation_from_config(config)
-    dataset = RowDataset(shards, cache_rows(settings, examples), preprocessor, augmentation)
+    sources = cache_rows(settings, examples)
+    dataset = RowDataset(shards, sources, preprocessor, augmentation)
     options = worker_options(config.num_workers, pin=base_model.device.type == "cuda")
     loader = DataLoader(dataset, batch_sampler=batches, **options)
     inputs = iter(tqdm(loader, unit="batch", disable=not progress_bar))
@@ -110,13 +111,17 @@ def encode_shards(
             for key, value in _encode(base_model, settings, batch).items():
                 tensors[key][span] = value.to("cpu", tensors[key].dtype)
             reasons += batch["broken"]
+        rows = shard.rows.tolist()
+        if "file_size" in tensors:
+            sizes = [0 if reason else file_size(sources[row]) for row, reason in zip(rows, reasons, strict=True)]
+            tensors["file_size"] = torch.tensor(sizes)
         for key, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise CacheError(
                     f"{key} of {shard.file} has values that are not finite in {str(tensor.dtype)[6:]}: an encoder "
                     "overflows in its precision. Set mixed_precision=no, or check the base model's files."
                 )
-        broken = {row: reason for row, reason in zip(shard.rows.tolist(), reasons, strict=True) if reason}
+        broken = {row: reason for row, reason in zip(rows, reasons, strict=True) if reason}
         yield shard, {**tensors, "row": torch.from_numpy(shard.rows)}, broken
 
 

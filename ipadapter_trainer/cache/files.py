@@ -6,7 +6,8 @@
           images/shard-00000.safetensors         latents_mean and latents_std [n, V, C, h, w], sizes [n, V, 2], and
                                                  image_features of images that are their own reference
 
-`row` [n] of every shard numbers its rows. V are variants: random crops (`cache_variants`), each followed by its mirror
+`row` [n] of every shard numbers its rows. `file_size` [n] are the bytes of the files of images and references, which
+tell when one was replaced. V are variants: random crops (`cache_variants`), each followed by its mirror
 image with `flip`. The metadata of a shard are its settings, and the rows that could not be read.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,19 @@ from ipadapter_core import AdapterError
 from ipadapter_core.file_types import JSON, file_type
 from ipadapter_core.tensors import open_tensors
 
-from ..data.images import Size
+from ..data.images import Size, file_size
 from ..errors import CacheError
 from ..runtime.disk import whole_file
 
-FORMAT = 3
+FORMAT = 4
 SIZES = ("original_size", "crop_coords_top_left", "target_size")
 MANIFEST = "manifest.json"
 _METADATA = "ipadapter.cache"  # a single entry, because safetensors writes several in a random order
 _TAIL = 64  # bytes
 _NEEDED = {
     "captions": {"row", "text_states"},
-    "references": {"row", "image_features"},
-    "images": {"row", "latents_mean", "latents_std", *SIZES},
+    "references": {"row", "file_size", "image_features"},
+    "images": {"row", "file_size", "latents_mean", "latents_std", *SIZES},
 }
 # What decides a setting of the cache, where that is none of the config.
 _CONFIG_KEYS = {"image_feature": "image_feature (kind)", "own_references": "own_references (self_reference > 0)"}
@@ -88,8 +89,10 @@ def read_manifest(folder: Path, settings: Mapping[str, Any]) -> Manifest:
     differences = [
         f"{_CONFIG_KEYS.get(k, k)} was {before[k]!r} and is now {now!r}"
         for k, now in settings.items()
-        if before[k] != now
+        if before[k] != now and k != "data"
     ]
+    if before["data"] != settings["data"] and before["images"] == settings["images"]:
+        differences.append(f"its {settings['images']:,} images had other file names or captions")
     if differences:
         raise CacheError(
             f"{folder} is the cache of other settings: {'; '.join(differences)}. Set them back, or make another with "
@@ -124,6 +127,16 @@ def open_shard(file: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tenso
         f"{file} {problem}. Run `ipadapter cache` with the same settings again: it makes all shards again that are "
         "missing or damaged."
     )
+
+
+def replaced_image(tensors: Mapping[str, Tensor], broken: Mapping[int, str], sources: Sequence[Any]) -> str:
+    """A sentence about an image of a shard whose file had another size when it was encoded; "" if there is none."""
+    if "file_size" not in tensors:  # captions
+        return ""
+    for row, before in zip(tensors["row"].tolist(), tensors["file_size"].tolist(), strict=True):
+        if row not in broken and (now := file_size(sources[row])) != before:
+            return f"{sources[row]} had {before:,} bytes when it was cached and now has {now:,}."
+    return ""
 
 
 def write_shard(

@@ -52,6 +52,7 @@ def cache_settings(
         "cache_variants": config.cache_variants if random else 1,
     }
     if base_model is not None:
+        settings["images"] = len(examples)
         settings["data"] = data_fingerprint(config, examples)
         settings["vae"] = base_model.vae_fingerprint()
         settings["text_encoders"] = base_model.text_fingerprint()
@@ -120,16 +121,17 @@ def plan_shards(
     if (conditions := base_model.meta_conditions(1)) is not None:
         text["text_embeds"] = empty(1, conditions["text_embeds"].shape[-1])
     add("captions", captions, text, square)
+    file_size = {"file_size": empty(dtype=torch.int64)}
     encoded = np.zeros(len(examples), dtype=bool)  # images that are their own references
     if settings["image_feature"] is not None:
         references = np.arange(captions[-1] + 1, len(rows))
-        add("references", references, image_features(settings["reference_crop"] < 1), square)
+        add("references", references, image_features(settings["reference_crop"] < 1) | file_size, square)
         encoded |= [settings["own_references"] or not example.references for example in examples]
     for size, bucket in zip(buckets.sizes, map(np.array, buckets.rows), strict=True):
         count = variants(settings, settings["crop"] == "random")
         shape = (base_model.latent_channels, size[1] // base_model.latent_scale, size[0] // base_model.latent_scale)
         tensors = {key: empty(count, *shape) for key in ("latents_mean", "latents_std")}
-        tensors |= {key: empty(count, 2, dtype=torch.float32) for key in SIZES}  # exact above 2048
+        tensors |= {key: empty(count, 2, dtype=torch.float32) for key in SIZES} | file_size  # exact above 2048
         if encoded.any():
             add("images", bucket[encoded[bucket]], tensors | image_features(random=True), size)
         add("images", bucket[~encoded[bucket]], tensors, size)

@@ -22,7 +22,7 @@ from ..errors import CacheError, DataError
 from ..models.base_model import BaseModel
 from ..models.from_config import preprocessor_from_config
 from ..settings.config import TrainConfig
-from .files import MANIFEST, SIZES, Manifest, open_shard, read_manifest
+from .files import MANIFEST, SIZES, Manifest, open_shard, read_manifest, replaced_image
 from .plan import cache_rows, cache_settings
 from .quantise import unpack_features
 
@@ -32,10 +32,11 @@ _AGAIN = "Run `ipadapter cache` with the same settings again."
 class StoredRows:
     """The tensors of all rows, memory-mapped: only rows that are used are read, and processes share them."""
 
-    def __init__(self, folder: Path, manifest: Manifest, count: int) -> None:
-        """Raises CacheError for shards that are missing or damaged, or that do not hold all of `count` rows; DataError
-        when no image could be read.
+    def __init__(self, folder: Path, manifest: Manifest, sources: Sequence[Any]) -> None:
+        """Raises CacheError for shards that are missing or damaged, or that do not hold all rows of `sources`, and for
+        images of another size than when they were cached; DataError when no image could be read.
         """
+        count = len(sources)
         self._files, self._settings = [folder / file for file in manifest.shards], manifest.settings
         self._mapped: dict[int, dict[str, Tensor]] = {}  # by each process
         self._place = np.full((count, 2), -1, dtype=np.int32)  # shard and position in it, of each row
@@ -46,6 +47,8 @@ class StoredRows:
             rows = tensors["row"].numpy()
             if ((rows < 0) | (rows >= count)).any():
                 raise CacheError(f"{file} has rows of other data. {_AGAIN}")
+            if replaced := replaced_image(tensors, broken, sources):
+                raise CacheError(f"{replaced} {_AGAIN}")
             self._place[rows, 0], self._place[rows, 1] = number, np.arange(len(rows))
             self.broken |= broken
             if "target_size" in tensors:
@@ -78,7 +81,8 @@ class StoredRows:
         tensors = self._mapped[shard]
         if position >= len(tensors["row"]) or tensors["row"][position] != row:
             raise CacheError(f"{self._files[shard]} was made again meanwhile, with other rows. Start this run again.")
-        return {key: tensor[position, variant % tensor.shape[1]] for key, tensor in tensors.items() if key != "row"}
+        stored = {key: tensor for key, tensor in tensors.items() if key not in ("row", "file_size")}
+        return {key: tensor[position, variant % tensor.shape[1]] for key, tensor in stored.items()}
 
 
 class CachedDataset(ImageDataset):
@@ -90,7 +94,7 @@ class CachedDataset(ImageDataset):
     the cached crop, made from the images. No model is loaded.
 
     Raises CacheError for a folder without a complete cache, for one of other data, models or settings (naming every
-    difference), and for shards that are missing or damaged.
+    difference), for shards that are missing or damaged, and for images that were replaced since.
     """
 
     def __init__(self, config: TrainConfig, base_model: BaseModel, examples: Sequence[Example]) -> None:
@@ -100,7 +104,7 @@ class CachedDataset(ImageDataset):
         manifest = read_manifest(folder, cache_settings(config, examples, base_model))
         self.settings = manifest.settings
         sources = cache_rows(self.settings, examples)
-        self.stored = StoredRows(folder, manifest, len(sources))
+        self.stored = StoredRows(folder, manifest, sources)
         self._row_of = {source: row for row, source in enumerate(sources)}  # of captions and references
         # Workers need no tokenizers, which are slow to send.
         preprocessor = replace(preprocessor_from_config(config, base_model), tokenizers=())

@@ -27,7 +27,7 @@ from ..runtime.folder_lock import LOCK, NOTE, Say, lock_folder
 from ..runtime.processes import check_precision, launched_on_cpu
 from ..settings.config import TrainConfig
 from .encode import encode_shards
-from .files import MANIFEST, Manifest, open_shard, read_manifest, write_shard
+from .files import MANIFEST, Manifest, open_shard, read_manifest, replaced_image, write_shard
 from .plan import TABLES, Shard, cache_rows, cache_settings, plan_shards
 from .read import StoredRows
 
@@ -94,7 +94,7 @@ def write_cache(
             write_shard(folder / shard.file, tensors, settings, broken)
         state.wait_for_everyone()
         if state.is_main_process:
-            broken = StoredRows(folder, manifest, len(sources)).broken
+            broken = StoredRows(folder, manifest, sources).broken
             if broken:
                 say(f"Could not be read and are left out: {len(broken):,}, such as {next(iter(broken.values()))}")
             size = show_bytes(sum((folder / file).stat().st_size for file in manifest.shards))
@@ -104,16 +104,16 @@ def write_cache(
 
 
 def _is_written(folder: Path, settings: Mapping[str, Any], shard: Shard, sources: Sequence[Any]) -> bool:
-    """Whether a shard is as planned, and its unreadable images are still unreadable."""
+    """Whether a shard is as planned, its images are the same, and those that are unreadable still are."""
     try:
         tensors, broken = open_shard(folder / shard.file, settings)
     except CacheError:
         return False
     planned = {name: (row.shape, row.dtype) for name, row in shard.tensors.items()}
-    rows = tensors.pop("row").tolist()
-    written = {name: (tensor.shape[1:], tensor.dtype) for name, tensor in tensors.items()}
-    as_planned = rows == shard.rows.tolist() and written == planned
-    return as_planned and not any(is_readable(sources[row]) for row in broken)
+    written = {name: (tensor.shape[1:], tensor.dtype) for name, tensor in tensors.items() if name != "row"}
+    if tensors["row"].tolist() != shard.rows.tolist() or written != planned:
+        return False
+    return not replaced_image(tensors, broken, sources) and not any(is_readable(sources[row]) for row in broken)
 
 
 def _announce(folder: Path, shards: Sequence[Shard], missing: Sequence[Shard], force: bool, say: Say) -> None:

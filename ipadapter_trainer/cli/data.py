@@ -39,8 +39,15 @@ def check(
         from json import dumps
 
         from ..data.check import check_data, is_inside
-        from ..errors import DataError
+        from ..data.lists import LIST_SUFFIXES
+        from ..errors import ConfigError, DataError
 
+        if not path:  # an unset shell variable
+            raise ConfigError("data is missing. Name a folder, a list or shards: `ipadapter data check images`.")
+        if root is not None and Path(path).suffix.lower() not in LIST_SUFFIXES:
+            raise ConfigError(f"--root is for .json, .jsonl and .csv lists, but data is {path!r}. Leave it out.")
+        if sheet is not None and no_sheet:
+            raise ConfigError(f"--sheet {sheet} and --no-sheet exclude each other. Leave one out.")
         target = sheet or Path("sheet.png")
         refused = sheet is None and not no_sheet and is_inside(target, path)
         report = check_data(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..errors import DataError
 from .files import TarMember, read_text
 from .folders import ARCHIVE_SUFFIXES, FolderListing, list_folder
 from .images import StoredImage
-from .lists import LIST_SUFFIXES, METADATA_NAMES, read_list
+from .lists import LIST_SUFFIXES, METADATA_NAMES, misspelt_keys, read_list
 
 _NAMED = 5  # problems in a message
 
@@ -69,7 +70,7 @@ class ScanResult:
     missing: list[str] = field(default_factory=list[str])  # files that a list names, with the line
     unreadable: list[str] = field(default_factory=list[str])  # captions and rows of a list, with the reason
     unused: list[str] = field(default_factory=list[str])  # caption files, with the reason
-    ignored: list[str] = field(default_factory=list[str])  # a sentence for each type of other files
+    ignored: list[str] = field(default_factory=list[str])  # sentences about other files, and misspelt keys of a list
     empty: str = ""  # the error message if there is no example
 
 
@@ -159,7 +160,7 @@ def _scan_folder(folder: Path, root: Path | None) -> ScanResult:
     listing = list_folder(folder)
     if metadata:
         result = _scan_list(metadata[0], root)
-        result.ignored = _not_in_list(result, metadata[0], listing)
+        result.ignored += _not_in_list(result, metadata[0], listing)
         return result
     pairs, unused = listing.pairs()
     result = ScanResult(unused=unused, ignored=listing.ignored())
@@ -202,12 +203,14 @@ def _not_in_list(result: ScanResult, metadata: Path, listing: FolderListing) -> 
 
 def _scan_list(file: Path, root: Path | None) -> ScanResult:
     folder = root if root is not None else file.parent
-    result = ScanResult()
+    image_key = "image_file" if file.suffix.lower() == ".json" else "file_name"
+    result, keys = ScanResult(), Counter[str]()
     for location, values in read_list(file):
         try:
             if isinstance(values, DataError):
                 raise values
-            example = _from_row(values, "image_file" if file.suffix.lower() == ".json" else "file_name", folder)
+            example = _from_row(values, image_key, folder)
+            keys.update(values.keys())
         except DataError as error:
             result.unreadable.append(f"{location}: {error}")
             continue
@@ -216,6 +219,7 @@ def _scan_list(file: Path, root: Path | None) -> ScanResult:
             result.examples.append(example)
         else:
             result.missing.append(f"{missing} ({location})")
+    result.ignored = misspelt_keys(keys)
     count = len(result.missing)
     what = f"none of its {count} images exists, such as {result.missing[0]}" if count else "it is empty"
     result.empty = f"{file}: {what}. File names are relative to {folder}; data_root changes that."

@@ -35,6 +35,7 @@ class FolderListing:
     captions: list[Path] = field(default_factory=list[Path])
     others: list[Path] = field(default_factory=list[Path])
     broken_links: list[Path] = field(default_factory=list[Path])
+    special: list[Path] = field(default_factory=list[Path])  # pipes, sockets and devices
 
     def pairs(self) -> tuple[list[tuple[Path, Path | None]], list[str]]:
         """Each image with its caption file, and the unused caption files, with the reason."""
@@ -68,8 +69,9 @@ class FolderListing:
             name = f"{suffix} {noun}" if suffix else f"{noun} without a suffix"
             advice = f": {_ADVICE_OF[suffix]}" if suffix in _ADVICE_OF else ""
             sentences.append(f"{number:,} {name} {verb} ignored{advice}.")
-        if self.broken_links:
-            sentences.append(f"Broken links: {len(self.broken_links):,}, such as {self.broken_links[0]}.")
+        for what, files in (("Broken links", self.broken_links), ("Pipes, sockets or devices", self.special)):
+            if files:
+                sentences.append(f"{what}: {len(files):,}, such as {files[0]}.")
         return sentences
 
 
@@ -98,15 +100,17 @@ def list_folder(folder: Path) -> FolderListing:
             if not _is_hidden(name) and (not (link := Path(parent, name)).is_symlink() or is_elsewhere(link))
         ]
         for file in (Path(parent, name) for name in names if not _is_hidden(name)):
-            if not file.is_file():
+            if not file.exists():
                 listing.broken_links.append(file)
+            elif not file.is_file():
+                listing.special.append(file)
             elif file.suffix.lower() in IMAGE_SUFFIXES:
                 listing.images.append(file)
             elif file.suffix.lower() in CAPTION_SUFFIXES:
                 listing.captions.append(file)
             else:
                 listing.others.append(file)
-    for files in (listing.images, listing.captions, listing.others, listing.broken_links):
+    for files in (listing.images, listing.captions, listing.others, listing.broken_links, listing.special):
         files.sort()
     return listing
 

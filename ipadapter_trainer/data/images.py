@@ -103,6 +103,13 @@ def _read_end(image: Path | TarMember | IO[bytes], whence: int) -> bytes:
     return image.read(START)
 
 
+def file_size(image: StoredImage) -> int:
+    """Bytes of the file; 0 for an image in memory. Raises OSError."""
+    if isinstance(image, TarMember):
+        return image.size
+    return image.stat().st_size if isinstance(image, Path) else 0
+
+
 def is_readable(image: ImageSource) -> bool:
     """Whether an image can be opened and decoded."""
     try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ LIST_SUFFIXES = (".json", ".jsonl", ".csv")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")  # the list of a folder
 _REQUIRED_COLUMNS = ("file_name", "text")
 _INTEGER_COLUMNS = ("width", "height")
+_KEYS = ("text", "reference", "id_embed_file", *_INTEGER_COLUMNS)  # besides that of the image
 
 
 def read_list(file: Path) -> Iterator[tuple[str, Any]]:
@@ -27,6 +29,17 @@ def read_list(file: Path) -> Iterator[tuple[str, Any]]:
     if text.strip():
         read = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}[file.suffix.lower()]
         yield from read(text, file)
+
+
+def misspelt_keys(keys: Mapping[str, int]) -> list[str]:
+    """A sentence for each key that is not read but nearly one that is. `keys` are those of all rows, with their number
+    of rows.
+    """
+    sentences: list[str] = []
+    for key in keys.keys() - set(_KEYS):
+        if near := difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.85):  # "weight" is no "height"
+            sentences.append(f"The key {key!r} is ignored (rows: {keys[key]:,}). Did you mean {near[0]!r}?")
+    return sorted(sentences)
 
 
 def _read_json(text: str, file: Path) -> Iterator[tuple[str, Any]]:

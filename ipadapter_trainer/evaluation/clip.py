@@ -27,7 +27,7 @@ CLIP_SCORE_SCALE = 2.5
 _CHUNK = 64  # texts or images at once
 _SOURCE = "its page; the paper's is https://huggingface.co/openai/clip-vit-large-patch14"
 _WHAT = (
-    "--clip takes a folder or Hub id of a whole CLIP (transformers' CLIPModel: both encoders, their projections and "
+    "clip takes a folder or Hub id of a whole CLIP (transformers' CLIPModel: both encoders, their projections and "
     "the tokenizer). The paper's: openai/clip-vit-large-patch14 (`ipadapter models clip-vit-large-patch14 --download`)."
 )
 
@@ -95,16 +95,16 @@ def load_clip(folder: Path | None, device: torch.device | str = "cpu") -> ClipMo
     CLIP; BaseModelError for damaged files and missing weights.
     """
     if folder is None:
-        raise EvaluationError(f"--clip is missing. {_WHAT}")
+        raise EvaluationError(f"clip is missing. {_WHAT}")
     refuse_missing(folder)
     folder = find_model(folder)
     if not (folder / "config.json").is_file():
         what = "no config.json in it" if folder.is_dir() else "no such folder"
-        raise EvaluationError(f"--clip {folder}: {what}. {_WHAT}")
+        raise EvaluationError(f"clip={folder}: {what}. {_WHAT}")
     found = read_json(folder / "config.json", _SOURCE).get("model_type")
     if found != "clip":
         half = {"clip_vision_model": ", its vision half alone", "clip_text_model": ", its text half alone"}
-        raise EvaluationError(f"--clip {folder}: holds a {found!r}{half.get(str(found), '')}, expected 'clip'. {_WHAT}")
+        raise EvaluationError(f"clip={folder}: holds a {found!r}{half.get(str(found), '')}, expected 'clip'. {_WHAT}")
     model = load_part(CLIPModel, folder, _SOURCE)
     tokenizer = load_tokenizer(folder, int(model.config.text_config.vocab_size), _SOURCE)
     return ClipModel(model, tokenizer, ImageEncoder(folder), torch.device(device))

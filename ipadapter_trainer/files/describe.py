@@ -1,4 +1,4 @@
-"""`ipadapter inspect`: an adapter file, described from its header."""
+"""`ipadapter inspect`: an adapter file, described from its header after its weights were checked."""
 
 from __future__ import annotations
 
@@ -78,18 +78,23 @@ class Description:
 
 
 def describe(path: Path) -> Description:
-    """Describe the adapter at `path`, a file or a folder, see `opening.adapter_files`; weights are not read.
+    """Describe the adapter at `path`, a file or a folder, see `opening.adapter_files`.
 
-    Raises AdapterError for another file, saying what it is; ExportError for a folder without an adapter.
+    Raises AdapterError for another file, saying what it is, and for weights that no host can use, such as NaN;
+    ExportError for a folder without an adapter.
     """
     checkpoint = open_checkpoint(path)
     files = adapter_files(path)
     parts = (checkpoint.image_proj, checkpoint.ip_adapter)
+    spec = infer_spec(checkpoint)
+    for part in parts:
+        for _ in part.values():  # a weight is checked when it is read
+            pass
     return Description(
         file=str(files[0] if len(files) == 1 else path),
         bytes=sum(file.stat().st_size for file in files),
         layout=checkpoint.layout,
-        spec=infer_spec(checkpoint),
+        spec=spec,
         parameters=sum(math.prod(shape) for part in parts for shape in part.shapes.values()),
         dtypes=tuple(sorted({str(d).removeprefix("torch.") for part in parts for d in part.dtypes.values()})),
         metadata=checkpoint.metadata,

@@ -41,6 +41,16 @@ def checkpoint_folders(output: Path) -> list[Path]:
     return sorted((folder for folder in complete if _CHECKPOINT.fullmatch(folder.name)), key=step_of)
 
 
+def incomplete_checkpoints(output: Path) -> list[tuple[Path, str]]:
+    """Checkpoints in a training's output folder that lack one of their two files, and its name; oldest first."""
+    found: list[tuple[Path, str]] = []
+    for folder in output.glob("checkpoint-*"):
+        missing = [name for name in (ADAPTER_FILE, STATE_FILE) if not (folder / name).is_file()]
+        if _CHECKPOINT.fullmatch(folder.name) and len(missing) == 1:
+            found.append((folder, missing[0]))
+    return sorted(found, key=lambda checkpoint: step_of(checkpoint[0]))
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint folder."""
     return int(checkpoint.name.rpartition("-")[2])

@@ -244,6 +244,11 @@ def load_base_model(
     path = find_model(path)
     if path.suffix == ".safetensors" and path.is_file():
         config = read_single_file(path, base_config, prediction_type)
+    elif base_config is not None:
+        raise BaseModelError(
+            f"base_config={base_config} is for a single-file base model, but {path} is a folder with configs of its "
+            "own. Leave base_config out."
+        )
     else:
         config = read_folder(path, prediction_type)
     encoder = find_image_encoder(config.folder, image_encoder, needs_image_encoder)

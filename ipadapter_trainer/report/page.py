@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import io
+import logging
 from pathlib import Path
 
 from PIL import Image
 
+from ..data.images import why_unreadable
 from .curves import CHARTS, Chart, Lines, draw
 from .run_files import CONFIG_FILE, read_run, replace_text, sample_files
 from .verdict import read_verdict
@@ -25,6 +27,8 @@ figcaption small { display: block; opacity: .7 }
 img { max-width: 100%; background: white; border-radius: .4rem } figure img { width: 100% }
 .verdict { border-left: .3rem solid #3a7; padding: .2rem 1rem } .doubt { border-color: #c83 }
 """
+
+log = logging.getLogger(__name__)
 
 
 def write_report(output: Path, summary: str) -> Path:
@@ -72,10 +76,16 @@ def _samples(output: Path) -> list[str]:
     if not files:
         return []
     chosen = [files[i] for i in sorted({0, len(files) // 2, len(files) - 1})]
-    grids = (
-        f"<h3>Step {step:,}</h3>{_image(_as_jpeg(file), f'samples at step {step:,}', 'jpeg')}" for step, file in chosen
-    )
-    return ["<h2>Samples: held-out images, the same noise each time</h2>", *grids]
+    return ["<h2>Samples: held-out images, the same noise each time</h2>", *(_grid(*sample) for sample in chosen)]
+
+
+def _grid(step: int, file: Path) -> str:
+    try:
+        grid = _image(_as_jpeg(file), f"samples at step {step:,}", "jpeg")
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        log.warning("%s: left out of the report (%s).", file, why_unreadable(error))
+        grid = f"<p>{html.escape(file.name)} cannot be read.</p>"
+    return f"<h3>Step {step:,}</h3>{grid}"
 
 
 def _as_jpeg(file: Path) -> bytes:

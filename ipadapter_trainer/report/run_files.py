@@ -65,8 +65,8 @@ def read_log(output: Path) -> tuple[list[dict[str, float]], list[dict[str, float
 
 def sample_files(output: Path) -> dict[int, Path]:
     """The grids of samples of a run, by step in rising order."""
-    found = {int(file.stem.removeprefix("step-")): file for file in (output / SAMPLES).glob("step-[0-9]*.png")}
-    return dict(sorted(found.items()))
+    steps = {file.stem.removeprefix("step-"): file for file in (output / SAMPLES).glob("step-*.png")}
+    return dict(sorted((int(step), file) for step, file in steps.items() if step.isdecimal()))
 
 
 def image_file(output: Path, name: str, step: int) -> Path:

@@ -61,9 +61,16 @@ class TrainConfig(TrainOptions):
             yield f"face_embeds is for the faceid and portrait kinds, but kind is {self.kind!r}"
         if self.buckets and self.bucket_step > self.resolution:
             yield f"bucket_step={self.bucket_step} is larger than resolution={self.resolution}; lower it"
+        if not self.buckets and self.bucket_step != type(self).model_fields["bucket_step"].default:
+            yield f"bucket_step={self.bucket_step} has no effect without buckets; set buckets=true, or leave it out"
         dropout = self.text_dropout + self.image_dropout + self.both_dropout
         if dropout > 1:
             yield f"text_dropout + image_dropout + both_dropout is {dropout:g}; their sum must be at most 1"
+        if (without_image := self.image_dropout + self.both_dropout) >= 1:
+            yield (
+                f"image_dropout + both_dropout is {without_image:g}, so the adapter would never see an image prompt; "
+                "their sum must be less than 1"
+            )
 
     def _training_problems(self) -> Iterator[str]:
         if self.steps is None and self.epochs is None:

@@ -113,7 +113,7 @@ def _allowed(field: FieldInfo) -> str:
         *others, last = get_args(kind)
         return f"{', '.join(others)} or {last}"
     limits = [
-        f"{word} {getattr(rule, name):g}"
+        f"{word} {getattr(rule, name):.10g}"
         for rule in field.metadata
         for name, word in _LIMITS.items()
         if getattr(rule, name, None) is not None
@@ -136,7 +136,7 @@ def _problem(model: type[Config], error: dict[str, Any]) -> str:
     if kind == "literal_error":
         expected = context["expected"]
     elif (name := next(iter(context), None)) in _LIMITS:
-        expected = f"{_LIMITS[name]} {context[name]:g}"
+        expected = f"{_LIMITS[name]} {context[name]:.10g}"
     else:
         expected = _EXPECTED.get(kind.split("_", maxsplit=1)[0], str(error["msg"]))
     return f"{key} = {error['input']!r}: expected {expected}"

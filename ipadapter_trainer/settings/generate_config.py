@@ -49,7 +49,12 @@ class GenerateConfig(ModelConfig):
     output: Path = Field(description="Image file to write; with num_images above 1, -1, -2, ... is added to its name.")
 
     def problems(self) -> Iterable[str]:
-        """An image prompt without an adapter."""
+        """An image prompt without an adapter, a negative prompt without guidance."""
         if self.adapter is None and (self.image is not None or self.face_embeds is not None):
             given = "image" if self.image is not None else "face_embeds"
             yield f"an image prompt needs an adapter: {given} is set, adapter is missing"
+        if self.negative_prompt and self.guidance_scale <= 1:
+            yield (
+                f"negative_prompt has no effect without guidance, but guidance_scale is {self.guidance_scale:g}; raise "
+                "it above 1, or leave negative_prompt out"
+            )

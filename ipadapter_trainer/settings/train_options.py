@@ -68,6 +68,7 @@ class TrainOptions(ModelConfig):
     resolution: int = Field(
         512,
         ge=8,
+        le=16384,  # as MAX_SIDE of `generate`
         multiple_of=8,
         description="Side of the training images in pixels; use the native resolution of the base model.",
     )
@@ -167,7 +168,12 @@ class TrainOptions(ModelConfig):
         "steps, with the same results but for rounding. Left out with several GPUs, gradient_checkpointing, compile "
         "and fp16.",
     )
-    seed: int = Field(0, ge=0, description="Seed of the weights, the order of the data, crops, dropout and noise.")
+    seed: int = Field(
+        0,
+        ge=0,
+        le=2**32 - 1,  # NumPy's largest
+        description="Seed of the weights, the order of the data, crops, dropout and noise.",
+    )
 
     # --- Output
     save_every: int = Field(1000, ge=1, description="Steps between checkpoints.")
@@ -187,7 +193,7 @@ class TrainOptions(ModelConfig):
     )
     sample_images: int = Field(4, ge=0, description="Rows of the sample grid; 0 turns it off.")
     sample_prompt: str = Field("", description="Text prompt for an additional column of the sample grid.")
-    sample_steps: int = Field(20, ge=1, description="DDIM steps of the samples.")
+    sample_steps: int = Field(20, ge=1, le=1000, description="DDIM steps of the samples.")
     export_dtype: Literal["float16", "bfloat16", "float32"] = Field(
         "float16", description="Precision of the exported adapter. Checkpoints are float32."
     )

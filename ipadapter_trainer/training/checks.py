@@ -98,6 +98,11 @@ def check_training(config: TrainConfig) -> Checked:
     else:
         images_per_step = images_per_batch * config.gradient_accumulation_steps
         warnings = plan_warnings(config, data.size, data.held_out_images, steps, images_per_step)
+    if config.self_reference and data.examples and not any(example.references for example in data.examples):
+        warnings.append(
+            f"self_reference={config.self_reference:g} has no effect: no row has a reference, so each image already is "
+            "its own prompt"
+        )
     if broken:
         shown = f"{'; '.join(broken[:3])}{' and more' if len(broken) > 3 else ''}"
         warnings.append(f"of {tried:,} images that were tried, {len(broken)} cannot be read: {shown}")

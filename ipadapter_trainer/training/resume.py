@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files.opening import checkpoint_folders, step_of
+from ..files.opening import ADAPTER_FILE, STATE_FILE, checkpoint_folders, incomplete_checkpoints, step_of
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
 from .new_adapter import adapter_spec
@@ -59,9 +59,11 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     """The newest checkpoint in `output`; if there is none, the one that `resume` names. So rerunning a command resumes
     its own run, and a run that starts from an older checkpoint needs another output than the later checkpoints.
 
-    Raises CheckpointError when the named one does not exist or must not be used.
+    Raises CheckpointError when the named one does not exist or must not be used, and when a later one in `output` is
+    incomplete.
     """
     folders, chosen = checkpoint_folders(config.output), config.resume
+    _refuse_incomplete(config.output, folders)
     if isinstance(chosen, bool):
         if folders and not chosen:
             raise CheckpointError(
@@ -86,6 +88,18 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
             f"{config.output} holds {folders[-1].name}, which is not later than resume={chosen}. Choose another output."
         )
     return folders[-1] if folders else chosen
+
+
+def _refuse_incomplete(output: Path, complete: Sequence[Path]) -> None:
+    """A training would do the steps of such a checkpoint again, and then take its place."""
+    done = step_of(complete[-1]) if complete else -1
+    for folder, missing in incomplete_checkpoints(output):
+        if step_of(folder) > done:
+            instead = f"resume from {complete[-1].name}" if complete else "start again"
+            weights = f"; or choose another output with {_from_weights(folder)}" if missing == STATE_FILE else ""
+            raise CheckpointError(
+                f"{folder}: {missing} is missing, so it cannot be resumed. Move it away to {instead}{weights}."
+            )
 
 
 def nothing_to_do(config: TrainConfig, checkpoint: Path, done: int, steps: int) -> str:
@@ -133,7 +147,7 @@ def changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, 
 
     Raises CheckpointError for differences that cannot be resumed from, naming both values and what to do.
     """
-    initial = f"init_from={folder / 'adapter.safetensors'}, which starts a new run from its weights"
+    initial = _from_weights(folder)
     if not before:
         unknown = "an earlier version wrote it, so its settings cannot be compared with those of this run"
         if not accept:
@@ -155,6 +169,10 @@ def changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, 
             "resume with the change, keeping the weights, the optimizer and the step count; or choose another output."
         )
     return [*data, *free]
+
+
+def _from_weights(folder: Path) -> str:
+    return f"init_from={folder / ADAPTER_FILE}, which starts a new run from its weights"
 
 
 def _differences(names: tuple[str, ...], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

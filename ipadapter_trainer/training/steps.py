@@ -103,8 +103,8 @@ def train_steps(
             overflows += 1
             if overflows == MAX_OVERFLOWS:
                 raise DivergedError(
-                    f"The gradients overflowed in float16 {overflows} times in a row after step {step}. Resume with "
-                    "mixed_precision=bf16 or no, or from an earlier checkpoint with a lower learning_rate."
+                    f"The gradients overflowed in float16 {overflows} times in a row after step {step}. Run it again "
+                    "with mixed_precision=bf16 or no, or with a lower learning_rate."
                 )
         else:
             if schedule is not None:
@@ -119,7 +119,7 @@ def check_loss(step: int, loss: float) -> float:
     """Return the loss. Raises DivergedError if it is not finite."""
     if not math.isfinite(loss):
         raise DivergedError(
-            f"The loss is {loss} at step {step}: the training diverged. Resume from an earlier checkpoint with a "
-            "lower learning_rate."
+            f"The loss is {loss} at step {step}: the training diverged. Run it again with a lower learning_rate; it "
+            "starts from the last checkpoint, if there is one."
         )
     return loss

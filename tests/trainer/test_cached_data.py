@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from itertools import islice
 from pathlib import Path
@@ -327,8 +328,30 @@ def test_other_data_are_refused(many: dict[str, Any], base_model: BaseModel) -> 
     write_cache(make_config(many))
     file = Path(many["data"]) / "metadata.jsonl"
     file.write_text(file.read_text().replace("a red square", "a big red square"))
-    with pytest.raises(CacheError, match=r"data was '[0-9a-f]{16}' and is now"):
+    with pytest.raises(CacheError, match=r"settings: its 8 images had other file names or captions\. Set them back"):
         cached(make_config(many), base_model)
+    file.write_text("\n".join(file.read_text().splitlines()[1:]))
+    with pytest.raises(CacheError, match=r"settings: images was 8 and is now 7\. Set them back"):
+        cached(make_config(many), base_model)
+
+
+@pytest.mark.parametrize("name", ["3.png", "faces/2.png"])
+def test_a_replaced_image_is_named_and_encoded_again(many: dict[str, Any], name: str, base_model: BaseModel) -> None:
+    config = make_config({**many, "kind": "plus"})
+    file, count = Path(many["data"]) / name, len(examples_from_config(config))
+    write_cache(config)
+    before = file.stat().st_size
+    os.utime(file, (0, 0))  # as a copy on another machine
+    assert len(cached(config, base_model)) == count
+    Image.new("RGB", Image.open(file).size).save(file)
+    now = f"had {before:,} bytes when it was cached and now has {file.stat().st_size:,}"
+    with pytest.raises(CacheError, match=rf"^{file} {now}\. Run `ipadapter cache` with the same settings again\."):
+        cached(config, base_model)
+    drawn = batches(uncached(config, base_model), config)
+    write_cache(config)
+    expected, found = (features(config, base_model, b) for b in (drawn, batches(cached(config, base_model), config)))
+    torch.testing.assert_close(found.latents, expected.latents, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found.image_features[0], expected.image_features[0], atol=2e-3, rtol=1e-3)
 
 
 def test_what_does_not_matter_is_no_difference(many: dict[str, Any], base_model: BaseModel) -> None:
@@ -366,8 +389,8 @@ def test_damaged_caches_are_refused(many: dict[str, Any], base_model: BaseModel)
     manifest.write_text(text[:-20])
     with pytest.raises(CacheError, match=r"manifest.json: not a cache's manifest"):
         cached(config, base_model)
-    manifest.write_text(text.replace('"format": 3', '"format": 7'))
-    with pytest.raises(CacheError, match="a cache of format 7, this version reads 3"):
+    manifest.write_text(text.replace('"format": 4', '"format": 7'))
+    with pytest.raises(CacheError, match="a cache of format 7, this version reads 4"):
         cached(config, base_model)
 
 

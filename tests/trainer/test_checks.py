@@ -128,6 +128,14 @@ def test_images_are_tried_as_a_step_would_make_them(settings: dict[str, Any]) ->
     assert any("cannot be read: " in line and "red.png" in line for line in warnings)
 
 
+def test_self_reference_is_for_rows_with_a_reference(settings: dict[str, Any]) -> None:
+    words = "self_reference=0.2 has no effect: no row has a reference, so each image already is its own prompt"
+    assert words in check_training(make_config({**settings, "self_reference": 0.2})).warnings
+    row = '{"file_name": "red.png", "text": "a", "reference": "blue.png"}'
+    (Path(settings["data"]) / "metadata.jsonl").write_text(row)
+    assert words not in check_training(make_config({**settings, "self_reference": 0.2})).warnings
+
+
 def test_a_stream_of_shards_is_tried(settings: dict[str, Any], tmp_path: Path) -> None:
     checked = check_training(make_config({**settings, "data": str(shard(tmp_path))}))
     assert checked.data.try_images() == (4, [])

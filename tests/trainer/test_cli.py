@@ -320,6 +320,12 @@ def test_inspect(adapter_file: Path, images: Path) -> None:
         code, _, err = ipadapter("inspect", wrong)
         assert code == 2
         assert str(wrong) in err
+    weights = load_file(adapter_file)
+    weights["ip_adapter.1.to_v_ip.weight"][-1, -1] = float("nan")
+    save_file(weights, adapter_file)
+    code, out, err = ipadapter("inspect", adapter_file)
+    assert (code, out) == (2, "")
+    assert f"{adapter_file}: the tensor 1.to_v_ip.weight holds NaN or infinity." in err
 
 
 def test_inspect_and_the_loader_agree_on_other_adapters(adapter_file: Path, tmp_path: Path) -> None:

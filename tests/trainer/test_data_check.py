@@ -242,6 +242,10 @@ def test_a_clean_data_set_has_no_faults(tmp_path: Path) -> None:
         (("pipe:cat x.tar",), "not by 'pipe'"),
         ((".", "--sheet", "a.xyz"), "unknown image suffix '.xyz'"),
         ((".",), "none of the 1 images can be used"),
+        (("",), "data is missing. Name a folder, a list or shards"),
+        ((".", "--root", "images"), "--root is for .json, .jsonl and .csv lists, but data is '.'. Leave it out."),
+        (("a-{0..9}.tar", "--root", "images"), "lists, but data is 'a-{0..9}.tar'. Leave it out."),
+        ((".", "--sheet", "s.png", "--no-sheet"), "--sheet s.png and --no-sheet exclude each other. Leave one out."),
     ],
 )
 def test_what_cannot_be_checked_is_one_line(

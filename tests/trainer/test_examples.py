@@ -91,6 +91,23 @@ def test_rows_with_missing_files_are_reported(images: Path, caplog: pytest.LogCa
     assert "absent.png" in caplog.text and "line 2" in caplog.text
 
 
+def test_misspelt_keys_are_named(images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    others = {"weight": 1, "tags": [], "source": "web", "image_file": "a.png", "label": "a"}
+    write_rows(
+        images / "metadata.jsonl",
+        {"file_name": "red.png", "text": "one", "Reference": "blue.png", "id_embed_files": "a.npy"},
+        {"file_name": "blue.png", "text": "two", "Reference": "red.png", **others},
+        {"file_name": "teal.png", "text": "three", "reference": "red.png", "referense": "blue.png"},
+    )
+    find_examples(images)
+    assert (
+        "The key 'Reference' is ignored (rows: 2). Did you mean 'reference'? "
+        "The key 'id_embed_files' is ignored (rows: 1). Did you mean 'id_embed_file'? "
+        "The key 'referense' is ignored (rows: 1). Did you mean 'reference'? "
+        "Not in metadata.jsonl"
+    ) in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

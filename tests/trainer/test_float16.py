@@ -159,7 +159,7 @@ def test_overflows_without_end_stop_the_training(
     settings: dict[str, Any], scaling: None, overflowing: Overflowing
 ) -> None:
     overflowing.batches |= set(range(1, 100))
-    with pytest.raises(DivergedError, match=r"overflowed in float16 30 times in a row after step 0\. Resume"):
+    with pytest.raises(DivergedError, match=r"overflowed in float16 30 times in a row after step 0\. Run it again"):
         train(make_config(fp16(settings)))
     assert checkpoint_folders(Path(settings["output"])) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,9 +96,13 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
         (data / name).symlink_to(target, target_is_directory=True)
     for name in ("gone.png", "gone too.png"):
         (data / name).symlink_to("nowhere.png")
+    os.mkfifo(data / "pipe.png")
     found = scan(data)
     assert [example.text for example in found.examples] == ["a linked file", "outside", "inside"]
-    assert found.ignored == [f"Broken links: 2, such as {data / 'gone too.png'}."]
+    assert found.ignored == [
+        f"Broken links: 2, such as {data / 'gone too.png'}.",
+        f"Pipes, sockets or devices: 1, such as {data / 'pipe.png'}.",
+    ]
 
 
 # --- Which are not

@@ -105,6 +105,19 @@ def test_a_run_without_validation_or_samples_is_reported_too(run: Path) -> None:
     assert "There was no validation" in page.text
 
 
+def test_a_sample_that_cannot_be_read_is_left_out(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = run / "samples" / "step-000000.png"
+    broken.write_bytes(b"")
+    (run / "samples" / "step-000000 copy.png").touch()  # a file of the user's
+    page = Page(write_report(run, ""))
+    assert [title for title in page.images if title.startswith("samples")] == [
+        "samples at step 20",
+        "samples at step 30",
+    ]
+    assert "step-000000.png cannot be read." in page.text
+    assert caplog.messages == [f"{broken}: left out of the report (not an image, or of an unknown format)."]
+
+
 A_RUN = r"A run is the output folder of a training, with log\.jsonl, config\.toml and checkpoints in it"
 
 

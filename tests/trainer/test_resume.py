@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from ipadapter_core import load_adapter
 from ipadapter_trainer.errors import CheckpointError, ConfigError
-from ipadapter_trainer.files.opening import ADAPTER_FILE, checkpoint_folders
+from ipadapter_trainer.files.opening import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.files.provenance import IMAGES_SEEN
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import load_config, make_config
@@ -222,6 +222,33 @@ def test_a_damaged_checkpoint_is_named_before_the_start(settings: dict[str, Any]
         with pytest.raises(CheckpointError, match=words):
             train(make_config({**settings, "steps": STEPS + 1}))
         shutil.rmtree(output / name)
+
+
+def test_an_incomplete_checkpoint_is_neither_skipped_nor_written_over(settings: dict[str, Any]) -> None:
+    older, newest = checkpoint_folders(Path(settings["output"]))
+    (older / STATE_FILE).unlink()
+    assert told(settings, steps=STEPS) == [f"Would resume from {newest}."]  # the newest one is whole
+    (newest / STATE_FILE).unlink()
+    shutil.rmtree(older)
+    start = f"init_from={newest / ADAPTER_FILE}, which starts a new run from its weights"
+    for resume in (True, False):
+        with pytest.raises(CheckpointError) as refused:
+            told(settings, resume=resume)
+        assert str(refused.value) == (
+            f"{newest}: training.pt is missing, so it cannot be resumed. Move it away to start again; or choose "
+            f"another output with {start}."
+        )
+    newest.rename(newest.with_name("moved-away"))
+    (newest.with_name(f".unfinished-{newest.name}-0a") / ADAPTER_FILE).mkdir(parents=True)  # of a crash
+    assert told(settings) == []
+
+
+def test_a_checkpoint_without_weights_may_be_moved_away(settings: dict[str, Any]) -> None:
+    older, newest = checkpoint_folders(Path(settings["output"]))
+    (newest / ADAPTER_FILE).unlink()
+    words = f"{newest}: {ADAPTER_FILE} is missing, so it cannot be resumed. Move it away to resume from {older.name}."
+    with pytest.raises(CheckpointError, match=f"^{words}$"):
+        told(settings)
 
 
 def test_a_checkpoint_without_settings_is_resumed_on_request_only(settings: dict[str, Any]) -> None:

@@ -224,6 +224,11 @@ def test_a_config_of_another_family_is_refused(checkpoint: Checkpoint, request: 
         load_base_model(checkpoint.file, base_config=other)
 
 
+def test_configs_beside_a_folder_are_refused(model_folder: Path, sd2_folder: Path) -> None:
+    with pytest.raises(BaseModelError, match=rf"base_config={sd2_folder} is .*, but {model_folder} is a folder"):
+        load_base_model(model_folder, base_config=sd2_folder)
+
+
 def test_an_incomplete_file_is_named_when_it_is_used(
     sd15_state: dict[str, Tensor], model_folder: Path, tmp_path: Path
 ) -> None:
