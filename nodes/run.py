@@ -113,7 +113,8 @@ def read_call(options: Options, x: Tensor, size: Grid | None = None, context: Te
     copies = 1
     if (known := each % len(frames) == 0) and each > len(frames):
         copies = each // len(frames)
-        _check_copies(context, copies, x.shape[0], len(chunks), len(frames))
+        if not _chunks_together(context, copies, x.shape[0], len(chunks), in_parts=size != (run.size or size)):
+            frames, copies = frames * copies, 1
     return Call(
         rows=x.shape[0],
         size=size,
@@ -183,15 +184,21 @@ def _window(options: Options) -> tuple[int | None, tuple[int, ...]]:
     return getattr(window, "dim", None), (*before, *getattr(window, "index_list", ()))
 
 
-def _check_copies(context: Tensor | None, copies: int, rows: int, chunks: int, images: int) -> None:
-    """Raises AdapterError unless each copy of the batch has the same texts, which tells that its chunks are together.
+def _chunks_together(context: Tensor | None, copies: int, rows: int, chunks: int, *, in_parts: bool) -> bool:
+    """Whether a call with several copies of the batch has them one after the other, as nodes that sample in tiles make
+    it (Tiled Diffusion: ABABAB), or all copies of a chunk together, as samplers make it (AAABBB). The texts tell; where
+    all are the same, copies that are parts of the latent are tiles.
 
-    A node that samples in tiles (Tiled Diffusion) gives the model several tiles of the batch at once: ABABAB. Were it
-    AAABBB, the texts would differ, and rows of the positive branch would be taken for those of the negative one.
+    Raises AdapterError for another order.
     """
-    texts = None if context is None or len(context) != rows else context.reshape(copies, -1, *context.shape[1:])
-    if texts is None or not bool((texts == texts[:1]).all()):
-        raise AdapterError(
-            f"Another node calls the model with {rows} rows for {chunks} conditionings of {images} images, and their "
-            "order is not known. Set its batch of tiles to 1, or leave it out."
-        )
+    if context is not None and len(context) == rows:
+        together = context.reshape(copies, -1, *context.shape[1:])
+        apart = context.reshape(chunks, copies, -1, *context.shape[1:])
+        orders = {True: together == together[:1], False: apart == apart[:, :1]}
+        found = [order for order, same in orders.items() if bool(same.all())]
+        if found:
+            return in_parts if len(found) == 2 else found[0]
+    raise AdapterError(
+        f"Another node calls the model with {rows} rows for {chunks} conditionings, {copies} times as many as there "
+        "are images, and their order is not known. Set its batch of tiles to 1, or leave it out."
+    )

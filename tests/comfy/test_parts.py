@@ -11,9 +11,9 @@ LEFT = torch.cat([torch.ones(1, 16, 8), torch.zeros(1, 16, 8)], dim=2)
 CLOSE = {"atol": 1e-3, "rtol": 1e-3}
 
 
-def wrapped(model, parts, at_once=1, mixed=False):
-    """The model, called with `at_once` of the `parts` of its input in a batch: with all rows of a part together, as in
-    Tiled Diffusion, or with all parts of a row.
+def wrapped(model, parts, at_once=1, order=lambda rows: rows):
+    """The model, called with `at_once` of the `parts` of its input in a batch: all rows of a part together, as in Tiled
+    Diffusion, but for another `order` of them.
     """
 
     def call(apply_model, args):
@@ -22,14 +22,12 @@ def wrapped(model, parts, at_once=1, mixed=False):
         for start in range(0, len(parts), at_once):
             some = parts[start : start + at_once]
             pieces = [x[part] for part in some]
-            rows = [torch.arange(len(x))[part[0]] for part in some]
-            order = torch.arange(sum(map(len, pieces)))
-            if mixed:
-                order = order.reshape(len(some), -1).T.flatten()
-            rows = torch.cat(rows)[order]
+            rows = torch.cat([torch.arange(len(x))[part[0]] for part in some])
+            turned = order(torch.arange(len(rows)))
+            rows = rows[turned]
             given = {key: value[rows] if isinstance(value, torch.Tensor) else value for key, value in c.items()}
             out = torch.empty_like(torch.cat(pieces))
-            out[order] = apply_model(torch.cat(pieces)[order], t[rows], **given)
+            out[turned] = apply_model(torch.cat(pieces)[turned], t[rows], **given)
             for part, piece in zip(some, out.split([len(piece) for piece in pieces]), strict=True):
                 made[part] = piece
         return made
@@ -54,10 +52,37 @@ def test_tiles_in_one_batch_are_those_of_single_calls(pack, world, batch):
         assert not torch.allclose(single, world.sample(wrapped(world.model, tiles(4)), batch=batch), atol=0.1)
 
 
+@pytest.mark.parametrize("same_texts", [False, True])
+def test_tiles_by_chunk(world, same_texts):
+    """Where the texts of both branches are the same, only the order of Tiled Diffusion is known of tiles."""
+    patched = world.apply(world.model, world.adapter, world.prompt)
+    positive, negative = world.conds()
+    texts = {"positive": positive, "negative": positive if same_texts else negative}
+    single = world.sample(wrapped(patched, tiles(4)), **texts)
+
+    def by_chunk(rows):
+        return rows.reshape(4, -1).T.flatten()
+
+    order = {} if same_texts else {"order": by_chunk}
+    torch.testing.assert_close(world.sample(wrapped(patched, tiles(4), 4, **order), **texts), single, **CLOSE)
+
+
+def test_copies_of_the_whole_latent(world):
+    """Those of a sampler come chunk by chunk."""
+    whole = [(slice(None),) * 4] * 2
+    for texts in ({}, dict.fromkeys(("positive", "negative"), world.conds()[0])):
+        patched = world.apply(world.model, world.adapter, world.prompt)
+        want = world.sample(patched, **texts)
+        got = world.sample(wrapped(patched, whole, 2, order=lambda rows: rows.reshape(2, -1).T.flatten()), **texts)
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
 def test_tiles_in_another_order_are_refused(pack, world):
     patched = world.apply(world.model, world.adapter, world.prompt)
-    with pytest.raises(pack.core.AdapterError, match=r"8 rows for 2 conditionings of 1 images, and their order"):
-        world.sample(wrapped(patched, tiles(4), 4, mixed=True))
+    with pytest.raises(
+        pack.core.AdapterError, match=r"8 rows for 2 conditionings, 4 times as many .* order is not known"
+    ):
+        world.sample(wrapped(patched, tiles(4), 4, order=lambda rows: torch.tensor([0, 1, 3, 2, 4, 5, 6, 7])))
 
 
 def test_a_mask_over_tiles_is_refused(pack, world):
