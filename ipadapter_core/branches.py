@@ -137,8 +137,8 @@ def source_rows(declared: Sequence[int], chunks: Sequence[int], before: int, bat
     rows = rows_each(len(declared), batch)
     if copies > 1:
         raise AdapterError(
-            "One node samples several tiles in a batch, another one changes the batch inside a layer. Set the batch of "
-            "tiles to 1."
+            f"One node samples {copies} tiles in a batch, another one changes its {before} rows to {batch} inside a "
+            "layer. Set the batch of tiles to 1, or leave one of the nodes out."
         )
     if not set(declared) <= set(chunks):
         raise AdapterError(

@@ -22,7 +22,7 @@ from .check_report import DataReport, ImageInfo, make_report
 from .duplicates import can_hash_images, image_hash
 from .examples import Example, ScanResult, TableEntry, scan
 from .face_embeds import read_face_embed
-from .images import open_rgb, why_unreadable
+from .images import check_image_file, open_rgb, why_unreadable
 from .shard_files import expand_shards, is_shards
 from .tar_samples import stream_samples
 
@@ -48,10 +48,11 @@ def check_data(
     random images with their captions, always the same ones, to the image file `sheet`.
 
     An image is too small when its short side has fewer than `min_side` pixels. Raises DataError for a data set that
-    cannot be found or listed, and for a `sheet` of an unknown type or in the data set; broken images are in the report.
+    cannot be found or listed and for a `sheet` in it, TrainerError for a `sheet` that is no image file; broken images
+    are in the report.
     """
-    if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
-        raise DataError(f"{sheet}: unknown image suffix {sheet.suffix!r} for the samples. Use .png.")
+    if sheet is not None:
+        check_image_file(sheet)
     if sheet is not None and is_inside(sheet, data):
         raise DataError(f"{sheet} would become part of the data set. Choose a folder outside {data}.")
     if is_shards(data):

@@ -15,6 +15,7 @@ from ipadapter_core.branches import (
     names_by_uuid,
     resolve_branches,
     rows_each,
+    source_rows,
 )
 from ipadapter_core.encoders import ImageEncoder, encoder_fits, find_encoder, read_encoder
 from ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, combine_features, crop_image
@@ -176,6 +177,12 @@ def test_swapped_weights_act_in_the_negative_branch_only():
     plain = fold_weights(pair_of(4), LayerWeight(0.5), (1.0,) * 4, rows, positives=3, one_each=True)
     assert rows == (3, 3) and each.key.shape == plain.key.shape == (6, 6, 16)
     assert not each.value[:3].any() and torch.equal(plain.key[3], plain.key[5])
+
+
+def test_tiles_in_a_batch_that_a_layer_enlarges():
+    assert source_rows((0, 1, 0), (0, 1), 4, 6) == [0, 1, 2, 3, 0, 1]
+    with pytest.raises(AdapterError, match=r"samples 2 tiles in a batch, another one changes its 4 rows to 6"):
+        source_rows((0, 1, 0), (0, 1), 4, 6, copies=2)
 
 
 def test_one_negative_image_or_one_for_each():

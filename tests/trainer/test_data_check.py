@@ -241,6 +241,7 @@ def test_a_clean_data_set_has_no_faults(tmp_path: Path) -> None:
         (("absent",), "absent: no such file or folder"),
         (("pipe:cat x.tar",), "not by 'pipe'"),
         ((".", "--sheet", "a.xyz"), "unknown image suffix '.xyz'"),
+        ((".", "--sheet", "."), ".: this is a folder. Give a file name, such as image.png."),
         ((".",), "none of the 1 images can be used"),
         (("",), "data is missing. Name a folder, a list or shards"),
         ((".", "--root", "images"), "--root is for .json, .jsonl and .csv lists, but data is '.'. Leave it out."),
