@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..ipadapter_core import AdapterError, KeyValue, WeightSchedule, resize_mask
-from ..ipadapter_core.branches import POSITIVE, source_rows
+from ..ipadapter_core.branches import POSITIVE
 from ..ipadapter_core.masks import crop_mask, select_mask
-from .run import Call, Grid, Options, Place, declared_chunks, grid_of, read_call, run_of, sigma_of, step_of_run
+from .run import Call, Grid, Options, Place, grid_of, read_call, run_of, sigma_of, step_of_run
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +40,7 @@ class Step:
         if batch == len(self.rows):
             return key, value, gate
         # Regional prompts enlarge the batch between the wrapper and the layer.
-        sources = source_rows(declared_chunks(options), self.call.chunks, len(self.rows), batch, self.call.copies)
-        rows = _on(torch.tensor(sources), query.device)
+        rows = _on(torch.tensor(self.call.sources(options, batch)), query.device)
         return (
             key.index_select(0, rows),
             value.index_select(0, rows),

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ipadapter_core import AdapterError, WeightLayout, group_indices, image_share
-from ..ipadapter_core.branches import POSITIVE, source_rows
-from .run import Call, Grid, Options, Part, Place, declared_chunks, read_call, run_of, step_of_run
+from ..ipadapter_core.branches import POSITIVE
+from .run import Call, Grid, Options, Part, Place, read_call, run_of, step_of_run
 
 _log = logging.getLogger("ip_adapter_kit")
 
@@ -55,7 +55,7 @@ class Moment:
         """The positive rows of a batch within a layer, where regional prompts may have enlarged it."""
         sources = list(range(self.call.rows))
         if batch != self.call.rows:
-            sources = source_rows(declared_chunks(options), self.call.chunks, self.call.rows, batch, self.call.copies)
+            sources = self.call.sources(options, batch)
         for area, rows in self.rows.items():
             # Row i of each chunk is that of image i, so the rows of an area come image by image.
             yield area, [place for place, source in enumerate(sources) if source in rows]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ipadapter_core import AdapterError, step_at
-from ..ipadapter_core.branches import resolve_branches, rows_each
+from ..ipadapter_core.branches import resolve_branches, rows_each, source_rows
 
 RUN = "ip_adapter_kit.run"  # the key of the Run in transformer_options
 REGION = "ip_adapter_kit.region"  # marks the conds of Image Prompt Regions
@@ -81,6 +81,11 @@ class Call:
         areas = any(corner is not None for corner in self.corners)
         return not areas if self.part is not None else areas or self.size == self.whole
 
+    def sources(self, options: Options, batch: int) -> list[int]:
+        """The row of this call for each row of the batch in a layer, where regional prompts may have enlarged it."""
+        declared = options.get("cond_or_uncond_couple") or options.get("cond_or_uncond") or (0,)
+        return source_rows(declared, self.chunks, self.rows, batch, self.copies)
+
 
 def remember(cache: dict[Hashable, _T], key: Hashable, make: Callable[[], _T], size: int) -> _T:
     """The result of `make()` for this key; the last `size` keys are cached."""
@@ -108,17 +113,18 @@ def read_call(options: Options, x: Tensor, size: Grid | None = None, context: Te
     uuids = options.get("uuids") or ()
     corners = run.corners if len(uuids) == len(chunks) else {}
     size = size or grid_of(x.shape)
+    whole = run.size or size
     each = rows_each(len(chunks), x.shape[0])
     frames = _frames(options, run.images or each)
     copies = 1
     if (known := each % len(frames) == 0) and each > len(frames):
         copies = each // len(frames)
-        if not _chunks_together(context, copies, x.shape[0], len(chunks), in_parts=size != (run.size or size)):
+        if not _chunks_together(context, copies, x.shape[0], len(chunks), in_parts=size != whole):
             frames, copies = frames * copies, 1
     return Call(
         rows=x.shape[0],
         size=size,
-        whole=run.size or size,
+        whole=whole,
         chunks=chunks,
         branches=resolve_branches(chunks, uuids, run.names),
         corners=tuple(corners.get(uuid) for uuid in uuids) if corners else (None,) * len(chunks),
@@ -126,13 +132,8 @@ def read_call(options: Options, x: Tensor, size: Grid | None = None, context: Te
         device=x.device,
         known=known,
         copies=copies,
-        part=_part(options, size, run.size or size),
+        part=_part(options, size, whole),
     )
-
-
-def declared_chunks(options: Options) -> Sequence[int]:
-    """The conds of the chunks in a layer, where regional prompts may have enlarged the batch."""
-    return options.get("cond_or_uncond_couple") or options.get("cond_or_uncond") or (0,)
 
 
 def sigma_of(options: Options, t: Tensor) -> float:
