@@ -1,4 +1,4 @@
-"""ImagePrompt: the one node to start with. Model and image in, steered model out."""
+"""ImagePrompt: the one node to start with. Model and image in, guided model out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KEPT = len(USES)  # loaded pairs for each model
 
 Loaded = tuple[LoadedAdapter, comfy.clip_vision.ClipVisionModel]
 
-# So that another weight reads no file and runs no encoder. They go with the model that they steer.
+# So that another weight reads no file and runs no encoder. They go with the model that they guide.
 _loaded: WeakKeyDictionary[nn.Module, dict[Any, Loaded]] = WeakKeyDictionary()
 
 

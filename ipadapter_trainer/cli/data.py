@@ -39,8 +39,8 @@ def check(
         from json import dumps
 
         from ..data.check import check_data, is_inside
-        from ..data.lists import LIST_SUFFIXES
         from ..errors import ConfigError, DataError
+        from ..settings.fields import LIST_SUFFIXES
 
         if not path:  # an unset shell variable
             raise ConfigError("data is missing. Name a folder, a list or shards: `ipadapter data check images`.")

@@ -13,10 +13,11 @@ from typing import Any
 from PIL import Image
 
 from ..errors import DataError
+from ..settings.fields import LIST_SUFFIXES
 from .files import TarMember, read_text
 from .folders import ARCHIVE_SUFFIXES, FolderListing, list_folder
 from .images import StoredImage
-from .lists import LIST_SUFFIXES, METADATA_NAMES, misspelt_keys, read_list
+from .lists import METADATA_NAMES, misspelt_keys, read_list
 
 _NAMED = 5  # problems in a message
 

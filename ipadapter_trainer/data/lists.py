@@ -13,7 +13,6 @@ from typing import Any
 from ..errors import DataError
 from .files import read_text
 
-LIST_SUFFIXES = (".json", ".jsonl", ".csv")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")  # the list of a folder
 _REQUIRED_COLUMNS = ("file_name", "text")
 _INTEGER_COLUMNS = ("width", "height")

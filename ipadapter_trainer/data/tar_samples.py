@@ -6,6 +6,7 @@ optionally another prompt image (.reference.jpg and so on) and a face embedding 
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import random
@@ -45,10 +46,15 @@ class TarSample(NamedTuple):
     files: dict[str, TarMember]  # by suffix, without the first dot
 
     def example(self) -> Example:
-        """Raises DataError for a sample without an image or a caption."""
+        """Raises DataError for a sample without an image or a caption, and for a misspelt reference or face."""
         images = [self.files[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in self.files]
         if not images:
             raise DataError(f"{self.name}: no image (jpg, png, webp, ...) among its files ({', '.join(self.files)}).")
+        for suffix in self.files:
+            start, dot, rest = suffix.partition(".")
+            near = difflib.get_close_matches(start, ("reference", "face"), n=1, cutoff=0.85)
+            if dot and near and near[0] != start:
+                raise DataError(f"{self.name}: .{suffix} is not read. Did you mean .{near[0]}.{rest}?")
         references = [f"reference{suffix}" for suffix in IMAGE_SUFFIXES if f"reference{suffix}" in self.files]
         return Example(
             images[0],

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import field_validator
 
+from .fields import check_data_root
 from .kinds import TRAIN_KINDS, TrainKind
 from .train_options import TrainOptions
 
@@ -44,8 +45,7 @@ class TrainConfig(TrainOptions):
         yield from self._training_problems()
 
     def _data_problems(self) -> Iterator[str]:
-        if self.data_root is not None and Path(self.data).suffix not in (".json", ".jsonl", ".csv"):
-            yield f"data_root is for .json, .jsonl and .csv lists, but data is {self.data!r}"
+        yield from check_data_root(self.data, self.data_root)
         if self.streams and self.epochs is not None:
             yield f"epochs={self.epochs} needs a data set of known length, but data is a stream of shards; give steps"
         if self.streams and self.buckets:

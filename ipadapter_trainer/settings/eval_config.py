@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,6 +16,7 @@ from .fields import (
     NumInferenceSteps,
     Shortcut,
     Size,
+    check_data_root,
 )
 
 
@@ -66,6 +68,10 @@ class EvalConfig(ModelConfig):
     )
     sample_images: int = Field(6, ge=0, description="Image prompts whose images are saved and drawn in a grid.")
     result: Path | None = Field(None, description="JSON file for the result.")
+
+    def problems(self) -> Iterator[str]:
+        """Settings that exclude each other."""
+        return check_data_root(self.data, self.data_root)
 
     @property
     def image_root(self) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import Self
+
+LIST_SUFFIXES = (".json", ".jsonl", ".csv")  # data that are a list of file names
 
 
 class Config(BaseModel):
@@ -88,6 +90,14 @@ def _check_size(value: str | None) -> str | None:
 DataRoot = Annotated[
     Path | None, Field(description="Folder that the file names in a list are relative to; default: the list's folder.")
 ]
+
+
+def check_data_root(data: str | Path, data_root: Path | None) -> Iterator[str]:
+    """A problem if `data_root` is given and `data` is no list, so that it would have no effect."""
+    if data_root is not None and Path(data).suffix.lower() not in LIST_SUFFIXES:
+        yield f"data_root is for .json, .jsonl and .csv lists, but data is {str(data)!r}"
+
+
 FaceTable = Annotated[
     Path | None,
     Field(

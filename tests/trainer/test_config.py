@@ -50,6 +50,7 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ),
         ({"image_dropout": 0.5, "both_dropout": 0.5, "text_dropout": 0}, ["would never see an image"]),
         ({"data_root": "x"}, ["data_root", "'d'"]),
+        ({"data": "list.txt", "data_root": "x"}, ["data_root", "'list.txt'"]),
         ({"data": 3}, ["data = 3", "text"]),
         ({"data": ""}, ["data is missing"]),
         ({"output": ""}, ["output is missing"]),

@@ -199,6 +199,13 @@ def test_the_error_counts_prompts_and_not_images() -> None:
     assert mean_over_prompts(scores, lambda s: s.clip_t) is None
 
 
+def test_a_data_root_without_a_list_is_refused() -> None:
+    paths = {"base_model": Path("b"), "adapter": Path("a"), "clip": Path("c"), "data_root": Path("images")}
+    EvalConfig(**paths, data=Path("list.JSON"))
+    with pytest.raises(ValueError, match=r"data_root is for \.json.*'folder'"):
+        EvalConfig(**paths, data=Path("folder"))
+
+
 def test_only_the_papers_settings_are_comparable(clip: ClipModel, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = EvalConfig(base_model=Path("b"), adapter=Path("a"), data=Path("d"), clip=Path("c"))
     assert len(differences(settings, clip, coco=False, family="sdxl")) == 3

@@ -135,6 +135,8 @@ def test_a_sample_has_an_image_a_caption_a_reference_and_a_face(tmp_path: Path) 
         ({"png": b"", "json": json.dumps({"title": "a"}).encode()}, "a.tar/1: no caption"),
         ({"png": b"", "json": b"{"}, "its caption cannot be read"),
         ({"png": b"", "txt": b"\xff"}, "its caption cannot be read"),
+        ({"png": b"", "txt": b"a", "refrence.jpg": b""}, "a.tar/1: .refrence.jpg .* mean .reference.jpg"),
+        ({"png": b"", "txt": b"a", "faces.npy": b""}, "a.tar/1: .faces.npy .* mean .face.npy"),
         (
             {"png": b"", "txt": b"a", "face.npy": b"a"},
             "1.face.npy: a text file that begins with 'a'; expected a face embedding",
