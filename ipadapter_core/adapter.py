@@ -18,11 +18,11 @@ from .errors import AdapterError
 from .infer import infer_spec
 from .layers import ImageKeyValueLayers
 from .lora import LoraLayers
-from .metadata import spec_metadata
+from .metadata import OF_THE_TENSORS, spec_metadata
 from .operations import Operations
 from .projectors import FaceIDPlusProjection
 from .spec import AdapterSpec, with_shortcut
-from .tensors import write_safetensors
+from .tensors import value_fault, write_safetensors
 
 
 class IPAdapter(nn.Module):
@@ -140,7 +140,8 @@ def load_adapter(
 
     `shortcut` chooses FaceID-plus v2 (True) or v1 (False) and wins over the metadata.
 
-    Raises AdapterError, see `read_checkpoint` and `infer_spec`; also for weights that hold NaN or infinity.
+    Raises AdapterError, see `read_checkpoint` and `infer_spec`; also for weights that hold NaN or infinity, and for
+    matrices of zeros.
     """
     return adapter_from_checkpoint(read_checkpoint(path), operations=operations, dtype=dtype, shortcut=shortcut)
 
@@ -174,22 +175,33 @@ def export_state(adapter: IPAdapter) -> dict[str, Tensor]:
     return state
 
 
+def state_to_save(path: Path, adapter: IPAdapter) -> dict[str, Tensor]:
+    """`export_state` on the CPU, contiguous, for the file `path`.
+
+    Raises AdapterError for weights that `load_adapter` would refuse.
+    """
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in export_state(adapter).items()}
+    for key, tensor in state.items():
+        if fault := value_fault(key, tensor):
+            raise AdapterError(f"{path}: not saved, {fault[0]}. The training diverged, or never began.")
+    return state
+
+
 def save_adapter(path: str | os.PathLike[str], adapter: IPAdapter, metadata: Mapping[str, str] | None = None) -> None:
     """Write a .safetensors file that every IP-Adapter host loads. It appears whole or not at all.
 
-    The spec goes into the header (`spec_metadata`); `metadata` adds provenance and wins on equal keys.
+    The spec goes into the header (`spec_metadata`); `metadata` adds provenance and wins on equal keys, except on those
+    that describe the tensors.
 
-    Raises AdapterError for a path that is not .safetensors or weights that are not finite; OSError or
+    Raises AdapterError for a path that is not .safetensors or weights that `load_adapter` would refuse; OSError or
     SafetensorError when the disk refuses (no half file stays).
     """
     target = Path(path)
     if target.suffix != ".safetensors":
         raise AdapterError(f"{target}: adapters are saved as .safetensors. Change the suffix {target.suffix!r}.")
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in export_state(adapter).items()}
-    for key, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{target}: not saved, {key} holds NaN or infinity. The training diverged.")
-    write_safetensors(target, state, {**spec_metadata(_current_spec(adapter)), **(metadata or {})})
+    more = {key: value for key, value in (metadata or {}).items() if key not in OF_THE_TENSORS}
+    header = {**spec_metadata(_current_spec(adapter)), **more}
+    write_safetensors(target, state_to_save(target, adapter), header)
 
 
 def _current_spec(adapter: IPAdapter) -> AdapterSpec:

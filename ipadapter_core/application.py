@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
 from .attention import KeyValue
 from .errors import AdapterError
 from .lora import LoraLayers
-from .masks import resize_mask
+from .masks import check_attention_mask, resize_mask
 from .rows import row_numbers
 
 Observe = Callable[[int, Tensor, Tensor], None]
@@ -19,7 +20,7 @@ Observe = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(eq=False)
 class AdapterApplication:
-    """One adapter in a UNet. Its fields may be changed between calls of the UNet.
+    """One adapter in a UNet. Its fields may be set between calls of the UNet, which check them.
 
     `key_values`: per layer in id order, [R, T, C] tensors of R image prompts. Set it once for sampling, in each step
     for training (gradients flow through it). None adds nothing.
@@ -27,7 +28,7 @@ class AdapterApplication:
     the same for all rows when there is one image prompt; with more, pass `pipeline_rows` to the pipeline.
     `weight`: a number, a tensor of one number per row, or a sequence of one number per layer in id order. For another
     scaling than "V only" pass key_values through `attention.scale_keys_values` first.
-    `mask`: [H, W] or [B, H, W].
+    `mask`: [H, W] or [B, H, W], in 0..1 and not 0 everywhere.
     `lora`: the LoRA of a FaceID adapter, added with `lora_weight` to every attention layer.
     `name` is used in errors.
     `observe(layer_id, text_attention, image_attention)` is called in every layer that adds something, before the two
@@ -42,6 +43,8 @@ class AdapterApplication:
     name: str = "adapter"
     observe: Observe | None = None
     rows: Sequence[int] | None = None
+    _checked: tuple[Any, ...] = field(default=(), init=False, repr=False)
+    _mask: Tensor | None = field(default=None, init=False, repr=False)
     _batch_rows: list[int] | None = field(default=None, init=False, repr=False)
     _selected: dict[int, tuple[KeyValue, list[int], KeyValue]] = field(
         default_factory=dict[int, tuple[KeyValue, list[int], KeyValue]], init=False, repr=False
@@ -50,15 +53,64 @@ class AdapterApplication:
         default_factory=dict[tuple[int, int], tuple[Tensor, Tensor]], init=False, repr=False
     )
 
+    def check(self, layer_dims: Sequence[int]) -> None:
+        """Check the fields, those that were set since the last check, for a UNet whose layers have these dims.
+
+        Raises AdapterError for what is not for this UNet, weights that are not finite, and a mask that is 0 everywhere
+        or in another unit.
+        """
+        self._check_key_values(layer_dims)
+        fields = (self.weight, self.mask, self.lora)
+        if len(self._checked) == len(fields) and all(a is b for a, b in zip(fields, self._checked, strict=True)):
+            return
+        self._check_weight(len(layer_dims))
+        self._mask = None
+        if self.mask is not None:
+            advice = "Pass another mask, or None for the whole image."
+            self._mask = check_attention_mask(self.mask, f"{self.name}: mask", advice)
+        if self.lora is not None and len(list(self.lora.children())) != 2 * len(layer_dims):
+            raise AdapterError(
+                f"{self.name}: its LoRA has {len(list(self.lora.children()))} layers, the UNet {2 * len(layer_dims)}. "
+                "Use an adapter for this base model."
+            )
+        self._checked = fields
+
+    def _check_key_values(self, expected: Sequence[int]) -> None:
+        if self.key_values is None:
+            return
+        dims = [pair.key.shape[-1] for pair in self.key_values]
+        if dims != list(expected):
+            at = next((i for i, (a, b) in enumerate(zip(dims, expected, strict=False)) if a != b), None)
+            detail = "" if at is None else f"; layer {2 * at + 1} is {dims[at]} wide, the UNet's {expected[at]}"
+            raise AdapterError(
+                f"{self.name}: has {len(dims)} layers, the UNet has {len(expected)}{detail}. Use an adapter for "
+                "this base model."
+            )
+
+    def _check_weight(self, layers: int) -> None:
+        is_list = isinstance(self.weight, Sequence)
+        weights = cast("Sequence[Any]", self.weight if is_list else [self.weight])
+        for weight in weights:
+            values: list[Any] = cast("Any", weight).flatten().tolist() if isinstance(weight, Tensor) else [weight]
+            if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+                raise AdapterError(
+                    f"{self.name}: weight is {self.weight!r}; expected a finite number, a tensor of one for each row "
+                    "or a sequence of one for each layer."
+                )
+        if is_list and len(weights) != layers:
+            raise AdapterError(
+                f"{self.name}: {len(weights)} weights for {layers} layers. Pass one weight per layer, or one number."
+            )
+
     def start_call(self, batch: int, rows: list[int] | None) -> None:
-        """Check this application before a call of the UNet with `batch` rows; `rows` are those of `pipeline_rows`.
+        """After `check`: prepare for a call of the UNet with `batch` rows; `rows` are those of `pipeline_rows`.
 
         Raises AdapterError when rows, weights or masks do not fit the batch.
         """
         if self.key_values is None or (isinstance(self.weight, (int, float)) and self.weight == 0):
             return
         weights = self.weight.numel() if isinstance(self.weight, Tensor) else 1
-        masks = len(self.mask) if self.mask is not None and self.mask.ndim == 3 else 1
+        masks = 1 if self._mask is None else len(self._mask)
         for what, count in (("weights", weights), ("masks", masks)):
             if count not in (1, batch):
                 raise AdapterError(
@@ -106,7 +158,7 @@ class AdapterApplication:
 
     def layer_mask(self, grid: tuple[int, int], like: Tensor) -> Tensor:
         """The mask on a layer's grid, [B or 1, N, 1], resized once for each grid."""
-        mask = cast("Tensor", self.mask)
+        mask = cast("Tensor", self._mask)
         source, resized = self._resized.get(grid, (None, mask))
         if source is not mask or resized.device != like.device or resized.dtype != like.dtype:
             resized = resize_mask(mask, grid).to(like)

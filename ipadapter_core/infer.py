@@ -17,10 +17,10 @@ from .metadata import (
     METADATA_DIM_HEAD,
     METADATA_ENCODER,
     METADATA_KIND,
-    METADATA_NEGATIVE,
     METADATA_RESOLUTION,
     check_family,
     read_integer,
+    read_negative,
     read_num_tokens,
     read_shortcut,
 )
@@ -91,7 +91,7 @@ def infer_spec(checkpoint: AdapterCheckpoint) -> AdapterSpec:
         shortcut=True if kolors_face and shortcut is None else shortcut,  # its only published file is a v2
         unnormalised=kolors_face or (kind == "portrait" and projector.depth is not None),
         encoder_id=metadata.get(METADATA_ENCODER),
-        negative=metadata.get(METADATA_NEGATIVE, "zeros"),
+        negative=read_negative(metadata, origin),
         token_dim=projector.cross_attention_dim if kolors_face else None,
         encoder_resolution=read_integer(METADATA_RESOLUTION, metadata, origin),
     )

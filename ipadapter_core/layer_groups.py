@@ -20,6 +20,7 @@ LAYER_GROUPS: Mapping[str, Mapping[str, range]] = {
     "style": {"sd15": range(9, 13), "sdxl": range(6, 7)},
     "detail": {"sd15": range(13, 16), "sdxl": range(7, 11)},
 }
+_FAMILIES = ("sd15", "sdxl")
 MOST_FACTOR = 10.0  # that a text may name
 
 
@@ -49,9 +50,14 @@ class LayerFactors:
 
 
 def group_factors(family: str, groups: Mapping[str, float]) -> LayerFactors:
-    """Factors by the names of `LAYER_GROUPS`; groups that are not listed have 1."""
-    factors = [1.0] * WEIGHT_LAYOUTS[family].transformers
+    """Factors by the names of `LAYER_GROUPS`; groups that are not listed have 1.
+
+    Raises AdapterError for an unknown family or group, and for NaN and infinity.
+    """
+    factors = [1.0] * _transformers(family)
     for name, factor in groups.items():
+        if name not in LAYER_GROUPS:
+            raise AdapterError(f"Unknown layer group {name!r}. Use one of: {', '.join(LAYER_GROUPS)}.")
         if not math.isfinite(factor):
             raise AdapterError(f"{name} is {factor}. Choose a number; 1 leaves the weight as it is.")
         for index in LAYER_GROUPS[name][family]:
@@ -63,10 +69,10 @@ def parse_factors(family: str, text: str, name: str = "layers") -> LayerFactors:
     """Factors as "index:factor" separated by commas or newlines, such as "3:2.5, 6:1"; transformers that are not
     listed get 0. `name` is that of the input, for messages.
 
-    Raises AdapterError for what is not such an entry, an index that the family has not, one that is listed twice, and
-    factors beyond `MOST_FACTOR`.
+    Raises AdapterError for an unknown family, what is not such an entry, an index that the family has not, one that is
+    listed twice, and factors beyond `MOST_FACTOR`.
     """
-    count = WEIGHT_LAYOUTS[family].transformers
+    count = _transformers(family)
     given: dict[int, float] = {}
     for place, entry in entries(text):
         left, colon, right = entry.partition(":")
@@ -85,6 +91,12 @@ def parse_factors(family: str, text: str, name: str = "layers") -> LayerFactors:
     return LayerFactors(family, tuple(given.get(index, 0.0) for index in range(count)))
 
 
+def _transformers(family: str) -> int:
+    if family not in _FAMILIES:
+        raise AdapterError(f"Unknown family {family!r}. Use one of: {', '.join(_FAMILIES)}.")
+    return WEIGHT_LAYOUTS[family].transformers
+
+
 def check_factor(factor: float, where: str) -> None:
     """Raises AdapterError for a factor of a text that is too large: float16 ends at 65,504."""
     if abs(factor) > MOST_FACTOR:
@@ -93,7 +105,7 @@ def check_factor(factor: float, where: str) -> None:
 
 def family_of_layout(layout: WeightLayout) -> str | None:
     """The key of `LAYER_GROUPS`' families for a UNet, or None for a UNet of another layout."""
-    return next((family for family in ("sd15", "sdxl") if WEIGHT_LAYOUTS[family] == layout), None)
+    return next((family for family in _FAMILIES if WEIGHT_LAYOUTS[family] == layout), None)
 
 
 def group_indices(group: str, layout: WeightLayout) -> range:

@@ -17,6 +17,8 @@ METADATA_NEGATIVE = "ipadapter.negative"  # "zeros" or "black": the image of the
 METADATA_NUM_TOKENS = "ipadapter.tokens"
 METADATA_DIM_HEAD = "ipadapter.dim_head"
 METADATA_RESOLUTION = "ipadapter.encoder_resolution"  # pixels of the encoder's input, where not its own
+# Always written from the spec: in other metadata they may be those of an older file.
+OF_THE_TENSORS = (METADATA_KIND, METADATA_BASE_FAMILY, METADATA_SHORTCUT, METADATA_NUM_TOKENS, METADATA_DIM_HEAD)
 
 
 def spec_metadata(spec: AdapterSpec) -> dict[str, str]:
@@ -70,6 +72,17 @@ def read_integer(key: str, metadata: Mapping[str, str], origin: str) -> int | No
     if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
         raise AdapterError(f"{origin}: its metadata says {key}={text!r}; expected a whole number above 0.")
     return int(text)
+
+
+def read_negative(metadata: Mapping[str, str], origin: str) -> str:
+    """What the negative branch gets: "zeros" unless the metadata says "black". Raises AdapterError for other text."""
+    claimed = metadata.get(METADATA_NEGATIVE, "zeros")
+    if claimed not in ("zeros", "black"):
+        raise AdapterError(
+            f"{origin}: its metadata says {METADATA_NEGATIVE}={claimed!r}; expected 'zeros' or 'black'. Correct the "
+            "metadata."
+        )
+    return claimed
 
 
 def read_shortcut(kind: Kind, metadata: Mapping[str, str], origin: str) -> bool | None:

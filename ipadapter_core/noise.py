@@ -23,7 +23,7 @@ def noise_image(image: Tensor, noise: str, strength: float, blur: int, generator
     image is turned upside down and torn, and noise brightens it. `strength` is from 0 to 1. `blur` is the width in
     pixels of the Gaussian that the result is blurred with, made odd; 0 is off.
 
-    Raises AdapterError for an unknown kind of noise.
+    Raises AdapterError for an unknown kind of noise, and for an image that is too small for a blur.
     """
     if noise == "fade":
         noisy = image * (1 - strength) + _uniform(image, generator) * strength
@@ -49,8 +49,16 @@ def noise_image(image: Tensor, noise: str, strength: float, blur: int, generator
 
 
 def gaussian_blur(image: Tensor, width: int, sigma: float) -> Tensor:
-    """Blur [B, C, H, W] with a Gaussian of `width` pixels, an odd number; the image is mirrored at its borders."""
+    """Blur [B, C, H, W] with a Gaussian of `width` pixels, an odd number; the image is mirrored at its borders.
+
+    Raises AdapterError for an image of less than half that width.
+    """
     half = (width - 1) // 2
+    if min(image.shape[-2:]) <= half:
+        raise AdapterError(
+            f"The image has {image.shape[-1]} x {image.shape[-2]} pixels; a blur over {width} pixels needs at least "
+            f"{half + 1} x {half + 1}. Use a larger image."
+        )
     places = torch.linspace(-half, half, width, dtype=image.dtype, device=image.device)
     curve = torch.exp(-0.5 * (places / sigma) ** 2)
     curve = curve / curve.sum()

@@ -91,29 +91,39 @@ class TensorMap(Mapping[str, Tensor]):
 
 
 def check_values(name: str, tensor: Tensor, origin: str) -> None:
-    """Refuse a weight that holds NaN or infinity, and a matrix of zeros: `origin` is the file, for the message.
-
-    A broken download leaves zeros, and the layer would silently do nothing. Vectors (biases) and a LoRA, whose `up`
-    starts at zero, may be zero. One pass without temporaries.
+    """Refuse a weight that `value_fault` finds fault with. `origin` is the file, for the message.
 
     Raises AdapterError.
     """
+    if fault := value_fault(name, tensor):
+        what, cause = fault
+        raise AdapterError(f"{origin}: {what}. {cause}")
+
+
+def value_fault(name: str, tensor: Tensor) -> tuple[str, str] | None:
+    """For a weight that holds NaN or infinity and for a matrix of zeros, a clause that says so, and what to do when a
+    file holds it; else None.
+
+    A broken download leaves zeros, and the layer would silently do nothing. Vectors (biases) and a LoRA, whose `up`
+    starts at zero, may be zero.
+    """
     if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
-        return
+        return None
     if tensor.element_size() == 1:  # 8-bit floats have no minimum of their own
         tensor = tensor.half()
     # NaN propagates to both ends.
     low, high = (float(end) for end in torch.aminmax(tensor))
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise AdapterError(
-            f"{origin}: the tensor {name} holds NaN or infinity. The file is damaged or its training "
-            "diverged. Download it again, or export an earlier checkpoint."
+        return (
+            f"the tensor {name} holds NaN or infinity",
+            "The file is damaged or its training diverged. Download it again, or export an earlier checkpoint.",
         )
     if low == high == 0 and tensor.ndim > 1 and "lora" not in name:
-        raise AdapterError(
-            f"{origin}: all {tensor.numel():,} values of the tensor {name} are zero: the download broke off. Download "
-            "it again."
+        return (
+            f"all {tensor.numel():,} values of the tensor {name} are zero",
+            "The download broke off. Download it again.",
         )
+    return None
 
 
 def check_weights(weights: Mapping[str, Tensor], origin: str) -> None:
@@ -171,13 +181,20 @@ def _read_header(path: Path, advice: str) -> tuple[dict[str, TensorInfo], dict[s
     try:
         header: dict[str, Any] = json.loads(raw)
         metadata: dict[str, str] = dict(header.pop("__metadata__", None) or {})
+        unknown = {str(entry["dtype"]) for entry in header.values()} - _DTYPES.keys()
         infos = {
             key: TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0])
             for key, entry in header.items()
+            if entry["dtype"] not in unknown
         }
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise AdapterError(f"{path}: the safetensors header is damaged ({error!r}). {advice}") from error
+    if unknown:
+        raise AdapterError(
+            f"{path}: holds tensors of the type {', '.join(sorted(unknown))}, which is not read. Convert it to F16 or "
+            "another common type."
+        )
     if size < 8 + length + end:
         raise _truncated(path, size, 8 + length + end, advice)
     return infos, metadata

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, cast
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from .application import AdapterApplication
 from .attn_processor import ImageAttnProcessor
 from .errors import AdapterError
-from .layers import Site, attention_ids, diffusers_sites, named_modules, unwrap
-from .masks import check_attention_mask
+from .layers import attention_ids, diffusers_sites, named_modules, unwrap
 from .rows import take_rows
 
 
@@ -105,7 +103,7 @@ class Injection:
         if rows is not self._rows_tensor:  # once a run: a pipeline passes the same tensor in every step
             self._rows_tensor, self._rows = rows, None if rows is None else _row_list(rows, frames)
         for application in self.applications:
-            _check_layers(application, self._layer_dims)
+            application.check(self._layer_dims)
             application.start_call(len(sample) * frames, self._rows)
         return args, kwargs
 
@@ -125,7 +123,7 @@ def _new_processors(
     """The processors to put in, by attention module: cross-attention always, self-attention for a LoRA."""
     sites = diffusers_sites(unet)
     for application in injection.applications:
-        _check_fit(application, sites)
+        application.check([site.dim for site in sites])
     lora = any(application.lora is not None for application in injection.applications)
     new: list[tuple[str, ImageAttnProcessor]] = []
     for name, id in attention_ids(cast("Any", unet).attn_processors).items():
@@ -139,44 +137,6 @@ def _new_processors(
             below, applications = below.original, [*below.applications, *applications]
         new.append((attention_name, ImageAttnProcessor(below, injection, applications, id)))
     return new
-
-
-def _check_fit(application: AdapterApplication, sites: Sequence[Site]) -> None:
-    name = application.name
-    _check_layers(application, [site.dim for site in sites])
-    weights = application.weight if isinstance(application.weight, Sequence) else [application.weight]
-    for weight in weights:
-        values: list[Any] = cast("Any", weight).flatten().tolist() if isinstance(weight, Tensor) else [weight]
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-            raise AdapterError(
-                f"{name}: weight is {application.weight!r}; expected a finite number, a tensor of one for each row or "
-                "a sequence of one for each layer."
-            )
-    if isinstance(application.weight, Sequence) and len(application.weight) != len(sites):
-        raise AdapterError(
-            f"{name}: {len(application.weight)} weights for {len(sites)} layers. Pass one weight per layer, or one "
-            "number."
-        )
-    if application.mask is not None:
-        check_attention_mask(application.mask, f"{name}: mask", "Pass another mask, or None for the whole image.")
-    if application.lora is not None and len(list(application.lora.children())) != 2 * len(sites):
-        raise AdapterError(
-            f"{name}: its LoRA has {len(list(application.lora.children()))} layers, the UNet {2 * len(sites)}. Use an "
-            "adapter for this base model."
-        )
-
-
-def _check_layers(application: AdapterApplication, expected: list[int]) -> None:
-    if application.key_values is None:
-        return
-    dims = [pair.key.shape[-1] for pair in application.key_values]
-    if dims != expected:
-        at = next((i for i, (a, b) in enumerate(zip(dims, expected, strict=False)) if a != b), None)
-        detail = "" if at is None else f"; layer {2 * at + 1} is {dims[at]} wide, the UNet's {expected[at]}"
-        raise AdapterError(
-            f"{application.name}: has {len(dims)} layers, the UNet has {len(expected)}{detail}. Use an adapter for "
-            "this base model."
-        )
 
 
 def _row_list(rows: Tensor, frames: int) -> list[int]:

@@ -76,6 +76,7 @@ class Application:
     """
 
     key: str
+    node: str
     pairs: Mapping[Place, KeyValue]
     rows: tuple[int, int] = (1, 1)
     start_at: float = 0.0
@@ -85,7 +86,6 @@ class Application:
     schedule: WeightSchedule | None = None
     mask_name: str = "attn_mask"
     checked: bool = True
-    node: str = "Apply IP Adapter"
 
     def __call__(
         self,

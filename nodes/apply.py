@@ -171,6 +171,7 @@ class ApplyIPAdapter(Node):
             model,
             ip_adapter,
             image_prompt,
+            node="Apply IP Adapter",
             weights=weights,
             start_at=start_at,
             end_at=end_at,

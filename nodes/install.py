@@ -41,6 +41,7 @@ def apply_prompt(
     ip_adapter: LoadedAdapter,
     image_prompt: ImagePrompt,
     *,
+    node: str,
     weights: Sequence[LayerWeight],
     start_at: float = 0.0,
     end_at: float = 1.0,
@@ -52,7 +53,6 @@ def apply_prompt(
     token_scale: float = 1.0,
     needs_negative: str = "",
     checked: bool = True,
-    node: str = "Apply IP Adapter",
 ) -> Any:
     """A clone of the model with one more image prompt in it.
 
@@ -92,7 +92,7 @@ def apply_prompt(
     negative = "image_negative" if image_prompt.has_negative else needs_negative
     key = _new_key(patched)
     install(
-        patched, Application(key, pairs, rows, start_at, end_at, mask, negative, schedule, mask_name, checked, node)
+        patched, Application(key, node, pairs, rows, start_at, end_at, mask, negative, schedule, mask_name, checked)
     )
     return patched
 
@@ -136,9 +136,11 @@ def _layer_pairs(
     positives, one_each = len(image_prompt.positive), image_prompt.one_each
     shares = image_prompt.weights
     if one_each and len(tokens) == positives + 1 and len(set(shares[:positives])) > 1:
-        # The single negative image serves every frame, with the weight of that frame.
+        # The single negative image serves every frame, as strong beside the frame's image as beside their mean.
         tokens = torch.cat([tokens[:positives], tokens[positives:].expand(positives, -1, -1)])
-        shares = shares[:positives] * 2
+        own, mean = shares[:positives], sum(shares[:positives]) / positives
+        ratio = shares[positives] / mean if mean else 1.0
+        shares = (*own, *(ratio * weight for weight in own))
     swapped = any(layer.swapped and layer.weight for layer in weights)
     rows = branch_rows(positives, len(tokens) - positives, one_each=one_each, swapped=swapped)
     offload_device = comfy.model_management.unet_offload_device()

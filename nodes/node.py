@@ -8,6 +8,7 @@ import math
 from numbers import Integral, Real  # NumPy's as well, which other packs put on a wire
 from typing import Any
 
+import numpy as np
 from comfy_api.latest import io
 
 from ..ipadapter_core import AdapterError
@@ -57,7 +58,8 @@ def _checked(execute: Any) -> Any:
 
 
 def check_value(entry: Any, value: Any) -> None:
-    """Raises AdapterError when a value is none of the choices of an input, or no number in its range."""
+    """Raises AdapterError when a value is none of the choices of an input, no number in its range, or of another
+    type than its widget."""
     if entry.io_type == "COMBO":
         options = list(entry.options or ())
         choices = [option for option in options if not str(option).startswith(NONE)]
@@ -69,6 +71,11 @@ def check_value(entry: Any, value: Any) -> None:
         if not isinstance(value, types) or not math.isfinite(value) or not _in_range(entry, value):
             low, high = (f"{end:g}" if isinstance(end, int | float) else "any" for end in (entry.min, entry.max))
             raise AdapterError(f"{entry.id} is {str(value)[:80]}. Choose {sort} from {low} to {high}.")
+
+    if entry.io_type == "BOOLEAN" and not isinstance(value, bool | Integral | np.bool_):
+        raise AdapterError(f"{entry.id} is {str(value)[:80]!r}. Connect true or false.")
+    if entry.io_type == "STRING" and not isinstance(value, str):
+        raise AdapterError(f"{entry.id} is {str(value)[:80]}. Connect a text.")
 
 
 def _in_range(entry: Any, value: Any) -> bool:

@@ -91,12 +91,15 @@ def read_prompt(path: Path) -> ImagePrompt:
     metadata = file.metadata
     if metadata.get("format") != _FORMAT:
         raise AdapterError(f"{path}: {looks_like(file.infos)}; expected {_EXPECTED}. Choose another file.")
+    version = metadata.get("version", "")
+    if version.isdecimal() and int(version) > _VERSION:
+        raise AdapterError(
+            f"{path}: format {version} of image prompts; this version of IP-Adapter Kit reads up to {_VERSION}. "
+            "Update it."
+        )
     try:
-        if int(metadata["version"]) > _VERSION:
-            raise AdapterError(
-                f"{path}: format {metadata['version']} of image prompts; this version of IP-Adapter Kit reads up to "
-                f"{_VERSION}. Update it."
-            )
+        if version != str(_VERSION):
+            raise ValueError(f"its version is {version!r}")
         adapter = metadata.get("adapter")
         prompt = ImagePrompt(
             _images(file, metadata, "positive"),

@@ -87,6 +87,7 @@ class ImagePromptRegions(Node):
                     attn_mask=mask,
                     mask_name=f"mask_{number}",
                     needs_negative=negative,
+                    node="Image Prompt Regions",
                 )
             if text is not None:
                 region = {"mask": mask, "set_area_to_bounds": False, "mask_strength": 1.0, REGION: True}

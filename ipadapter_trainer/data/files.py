@@ -80,7 +80,7 @@ def first_bytes(file: Path | TarMember) -> bytes:
         return b""
 
 
-def read_text(file: Path, expected: str) -> str:
+def read_text(file: Path | TarMember, expected: str) -> str:
     """A text file in UTF-8, or in UTF-16 with a byte order mark, as Windows writes it.
 
     Raises DataError for other bytes, and for a Git LFS pointer or a web page, which would be read as text.

@@ -23,7 +23,7 @@ from ipadapter_core.file_types import TAR, ZEROS, type_of
 
 from ..errors import DataError
 from .examples import Example
-from .files import TarMember, first_bytes
+from .files import TarMember, first_bytes, read_text
 from .http_file import HttpFile
 from .images import IMAGE_SUFFIXES
 from .shard_files import is_plain, is_url, shard_name
@@ -64,11 +64,11 @@ class TarSample(NamedTuple):
         )
 
     def _caption(self) -> str:
+        if "txt" in self.files:
+            return read_text(self.files["txt"], "a caption").strip()
         try:
-            if "txt" in self.files:
-                return self.files["txt"].read_bytes().decode("utf-8-sig").strip()
-            row = json.loads(self.files["json"].read_bytes()) if "json" in self.files else {}
-        except ValueError as error:
+            row = json.loads(read_text(self.files["json"], "a caption")) if "json" in self.files else {}
+        except json.JSONDecodeError as error:
             raise DataError(f"{self.name}: its caption cannot be read ({error}).") from error
         for key in ("text", "caption"):
             if isinstance(row, dict) and isinstance(row.get(key), str):

@@ -12,17 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ipadapter_core import (
-    METADATA_BASE_FAMILY,
-    METADATA_DIM_HEAD,
-    METADATA_KIND,
-    METADATA_NUM_TOKENS,
-    METADATA_SHORTCUT,
-    AdapterError,
-    IPAdapter,
-    export_state,
-    save_adapter,
-)
+from ipadapter_core import AdapterError, IPAdapter, export_state, save_adapter
+from ipadapter_core.adapter import state_to_save
+from ipadapter_core.metadata import OF_THE_TENSORS
 
 from ..errors import ExportError, VerificationError
 from ..runtime.disk import disk_errors
@@ -35,8 +27,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-# Written from the tensors; values in the given metadata may come from an older file.
-_OF_THE_TENSORS = (METADATA_KIND, METADATA_BASE_FAMILY, METADATA_SHORTCUT, METADATA_NUM_TOKENS, METADATA_DIM_HEAD)
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -64,12 +54,12 @@ def write_adapter(
     `with_diffusers`).
 
     Raises ExportError for another suffix or values that `dtype` cannot hold; AdapterError for weights that are not
-    finite; VerificationError; DiskError.
+    finite, or matrices of zeros; VerificationError; DiskError.
     """
     if path.suffix not in SUFFIXES:
         raise ExportError(f"{path}: the suffix {path.suffix!r} is unknown. Use {' or '.join(SUFFIXES)}.")
     rounded = adapter if dtype is None else cast_adapter(adapter, dtype)
-    metadata = {key: value for key, value in (metadata or {}).items() if key not in _OF_THE_TENSORS}
+    metadata = {key: value for key, value in (metadata or {}).items() if key not in OF_THE_TENSORS}
     size = sum(tensor.numel() * tensor.element_size() for tensor in export_state(rounded).values())
     # A folder next to the target, so that loaders get the real file name and the rename stays on one file system.
     folder = path.parent / f".{path.name}-{secrets.token_hex(4)}.tmp"
@@ -95,12 +85,9 @@ def _write(file: Path, adapter: IPAdapter, metadata: dict[str, str]) -> None:
         save_adapter(file, adapter, metadata)
         return
     parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for key, tensor in export_state(adapter).items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{file}: not saved, {key} holds NaN or infinity. The training diverged.")
+    for key, tensor in state_to_save(file, adapter).items():
         part, _, name = key.partition(".")
-        # Cloned, because torch.save writes the whole storage of a view.
-        parts[part][name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        parts[part][name] = tensor.clone()  # torch.save writes the whole storage of a view
     with file.open("wb") as stream:
         torch.save(parts, stream)
         stream.flush()

@@ -12,16 +12,14 @@ from ipadapter_core import AdapterSpec
 from ..cache.plan import cache_settings, plan_shards
 from ..data.buckets import Buckets
 from ..data.examples import Example
-from ..data.from_config import image_root
 from ..models.base_model import BaseModel
-from ..models.from_config import base_model_from_config
 from ..runtime.disk import show_bytes
 from ..runtime.folder_lock import Say, lock_folder
 from ..settings.config import TrainConfig
-from .checks import Checked, check_training, notes, total_steps
+from .checks import check_training, notes
 from .cost import Cost, step_cost
 from .new_adapter import adapter_spec
-from .training_data import held_out_rows, known_examples
+from .training_data import TrainingData
 
 # Optimizer state in bytes per trained weight.
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "schedulefree": 8}
@@ -63,31 +61,25 @@ def dry_run(config: TrainConfig, say: Say) -> None:
     """
     with lock_folder(config.output, say):
         checked = check_training(config)
-        say(plan_text(config, plan_training(config, checked=checked)))
-        for line in notes(checked, "Would resume"):
-            say(line)
+        if checked.accelerator.is_main_process:
+            plan = plan_training(config, checked.base_model, checked.data, checked.steps)
+            say(plan_text(config, plan, checked.images_per_batch * config.gradient_accumulation_steps))
+            for line in notes(checked, "Would resume"):
+                say(line)
 
 
-def plan_training(config: TrainConfig, processes: int = 1, checked: Checked | None = None) -> Plan:
-    """Compute the plan of a training. No weight is read, nothing is written.
-
-    Raises TrainerError for a base model or data that cannot be used.
-    """
-    base_model = base_model_from_config(config) if checked is None else checked.base_model
+def plan_training(config: TrainConfig, base_model: BaseModel, data: TrainingData, steps: int) -> Plan:
+    """The plan of a training of `steps` steps. No weight is read, nothing is written."""
     spec = adapter_spec(base_model, config.train_kind, config.num_tokens)
-    known = known_examples(config) if checked is None else checked.data.examples
-    examples = None
-    if known is not None:
-        examples = len(known) - len(held_out_rows(known, config.validation_images, image_root(config)))
     cost = step_cost(base_model, spec, config)
     return Plan(
         spec=spec,
         base=base_model.name,
-        examples=examples,
-        steps=total_steps(config, examples, config.batch_size * processes),
+        examples=data.size,
+        steps=steps,
         cost=cost,
         bytes=_memory(config, base_model, cost),
-        cache=None if known is None else _cache_bytes(config, base_model, known),
+        cache=None if data.examples is None else _cache_bytes(config, base_model, data.examples),
     )
 
 
@@ -112,22 +104,18 @@ def _memory(config: TrainConfig, base_model: BaseModel, cost: Cost) -> dict[str,
     }
 
 
-def plan_text(config: TrainConfig, plan: Plan) -> str:
-    """The text of a `Plan`."""
+def plan_text(config: TrainConfig, plan: Plan, images_per_step: int) -> str:
+    """The text of a `Plan`. `images_per_step`: of all processes."""
     images = config.batch_size
     per_image = (plan.cost.flops + plan.cost.encoder_flops) / images
     found = "shards, of unknown length" if plan.examples is None else f"{plan.examples:,} images to train on"
-    seen = plan.steps * images * config.gradient_accumulation_steps
     encoders = "read from the cache" if config.cache is not None else f"{plan.cost.encoder_flops / 1e9 / images:,.1f}"
     parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in plan.bytes.items())
     rows = [
         ("adapter", plan.spec.describe()),
         ("parameters", f"{plan.trained / 1e6:.2f} M trained, {plan.frozen / 1e6:.1f} M frozen ({plan.base})"),
         ("data", found),
-        (
-            "steps",
-            f"{plan.steps:,} of {images * config.gradient_accumulation_steps} images a process: {seen:,} images",
-        ),
+        ("steps", f"{plan.steps:,} of {images_per_step:,} images: {plan.steps * images_per_step:,} images"),
         ("work", f"{plan.cost.flops / 1e9 / images:,.1f} GFLOPs an image forward and backward; encoders: {encoders}"),
         ("", f"{per_image * images * config.gradient_accumulation_steps / 1e9:,.1f} GFLOPs a step and process"),
         ("memory", f"about {plan.memory / 1e9:.1f} GB a process: {parts}"),

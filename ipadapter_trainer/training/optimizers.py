@@ -76,6 +76,7 @@ class AveragedWeights:
     def __init__(self, adapter: nn.Module, optimizer: torch.optim.Optimizer, decay: float = 0.0) -> None:
         self._parameters = [p for p in adapter.parameters() if p.requires_grad]
         self._optimizer = optimizer
+        self._decay = decay
         self.ema = EMAModel(self._parameters, decay=decay) if decay else None
 
     @property
@@ -119,7 +120,10 @@ class AveragedWeights:
         return {} if self.ema is None else self.ema.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state. If it has no EMA, the average starts from the current weights."""
-        if self.ema is not None and state:
-            self.ema.load_state_dict(state)
+        """Restore a state, with this run's decay. If it has no EMA, the average starts from the current weights."""
+        if self.ema is None:
+            return
+        self.ema = EMAModel(self._parameters, decay=self._decay)
+        if state:
+            self.ema.load_state_dict({**state, "decay": self._decay})
             self.ema.to(self._parameters[0].device)

@@ -147,14 +147,6 @@ def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: 
     )
 
 
-def known_examples(config: TrainConfig) -> list[Example] | None:
-    """The examples of a training, including held-out ones; None for a stream, of which the shards must exist."""
-    if config.streams:
-        expand_shards(config.data)
-        return None
-    return examples_from_config(config)
-
-
 def validation_batches(config: TrainConfig, base_model: BaseModel, held_out: Sequence[Example]) -> Iterator[Batch]:
     """Batches of the held-out examples, center-cropped to squares, without flips and dropout."""
     dataset = ImageDataset(

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2 as V
-import torchvision.transforms.v2.functional as T
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...ipadapter_core.noise import noise_image
 from . import fields as f
 from .old_images import center_crop, resize, resize_with_pil, sharpen
 from .old_node import OldNode
@@ -43,37 +42,9 @@ class IPAdapterNoise(OldNode):
         side = min(image.shape[1:3])
         if image_optional is not None:
             image = resize(center_crop(image.movedim(-1, 1), (side, side)), (_SIDE, _SIDE)).movedim(1, -1)
-        noise = add_noise(image, type, strength).clamp(0, 1)
-        if blur > 0:
-            kernel = blur + (blur % 2 == 0)
-            noise = T.gaussian_blur(noise.movedim(-1, 1), [kernel, kernel]).movedim(1, -1)
-        return (noise,)
-
-
-def add_noise(image: Tensor, kind: str, strength: float) -> Tensor:
-    """Images [B, H, W, C] with noise, the same for the same images: they are the seed. The random state of the process
-    is left as it was.
-    """
-    seed = int(image.sum().item()) % 1000000007
-    with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the default generator
-        torch.default_generator.manual_seed(seed)
-        if kind == "fade":
-            return image * (1 - strength) + torch.rand_like(image) * strength
-        if kind == "dissolve":
-            replaced = (torch.rand_like(image) < strength).float()
-            return image * (1 - replaced) + torch.rand_like(image) * replaced
-        if kind == "gaussian":
-            return image + torch.randn_like(image) * strength
-        shuffle = V.Compose(
-            [
-                V.ElasticTransform(alpha=75.0, sigma=(1 - strength) * 3.5),
-                V.RandomVerticalFlip(p=1.0),
-                V.RandomHorizontalFlip(p=1.0),
-            ]
-        )
-        image = shuffle(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        share = torch.randn_like(image) * (strength * 0.75)
-        return image * (1 - share) + share
+        # The same images have the same noise: they are the seed.
+        seed = int(image.sum().item()) % 1000000007
+        return (noise_image(image, type, strength, blur, torch.Generator().manual_seed(seed)),)
 
 
 class PrepImageForClipVision(OldNode):

@@ -120,7 +120,7 @@ def loaded_adapter(value: Any) -> LoadedAdapter:
 def _with_version(adapter: IPAdapter, *, is_v2: bool) -> IPAdapter:
     """FaceID-Plus is v2 for Kolors or by the file's name or metadata, else v1, as in the old pack."""
     projector = adapter.projector
-    if isinstance(projector, FaceIDPlusProjection) and not projector.shortcut:
+    if isinstance(projector, FaceIDPlusProjection) and projector.shortcut is None:
         projector.shortcut = is_v2 or adapter.spec.is_kolors
         adapter.spec = with_shortcut(adapter.spec, projector.shortcut)
     return adapter

@@ -80,7 +80,7 @@ def test_whatever_changes_is_not_frozen(world, small, pack, compiled, attention)
 
     def one_layer(model):
         weights = [pack.core.LayerWeight(weight) for weight in (0.0, 1.0)]
-        return pack.install.apply_prompt(model, adapter, prompts[1], weights=weights)
+        return pack.install.apply_prompt(model, adapter, prompts[1], node="Test", weights=weights)
 
     for change, settings in (
         (lambda model: model, {}),

@@ -89,7 +89,7 @@ def test_subtracting_an_image_from_itself(refuse, encode):
     assert torch.isfinite(encode(images(2), combine="subtract").args[0].positive.image).all()
 
 
-@pytest.mark.parametrize(("value", "words"), [(0.0, "are zero: the download broke off"), (torch.nan, "holds NaN")])
+@pytest.mark.parametrize(("value", "words"), [(0.0, "are zero. The download broke off"), (torch.nan, "holds NaN")])
 @pytest.mark.parametrize("layer", ["encoder.layers.1.mlp.fc1.weight", "embeddings.patch_embedding.weight"])
 def test_a_damaged_encoder(refuse, encoder, layer, value, words):
     """From any loader: the check is where it is used."""

@@ -109,7 +109,7 @@ def test_boost(pack, world, weight_type):
     sites = pack.core.cross_attention_sites(world.model.get_model_object("diffusion_model"))
     weights = pack.core.layer_weights(weight_type, "sd15", 0.6, boost=1.2)
     assert all(layer.weight for layer in weights if layer.swapped)
-    want = pack.install.apply_prompt(world.model, world.adapter, world.prompt, weights=weights)
+    want = pack.install.apply_prompt(world.model, world.adapter, world.prompt, node="Test", weights=weights)
     assert torch.equal(world.sample(patched), world.sample(want))
     assert not torch.allclose(world.sample(patched), sampled(**precise), atol=1e-2)
     assert len(sites) == 16

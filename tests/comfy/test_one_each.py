@@ -1,7 +1,8 @@
-"""One image for each latent: image i steers latent i, or frame i of a video, in windows of frames too."""
+"""One image for each latent: image i guides latent i, or frame i of a video, in windows of frames too."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 
@@ -33,7 +34,7 @@ def adapter(request, world):
 
 @pytest.fixture
 def frames_alone(world, encode, images, adapter):
-    """What each frame is when its image steers all frames."""
+    """What each frame is when its image guides all frames."""
 
     def run(sample=world.sample, **options):
         models = [world.apply(world.model, adapter, encode(image[None], adapter)) for image in images]
@@ -46,7 +47,7 @@ def close(got, want):
     torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-3)
 
 
-def test_image_i_steers_latent_i(world, encode, images, adapter, frames_alone):
+def test_image_i_guides_latent_i(world, encode, images, adapter, frames_alone):
     prompt = encode(images, adapter, one_each=True)
     patched = world.apply(world.model, adapter, prompt)
     got, want = world.sample(patched, batch=FRAMES), frames_alone()
@@ -63,6 +64,22 @@ def test_a_negative_image_for_each(world, encode, images, adapter):
     for i in (0, 3):
         one = encode(images[i : i + 1], adapter, image_negative=negative[i : i + 1].clone())
         close(got[i], world.sample(world.apply(world.model, adapter, one), batch=FRAMES)[i])
+
+
+def test_one_negative_image_for_all_keeps_its_weight(world, encode, images, adapter):
+    """With weights of its own for each image as with one for all; 1 with a mean of 1 is as without a weight."""
+    prompt = encode(images[:2], adapter, image_negative=images[2:3], one_each=True)
+
+    def sample(own, negative):
+        weighted = dataclasses.replace(
+            prompt,
+            positive=dataclasses.replace(prompt.positive, weights=own),
+            negative=dataclasses.replace(prompt.negative, weights=(negative,)),
+        )
+        return world.sample(world.apply(world.model, adapter, weighted), batch=2)
+
+    close(sample((1.0, 1.0 + 1e-6), 0.2), sample((1.0, 1.0), 0.2))
+    assert not torch.allclose(sample((1.0, 0.9), 0.2), sample((1.0, 0.9), 1.0), atol=0.05)
 
 
 @pytest.fixture

@@ -103,3 +103,17 @@ def test_another_encoder(pack, world):
         "a.safetensors takes image_embeds of 48",
         "models/clip_vision",
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("false", "one_each is 'false'. Connect true or false."), (2.5, "one_each is '2.5'. Connect true or false.")],
+)
+def test_a_wire_of_another_type_into_a_switch(pack, world, encoder, value, message):
+    image = torch.rand(1, 40, 40, 3)
+    refuse(pack, lambda: pack.EncodeImagePrompt.execute(world.adapter, encoder, image, one_each=value), message)
+
+
+def test_a_wire_of_another_type_into_a_text(pack, world):
+    refuse(pack, lambda: pack.SaveImagePrompt.execute(world.prompt, 3), "filename_prefix is 3. Connect a text.")
+    refuse(pack, lambda: pack.LayerWeights.execute("SDXL", layers=5), "layers is 5. Connect a text.")

@@ -107,6 +107,13 @@ def test_a_weight_of_zero_switches_one_region_off(world, regions):
     close(world.sample(model), world.sample(world.apply(world.model, world.adapter, world.prompt, attn_mask=LEFT)))
 
 
+def test_warnings_name_this_node(world, regions, caplog):
+    masks = torch.cat([LEFT, LEFT])
+    model, _ = regions(mask_1=masks, image_prompt_1=world.prompt)
+    world.sample(model)
+    assert "Image Prompt Regions: mask_1 has 2 masks" in caplog.text and "Apply IP Adapter" not in caplog.text
+
+
 def test_former_names_of_weight_types(pack):
     assert pack.ImagePromptRegions.validate_inputs("style transfer (SDXL)") is True
     assert "Unknown weight type" in pack.ImagePromptRegions.validate_inputs("x")

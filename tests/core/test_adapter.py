@@ -81,7 +81,12 @@ def test_save_refuses(tmp_path: Path, unets: Any, new_adapter: Any) -> None:
     with pytest.raises(ic.AdapterError, match=r".bin"):
         ic.save_adapter(tmp_path / "a.bin", adapter)
     adapter.projector.norm.bias[0] = float("nan")
-    with pytest.raises(ic.AdapterError, match=r"image_proj.norm.bias holds NaN"):
+    with pytest.raises(ic.AdapterError, match=r"not saved, the tensor image_proj.norm.bias holds NaN"):
+        ic.save_adapter(tmp_path / "a.safetensors", adapter)
+    adapter.projector.norm.bias[0] = 0.0
+    name = next(iter(adapter.layers.state_dict()))
+    torch.nn.init.zeros_(adapter.layers.state_dict()[name])
+    with pytest.raises(ic.AdapterError, match=rf"not saved, all \d+ values of the tensor ip_adapter.{name} are zero"):
         ic.save_adapter(tmp_path / "a.safetensors", adapter)
     assert not list(tmp_path.iterdir())
 
@@ -94,6 +99,18 @@ def test_the_header_holds_the_provenance(tmp_path: Path, unets: Any, new_adapter
         metadata = file.metadata()
     assert metadata[ic.METADATA_KIND] == "faceid-plus" and metadata[ic.METADATA_SHORTCUT] == "true"
     assert metadata[ic.METADATA_BASE_FAMILY] == "context-24"
+
+
+def test_other_metadata_cannot_contradict_the_tensors(tmp_path: Path, unets: Any, new_adapter: Any) -> None:
+    path = tmp_path / "a.safetensors"
+    ic.save_adapter(path, new_adapter(unets["sd15"]), {ic.METADATA_KIND: "plus", ic.METADATA_ENCODER: "mine"})
+    assert (ic.load_adapter(path).spec.kind, ic.load_adapter(path).spec.encoder_id) == ("base", "mine")
+
+
+def test_an_unknown_negative_is_refused(tmp_path: Path, unets: Any, new_adapter: Any) -> None:
+    ic.save_adapter(tmp_path / "a.safetensors", new_adapter(unets["sd15"]), {ic.METADATA_NEGATIVE: "balck"})
+    with pytest.raises(ic.AdapterError, match=r"ipadapter.negative='balck'; expected 'zeros' or 'black'"):
+        ic.load_adapter(tmp_path / "a.safetensors")
 
 
 def test_faceid_plus_does_not_guess_its_version(tmp_path: Path, unets: Any, new_adapter: Any, features: Any) -> None:

@@ -261,6 +261,13 @@ def test_junk(tmp_path: Path, name: str) -> None:
         ic.read_checkpoint(path)
 
 
+def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    with pytest.raises(ic.AdapterError, match=r"a.safetensors: holds tensors of the type F4, which is not read"):
+        ic.read_checkpoint(tmp_path / "a.safetensors")
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(ic.AdapterError, match=r"nowhere.bin: no such file"):
         ic.read_checkpoint(tmp_path / "nowhere.bin")

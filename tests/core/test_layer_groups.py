@@ -39,6 +39,11 @@ def test_groups():
     assert group_factors("sd15", {}).factors == (1.0,) * 16
     with pytest.raises(AdapterError, match="style is nan"):
         group_factors("sdxl", {"style": math.nan})
+    with pytest.raises(AdapterError, match=r"Unknown layer group 'styles'. Use one of: early, composition"):
+        group_factors("sdxl", {"styles": 1.0})
+    for parse in (lambda: group_factors("sd3", {}), lambda: parse_factors("sd3", "3:1")):
+        with pytest.raises(AdapterError, match=r"Unknown family 'sd3'. Use one of: sd15, sdxl"):
+            parse()
 
 
 @pytest.mark.parametrize("text", ["3:2.5, 6:1", "3:2.5\n6:1\n", " 3 : 2.5 ,, 6 : 1,", "6:1,3:25e-1"])

@@ -33,10 +33,10 @@ from ipadapter_trainer.models.from_config import base_model_from_config, preproc
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import make_config
 from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
-from ipadapter_trainer.training.dry_run import plan_training
 from ipadapter_trainer.training.new_adapter import adapter_spec, new_adapter
 from ipadapter_trainer.training.training_data import open_training_data
 
+from .plans import plan_of
 from .tiny_models import COLOURS
 
 
@@ -225,7 +225,7 @@ def test_the_forecast_is_what_is_written(many: dict[str, Any], base_model: BaseM
         ({}, {"kind": "plus", "cache_image_features": "int8", "flip": True}, {"base_model": sdxl_folder})
     ):
         config = make_config({**many, **case, "cache": f"{many['cache']}{number}"})
-        forecast = plan_training(config).cache
+        forecast = plan_of(config).cache
         assert config.cache is not None
         folder = write_cache(config)
         found = 0

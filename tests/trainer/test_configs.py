@@ -19,11 +19,11 @@ from ipadapter_trainer.models.published_models import model_at
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import config_of_arguments, load_config
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
-from ipadapter_trainer.training.dry_run import plan_training
 from ipadapter_trainer.training.new_adapter import new_adapter
 from ipadapter_trainer.training.train import train
 
 from .conftest import draw_image
+from .plans import plan_of
 from .tiny_models import COLOURS
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ def test_its_head_says_the_command_and_what_it_needs(file: Path, published: dict
 
     family = family_of(file)
     config = load_config(TrainConfig, file, overrides(file, published[family], faces))
-    plan = plan_training(config)
+    plan = plan_of(config)
     images = config.steps * config.batch_size * config.gradient_accumulation_steps
     cached, whole = (
         flops / config.batch_size for flops in (plan.cost.flops, plan.cost.flops + plan.cost.encoder_flops)
@@ -152,7 +152,7 @@ def test_the_fine_tune_goes_on_from_its_file(
 def test_the_emoji_config_runs_in_a_checkout(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     more = (f"data={images}", f"output={tmp_path / 'run'}", "log_with=none")
-    plan, config = plan_training(load_config(TrainConfig, EMOJI, more)), load_config(TrainConfig, EMOJI)
+    plan, config = plan_of(load_config(TrainConfig, EMOJI, more)), load_config(TrainConfig, EMOJI)
     work = (plan.cost.flops + plan.cost.encoder_flops) * config.steps
     head = re.sub(r"\n# ", " ", EMOJI.read_text().split("\n\n")[0])
     said = numbers(head, r"Trains ([\d.]+) M parameters and needs ([\d.]+) GB.* The (\d+) steps take (\d+) TFLOP")

@@ -21,9 +21,10 @@ from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.kinds import TRAIN_KINDS
 from ipadapter_trainer.training.adapted_unet import TrainBatch, adapt_unet
 from ipadapter_trainer.training.cost import Meter, metered, step_cost
-from ipadapter_trainer.training.dry_run import Plan, plan_training
+from ipadapter_trainer.training.dry_run import Plan
 from ipadapter_trainer.training.new_adapter import adapter_spec, new_adapter
 
+from .plans import plan_of
 from .tiny_models import EMBEDS, LENGTH
 
 pytestmark = pytest.mark.usefixtures("shared_counts")
@@ -142,7 +143,7 @@ def plans(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     }
     common = {"cache": "anywhere", "sample_images": 0}
     return {
-        name: plan_training(settings_of(published["sd15"], data / "a.jsonl", **common | changes))
+        name: plan_of(settings_of(published["sd15"], data / "a.jsonl", **common | changes))
         for name, changes in settings.items()
     }
 
@@ -170,16 +171,15 @@ def test_memory_follows_the_settings(plans: dict[str, Plan]) -> None:
     assert plans["no cache"].frozen - plans["half"].frozen == pytest.approx(encoders, rel=0.01)
 
 
-def test_steps_follow_the_images_and_the_processes(small_folder: Path, tmp_path: Path) -> None:
+def test_steps_follow_the_images(small_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' * 20)
     (tmp_path / "a.png").touch()
     config = settings_of(
         small_folder, tmp_path / "a.jsonl", resolution=64, batch_size=3, steps=None, epochs=4, cache="anywhere"
     )
-    plan = plan_training(config)
+    plan = plan_of(config)
     assert plan.examples == 18  # a tenth is held out
     assert plan.steps == 24
-    assert plan_training(config, processes=2).steps == 12
 
 
 # ---- the command
@@ -197,7 +197,7 @@ def test_the_command_prints_and_writes_nothing(
     for words in (
         "423.75 M trained",
         "6 images to train on",
-        "200,000 of 64 images a process",
+        "200,000 of 64 images: 12,800,000 images",
         "GFLOPs an image forward and backward",
         "memory      about",
         "runs/mine",

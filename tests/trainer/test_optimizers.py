@@ -92,6 +92,21 @@ def test_an_average_goes_on_from_its_state() -> None:
     assert all(torch.equal(a, b) for a, b in zip(average.ema.shadow_params, other.ema.shadow_params, strict=True))
 
 
+def test_a_resumed_average_starts_from_the_resumed_weights_and_has_this_runs_decay() -> None:
+    """A run that adds ema_decay, or changes it."""
+    module = layer()
+    optimizer = new_optimizer(module, 0.1)
+    added = AveragedWeights(module, optimizer, 0.9)  # as in `prepare`, before the checkpoint is loaded
+    with torch.no_grad():
+        module.weight.fill_(3.0)
+    added.load_state_dict({})
+    with added.applied():
+        assert torch.equal(module.weight, torch.full_like(module.weight, 3.0))
+    changed = AveragedWeights(module, optimizer, 0.5)
+    changed.load_state_dict(added.state_dict())
+    assert changed.ema is not None and changed.ema.decay == 0.5
+
+
 @pytest.mark.parametrize(
     ("name", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt"), ("schedulefree", "schedulefree")]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -45,16 +46,13 @@ def alone(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return settings
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_are_one_with_the_same_global_batch(
-    launcher: str, alone: dict[str, Any], tmp_path: Path, warm_python: WarmPython
-) -> None:
-    """The same images, noise and timesteps, whoever draws them; sums differ in their order only."""
-    one = load_file(next(Path(alone["output"]).glob("*.safetensors")))
-    arguments = [f"{key}={value}" for key, value in {**alone, "batch_size": 2, "output": tmp_path}.items()]
+def launch(
+    launcher: str, warm_python: WarmPython, settings: dict[str, Any], *options: str
+) -> subprocess.CompletedProcess[str]:
+    arguments = [f"{key}={value}" for key, value in settings.items()]
     python = str(warm_python.executable)
     launched = subprocess.run(
-        [python, "-m", *LAUNCHERS[launcher], "-m", "ipadapter_trainer.cli", "train", *arguments],
+        [python, "-m", *LAUNCHERS[launcher], "-m", "ipadapter_trainer.cli", "train", *arguments, *options],
         # PYTHON_EXEC is the Python of the workers.
         env={**process_environment(), "CUDA_VISIBLE_DEVICES": "", "PYTHON_EXEC": python},
         capture_output=True,
@@ -62,6 +60,16 @@ def test_two_processes_are_one_with_the_same_global_batch(
         check=False,
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
+    return launched
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_are_one_with_the_same_global_batch(
+    launcher: str, alone: dict[str, Any], tmp_path: Path, warm_python: WarmPython
+) -> None:
+    """The same images, noise and timesteps, whoever draws them; sums differ in their order only."""
+    one = load_file(next(Path(alone["output"]).glob("*.safetensors")))
+    launched = launch(launcher, warm_python, {**alone, "batch_size": 2, "output": tmp_path})
     assert "2 processes" in launched.stdout
     assert launched.stdout.count("Saved ") == 1
     two = load_file(next(tmp_path.glob("*.safetensors")))
@@ -69,3 +77,14 @@ def test_two_processes_are_one_with_the_same_global_batch(
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-3)  # five steps of 1e-3
     torch.testing.assert_close(losses_of(tmp_path), losses_of(alone["output"]), atol=1e-5, rtol=1e-4)
+
+
+def test_a_dry_run_counts_the_images_of_both_processes(
+    alone: dict[str, Any], tmp_path: Path, warm_python: WarmPython
+) -> None:
+    settings = {key: value for key, value in alone.items() if key != "steps"}
+    settings |= {"batch_size": 1, "epochs": 4, "output": tmp_path}
+    printed = launch("torchrun", warm_python, settings, "--dry-run").stdout
+    images = int(re.search(r"data +(\d+) images to train on", printed)[1])  # pyright: ignore[reportOptionalSubscript]
+    assert f"steps       {images} of 4 images: {4 * images} images" in printed
+    assert printed.count("images to train on") == 1

@@ -134,7 +134,9 @@ def test_a_sample_has_an_image_a_caption_a_reference_and_a_face(tmp_path: Path) 
         ({"png": b""}, "a.tar/1: no caption"),
         ({"png": b"", "json": json.dumps({"title": "a"}).encode()}, "a.tar/1: no caption"),
         ({"png": b"", "json": b"{"}, "its caption cannot be read"),
-        ({"png": b"", "txt": b"\xff"}, "its caption cannot be read"),
+        ({"png": b"", "txt": b"\xff"}, "a.tar/1.txt: not UTF-8 text"),
+        ({"png": b"", "txt": b"version https://git-lfs.github.com/spec/v1\noid sha256:0"}, "1.txt: .*Git LFS"),
+        ({"png": b"", "json": b"<!doctype html><html></html>"}, "1.json: a web page"),
         ({"png": b"", "txt": b"a", "refrence.jpg": b""}, "a.tar/1: .refrence.jpg .* mean .reference.jpg"),
         ({"png": b"", "txt": b"a", "faces.npy": b""}, "a.tar/1: .faces.npy .* mean .face.npy"),
         (

@@ -46,6 +46,22 @@ def test_a_preset_finds_the_file_that_the_old_pack_finds(
         assert pipeline["insightface"] == {"provider": None, "model": None}
 
 
+def test_what_a_file_says_of_its_version_wins_over_its_name(old, pack, put, folders):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    put("sd15", "faceid-plus", "a")
+    with safe_open(folders / "ipadapter" / "a.safetensors", "pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata()
+    for version in (False, True):
+        name = f"{version}-plusv2.safetensors"
+        changed = {**metadata, pack.core.METADATA_SHORTCUT: str(version).lower()}
+        save_file(tensors, folders / "ipadapter" / name, changed)
+        (loaded,) = old["IPAdapterModelLoader"]().load_ipadapter_model(name)
+        assert pack.wires.loaded_adapter(loaded).adapter.projector.shortcut is version
+
+
 def test_names_of_all_presets(peer, pack, folders):
     """By name alone, for every file that the old pack can find."""
     import sys
