@@ -30,18 +30,16 @@ def scale_keys_values(
     key_value: KeyValue,
     weight: float | Tensor = 1.0,
     scaling: Scaling = "V only",
-    *,
-    images: int = 1,
 ) -> tuple[KeyValue, float | Tensor]:
     """Fold `weight` into keys and values once, before sampling.
 
-    `key_value` holds [B, T, C] tensors; `weight` is a number or a tensor of B numbers. With several images
-    concatenated along T, `images` is their count, because the mean of "K+mean(V)" is taken per image.
+    `key_value` holds [B, T, C] tensors, a row for each image, because the mean of "K+mean(V)" is taken per image;
+    `weight` is a number or a tensor of B numbers.
 
     Returns the scaled pair and the weight for `image_attention`: unchanged for "V only" (attention is linear in V, so
     this is exact), 1.0 for the other modes, which are those of ComfyUI_IPAdapter_plus.
 
-    Raises AdapterError for an unknown mode, or when T is not a multiple of `images`.
+    Raises AdapterError for an unknown mode.
     """
     if scaling == "V only":
         return key_value, weight
@@ -52,7 +50,8 @@ def scale_keys_values(
     if scaling != "K+V":
         rows = rows * (key.shape[-1] / C_PENALTY_DIM)
     if scaling == "K+mean(V) w/ C penalty":
-        return KeyValue(key * rows, _scale_mean(value, rows, images)), 1.0
+        mean = value.mean(dim=1, keepdim=True)  # scaled, while the differences between the tokens stay
+        return KeyValue(key * rows, (value - mean) + mean * rows), 1.0
     return KeyValue(key * rows, value * rows), 1.0
 
 
@@ -110,16 +109,6 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, heads: int) -> None
         raise AdapterError(
             f"Image attention: {key.shape[0]} rows of image keys for a batch of {batch}. Pass 1 row or {batch} rows."
         )
-
-
-def _scale_mean(value: Tensor, rows: Tensor | float, images: int) -> Tensor:
-    """Scale the mean value of each image; the differences between its tokens stay."""
-    if value.shape[1] % images:
-        raise AdapterError(f"{value.shape[1]} image tokens do not divide into {images} images. Check `images`.")
-    batch, tokens, channels = value.shape
-    per_image = value.reshape(batch, images, tokens // images, channels)
-    mean = per_image.mean(dim=2, keepdim=True).expand_as(per_image).reshape(value.shape)
-    return (value - mean) + mean * rows
 
 
 def _per_row(weight: float | Tensor, like: Tensor) -> Tensor | float:

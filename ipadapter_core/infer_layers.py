@@ -35,7 +35,7 @@ def infer_layers(shapes: Shapes, origin: str) -> tuple[tuple[int, ...], int, int
     _check_ids(keys, values, origin)
     cross_attention_dim = next(iter(keys.values()))[-1]
     for id, shape in keys.items():
-        if len(shape) != 2 or values[id] != shape or shape[1] != cross_attention_dim:
+        if values[id] != shape or shape[1] != cross_attention_dim:
             raise AdapterError(
                 f"{origin}: layer {id} has to_k_ip {list(shape)} and to_v_ip {list(values[id])}; expected two of "
                 f"[width, {cross_attention_dim}]. The file mixes different adapters; download or export it again."

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import split_heads
 from .errors import AdapterError
 from .operations import Operations
 
@@ -90,14 +91,11 @@ class PerceiverAttention(nn.Module):
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         normed = self.norm2(latents)
         both = torch.cat([self.norm1(x), normed], dim=1)
-        query = self._split(self.to_q(normed))
-        key, value = (self._split(part) for part in self.to_kv(both).chunk(2, dim=-1))
+        query = split_heads(self.to_q(normed), self.heads)
+        key, value = (split_heads(part, self.heads) for part in self.to_kv(both).chunk(2, dim=-1))
         # 1/sqrt(d) once equals the d^-1/4 on each side of the original up to rounding.
         out = F.scaled_dot_product_attention(query, key, value)
         return self.to_out(out.transpose(1, 2).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 def feed_forward(dim: int, multiple: int = 4, *, operations: Operations = nn) -> nn.Sequential:
@@ -197,12 +195,11 @@ class FaceIDPlusProjection(FaceIDProjection):
         heads: int | None = None,
         dim_head: int = 64,
         shortcut: bool | None = None,
-        shortcut_scale: float = 1.0,
         operations: Operations = nn,
     ) -> None:
         super().__init__(face_dim, cross_attention_dim, num_tokens, hidden_dim, operations=operations)
         self.shortcut = shortcut
-        self.shortcut_scale = shortcut_scale
+        self.shortcut_scale = 1.0
         self.perceiver_resampler = PerceiverResampler(
             image_dim,
             cross_attention_dim,

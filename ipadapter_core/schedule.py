@@ -17,7 +17,7 @@ TIMINGS: tuple[Timing, ...] = get_args(Timing)
 LAST = 9999  # as `end`: the last step or frame, whatever their number
 
 # Share of the way -> share of the change. As in ComfyUI_IPAdapter_plus, whose "ease in" begins fast.
-_CURVES: Mapping[str, Callable[[float], float]] = {
+CURVES: Mapping[str, Callable[[float], float]] = {
     "linear": lambda way: way,
     "ease in": lambda way: math.sin(way * math.pi / 2),
     "ease out": lambda way: 1 - math.cos(way * math.pi / 2),
@@ -72,7 +72,7 @@ class WeightSchedule:
         if self.timing == "custom":
             return self.weights[min(index - self.start, last)]
         steps = end - self.start - 1
-        at = _CURVES[self.timing]((index - self.start) / steps if steps else 1.0) * last
+        at = CURVES[self.timing]((index - self.start) / steps if steps else 1.0) * last
         before = min(int(at), last - 1)
         share = at - before
         return self.weights[before] * (1 - share) + self.weights[before + 1] * share

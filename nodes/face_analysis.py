@@ -13,6 +13,7 @@ from comfy_api.latest import io
 
 from ..ipadapter_core import AdapterError
 from ..ipadapter_core.file_types import START, FileType, download_again, type_of, unexpected_type
+from .files import version
 from .node import Node
 from .types import SEARCH_ALIASES, node_schema
 
@@ -86,7 +87,7 @@ class LoadFaceAnalysis(Node):
     def fingerprint_inputs(cls, model_name: str | None, provider: str | None = "CPU") -> str:
         """Changes when a file is replaced. ComfyUI gives None for a value that comes over a wire."""
         files = [] if model_name is None else find_files(model_name)
-        return str([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+        return str([(str(file), *version(file)) for file in files])
 
     @classmethod
     def execute(cls, model_name: str, provider: str = "CPU") -> io.NodeOutput:

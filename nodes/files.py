@@ -76,7 +76,7 @@ def model_files(folder: str) -> dict[Path, str]:
 
 
 def stamp(folder: str, name: str) -> tuple[str, int, int] | None:
-    """Changes when a file is replaced."""
+    """Name, size and time of change of a file in a folder; None when it is not there."""
     path = folder_paths.get_full_path(folder, name)
     return None if path is None else (name, *version(Path(path)))
 
@@ -102,6 +102,6 @@ def _encoder_shape(path: Path, _: tuple[int, int]) -> ImageEncoder | None:
 
 
 def version(path: Path) -> tuple[int, int]:
-    """Changes when a file is replaced."""
+    """Size and time of change, which differ when a file is replaced."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns

@@ -136,11 +136,10 @@ def _layer_pairs(
     positives, one_each = len(image_prompt.positive), image_prompt.one_each
     shares = image_prompt.weights
     if one_each and len(tokens) == positives + 1 and len(set(shares[:positives])) > 1:
-        # The single negative image serves every frame, as strong beside the frame's image as beside their mean.
+        # The single negative serves every frame that its image acts in. Zeros have the weight of that image.
         tokens = torch.cat([tokens[:positives], tokens[positives:].expand(positives, -1, -1)])
-        own, mean = shares[:positives], sum(shares[:positives]) / positives
-        ratio = shares[positives] / mean if mean else 1.0
-        shares = (*own, *(ratio * weight for weight in own))
+        own, given = shares[:positives], image_prompt.negative is not None
+        shares = (*own, *(shares[positives] if given and weight else weight for weight in own))
     swapped = any(layer.swapped and layer.weight for layer in weights)
     rows = branch_rows(positives, len(tokens) - positives, one_each=one_each, swapped=swapped)
     offload_device = comfy.model_management.unet_offload_device()

@@ -29,12 +29,12 @@ _PARTS = ("positive", "negative")
 
 def list_prompts() -> list[str]:
     """Names of the files in input/ and in output/image_prompts/, marked as ComfyUI marks those of its folders."""
-    return list(_prompts())
+    return list(find_prompts())
 
 
 def prompt_path(name: str) -> Path:
     """Raises AdapterError for a name that is not in the list."""
-    path = _prompts().get(name)
+    path = find_prompts().get(name)
     if path is None:
         raise AdapterError(
             f"There is no image prompt {name!r}. Make one with Save Image Prompt, or put a file of it or of the old "
@@ -43,7 +43,7 @@ def prompt_path(name: str) -> Path:
     return path
 
 
-def _prompts() -> dict[str, Path]:
+def find_prompts() -> dict[str, Path]:
     """The files by their names in the list."""
     given, saved = Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory())
     own = {path.relative_to(given).as_posix(): path for path in files_below(given, *_SUFFIXES)}

@@ -22,8 +22,8 @@ def combine_prompts(prompts: Mapping[str, ImagePrompt], combine: str) -> ImagePr
     each other. The others calculate with features times weights: of all images, or with one image for each latent of
     the first image of every prompt, then of the second, and so on.
 
-    A negative that all prompts share stays, with the mean weight. Different ones are joined; only concat keeps their
-    weights.
+    A negative that all prompts share stays, with the mean weight. Different ones are joined, and with one image for
+    each latent also those of different weights; only concat keeps their weights.
 
     Raises AdapterError for prompts that do not go together.
     """
@@ -137,7 +137,8 @@ def _combine_negatives(
         return None
     one_each, first = prompts[0].one_each, given[0]
     follow = one_each and joined  # the images of one prompt after those of the other
-    if first is not None and all(_is_same(first, other) for other in given) and not (follow and len(first) > 1):
+    single = first is not None and len(first) == 1 and len(set(weights)) == 1
+    if first is not None and all(_is_same(first, other) for other in given) and (single or not follow):
         return dataclasses.replace(first, weights=(sum(weights) / len(weights),) * len(first))
     negatives = [_zeros(prompt) if prompt.negative is None else prompt.negative for prompt in prompts]
     if one_each and not joined:

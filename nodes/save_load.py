@@ -12,8 +12,18 @@ from safetensors import SafetensorError
 from ..ipadapter_core import AdapterError
 from ..ipadapter_core.branches import branch_rows
 from .file_names import relative_name
+from .files import version
 from .node import NONE, Node
-from .prompt_files import FOLDER, OLD_SUFFIX, list_prompts, prompt_path, read_old_features, read_prompt, write_prompt
+from .prompt_files import (
+    FOLDER,
+    OLD_SUFFIX,
+    find_prompts,
+    list_prompts,
+    prompt_path,
+    read_old_features,
+    read_prompt,
+    write_prompt,
+)
 from .prompt_math import shapes_of
 from .types import ImagePrompt, ImagePromptType, node_schema
 
@@ -101,10 +111,8 @@ class LoadImagePrompt(Node):
     @classmethod
     def fingerprint_inputs(cls, image_prompt_name: str | None = None, negative: object = None) -> str:
         """Another file of the same name is loaded again. None comes over a wire."""
-        if image_prompt_name not in list_prompts():
-            return ""
-        status = prompt_path(image_prompt_name).stat()
-        return f"{status.st_size} {status.st_mtime_ns}"
+        prompts = find_prompts()
+        return str(version(prompts[image_prompt_name])) if image_prompt_name in prompts else ""
 
     @classmethod
     def execute(cls, image_prompt_name: str, negative: ImagePrompt | None = None) -> io.NodeOutput:

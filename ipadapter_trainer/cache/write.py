@@ -9,12 +9,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from ..data.buckets import assign, read_sizes
 from ..data.from_config import buckets_from_config, examples_from_config
@@ -24,14 +22,12 @@ from ..files.provenance import trainer_version
 from ..models.from_config import base_model_from_config
 from ..runtime.disk import show_bytes
 from ..runtime.folder_lock import LOCK, NOTE, Say, lock_folder
-from ..runtime.processes import check_precision, launched_on_cpu
+from ..runtime.processes import check_precision, connect
 from ..settings.config import TrainConfig
 from .encode import encode_shards
 from .files import MANIFEST, Manifest, open_shard, read_manifest, replaced_image, write_shard
 from .plan import TABLES, Shard, cache_rows, cache_settings, plan_shards
 from .read import StoredRows
-
-_TIMEOUT = timedelta(days=7)  # processes wait for each other only at the end, and some are slower
 
 
 def write_cache(
@@ -54,7 +50,7 @@ def write_cache(
     folder = config.cache
     if folder is None:
         raise ConfigError("Where shall the cache go? Name a folder with cache=...")
-    state = PartialState(cpu=launched_on_cpu(), timeout=_TIMEOUT)
+    state = connect()
     assert state.device is not None
     check_precision(config.mixed_precision, state.device)
     say = say if state.is_main_process else lambda line: None

@@ -43,11 +43,12 @@ def evaluate(context: typer.Context, arguments: Settings = None, *, options: Lis
         config = read_settings(context, EvalConfig, arguments, options)
         from json import dumps
 
-        from ..evaluation.evaluate import evaluate, processes
+        from ..evaluation.evaluate import evaluate
         from ..runtime.disk import whole_file
+        from ..runtime.processes import connect
 
         quiet()
-        is_main = processes().is_main_process
+        is_main = connect().is_main_process
         try:
             evaluation = evaluate(config, say=typer.echo, progress_bar=True)
         except KeyboardInterrupt:

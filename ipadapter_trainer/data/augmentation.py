@@ -104,19 +104,16 @@ def noise_params(
     posterior_noise = torch.randn(latent_shape, generator=generator)
     if augmentation.noise_offset:
         noise = noise + augmentation.noise_offset * torch.randn(latent_shape[0], 1, 1, generator=generator)
-    return NoiseParams(bool(drop_image), bool(drop_text), noise, posterior_noise, timestep)
+    return NoiseParams(drop_image, drop_text, noise, posterior_noise, timestep)
 
 
-def dropout(
-    uniform: Uniform, *, image: float = 0.05, text: float = 0.05, both: float = 0.05
-) -> tuple[bool | Tensor, bool | Tensor]:
-    """Uniform random numbers in [0, 1) -> (drop the image, drop the text), with the given probabilities.
+def dropout(uniform: float, *, image: float = 0.05, text: float = 0.05, both: float = 0.05) -> tuple[bool, bool]:
+    """A uniform random number in [0, 1) -> (drop the image, drop the text), with the given probabilities.
 
     The intervals are in the original trainer's order: image, text, both, neither.
     """
-    end = image + text
-    in_both = (uniform >= end) & (uniform < end + both)
-    return (uniform < image) | in_both, ((uniform >= image) & (uniform < end)) | in_both
+    in_both = image + text <= uniform < image + text + both
+    return uniform < image or in_both, image <= uniform < image + text or in_both
 
 
 def _generator(key: RandomKey, purpose: str) -> random.Random:

@@ -10,11 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict
-from datetime import timedelta
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,6 +23,7 @@ from ..models.generate import generate
 from ..models.image_features import encode_images
 from ..runtime.disk import whole_file
 from ..runtime.folder_lock import lock_folder
+from ..runtime.processes import connect
 from ..settings.eval_config import EvalConfig
 from .clip import clip_i, clip_t
 from .grid import image_file, save_grid
@@ -35,7 +33,6 @@ from .scores import Job, Score, append_scores, read_scores, score_file
 from .setup import Setup, load_setup
 
 _DIGITS = 6  # of a score
-_TIMEOUT = timedelta(days=7)  # processes only wait for each other at the end, and some take longer
 
 
 def evaluate(config: EvalConfig, *, say: Callable[[str], None] = print, progress_bar: bool = False) -> Evaluation:
@@ -47,7 +44,7 @@ def evaluate(config: EvalConfig, *, say: Callable[[str], None] = print, progress
 
     Raises TrainerError and AdapterError for models and data that are wrong or do not fit together.
     """
-    state = processes()
+    state = connect()
     progress_bar = progress_bar and state.is_main_process
     with lock_folder(config.output, say):
         setup = load_setup(config, torch.device(state.device or "cpu"), progress_bar)
@@ -68,13 +65,6 @@ def evaluate(config: EvalConfig, *, say: Callable[[str], None] = print, progress
                 "All processes must write to the same folder; run the same command again for the missing images."
             )
         return _sum_up(setup, [scores[job] for job in jobs], save_grid(setup) if state.is_main_process else None)
-
-
-def processes() -> PartialState:
-    """The processes that share the work; on the CPU if there is no CUDA device."""
-    # Accelerator reads this variable of Accelerate's launcher, PartialState does not.
-    on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    return PartialState(cpu=on_cpu, timeout=_TIMEOUT)
 
 
 def seed_of(seed: int, index: int, number: int) -> int:

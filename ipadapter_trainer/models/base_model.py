@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ipadapter_core import Site, diffusers_sites, family_of
 
@@ -68,11 +68,6 @@ class BaseModel:
         return self._part("text_encoders")
 
     @property
-    def text_encoder(self) -> CLIPTextModel:
-        """The first text encoder."""
-        return self.text_encoders[0]
-
-    @property
     def image_encoder(self) -> CLIPVisionModelWithProjection:
         """The encoder of image prompts. Raises BaseModelError when there is none."""
         return self._part("image_encoder")
@@ -116,11 +111,6 @@ class BaseModel:
     def family(self) -> str:
         """ "sd15", "sd2" or "sdxl" for UNets of their shapes, else "context-<dim>"."""
         return family_of(self.sites[0].cross_attention_dim, [site.dim for site in self.sites])
-
-    @property
-    def has_image_encoder(self) -> bool:
-        """Whether there is an image encoder; `image_processor` to `encoder_name` raise BaseModelError without one."""
-        return self._encoder is not None
 
     @property
     def image_processor(self) -> CLIPImageProcessor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Lines = Sequence[dict[str, float]]
+from .verdict import Lines
 
 POINTS = 1000  # of a curve at most; more are not visible and make the file large
 _SMOOTHED = 40  # a curve is averaged over 1/40 of its length

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import atexit
 import os
+from datetime import timedelta
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import distributed
 
 from ..errors import ConfigError
+
+_TIMEOUT = timedelta(days=7)  # for each other, at the end of what some do slower
 
 
 def launched_on_cpu() -> bool:
@@ -18,6 +22,11 @@ def launched_on_cpu() -> bool:
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.cuda.is_available())
+
+
+def connect() -> PartialState:
+    """The processes that share a work of which no step needs the others, until its end."""
+    return PartialState(cpu=launched_on_cpu(), timeout=_TIMEOUT)
 
 
 def disconnect_at_exit() -> None:

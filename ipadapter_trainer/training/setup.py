@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from ..data.images import open_rgb
 from ..files.provenance import provenance
 from ..models.features import Features, encode_batch
 from ..models.prepare_unet import prepare_unet
+from ..runtime.folder_lock import Say
 from ..settings.config import TrainConfig
 from .checkpoints import State, resume
 from .checks import Checked, check_training, notes
@@ -21,8 +22,6 @@ from .optimizers import AveragedWeights, new_optimizer, new_schedule
 from .resume import run_settings
 from .training_data import validation_batches
 from .validation import Samples, Validation
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)

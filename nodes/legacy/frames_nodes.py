@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +11,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...ipadapter_core import AdapterError
+from ...ipadapter_core.schedule import CURVES
 from . import fields as f
 from .inputs import read_number
 from .old_node import OldNode, WeightsStrategy
 
 _TIMINGS = ["custom", "linear", "ease_in_out", "ease_in", "ease_out", "random"]
+_CURVES = {name.replace(" ", "_").replace("-", "_"): curve for name, curve in CURVES.items()}
 _METHODS = ["full batch", "shift batches", "alternate batches"]
 _MOST = 9999
 
@@ -99,14 +100,10 @@ def _curve(strategy: dict[str, Any]) -> list[float]:
     steps = last - first - 1
     curve = [start] * first
     for index in range(steps + 1):
-        share = index / steps if steps else 1.0
-        eased = {
-            "linear": share,
-            "ease_in_out": (1 - math.cos(share * math.pi)) / 2,
-            "ease_in": math.sin(share * math.pi / 2),
-            "ease_out": 1 - math.cos(share * math.pi / 2),
-        }
-        curve.append(random.uniform(start, end) if timing == "random" else start + (end - start) * eased[timing])
+        if timing == "random":
+            curve.append(random.uniform(start, end))
+        else:
+            curve.append(start + (end - start) * _CURVES[timing](index / steps if steps else 1.0))
     if not curve:
         return [end] * frames
     if timing != "random":

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...ipadapter_core import AdapterError, LayerWeight, cross_attention_sites, layer_weights, weight_layout
-from ...ipadapter_core.weight_types import WeightLayout, parse_weight_type
+from ...ipadapter_core.weight_types import WEIGHT_LAYOUTS, WeightLayout, parse_weight_type
 from .inputs import read_number
 from .setting import is_corrected
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .execute import OldPrompt
 
 _PRECISE = {"style_boost": "style transfer precise", "composition_boost": "composition precise"}
-_SDXL = WeightLayout(4, 1, 6)
+_SDXL = WEIGHT_LAYOUTS["sdxl"]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import folder_paths
 
-from ...ipadapter_core import AdapterError, AdapterSpec
+from ...ipadapter_core import FAMILIES, AdapterError, AdapterSpec
 from ...ipadapter_core.encoders import encoder_fits
+from ...ipadapter_core.spec import FAMILY_NAMES
 from ..files import ADAPTERS, ENCODERS, adapter_spec, encoder_shape, list_files, main_folder, model_files, model_path
 from .preset_table import PRESETS, Family, Preset
 
@@ -23,7 +24,7 @@ _ENCODERS = {
 
 def family_of_context(dim: int) -> str:
     """The family of base models with this cross_attention_dim; "another" if unknown."""
-    return {768: "sd15", 1024: "sd2", 2048: "sdxl"}.get(dim, "another")
+    return next((family for family, (context, _) in FAMILIES.items() if context == dim), "another")
 
 
 def find_preset(name: str) -> Preset:
@@ -51,7 +52,7 @@ def find_adapter(name: str, preset: Preset, family: str) -> str:
             _log.info("Preset %r: no file of its usual name; %s has the right shapes.", name, file)
             return path
     if wanted is None and family != "sd2":
-        families = " and ".join({"sd15": "SD1.5", "sdxl": "SDXL"}[key] for key in preset.families)
+        families = " and ".join(FAMILY_NAMES[key] for key in preset.families)
         raise AdapterError(f"Preset {name!r} is for {families} models. Choose another preset, or another model.")
     found = f"It holds {', '.join(files)}" if files else "It is empty"
     download = f" Download {wanted.published}." if wanted and wanted.published else ""

@@ -17,6 +17,7 @@ from ...ipadapter_core.adapter import adapter_from_checkpoint
 from ...ipadapter_core.checkpoint import checkpoint_from_state
 from ...ipadapter_core.projectors import FaceIDPlusProjection
 from ...ipadapter_core.spec import with_shortcut
+from ..files import version
 from ..types import LoadedAdapter, manage
 
 _OURS = "ip_adapter_kit"  # in an adapter of another pack: the LoadedAdapter made of it
@@ -86,8 +87,7 @@ def open_pipeline(
 
 def open_file(path: str) -> AdapterFile:
     """An adapter file. While anything holds it, the same file is not read again."""
-    status = Path(path).stat()
-    key = (path, status.st_size, status.st_mtime_ns)
+    key = (path, *version(Path(path)))
     found = _files.get(key)
     if found is None:
         adapter = load_adapter(path, operations=comfy.ops.manual_cast)

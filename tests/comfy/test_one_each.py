@@ -67,7 +67,7 @@ def test_a_negative_image_for_each(world, encode, images, adapter):
 
 
 def test_one_negative_image_for_all_keeps_its_weight(world, encode, images, adapter):
-    """With weights of its own for each image as with one for all; 1 with a mean of 1 is as without a weight."""
+    """With one weight for all images, and with one for each, whose signs may differ; 0 switches a frame off."""
     prompt = encode(images[:2], adapter, image_negative=images[2:3], one_each=True)
 
     def sample(own, negative):
@@ -78,8 +78,20 @@ def test_one_negative_image_for_all_keeps_its_weight(world, encode, images, adap
         )
         return world.sample(world.apply(world.model, adapter, weighted), batch=2)
 
-    close(sample((1.0, 1.0 + 1e-6), 0.2), sample((1.0, 1.0), 0.2))
-    assert not torch.allclose(sample((1.0, 0.9), 0.2), sample((1.0, 0.9), 1.0), atol=0.05)
+    for negative in (0.2, 1.0):
+        mixed = sample((1.0, -0.9), negative)
+        close(mixed[0], sample((1.0, 1.0), negative)[0])
+        close(mixed[1], sample((-0.9, -0.9), negative)[1])
+    close(sample((1.0, 0.0), 1.0)[1], world.sample(world.model, batch=2)[1])
+
+
+def test_combined_images_keep_their_weights_beside_one_negative_image(pack, world, encode, images, adapter):
+    first, second = (encode(images[i : i + 1], adapter, image_negative=images[2:3], one_each=True) for i in (0, 1))
+    both = pack.CombineImagePrompts.execute(first, second, "concat", weight_1=1.0, weight_2=-0.5).args[0]
+    got = world.sample(world.apply(world.model, adapter, both), batch=2)
+    for i, (prompt, weight) in enumerate(((first, 1.0), (second, -0.5))):
+        alone = world.sample(world.apply(world.model, adapter, prompt.weighted(weight)), batch=2)
+        close(got[i], alone[i])
 
 
 @pytest.fixture

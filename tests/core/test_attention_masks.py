@@ -62,17 +62,6 @@ def test_several_images_equal_one_when_they_are_the_same() -> None:
     torch.testing.assert_close(one, three, atol=1e-6, rtol=1e-6)
 
 
-def test_mean_of_several_images_is_taken_per_image() -> None:
-    pair = ic.KeyValue(torch.randn(1, 6, 8), torch.randn(1, 6, 8))
-    mode = "K+mean(V) w/ C penalty"
-    joint, _ = scale_keys_values(pair, 0.5, mode, images=2)
-    halves = zip(pair.key.chunk(2, 1), pair.value.chunk(2, 1), strict=True)
-    parts = [scale_keys_values(ic.KeyValue(k, v), 0.5, mode)[0] for k, v in halves]
-    torch.testing.assert_close(joint.value, torch.cat([part.value for part in parts], dim=1))
-    with pytest.raises(ic.AdapterError, match=r"6 image tokens.*4 images"):
-        scale_keys_values(pair, 0.5, mode, images=4)
-
-
 def test_keys_follow_the_querys_dtype() -> None:
     q, k = torch.randn(1, 4, 8).bfloat16(), torch.randn(1, 2, 8)
     assert image_attention(q, k, k, 2, weight=torch.tensor([0.5]), mask=torch.ones(1, 4, 1)).dtype == torch.bfloat16

@@ -104,7 +104,7 @@ def test_the_noise_schedule_is_the_models(base_model: BaseModel) -> None:
 def test_the_vae_of_sdxl_stays_in_float32_unless_it_is_the_fixed_one(model_folder: Path, sdxl_copy: Path) -> None:
     assert load_base_model(model_folder, torch.bfloat16).vae.dtype == torch.bfloat16
     model = load_base_model(sdxl_copy, torch.bfloat16)
-    assert {model.unet.dtype, model.text_encoder.dtype, model.image_encoder.dtype} == {torch.bfloat16}
+    assert {model.unet.dtype, model.text_encoders[0].dtype, model.image_encoder.dtype} == {torch.bfloat16}
     assert model.vae.dtype == model.vae_dtype == torch.float32
     edit(sdxl_copy / "vae" / "config.json", force_upcast=False)
     assert load_base_model(sdxl_copy, torch.bfloat16).vae.dtype == torch.bfloat16

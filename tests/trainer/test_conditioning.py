@@ -24,7 +24,7 @@ PROMPTS = ["a red square", "", "a blue square and a green square and a teal squa
 
 def pipeline_of(model: BaseModel) -> Any:
     shared = {"vae": model.vae, "unet": model.unet, "scheduler": model.scheduler}
-    first = {"text_encoder": model.text_encoder, "tokenizer": model.tokenizer}
+    first = {"text_encoder": model.text_encoders[0], "tokenizer": model.tokenizer}
     if model.is_sdxl:
         second = {"text_encoder_2": model.text_encoders[1], "tokenizer_2": model.tokenizers[1]}
         return StableDiffusionXLPipeline(**shared, **first, **second, add_watermarker=False)

@@ -147,7 +147,8 @@ def test_half_precision(sdxl_folder: Path) -> None:
 
 
 def pipeline_of(model: BaseModel) -> Any:
-    shared = {"vae": model.vae, "unet": model.unet, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer}
+    shared = {"vae": model.vae, "unet": model.unet, "tokenizer": model.tokenizer}
+    shared["text_encoder"] = model.text_encoders[0]
     scheduler = DDIMScheduler.from_config(
         model.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
     )

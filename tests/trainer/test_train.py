@@ -384,7 +384,7 @@ def diffusers_pipeline(model: BaseModel, folder: Path) -> Any:
 
     pipeline = StableDiffusionPipeline(
         vae=model.vae,
-        text_encoder=model.text_encoder,
+        text_encoder=model.text_encoders[0],
         tokenizer=model.tokenizer,
         unet=model.unet,
         scheduler=model.scheduler,
