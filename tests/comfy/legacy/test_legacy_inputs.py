@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 
 import pytest
@@ -134,7 +135,8 @@ def test_what_the_old_pack_takes_beyond_the_widgets_passes(apply, run, models, i
 def test_no_way_in_lets_nan_pass(pack, world, refuse):
     """The last look, where `checked` is off: other code may come there."""
     layers = [pack.core.LayerWeight(1.0)] * 16
-    call, given = pack.install.apply_prompt, (world.model, world.adapter, world.prompt)
+    call = functools.partial(pack.install.apply_prompt, node="Test")
+    given = (world.model, world.adapter, world.prompt)
     refuse("weight is nan", call, *given, weights=[pack.core.LayerWeight(NAN)] * 16, checked=False)
     refuse("attn_mask holds NaN", call, *given, weights=layers, checked=False, attn_mask=torch.full((8, 8), NAN))
     refuse("attn_mask has the shape", call, *given, weights=layers, checked=False, attn_mask=torch.zeros(0, 8, 8))
