@@ -57,6 +57,7 @@ def cache_settings(
         settings["vae"] = base_model.vae_fingerprint()
         settings["text_encoders"] = base_model.text_fingerprint()
         settings["image_encoder"] = base_model.encoder_fingerprint() if encoded else None
+        settings["image_encoder_config"] = base_model.encoder_values() if encoded else None
     return settings
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -25,6 +28,9 @@ app = typer.Typer(
 def main() -> None:
     """The console entry point."""
     catch_interrupts()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that the terminal cannot show must not end a training
+        with contextlib.suppress(OSError):  # of a stream that another one took the place of
+            sys.stdout.reconfigure(errors="backslashreplace")
     atexit.register(gc.freeze)  # else Python looks for garbage among all that PyTorch consists of: for over a second
     app()
 

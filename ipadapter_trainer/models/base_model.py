@@ -19,7 +19,7 @@ from ..errors import BaseModelError
 from .hub import find_model, refuse_missing
 from .image_encoder import ImageEncoder, find_image_encoder
 from .image_processor import CLIPImageProcessor
-from .model_config import PARTS, ModelConfig
+from .model_config import PARTS, ModelConfig, clip_values
 from .model_folder import PREDICTION_TYPES, TIME_IDS, read_folder
 from .parts import freeze, load_part
 from .single_file import load_from_checkpoint, read_single_file
@@ -178,6 +178,10 @@ class BaseModel:
     def encoder_fingerprint(self) -> str:
         """Of the image encoder's weights and preprocessing. Raises BaseModelError when there is none."""
         return self._image_encoder.fingerprint
+
+    def encoder_values(self) -> dict[str, Any]:
+        """The `clip_values` of the image encoder. Raises BaseModelError when there is none."""
+        return clip_values(self._image_encoder.config)
 
     @property
     def _image_encoder(self) -> ImageEncoder:

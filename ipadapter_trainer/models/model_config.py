@@ -95,11 +95,12 @@ class ModelConfig:
 
     @cached_property
     def text_fingerprint(self) -> str:
-        """Of the text encoders' weights and of the tokens of two texts."""
+        """Of the text encoders' weights and configs and of the tokens of two texts."""
         texts = ["", "The quick brown fox jumps over 13 lazy dogs; naïve façade, 50%!"]
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": self.text_length}
         ids = [tokenizer(texts, **options).input_ids for tokenizer in self.tokenizers]
-        return self._fingerprint(self.text_parts, ids, [len(tokenizer) for tokenizer in self.tokenizers])
+        vocabularies = [len(tokenizer) for tokenizer in self.tokenizers]
+        return self._fingerprint(self.text_parts, ids, vocabularies, [clip_values(config) for config in self.texts])
 
     def _fingerprint(self, parts: tuple[str, ...], *more: Any) -> str:
         text = json.dumps(["".join(self._weights(parts)), *more], sort_keys=True, default=str)
@@ -111,6 +112,12 @@ class ModelConfig:
             return
         for part in parts:
             yield weights_fingerprint(weight_files(self.folder / part))
+
+
+def clip_values(config: Any) -> dict[str, Any]:
+    """The values of a CLIP config that decide what its weights compute."""
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
+    return {name: getattr(config, name, None) for name in names}
 
 
 def _set_values(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,9 @@ from PIL import Image
 
 from ..data.images import why_unreadable
 from .curves import CHARTS, Chart, Lines, draw
-from .run_files import CONFIG_FILE, read_run, replace_text, sample_files
+from .run_files import CONFIG_FILE, REPORT_FILE, read_run, replace_text, sample_files
 from .verdict import read_verdict
 
-REPORT_FILE = "report.html"
 _STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
@@ -38,7 +37,7 @@ def write_report(output: Path, summary: str) -> Path:
     """
     train, validations = read_run(output)
     config = output / CONFIG_FILE
-    settings = config.read_text(encoding="utf-8") if config.is_file() else ""
+    settings = config.read_text(encoding="utf-8", errors="surrogateescape") if config.is_file() else ""
     name = html.escape(output.resolve().name)
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',

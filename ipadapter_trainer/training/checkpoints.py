@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,14 @@ from ..files.provenance import export_adapter
 from .optimizers import AveragedWeights
 
 _UNFINISHED = ".unfinished-"
+
+
+class Position(NamedTuple):
+    """How far a checkpoint's training is, as in `State`."""
+
+    step: int
+    batches: int
+    images: int
 
 
 @dataclass(eq=False)
@@ -99,15 +107,15 @@ def save_checkpoint(
     return target
 
 
-def read_run_settings(folder: Path) -> tuple[int, Mapping[str, Any]]:
-    """The step of a checkpoint and the `run_settings` it was trained with; its tensors are not read.
+def read_run_settings(folder: Path) -> tuple[Position, Mapping[str, Any]]:
+    """The position of a checkpoint and the `run_settings` it was trained with; its tensors are not read.
 
     Raises CheckpointError when it cannot be read.
     """
     content = _read(folder, mmap=True)
     with _damaged_adapter(folder):
         read_checkpoint(folder / ADAPTER_FILE)
-    return content["position"]["step"], content.get("settings", {})
+    return Position(**content["position"]), content.get("settings", {})
 
 
 def resume(folder: Path, state: State) -> None:
@@ -129,8 +137,7 @@ def resume(folder: Path, state: State) -> None:
     if state.scaler is not None and content.get("scaler"):
         state.scaler.load_state_dict(content["scaler"])
     state.average.load_state_dict(content["average"])
-    position = content["position"]
-    state.step, state.batches, state.images = position["step"], position["batches"], position["images"]
+    state.step, state.batches, state.images = Position(**content["position"])
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

@@ -10,17 +10,22 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 
+from ipadapter_core import AdapterSpec
+
 from ..data.check import is_inside
 from ..errors import ConfigError
+from ..files.opening import checkpoint_folders
+from ..files.published import published_name
 from ..models.base_model import BaseModel
 from ..models.from_config import base_model_from_config
+from ..report.run_files import CONFIG_FILE, LOG_FILE, REPORT_FILE
 from ..runtime.processes import check_precision, launched_on_cpu
 from ..settings.config import TrainConfig
 from .checkpoints import read_run_settings
-from .new_adapter import read_initial_adapter
+from .new_adapter import adapter_spec, read_initial_adapter
 from .objective import Objective, new_objective
 from .optimizers import check_optimizer
-from .resume import changed_settings, checkpoint_to_resume, nothing_to_do, run_settings
+from .resume import batches_to_skip, changed_settings, checkpoint_to_resume, nothing_to_do, run_settings
 from .run_log import tracker_arguments
 from .training_data import TrainingData, open_training_data
 
@@ -47,6 +52,7 @@ class Checked:
     images_per_batch: int  # in one batch of all processes
     checkpoint: Path | None  # to resume from
     start_step: int
+    start_batches: int  # batches of all processes before the next one
     changes: Sequence[str]  # of settings since that checkpoint
     warnings: Sequence[str]
     cuda_graphs: bool
@@ -84,17 +90,21 @@ def check_training(config: TrainConfig) -> Checked:
     if config.init_from is not None:
         read_initial_adapter(base_model, config.train_kind, config.num_tokens, config.init_from)
     images_per_batch = config.batch_size * accelerator.num_processes
-    steps = total_steps(config, data.size, images_per_batch)
-    if config.lr_warmup_steps >= steps:
-        raise ConfigError(f"lr_warmup_steps={config.lr_warmup_steps} leave nothing of the {steps:,} steps.")
-    start_step, changes = 0, list[str]()
+    start_step, start_batches, changes = 0, 0, list[str]()
     if checkpoint is not None:
-        start_step, before = read_run_settings(checkpoint)
+        position, before = read_run_settings(checkpoint)
         now = run_settings(config, base_model, objective, data, accelerator.num_processes)
         changes = changed_settings(checkpoint, before, now, config.accept_changes)
+        start_step, start_batches = position.step, batches_to_skip(position, before, now)
+        if start_batches != position.batches and data.batches_per_epoch is not None:
+            changes.append("the images are in another order, so it goes on with a new epoch")
+    _check_files(config, adapter_spec(base_model, config.train_kind, config.num_tokens))
+    steps = total_steps(config, data.batches_per_epoch, start_step, start_batches)
+    if config.lr_warmup_steps >= steps:
+        raise ConfigError(f"lr_warmup_steps={config.lr_warmup_steps} leave nothing of the {steps:,} steps.")
     tried, broken = data.try_images()
     if checkpoint is not None and start_step >= steps:
-        warnings = [nothing_to_do(config, checkpoint, start_step, steps)]
+        warnings = [nothing_to_do(config, checkpoint, start_step)]
     else:
         images_per_step = images_per_batch * config.gradient_accumulation_steps
         warnings = plan_warnings(config, data.size, data.held_out_images, steps, images_per_step)
@@ -116,10 +126,23 @@ def check_training(config: TrainConfig) -> Checked:
         images_per_batch=images_per_batch,
         checkpoint=checkpoint,
         start_step=start_step,
+        start_batches=start_batches,
         changes=changes,
         warnings=warnings,
         cuda_graphs=use_cuda_graphs(config, accelerator),
     )
+
+
+def _check_files(config: TrainConfig, spec: AdapterSpec) -> None:
+    """Refuse to replace files that no training of this output has written."""
+    if (config.output / LOG_FILE).exists() or checkpoint_folders(config.output):
+        return
+    for file in (config.output / name for name in (CONFIG_FILE, REPORT_FILE, published_name(spec))):
+        if file.exists():
+            raise ConfigError(
+                f"{file} would be replaced, and it is not from a training of this output, which holds no {LOG_FILE}. "
+                "Move it away, or choose another output."
+            )
 
 
 def use_cuda_graphs(config: TrainConfig, accelerator: Accelerator) -> bool:
@@ -151,12 +174,12 @@ def notes(checked: Checked, resuming: str) -> list[str]:
     return [found, *(f"  {change}" for change in checked.changes), *lines]
 
 
-def total_steps(config: TrainConfig, size: int | None, images_per_batch: int) -> int:
-    """Optimizer steps of the whole training on `size` images."""
+def total_steps(config: TrainConfig, batches_per_epoch: int | None, done: int = 0, batches: int = 0) -> int:
+    """Optimizer steps of the whole training, of which `done` are done; they took `batches` batches."""
     if config.steps is not None:
         return config.steps
-    images_per_step = images_per_batch * config.gradient_accumulation_steps
-    return math.ceil(float(config.epochs or 0) * (size or 0) / images_per_step)
+    left = float(config.epochs or 0) * (batches_per_epoch or 0) - batches
+    return done + math.ceil(max(left, 0) / config.gradient_accumulation_steps)
 
 
 def plan_warnings(config: TrainConfig, size: int | None, held_out: int, steps: int, images_per_step: int) -> list[str]:

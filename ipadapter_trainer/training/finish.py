@@ -32,9 +32,9 @@ def finish(training: Training, say: Say) -> Path:
     file = config.output / published_name(spec)
     broken = sorted({line for lines in gather_object([list(training.data.broken)]) for line in lines})
     if training.accelerator.is_main_process:
+        _export(training, file)
         if broken:
             say(f"{len(broken)} images could not be read and were skipped, such as {broken[0]}")
-        _export(training, file)
         again = _export_command(training, file, config.export_dtype)
         try:
             verify_with_diffusers(file, load_adapter(file, shortcut=spec.shortcut))

@@ -10,27 +10,18 @@ from ..errors import CheckpointError
 from ..files.opening import ADAPTER_FILE, STATE_FILE, checkpoint_folders, incomplete_checkpoints, step_of
 from ..models.base_model import BaseModel
 from ..settings.config import TrainConfig
+from .checkpoints import Position
 from .new_adapter import adapter_spec
 from .objective import Objective
 from .training_data import TrainingData
 
 # A change of these is refused: the weights or the optimizer state would not fit.
 _FIXED = ("kind", "num_tokens", "base_model", "image_encoder", "prediction_type", "optimizer")
-# These decide which images a step sees and how they are cropped: a change needs accept_changes=true.
-_DATA = (
-    "data",
-    "validation_images",
-    "images_per_batch",
-    "shards",
-    "seed",
-    "resolution",
-    "buckets",
-    "bucket_step",
-    "crop",
-    "flip",
-    "reference_crop",
-    "self_reference",
-)
+# These decide the order of the images.
+_ORDER = ("data", "validation_images", "images_per_batch", "shards", "seed", "resolution", "buckets", "bucket_step")
+# These decide what a step sees: a change needs accept_changes=true.
+_DATA = (*_ORDER, "crop", "flip", "reference_crop", "self_reference", "vae", "text_encoders")
+_MODELS = ("base_model", "image_encoder", "vae", "text_encoders")
 # A resumed run may change these.
 _FREE = (
     "features",
@@ -102,13 +93,15 @@ def _refuse_incomplete(output: Path, complete: Sequence[Path]) -> None:
             )
 
 
-def nothing_to_do(config: TrainConfig, checkpoint: Path, done: int, steps: int) -> str:
+def nothing_to_do(config: TrainConfig, checkpoint: Path, done: int) -> str:
     """The warning for a training that is already complete.
 
     Raises CheckpointError if `checkpoint` is in another folder: this output then has nothing to export.
     """
-    wanted = f"steps={steps}" if config.steps is not None else f"epochs={config.epochs:g} ({steps:,} steps)"
-    found = f"{wanted}, but {checkpoint} has already done {done:,}"
+    if config.steps is not None:
+        found = f"steps={config.steps}, but {checkpoint} has already done {done:,}"
+    else:
+        found = f"epochs={config.epochs:g}, but {checkpoint} has already done as many, in {done:,} steps"
     if checkpoint.parent.resolve() != config.output.resolve():
         raise CheckpointError(
             f"{found}. Raise steps to train on, or write its adapter with `ipadapter export {checkpoint}`."
@@ -127,6 +120,8 @@ def run_settings(
         "num_tokens": adapter_spec(base_model, config.train_kind, config.num_tokens).num_tokens,
         "base_model": f"{base_model.name} ({base_model.fingerprint()})",
         "image_encoder": encoder,
+        "vae": f"{base_model.name} ({base_model.vae_fingerprint()})",
+        "text_encoders": f"{base_model.name} ({base_model.text_fingerprint()})",
         "prediction_type": objective.prediction_type,
         "data": data.data_hash,
         "images": data.size,
@@ -136,7 +131,21 @@ def run_settings(
         "shards": f"{processes} processes of {max(config.num_workers, 1)} workers" if config.streams else None,
         "bucket_step": config.bucket_step if config.buckets else None,
         "features": _features(config),
+        "batches_per_epoch": data.batches_per_epoch,
     }
+
+
+def batches_to_skip(position: Position, before: Mapping[str, Any], now: Mapping[str, Any]) -> int:
+    """The number of the batch that a resumed run begins with. In another order of the images that is the first of the
+    next epoch, so that no image comes again or is left out; in another stream, the one after as many images.
+    """
+    if not _differences(_ORDER, before, now):
+        return position.batches
+    per_epoch = now["batches_per_epoch"]
+    if per_epoch is None:
+        return -(-position.images // now["images_per_batch"])
+    per_epoch_before = before.get("batches_per_epoch") or -(-before["images"] // before["images_per_batch"])
+    return -(-position.batches // per_epoch_before) * per_epoch
 
 
 def changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], accept: bool) -> list[str]:
@@ -197,7 +206,7 @@ def _difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 def _value(name: str, value: Any) -> Any:
     """Models are compared by fingerprint: a renamed folder is still the same model."""
-    return value.rpartition(" (")[2] if name in ("base_model", "image_encoder") and value else value
+    return value.rpartition(" (")[2] if name in _MODELS and value else value
 
 
 def _words(value: Any) -> str:

@@ -65,6 +65,7 @@ def prepare(config: TrainConfig, say: Say = lambda line: None) -> Training:
     state = State(adapter, optimizer, AveragedWeights(adapter, optimizer, config.ema_decay))
     if checked.checkpoint is not None:
         resume(checked.checkpoint, state)
+        state.batches = checked.start_batches
     if accelerator.is_main_process:
         for line in notes(checked, "Resuming"):
             say(line)
@@ -96,7 +97,10 @@ def summary(training: Training) -> str:
     precision += "" if config.mixed_precision == "no" else ", float32 adapter"
     per_step = training.images_per_batch * config.gradient_accumulation_steps
     size = "shards" if data.size is None else f"{data.size:,} images"
-    epochs = "" if data.size is None else f" ({training.steps * per_step / data.size:.1f} epochs in all)"
+    epochs = ""
+    if data.batches_per_epoch is not None:
+        more = (training.steps - training.start_step) * config.gradient_accumulation_steps
+        epochs = f" ({(training.start_batches + more) / data.batches_per_epoch:.1f} epochs in all)"
     processes = training.accelerator.num_processes
     return (
         f"Training {parameters / 1e6:.2f} M parameters: {training.state.adapter.spec.describe()}\n"

@@ -162,10 +162,12 @@ def save(training: Training) -> Path:
 
 def _open_log(training: Training, say: Say) -> RunLog:
     config = training.config
+    # Written as a value of the user, it would be refused where graphs cannot be used.
+    chosen = None if "cuda_graphs" in config.model_fields_set else {"cuda_graphs"}
     return RunLog(
         training.accelerator,
         config.output,
-        config.model_dump(mode="json"),
+        config.model_dump(mode="json", exclude=chosen),
         config.log_with,
         training.state.step,
         warn=say,

@@ -37,7 +37,8 @@ _TRIED = 4  # images that are decoded before the first step
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
-    """A dataset. `size`: training images; `examples`: all examples, including held-out ones; both None for a stream.
+    """A dataset. `size`: training images; `batches_per_epoch`: of all processes; `examples`: all examples, including
+    held-out ones; all None for a stream.
     `held_out`: readable examples for validation. `open(n)`: batches of this process from number n on. `sample()`: a
     batch of a few images, loaded in this process. `broken`: a line for each image that could not be read.
     """
@@ -50,6 +51,7 @@ class TrainingData:
     held_out: Sequence[Example] = ()
     broken: set[str] = field(default_factory=set[str])
     cached: bool = False
+    batches_per_epoch: int | None = None
 
     @property
     def held_out_images(self) -> int:
@@ -144,6 +146,7 @@ def open_training_data(config: TrainConfig, base_model: BaseModel, accelerator: 
         held_out=shown,
         broken=broken,
         cached=config.cache is not None,
+        batches_per_epoch=batches.per_epoch,
     )
 
 

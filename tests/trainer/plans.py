@@ -15,5 +15,5 @@ def plan_of(config: TrainConfig) -> Plan:
     examples = examples_from_config(config)
     size = len(examples) - len(held_out_rows(examples, config.validation_images, image_root(config)))
     data = TrainingData(size, "", lambda start: iter(()), dict, examples)
-    steps = total_steps(config, size, config.batch_size)
+    steps = total_steps(config, -(-size // config.batch_size))
     return plan_training(config, base_model_from_config(config), data, steps)

@@ -165,6 +165,15 @@ def test_the_schedule_the_scale_and_the_tokenizer_count_too(sdxl_copy: Path) -> 
     assert [a != b for a, b in zip(before, after, strict=True)] == [True, True, True, False]
 
 
+def test_layers_and_activation_of_clip_count_too(sdxl_copy: Path) -> None:
+    """Layers that the config leaves out stay in the file, as in models that skip the last ones."""
+    before, model = fingerprints(sdxl_copy), load_base_model(sdxl_copy)
+    edit(sdxl_copy / "text_encoder" / "config.json", hidden_act="gelu_new")
+    edit(sdxl_copy / "image_encoder" / "config.json", num_hidden_layers=1)
+    assert [a != b for a, b in zip(before, fingerprints(sdxl_copy), strict=True)] == [False, False, True, False]
+    assert load_base_model(sdxl_copy).encoder_values() != model.encoder_values()
+
+
 def test_preprocessing_follows_the_encoder(base_model: BaseModel) -> None:
     assert base_model.image_processor.crop_size["height"] == 32
     assert base_model.image_processor.image_mean[0] == pytest.approx(0.48145466)
@@ -173,7 +182,6 @@ def test_preprocessing_follows_the_encoder(base_model: BaseModel) -> None:
 def test_kinds_that_need_no_image_encoder_can_do_without(copy: Path) -> None:
     shutil.rmtree(copy / "image_encoder")
     model = load_base_model(copy, needs_image_encoder=False)
-    assert not model.has_image_encoder
     for use in (lambda: model.image_encoder, lambda: model.image_dim, model.encoder_fingerprint):
         with pytest.raises(BaseModelError, match=r"no image encoder was given.*Set image_encoder"):
             use()

@@ -59,6 +59,20 @@ def test_help_is_instant_and_lists_the_commands() -> None:
     assert all(name in done.stdout for name in ("train", "generate", "inspect", "demo"))
 
 
+def test_a_name_that_the_output_cannot_show_is_escaped(images: Path) -> None:
+    (images / "\u732b.png").write_bytes(b"no image")
+    (images / "\u732b.txt").write_text("a cat")
+    code = "from ipadapter_trainer.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "data", "check", str(images), "--no-sheet"],
+        env={**process_environment(), "PYTHONIOENCODING": "cp1252"},  # as Windows writes into a file
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"\u732b.png" in done.stdout and b"Traceback" not in done.stderr
+
+
 def test_the_command_line_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'diffusers', 'transformers', 'pydantic'}"
     code = f"import sys, ipadapter_trainer.cli; sys.exit(bool({heavy} & set(sys.modules)))"

@@ -112,6 +112,7 @@ def test_weights_that_float16_cannot_hold(settings: dict[str, Any], tmp_path: Pa
 def test_a_folder_in_place_of_the_file(settings: dict[str, Any]) -> None:
     """Such as a read-only output, it is the system that refuses."""
     (Path(settings["output"]) / FILE).mkdir(parents=True)
+    (Path(settings["output"]) / "log.jsonl").touch()
     with pytest.raises(ExportError, match=rf"{FILE}: Is a directory\. .*`ipadapter export .*checkpoint-000001"):
         train(make_config({**settings, "steps": 1}))
 

@@ -9,15 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ipadapter_core import load_adapter
+from ipadapter_trainer.data.buckets import SampleIndex
+from ipadapter_trainer.data.dataset import ImageDataset
 from ipadapter_trainer.errors import CheckpointError, ConfigError
 from ipadapter_trainer.files.opening import ADAPTER_FILE, STATE_FILE, checkpoint_folders
 from ipadapter_trainer.files.provenance import IMAGES_SEEN
 from ipadapter_trainer.settings.config import TrainConfig
 from ipadapter_trainer.settings.config_file import load_config, make_config
+from ipadapter_trainer.training.checkpoints import Position
 from ipadapter_trainer.training.checks import check_training, notes
+from ipadapter_trainer.training.dry_run import dry_run
+from ipadapter_trainer.training.resume import batches_to_skip
 from ipadapter_trainer.training.steps import Progress
 from ipadapter_trainer.training.train import train
 
@@ -25,6 +30,7 @@ from .conftest import draw_image
 from .tiny_models import COLOURS, write_model
 
 STEPS = 4
+NEW_EPOCH = "  the images are in another order, so it goes on with a new epoch"
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +121,8 @@ def test_other_draws_are_resumed_on_request_only(settings: dict[str, Any], chang
         refused.value
     )
     lines = told(settings, **changes, accept_changes=True)
-    assert lines[1:] == [f"  {word}" for word in words.split("; ")] + ["  steps was 4 and is now 6"]
+    reordered = [NEW_EPOCH] * bool(changes.keys() - {"flip", "crop", "reference_crop"})
+    assert lines[1:] == [f"  {word}" for word in words.split("; ")] + ["  steps was 4 and is now 6"] + reordered
 
 
 def test_added_images_are_counted_and_may_be_accepted(settings: dict[str, Any]) -> None:
@@ -160,7 +167,95 @@ def test_fewer_steps_than_are_done_are_said(settings: dict[str, Any]) -> None:
     assert f"Warning: steps=3, but {newest} has already done 4: there is nothing to train, so its adapter is exported again. Raise steps to train on." in said  # fmt: skip  # noqa: E501
     assert all(torch.equal(weight, weights[name]) for name, weight in load_file(again).items())
     (warning,) = check_training(make_config({**settings, "steps": None, "epochs": 0.5})).warnings
-    assert warning.startswith(f"epochs=0.5 (3 steps), but {newest} has already done 4")
+    assert warning.startswith(f"epochs=0.5, but {newest} has already done as many, in 4 steps:")
+
+
+# ---- epochs, and the order of the images
+
+
+def test_epochs_are_counted_on_from_the_checkpoint(settings: dict[str, Any]) -> None:
+    """11 images in batches of 2 are 6 batches an epoch, of which 4 are done."""
+    changes = {"steps": None, "epochs": 3}
+    assert check_training(make_config({**settings, **changes})).steps == 18
+    accumulated = check_training(make_config({**settings, **changes, "gradient_accumulation_steps": 2}))
+    assert accumulated.steps == 4 + 7
+
+
+def shown_rows(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[tuple[int, int]]:
+    """(epoch, row) of every image that a training shows."""
+    shown: list[tuple[int, int]] = []
+    item = ImageDataset.__getitem__
+
+    def spy(self: ImageDataset, index: Any) -> Any:
+        if isinstance(index, SampleIndex):
+            shown.append((index.epoch, index.row))
+        return item(self, index)
+
+    monkeypatch.setattr(ImageDataset, "__getitem__", spy)
+    train(make_config({**settings, **changes}))
+    return shown
+
+
+def test_another_batch_size_goes_on_with_a_new_epoch(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"steps": STEPS + 3, "batch_size": 4, "accept_changes": True}
+    assert told(settings, **changes)[-1] == NEW_EPOCH
+    shown = shown_rows(settings, monkeypatch, **changes)
+    first = [row for epoch, row in shown if epoch == 1]
+    assert len(first) == 12 and len(set(first)) == 11  # each of the 11 images; the last batch is filled up
+    assert {epoch for epoch, _ in shown} <= {1, 2}  # batches are fetched ahead
+    kept = shown_rows(
+        {**settings, "output": settings["output"]},
+        monkeypatch,
+        steps=STEPS + 4,
+        **{"batch_size": 4, "gradient_accumulation_steps": 2},
+    )
+    assert {epoch for epoch, _ in kept} >= {2}
+
+
+def test_batches_of_a_stream_are_skipped_by_images() -> None:
+    names = ("data", "validation_images", "shards", "seed", "resolution", "buckets", "bucket_step", "batches_per_epoch")
+    before = dict.fromkeys(names) | {"images_per_batch": 2}
+    now = before | {"images_per_batch": 3}
+    assert batches_to_skip(Position(4, 4, 8), before, now) == 3
+    assert batches_to_skip(Position(4, 4, 8), before, before) == 4
+
+
+# ---- files and models of others
+
+
+@pytest.mark.parametrize("name", ["config.toml", "report.html", "ip-adapter_context-32.safetensors"])
+def test_a_file_that_no_training_wrote_is_not_replaced(settings: dict[str, Any], tmp_path: Path, name: str) -> None:
+    output = tmp_path / "mine"
+    output.mkdir()
+    (output / name).write_text("mine")
+    for door in (train, lambda config: dry_run(config, lambda line: None)):
+        with pytest.raises(ConfigError, match=f"{name} would be replaced, .* choose another output"):
+            door(make_config({**settings, "output": output}))
+    assert (output / name).read_text() == "mine"
+
+
+def test_the_written_config_repeats_the_run(settings: dict[str, Any]) -> None:
+    written = load_config(TrainConfig, Path(settings["output"]) / "config.toml")
+    assert written == make_config({**settings, "output": written.output, "data": written.data})
+    more = {"gradient_checkpointing": True, "output": str(Path(settings["output"]).with_name("again"))}
+    train(make_config({**settings, **more, "steps": 1}))
+    again = load_config(TrainConfig, Path(more["output"]) / "config.toml", ["steps=2"])
+    train(again)  # CUDA graphs are not demanded, which a CPU and gradient_checkpointing refuse
+    assert len(checkpoint_folders(Path(more["output"]))) == 2
+
+
+def test_other_encoders_are_resumed_with_on_request_only(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tmp_path / "other-model"
+    shutil.copytree(settings["base_model"], model)
+    for part, words in (("vae", "vae was model "), ("text_encoder", "text_encoders was model ")):
+        file = next((model / part).glob("*.safetensors"))
+        whole = file.read_bytes()
+        save_file({name: 1.3 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=words):
+            told(settings, base_model=model)
+        assert told(settings, base_model=model, accept_changes=True)[1].startswith(f"  {words}")
+        file.write_bytes(whole)
+    assert len(told(settings, base_model=model)) == 2  # as before
 
 
 # ---- which checkpoint
