@@ -14,6 +14,7 @@ from .errors import AdapterError
 from .weight_types import LayerWeight
 
 POSITIVE, NEGATIVE = 0, 1
+_UNCONDITIONAL = ("null", "uncond", "empty")  # in names of conds
 MOST_REPEATS = 8  # of the images of the larger branch
 
 
@@ -97,13 +98,24 @@ def _weighted(pair: KeyValue, weights: Tensor, scaling: Scaling) -> KeyValue:
 
 
 def names_by_uuid(conds: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[Hashable, frozenset[str]]:
-    """A ComfyUI guider's conds -> the names ("positive", "negative", "middle", ...) of each cond's uuid."""
+    """A ComfyUI guider's conds -> the names ("positive", "negative", "middle", ...) of each cond's uuid.
+
+    A guider of another pack may have names of its own. Those of an unconditional branch, such as "null", and those
+    that it marks as negative (`prompt_type`) become "null (negative)".
+    """
     names: dict[Hashable, frozenset[str]] = {}
     for name, items in conds.items():
         for item in items or ():
             if "uuid" in item:
-                names[item["uuid"]] = names.get(item["uuid"], frozenset()) | {name}
+                own = f"{name} (negative)" if _is_unconditional(name, item) else name
+                names[item["uuid"]] = names.get(item["uuid"], frozenset()) | {own}
     return names
+
+
+def _is_unconditional(name: str, item: Mapping[str, Any]) -> bool:
+    if name in ("positive", "middle"):  # DualCFG marks "middle" as negative, for inpainting models
+        return False
+    return item.get("prompt_type") == "negative" or any(word in name for word in _UNCONDITIONAL)
 
 
 def resolve_branches(
@@ -113,9 +125,9 @@ def resolve_branches(
 ) -> tuple[int, ...]:
     """The branch, POSITIVE or NEGATIVE, of each chunk of a batch.
 
-    A cond is negative when the guider lists it under a name with "negative" in it ("negative",
-    "empty_negative_prompt"). `cond_or_uncond` is only an index into the guider's list, so it is used (0 is positive)
-    only for a cond without a name, or with names of both branches.
+    A cond is negative when it has a name with "negative" in it ("negative", "empty_negative_prompt"). `cond_or_uncond`
+    is only an index into the guider's list, so it is used (0 is positive) only for a cond without a name, or with names
+    of both branches.
     """
     branches: list[int] = []
     for chunk, index in enumerate(cond_or_uncond):

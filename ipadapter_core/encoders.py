@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .assets import is_for_emoji
 from .errors import AdapterError
 from .published_encoders import (
     CLIP_L,
@@ -196,7 +197,7 @@ def find_encoder(
     found = f"Looked at: {'; '.join(seen)}" if seen else "The folder holds no file"
     raise AdapterError(
         f"No image encoder for {name}. It needs {needed_features(spec)} ({spec.encoder}). {found}. "
-        f"Download {download_hint(spec)}, and put it into {folder or 'models/clip_vision'}."
+        f"{encoder_advice(spec, folder)}"
     )
 
 
@@ -206,8 +207,13 @@ def needed_features(spec: AdapterSpec) -> str:
     return f"{'image_embeds' if spec.kind == 'base' else 'hidden states'} of {spec.image_dim}{tokens}"
 
 
-def download_hint(spec: AdapterSpec) -> str:
-    """Which published file holds the encoder of this adapter."""
+def encoder_advice(spec: AdapterSpec, folder: str = "") -> str:
+    """A sentence: which published file holds the encoder of this adapter, and the folder to put it into."""
+    if is_for_emoji(spec):
+        return (
+            "The adapter was trained on the bundled demo model: choose it in Load IP Adapter Demo, which has its image "
+            "encoder."
+        )
     named = families_named(spec.encoder_id)
     known = encoders_of_dim(spec.image_dim or 0, embeds=spec.kind == "base")
     if named:
@@ -215,4 +221,5 @@ def download_hint(spec: AdapterSpec) -> str:
     if spec.is_kolors:
         known = [CLIP_L_336]
     download = known[0].download if known else ""
-    return download or f"the image encoder that the adapter was trained with ({spec.encoder})"
+    download = download or f"the image encoder that the adapter was trained with ({spec.encoder})"
+    return f"Download {download}, and put it into {folder or 'models/clip_vision'}."

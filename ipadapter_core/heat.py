@@ -14,7 +14,7 @@ _COLOURS = ((0.0, 0.0, 0.02), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.98, 0.5
 
 
 def image_share(image: Tensor, text: Tensor) -> Tensor:
-    """The share of the image prompt in the attention, 0..1, from the magnitudes of both."""
+    """The share of the image prompt in the attention, 0..1, from the magnitudes of both, in the same shape."""
     return image / (image + text).clamp_min(torch.finfo(image.dtype).tiny)
 
 

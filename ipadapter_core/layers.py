@@ -7,7 +7,7 @@ middle block. Self-attention has the even ids, cross-attention the odd ones.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,15 +20,20 @@ from .spec import AdapterSpec
 
 _STAGES = ("down_blocks", "up_blocks", "mid_block")  # the order of ids; execution goes down, mid, up
 _MOTION = ("motion_modules", "temporal")
+_VIDEO = (
+    "The connected model is a video model (Stable Video Diffusion), whose conditioning is an image already. "
+    "IP-Adapters fit SD1.5, SD2 and SDXL models; for a video use one of these with AnimateDiff."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """One cross-attention layer of a loaded model.
 
-    `id` is its odd number in adapter files, `dim` the channels of its queries and keys, `cross_attention_dim` those of
-    the text. `transformer_index` counts the transformers in execution order (input, middle, output); weight types give
-    one weight to each. `block` is ComfyUI's patch key, such as ("input", 1, 0); None for diffusers.
+    `id` is its odd number in adapter files, `name` that of the module in the model, `dim` the channels of its queries
+    and keys, `cross_attention_dim` those of the text. `transformer_index` counts the transformers in execution order
+    (input, middle, output); weight types give one weight to each. `block` is ComfyUI's patch key, such as
+    ("input", 1, 0); None for diffusers. `heads`: the number of attention heads.
     """
 
     id: int
@@ -66,10 +71,12 @@ def _id_order(name: str) -> tuple[int, list[int]]:
 def diffusers_sites(unet: nn.Module) -> tuple[Site, ...]:
     """Cross-attention sites of a diffusers UNet2DConditionModel, in id order; motion modules are left out.
 
-    Raises AdapterError when the model has no cross-attention layers.
+    Raises AdapterError when the model has no cross-attention layers, and for Stable Video Diffusion.
     """
     modules = named_modules(unet)
     processors = cast("Mapping[str, Any]", getattr(unet, "attn_processors", {}))
+    if any(".temporal_transformer_blocks." in name for name in processors):
+        raise AdapterError(_VIDEO)
     ids = {name.removesuffix(".processor"): id for name, id in attention_ids(processors).items() if id % 2}
     if not ids:
         raise AdapterError(f"{type(unet).__name__} has no cross-attention layers. Pass a UNet2DConditionModel.")
@@ -103,55 +110,45 @@ def _execution_order(name: str) -> tuple[int, list[int]]:
     return (0, 2, 1)[stage], numbers
 
 
-def comfy_block_ids(
-    input_blocks: Sequence[int], middle_blocks: int, output_blocks: Sequence[int]
-) -> tuple[tuple[tuple[str, int, int], int], ...]:
-    """ComfyUI patch keys with their ids, in id order: input, output, then middle.
-
-    The arguments count the transformer blocks of each input block, of the middle block and of each output
-    block (0 for a block without a transformer). SD1.5: `[0,1,1,0,1,1,0,1,1,0,0,0], 1,
-    [0,0,0,1,1,1,1,1,1,1,1,1]`.
-    """
-    keys = [("input", block, i) for block, count in enumerate(input_blocks) for i in range(count)]
-    keys += [("output", block, i) for block, count in enumerate(output_blocks) for i in range(count)]
-    keys += [("middle", 0, i) for i in range(middle_blocks)]
-    return tuple((key, 2 * index + 1) for index, key in enumerate(keys))
-
-
 def cross_attention_sites(diffusion_model: Any) -> tuple[Site, ...]:
-    """Cross-attention sites of ComfyUI's UNetModel, in id order, found by walking its module tree.
+    """Cross-attention sites of ComfyUI's UNetModel, in id order (input, output, middle), found by walking its module
+    tree.
 
     A transformer is a direct child of a block that has `transformer_blocks` whose items have `attn2`;
     motion modules nest theirs deeper and are left out.
 
-    Raises AdapterError when the model is no UNet or has no cross-attention layers.
+    Raises AdapterError when the model is no UNet or has no cross-attention layers, and for Stable Video Diffusion.
     """
     if not all(hasattr(diffusion_model, part) for part in ("input_blocks", "middle_block", "output_blocks")):
         raise AdapterError(
             f"{type(diffusion_model).__name__} is not a UNet (it has no input_blocks, middle_block and "
             "output_blocks). IP-Adapters fit SD1.5, SD2 and SDXL models."
         )
-    inputs = [_transformer_blocks(block) for block in diffusion_model.input_blocks]
-    outputs = [_transformer_blocks(block) for block in diffusion_model.output_blocks]
-    middle = _transformer_blocks(diffusion_model.middle_block)
-    blocks: dict[tuple[str, int], list[Any]] = {("input", i): block for i, block in enumerate(inputs)}
-    blocks |= {("middle", 0): middle} | {("output", i): block for i, block in enumerate(outputs)}
-    executed = [key for key, found in blocks.items() if found]  # the dict is in execution order
+    blocks = {("input", i): (f"input_blocks.{i}", block) for i, block in enumerate(diffusion_model.input_blocks)}
+    blocks["middle", 0] = "middle_block", diffusion_model.middle_block
+    blocks |= {("output", i): (f"output_blocks.{i}", block) for i, block in enumerate(diffusion_model.output_blocks)}
+    layers = {place: _cross_attentions(*named) for place, named in blocks.items()}
+    executed = [place for place, found in layers.items() if found]  # the dict is in execution order
     sites: list[Site] = []
-    for key, id in comfy_block_ids([len(b) for b in inputs], len(middle), [len(b) for b in outputs]):
-        stage, number, i = key
-        attention, index = blocks[stage, number][i].attn2, executed.index((stage, number))
-        sites.append(_site(attention, id, f"{stage}.{number}.{i}.attn2", index, key))
+    for place in sorted(executed, key=lambda place: (place[0] == "middle", place)):
+        for i, (name, attention) in enumerate(layers[place]):
+            sites.append(_site(attention, 2 * len(sites) + 1, name, executed.index(place), (*place, i)))
     if not sites:
         raise AdapterError(f"{type(diffusion_model).__name__} has no cross-attention layers. Use an SD or SDXL model.")
     return tuple(sites)
 
 
-def _transformer_blocks(block: Any) -> list[Any]:
+def _cross_attentions(block_name: str, block: Any) -> list[tuple[str, Any]]:
+    """The cross-attention modules of a block of ComfyUI's UNet, with their names in the module tree."""
+    children = () if block is None else block.named_children()  # some pruned UNets have no middle block
+    transformers = [(name, module) for name, module in children if hasattr(module, "transformer_blocks")]
+    # The layers over time of Stable Video Diffusion are called with the keys of those over the image.
+    if any(hasattr(module, "time_stack") for _, module in transformers):
+        raise AdapterError(_VIDEO)
     return [
-        inner
-        for module in (() if block is None else block.children())  # some pruned UNets have no middle block
-        for inner in getattr(module, "transformer_blocks", ())
+        (f"{block_name}.{name}.transformer_blocks.{i}.attn2", inner.attn2)
+        for name, module in transformers
+        for i, inner in enumerate(module.transformer_blocks)
         if getattr(inner, "attn2", None) is not None
     ]
 

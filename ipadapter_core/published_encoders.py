@@ -85,7 +85,7 @@ PUBLISHED_ENCODERS = (
 
 
 def encoders_of_dim(dim: int, *, embeds: bool) -> list[PublishedEncoder]:
-    """Those whose image_embeds (`embeds`) or hidden states have this dim; only CLIP's, where one of them has.
+    """The encoders whose image_embeds (`embeds`) or hidden states have this dim: the CLIP models among them, if any.
 
     ViT-L/14's hidden states are the exception: DINOv2-L, which adapters are trained on too, has the same dim.
     """

@@ -143,9 +143,12 @@ def open_tensors(path: Path, expected: str, advice: str = DOWNLOAD_AGAIN) -> Ten
 
     `expected` ("the weights of a UNet") and `advice`, what to do with a broken file, are for messages.
 
-    Raises AdapterError for another kind of file, which it names, and for a damaged one; OSError when it cannot be read.
+    Raises AdapterError for another kind of file, which it names, for a damaged one, and for a path that is not UTF-8;
+    OSError when it cannot be read.
     """
     found = file_type(path)
+    if str(path).encode("utf-8", "ignore").decode() != str(path):
+        raise AdapterError(f"{str(path)!r} is not UTF-8, and safetensors and PyTorch open no other path. Rename it.")
     if found == SAFETENSORS:
         return read_safetensors(path, advice)
     if found in (ZIP, PICKLE):

@@ -111,7 +111,10 @@ _ROLES = {
 }
 # Formulas for any UNet; all other weight types need to know its style and composition transformers.
 _FORMULAS = frozenset(WEIGHT_TYPES[: WEIGHT_TYPES.index("style transfer")])
-_STAGES = {"input": 0, "down_blocks": 0, "middle": 1, "mid_block": 1, "output": 2, "up_blocks": 2}
+_STAGES = {
+    **{"input_blocks": 0, "middle_block": 1, "output_blocks": 2},  # ComfyUI
+    **{"down_blocks": 0, "mid_block": 1, "up_blocks": 2},  # diffusers
+}
 
 
 def weight_layout(sites: Sequence[Site]) -> WeightLayout:

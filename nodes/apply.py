@@ -43,7 +43,7 @@ class ApplyIPAdapter(Node):
             description="Guides the model with an image, in addition to the text. Chain several nodes for several "
             "image prompts.",
             inputs=[
-                io.Model.Input("model", tooltip="The SD1.5, SD2 or SDXL model that the adapter was made for."),
+                io.Model.Input("model", tooltip="The SD1.5, SD2, SDXL or Kolors model that the adapter was made for."),
                 IPAdapterModel.Input("ip_adapter", tooltip="The adapter."),
                 ImagePromptType.Input(
                     "image_prompt",

@@ -16,7 +16,7 @@ from ..ipadapter_core import (
     draw_heat,
     weight_layout,
 )
-from .application import Application
+from .install import prompts_of
 from .message import advanced
 from .node import Node
 from .patch import SitePatch
@@ -55,11 +55,11 @@ class RecordAttentionMap(Node):
             raise AdapterError(
                 "This model is recorded already. Use one Record Attention Map, after the last Apply IP Adapter."
             )
-        wrappers = patched.wrappers.get(_Wrappers.APPLY_MODEL, {})
-        keys = [key for key, items in wrappers.items() if any(isinstance(item, Application) for item in items)]
+        prompts = prompts_of(patched)
         sites = cross_attention_sites(patched.get_model_object("diffusion_model"))
         transformers = {site.block[:2]: site.transformer_index for site in sites if site.block is not None}
-        record = Record(tuple(str(key) for key in keys), weight_layout(sites), transformers)
+        off = frozenset(key for key, is_on in prompts.items() if not is_on)
+        record = Record(tuple(prompts), weight_layout(sites), transformers, off)
         for (stage, number, index), patch in patches.items():
             patched.set_model_attn2_replace(patch.recorded(record), stage, number, index)
         if patches:
@@ -152,7 +152,7 @@ class ImagePromptAttentionMap(Node):
         scale: str = "relative",
         opacity: float = 0.6,
     ) -> io.NodeOutput:
-        if record.keys:
+        if len(record.off) < len(record.keys):
             heat = record.of(image).heat(layers, start_at_step, end_at_step, prompt)
         else:
             _log.warning("Attention Map: no image prompt acted in the recorded model, so the map is empty.")

@@ -45,8 +45,8 @@ class LoadIPAdapterDemo(Node):
                     default=BUNDLED,
                     optional=True,
                     tooltip="The adapter: two come with this pack, a plus and a base adapter. One that you trained on "
-                    "this model, with ipadapter demo or ipadapter train configs/emoji-base.toml, appears here when "
-                    "its file is copied into models/ipadapter.",
+                    "this model, with ipadapter demo or ipadapter train emoji-base, appears here when its file is "
+                    "copied into models/ipadapter.",
                 )
             ],
             outputs=[
@@ -104,8 +104,8 @@ class DemoImage(Node):
 
 
 def list_images() -> list[str]:
-    """The names of the bundled images: what, and in which style. None when the bundled files are missing: that is
-    said when the node runs, and is no reason for the other nodes not to load.
+    """The names of the bundled images: what, and in which style. Empty when the files are missing, which the node
+    reports when it runs.
     """
     try:
         return sorted(file.stem for file in (emoji_folder() / PROMPTS).glob("*.png"))

@@ -80,7 +80,7 @@ class EncodeImagePrompt(Node):
                     optional=True,
                     tooltip="Also encodes square tiles of the image, each at the encoder's full size: for details "
                     "and for long images. 0: none. 1: squares along the long side. 2: two along the short side, 2 x "
-                    "2 of a square image. Their tokens are concatenated; try it with crop pad.",
+                    "2 of a square image. Tiles are combined like several images, see combine; try it with crop pad.",
                 ),
                 io.Boolean.Input(
                     "one_each",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ipadapter_core import AdapterError
-from ..ipadapter_core.encoders import download_hint, needed_features
+from ..ipadapter_core.encoders import encoder_advice, needed_features
 from ..ipadapter_core.image_prompt import BATCH, CLIP_MEAN, crop_image
 from ..ipadapter_core.tiles import tile_image
 from .run import remember
@@ -128,8 +128,8 @@ def sound_features(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
     if not (torch.isfinite(features).all() and features.flatten(1).any(1).all()):
         found = "nothing but 0" if torch.isfinite(features).all() else "NaN or infinity"
         raise AdapterError(
-            f"The connected image encoder makes {found} of a sound image. Its file is damaged: download "
-            f"{download_hint(ip_adapter.spec)}, into models/clip_vision."
+            f"The connected image encoder makes {found} of a sound image. Its file is damaged. "
+            f"{encoder_advice(ip_adapter.spec)}"
         )
     return features
 
@@ -143,7 +143,7 @@ def _fitting(ip_adapter: LoadedAdapter, features: Tensor) -> Tensor:
         kind = "image_embeds" if spec.kind == "base" else "hidden states"
         raise AdapterError(
             f"The connected image encoder makes {kind} of {features.shape[-1]}{tokens}; {ip_adapter.name} takes "
-            f"{needed_features(spec)}. Connect the clip_vision of Load IP Adapter, or download {download_hint(spec)}, "
-            "into models/clip_vision."
+            f"{needed_features(spec)}. Connect the clip_vision of Load IP Adapter. If it finds none: "
+            f"{encoder_advice(spec)}"
         )
     return features

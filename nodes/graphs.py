@@ -20,7 +20,7 @@ _GRAPHS = 32  # of one function: with a mask, with two prompts, another size. To
 
 @dataclass
 class OwnGraphs:
-    """A backend of torch.compile that compiles as the named one does, and is equal to none but its like.
+    """A backend of torch.compile: the named one, equal only to another OwnGraphs of the same settings.
 
     Torch keeps the compiled graphs of a function together, whoever compiled it, and takes the first whose guards hold
     and whose backend is equal. Torch Compile Model drops all guards on the transformer options. So its graphs keep the

@@ -85,6 +85,7 @@ def apply_prompt(
     if not patched.get_wrappers(_Wrappers.SAMPLER_SAMPLE, RUN):
         patched.add_wrapper_with_key(_Wrappers.SAMPLER_SAMPLE, RUN, start_run)
     if not strength:
+        switch_off(patched)
         return patched
     add_lora(patched, ip_adapter, sites, lora_strength)
     dtype = _inference_dtype(model)
@@ -108,6 +109,21 @@ def install(patched: Any, application: Application) -> None:
         # All blocks of the transformer have our patch now, so its common patch is not needed. See `start_run`.
         patched.model_options["transformer_options"]["patches_replace"]["attn2"].pop((stage, number), None)
     patched.add_wrapper_with_key(_Wrappers.APPLY_MODEL, application.key, application)
+
+
+def switch_off(patched: Any) -> None:
+    """An image prompt that is off keeps its number, for Attention Map: a key without a wrapper, which no step calls."""
+    patched.wrappers.setdefault(_Wrappers.APPLY_MODEL, {})[_new_key(patched)] = []
+
+
+def prompts_of(model: Any) -> dict[str, bool]:
+    """The keys of all image prompts of a model, in the order of their nodes, and which of them are on."""
+    found = model.wrappers.get(_Wrappers.APPLY_MODEL, {}).items()
+    return {
+        key: bool(items)
+        for key, items in found
+        if str(key).startswith(_KEY) and all(isinstance(item, Application) for item in items)
+    }
 
 
 def _new_key(model: Any) -> str:

@@ -16,8 +16,6 @@ from .types import LoadedAdapter
 # Trained at 1. With less, the model follows the text better and keeps the face; other hosts have 0.6 as default too.
 LORA_STRENGTH = 0.6
 
-_STAGES = {"input": "input_blocks", "output": "output_blocks", "middle": "middle_block"}
-
 
 def add_lora(model: Any, ip_adapter: LoadedAdapter, sites: Sequence[Site], strength: float) -> None:
     """Patch the attention weights of a new clone of a model; nothing for an adapter without LoRA, or strength 0.
@@ -31,7 +29,7 @@ def add_lora(model: Any, ip_adapter: LoadedAdapter, sites: Sequence[Site], stren
     source = f"LoRA of {ip_adapter.name}"  # a later prompt of the same file finds these patches by it
     patches: dict[str, LoRAAdapter] = {}
     for site in sites:
-        block = _block_name(model.get_model_object("diffusion_model"), site)
+        block = site.name.removesuffix(".attn2")
         for attention, id in (("attn1", site.id - 1), ("attn2", site.id)):
             for part in LORA_PARTS:
                 update: Any = ip_adapter.lora.part(id, part)
@@ -64,16 +62,3 @@ def _take_out(model: Any, source: str, keys: Iterable[str]) -> list[float]:
         if key in model.patches:
             model.patches[key] = kept
     return strengths
-
-
-def _block_name(diffusion_model: Any, site: Site) -> str:
-    """Where the transformer block of a site is in the module tree, such as "input_blocks.1.1.transformer_blocks.0"."""
-    stage, number, index = site.block or ("", 0, 0)
-    parent = _STAGES[stage] if stage == "middle" else f"{_STAGES[stage]}.{number}"
-    names = [
-        f"{parent}.{name}.transformer_blocks.{i}"
-        for name, child in diffusion_model.get_submodule(parent).named_children()
-        for i, block in enumerate(getattr(child, "transformer_blocks", ()))
-        if getattr(block, "attn2", None) is not None
-    ]
-    return names[index]

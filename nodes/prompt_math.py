@@ -20,7 +20,7 @@ def combine_prompts(prompts: Mapping[str, ImagePrompt], combine: str) -> ImagePr
 
     concat joins the images of all, each with its weight; of prompts with one image for each latent the images follow
     each other. The others calculate with features times weights: of all images, or with one image for each latent of
-    the first image of every prompt, then of the second, and so on.
+    the first image of every prompt, then of the second, and so on, without those of weight 0.
 
     A negative that all prompts share stays, with the mean weight. Different ones are joined, and with one image for
     each latent also those of different weights; only concat keeps their weights.
@@ -34,7 +34,11 @@ def combine_prompts(prompts: Mapping[str, ImagePrompt], combine: str) -> ImagePr
         positive = _join(positives)
     elif parts[0].one_each:
         count = _images_of_each(prompts)
-        positive = _join([_calculate([_at(images, place) for images in positives], combine) for place in range(count)])
+        places = [[_at(images, place) for images in positives] for place in range(count)]
+        positive = _join([_calculate_one(images, combine) for images in places])
+        if not any(positive.weights):
+            off = not any(weight for images in positives for weight in images.weights)
+            raise _nothing_left(combine, "all weights are 0" if off else "no image is left to subtract from")
     else:
         positive = _calculate(positives, combine)
     return dataclasses.replace(
@@ -96,6 +100,16 @@ def _join(parts: Sequence[EncodedImages]) -> EncodedImages:
     return _mapped(parts, torch.cat, tuple(weight for images in parts for weight in images.weights))
 
 
+def _calculate_one(parts: Sequence[EncodedImages], combine: str) -> EncodedImages:
+    """`_calculate` of the images whose weight is not 0, such as the faces in a frame of several videos. With none, or
+    none to subtract from, the image has the weight 0.
+    """
+    acting = [images for images in parts if any(images.weights)]
+    if not acting or (combine == "subtract" and acting[0] is not parts[0]):
+        return dataclasses.replace(parts[0], weights=(0.0,))
+    return _calculate(acting, combine)
+
+
 def _calculate(parts: Sequence[EncodedImages], combine: str) -> EncodedImages:
     """One image, calculated from the features times their weights."""
     weights = [weight for images in parts for weight in images.weights]
@@ -105,15 +119,18 @@ def _calculate(parts: Sequence[EncodedImages], combine: str) -> EncodedImages:
         shares = torch.tensor(weights, dtype=joined.dtype, device=joined.device)
         made = combine_features(joined * shares.reshape(-1, *[1] * (joined.ndim - 1)), combine)
         if made.abs().amax() <= _NOTHING * joined.abs().amax():
-            why = "the images cancel each other out" if any(weights) else "all weights are 0"
-            raise AdapterError(
-                f"combine {combine!r} leaves nothing: {why}. Change the weights, or choose another combine; weight 0 "
-                "of Apply IP Adapter switches the image prompt off."
-            )
+            raise _nothing_left(combine, "the images cancel each other out" if any(weights) else "all weights are 0")
         return made
 
     made = _mapped(parts, calculate, (1.0,))
     return dataclasses.replace(made, weights=(1.0,) * len(made.features[0]))
+
+
+def _nothing_left(combine: str, why: str) -> AdapterError:
+    return AdapterError(
+        f"combine {combine!r} leaves nothing: {why}. Change the weights, or choose another combine; weight 0 of Apply "
+        "IP Adapter switches the image prompt off."
+    )
 
 
 def _mapped(
@@ -132,35 +149,46 @@ def _combine_negatives(
     prompts: Sequence[ImagePrompt], weights: Sequence[float], *, joined: bool
 ) -> EncodedImages | None:
     """`weights` are those of the positive images; `joined` of concat."""
-    given = [prompt.negative for prompt in prompts]
-    if all(negative is None for negative in given):
+    given = [prompt.negative for prompt in prompts if prompt.negative is not None]
+    if not given:
         return None
-    one_each, first = prompts[0].one_each, given[0]
-    follow = one_each and joined  # the images of one prompt after those of the other
-    single = first is not None and len(first) == 1 and len(set(weights)) == 1
-    if first is not None and all(_is_same(first, other) for other in given) and (single or not follow):
-        return dataclasses.replace(first, weights=(sum(weights) / len(weights),) * len(first))
-    negatives = [_zeros(prompt) if prompt.negative is None else prompt.negative for prompt in prompts]
+    one_each, is_one_weight = prompts[0].one_each, len(set(weights)) == 1
+    shared = min(given, key=len) if all(_is_same(given[0], prompt.negative) for prompt in prompts) else None
+    if shared is not None and (not one_each or (is_one_weight and (len(shared) == 1 or not joined))):
+        return dataclasses.replace(shared, weights=(sum(weights) / len(weights),) * len(shared))
     if one_each and not joined:
-        raise AdapterError(
-            "The image prompts have one image for each latent and different negative images. Give all of them the same "
-            "image_negative, or combine them with 'concat'."
-        )
-    if follow:
-        counts = [len(prompt.positive) for prompt in prompts]
-        return _join([_at(images, place) for images, n in zip(negatives, counts, strict=True) for place in range(n)])
+        if shared is None:
+            raise AdapterError(
+                "The image prompts have one image for each latent and different negative images. Give all of them the "
+                "same image_negative, or combine them with 'concat'."
+            )
+        return dataclasses.replace(_for_each(shared, weights), weights=tuple(weights))
+    negatives = [_zeros(prompt) if prompt.negative is None else prompt.negative for prompt in prompts]
+    if one_each:  # the images of one prompt after those of the other
+        own = [prompt.positive.weights for prompt in prompts]
+        return _join([_for_each(*pair) for pair in zip(negatives, own, strict=True)])
     together = _join(negatives)
     return together if joined else dataclasses.replace(together, weights=(1.0,) * len(together))
 
 
+def _for_each(images: EncodedImages, weights: Sequence[float]) -> EncodedImages:
+    """The negative image beside each image of these weights, without weight where that has none."""
+    rows = [_at(images, place) for place in range(len(weights))]
+    return _join([row if own else row.weighted(0.0) for row, own in zip(rows, weights, strict=True)])
+
+
 def _zeros(prompt: ImagePrompt) -> EncodedImages:
-    """The negative image of a prompt without one: zeros."""
+    """The negative of a prompt without one: zeros, one image or one for each with its weight."""
     images = prompt.positive
-    return _mapped([images], lambda features: torch.zeros_like(features[0][:1]), prompt.weights[len(images) :])
+    weights = images.weights if prompt.one_each else prompt.weights[len(images) :]
+    return _mapped([images], lambda features: torch.zeros_like(features[0][: len(weights)]), weights)
 
 
-def _is_same(one: EncodedImages | None, other: EncodedImages | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    pairs = zip(one.features, other.features, strict=True)
-    return all(a is b or torch.equal(a, b) for a, b in pairs)
+def _is_same(one: EncodedImages, other: EncodedImages | None) -> bool:
+    """Whether two negatives are the same: a single image is at every place, and none is zeros."""
+    if other is None:
+        return not any(feature.any() for feature in one.features)
+    return all(
+        a is b or (len({1, len(a), len(b)}) < 3 and bool((a == b).all()))
+        for a, b in zip(one.features, other.features, strict=True)
+    )

@@ -23,12 +23,13 @@ TEXT = ""  # the key of the attention to the text, beside those of applications
 
 
 class Area(NamedTuple):
-    """The part of the latents that a cond covers: its corner (top, left), its size, and which images; or which rows or
-    columns of them, in a spatial window.
+    """The part that a cond covers of the latents, which are of size `whole`: its corner (top, left), its size, and
+    which images; or which rows or columns of them, in a spatial window.
     """
 
     corner: Grid
     size: Grid
+    whole: Grid
     images: tuple[int, ...]
     part: Part | None = None
 
@@ -66,14 +67,15 @@ class Record:
     """The magnitudes of the attentions in one run of the sampler, summed over the positive rows of each image. Those of
     the `latest` step are on the device, earlier ones in main memory; the next run of the same model replaces them.
 
-    `keys`: of the applications, in the order of their nodes. `transformers`: their indices by ComfyUI's block.
-    `runs`: the number of runs so far; `prompt`: ComfyUI's id of the latest one's prompt. `drawn`: image -> the record
-    of the run that made it, while the image is in memory.
+    `keys`: of the image prompts, in the order of their nodes; `off`: those of weight 0, which have no application.
+    `transformers`: their indices by ComfyUI's block. `runs`: the number of runs so far; `prompt`: ComfyUI's id of the
+    latest one's prompt. `drawn`: image -> the record of the run that made it, while the image is in memory.
     """
 
     keys: tuple[str, ...]
     layout: WeightLayout
     transformers: dict[tuple[str, int], int]
+    off: frozenset[str] = frozenset()
     steps: int = 0
     images: int = 0
     size: Grid = (0, 0)
@@ -103,7 +105,7 @@ class Record:
             _log.warning(
                 "Record Attention Map: an Apply IP Adapter comes after it and is not recorded. Connect it before."
             )
-        self.steps, self.latest, self.sums = len(sigmas) - 1, -1, {}
+        self.steps, self.latest, self.sums, self.size = len(sigmas) - 1, -1, {}, (0, 0)
         self.runs, self.prompt = self.runs + 1, _prompt()
         try:
             return executor(guider, sigmas, extra_args, *args, **kwargs)
@@ -132,7 +134,8 @@ class Record:
             self.latest = step
         call, run = read_call(options, x, context=c_crossattn), run_of(options)
         _check_place(call)
-        self.images, self.size = run.images or len(call.frames), call.whole
+        self.images = run.images or len(call.frames)
+        self.size = max(self.size, call.whole)  # some samplers enlarge the latent from step to step
         options[self.name] = Moment(step, call, _positive_rows(call))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
@@ -177,6 +180,11 @@ class Record:
         Raises AdapterError when nothing was recorded, or not what is asked for.
         """
         indices, last = group_indices(layers, self.layout), min(last, self.steps)
+        if 0 < number <= len(self.keys) and self.keys[number - 1] in self.off:
+            raise AdapterError(
+                f"prompt is {number}, and image prompt {number} is off (weight 0). Raise its weight, or choose another "
+                "number; 0 is all of them together."
+            )
         if not self.sums:
             raise AdapterError(
                 "Nothing was recorded. Connect the model of Record Attention Map to the sampler that makes the image."
@@ -209,17 +217,17 @@ class Record:
         return torch.stack(shares).mean(0)
 
     def _canvas(self, entry: Entry, total: Tensor) -> Tensor:
-        """The magnitudes of an area within the whole latents, [images, height, width]."""
-        (top, left), (height, width), images, window = entry.area
+        """The magnitudes of an area within the whole latents of the last size, [images, height, width]."""
+        (top, left), (height, width), size, images, window = entry.area
         part = F.interpolate(total.reshape(-1, 1, *entry.grid), size=(height, width), mode="bilinear")[:, 0]
-        canvas = torch.zeros(self.images, *self.size)
+        canvas = torch.zeros(self.images, *size)
         if window is not None:
             dim, indices = window
-            whole = torch.zeros(len(images), *self.size)
+            whole = torch.zeros(len(images), *size)
             canvas[list(images)] = whole.index_copy(dim - 1, torch.tensor(indices), part)
         else:
             canvas[list(images), top : top + height, left : left + width] = part
-        return canvas
+        return canvas if size == self.size else F.interpolate(canvas[:, None], size=self.size, mode="bilinear")[:, 0]
 
 
 def _prompt() -> str | None:
@@ -238,7 +246,7 @@ def _positive_rows(call: Call) -> dict[Area, tuple[int, ...]]:
     rows: dict[Area, tuple[int, ...]] = {}
     for chunk, (branch, corner) in enumerate(zip(call.branches, call.corners, strict=True)):
         if branch == POSITIVE:
-            area = Area(corner or (0, 0), call.size, call.frames, call.part)
+            area = Area(corner or (0, 0), call.size, call.whole, call.frames, call.part)
             starts = ((copy * chunks + chunk) * each for copy in range(call.copies))
             rows[area] = (*rows.get(area, ()), *(row for start in starts for row in range(start, start + each)))
     return rows

@@ -32,7 +32,7 @@ class ImagePromptRegions(Node):
             display_name="Image Prompt Regions",
             description="Up to four regions of the result, each with its own image prompt, text and weight.",
             inputs=[
-                io.Model.Input("model", tooltip="The SD1.5, SD2 or SDXL model that the adapter was made for."),
+                io.Model.Input("model", tooltip="The SD1.5, SD2, SDXL or Kolors model that the adapter was made for."),
                 IPAdapterModel.Input("ip_adapter", tooltip="The adapter of all image prompts."),
                 io.Conditioning.Input(
                     "positive", tooltip="The text for the whole result. The texts of the regions are added to it."
@@ -122,7 +122,8 @@ def _inputs(number: int) -> list[Any]:
         io.Mask.Input(
             f"mask_{number}",
             optional=True,
-            tooltip=f"Where region {number} is: 1 inside, 0 outside. Where masks overlap, their prompts add up.",
+            tooltip=f"Where region {number} is: 1 inside, 0 outside. Where masks overlap, image prompts add up and "
+            "texts are averaged.",
         ),
         ImagePromptType.Input(
             f"image_prompt_{number}", optional=True, tooltip=f"The image prompt of region {number}, if it has one."

@@ -114,6 +114,8 @@ def read_call(options: Options, x: Tensor, size: Grid | None = None, context: Te
     corners = run.corners if len(uuids) == len(chunks) else {}
     size = size or grid_of(x.shape)
     whole = run.size or size
+    if size[0] >= whole[0] and size[1] >= whole[1]:
+        whole = size  # a sampler that enlarges the latent while it samples
     each = rows_each(len(chunks), x.shape[0])
     frames = _frames(options, run.images or each)
     copies = 1

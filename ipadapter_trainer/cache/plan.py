@@ -62,7 +62,7 @@ def cache_settings(
 
 
 def variants(settings: Mapping[str, Any], random: bool = True) -> int:
-    """Stored variants of what is cropped at random, or not. With `flip`, each crop has a mirror image."""
+    """Variants of a row: `cache_variants` of what is cropped at random, else 1; with `flip` twice as many."""
     return (settings["cache_variants"] if random else 1) * (2 if settings["flip"] else 1)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..errors import DataError
 from ..settings.fields import LIST_SUFFIXES
-from .files import TarMember, read_text
+from .files import TarMember, read_text, whole_text
 from .folders import ARCHIVE_SUFFIXES, FolderListing, list_folder
 from .images import StoredImage
 from .lists import METADATA_NAMES, misspelt_keys, read_list
@@ -231,18 +231,20 @@ def _from_row(values: Any, image_key: str, folder: Path) -> Example:
     if not isinstance(values, Mapping):
         raise DataError(f"expected an object with {image_key!r} and 'text', found {values!r:.60}.")
 
-    def text(key: str) -> str:
+    def text(key: str, is_name: bool = True) -> str:
         if not isinstance(value := values.get(key), str):
             keys = ", ".join(map(str, values))
             raise DataError(f"{key!r} must be text, found {value!r:.60} (keys: {keys:.100}).")
-        return value
+        return whole_text(value, repr(key), is_name=is_name)
 
-    image, caption = folder / text(image_key), text("text")
+    image, caption = folder / text(image_key), text("text", is_name=False)
     references = values.get("reference") or ()
     if isinstance(references, str):
         references = (references,)
     if not isinstance(references, list | tuple) or not all(isinstance(reference, str) for reference in references):
         raise DataError(f"'reference' must be a file name or a list of them, found {references!r:.60}.")
+    for reference in references:
+        whole_text(reference, "'reference'", is_name=True)
     face = None
     if values.get("id_embed_file") is not None:
         name = text("id_embed_file")

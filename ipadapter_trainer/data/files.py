@@ -100,3 +100,20 @@ def read_text(file: Path | TarMember, expected: str) -> str:
     if "\0" in text:
         raise DataError(f"{file}: holds zero bytes: damaged, or UTF-16 without a byte order mark. Save it as UTF-8.")
     return text
+
+
+def whole_text(text: str, what: str, *, is_name: bool = False) -> str:
+    """The text if it encodes as UTF-8; the name of a file may hold other bytes (surrogateescape). JSON can hold text
+    that does not: one of the two surrogates of an emoji.
+
+    Raises DataError, which calls the text `what`.
+    """
+    try:
+        text.encode("utf-8", "surrogateescape" if is_name else "strict")
+    except UnicodeEncodeError as error:
+        found = ascii(text[error.start])
+        raise DataError(
+            f"{what} is not UTF-8 text: {found} at position {error.start:,} is half of an emoji, or a byte of another "
+            "encoding. Correct it."
+        ) from None
+    return text

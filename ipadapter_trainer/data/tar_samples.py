@@ -23,7 +23,7 @@ from ipadapter_core.file_types import TAR, ZEROS, type_of
 
 from ..errors import DataError
 from .examples import Example
-from .files import TarMember, first_bytes, read_text
+from .files import TarMember, first_bytes, read_text, whole_text
 from .http_file import HttpFile
 from .images import IMAGE_SUFFIXES
 from .shard_files import is_plain, is_url, shard_name
@@ -72,7 +72,7 @@ class TarSample(NamedTuple):
             raise DataError(f"{self.name}: its caption cannot be read ({error}).") from error
         for key in ("text", "caption"):
             if isinstance(row, dict) and isinstance(row.get(key), str):
-                return row[key].strip()
+                return whole_text(row[key], f"{self.name}: {key!r}").strip()
         raise DataError(f"{self.name}: no caption: no .txt, and no 'text' or 'caption' in a .json.")
 
 

@@ -1,7 +1,8 @@
-"""An adapter that starts where the text is: its tokens say of an image what a caption would, and its values draw it.
+"""Initialise an adapter from the text: its tokens are fitted to the captions' text states, and its values, by least
+squares, to what the UNet's text attention adds for them.
 
-The diffusion loss says little about what an image prompt shows. The captions' text states, which the UNet knows, are a
-start from which two minutes of training are enough for a tiny model.
+The diffusion loss says little about what an image shows. From this start two minutes of training suffice for a tiny
+model.
 """
 
 from __future__ import annotations
@@ -89,22 +90,22 @@ def cancel_empty_text(
 
 
 class _Sums:
-    """The sums of a least-squares problem for each head: what is seen [H, n, E], and what is to be said [H, n, D]."""
+    """The sums of a least-squares problem for each head: inputs [H, n, E] and targets [H, n, D]."""
 
     def __init__(self) -> None:
-        self.seen: Tensor | float = 0.0
-        self.said: Tensor | float = 0.0
+        self.inputs: Tensor | float = 0.0
+        self.targets: Tensor | float = 0.0
 
-    def add(self, seen: Tensor, said: Tensor) -> None:
-        seen, said = seen.double(), said.double()
-        self.seen = self.seen + seen.mT @ seen
-        self.said = self.said + seen.mT @ said
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        inputs, targets = inputs.double(), targets.double()
+        self.inputs = self.inputs + inputs.mT @ inputs
+        self.targets = self.targets + inputs.mT @ targets
 
     def solve(self) -> Tensor:
         """The weight [H * D, E] of the linear function."""
-        assert isinstance(self.seen, Tensor) and isinstance(self.said, Tensor)
-        ridge = RIDGE * self.seen.diagonal(dim1=1, dim2=2).mean() * torch.eye(self.seen.shape[-1]).to(self.seen)
-        return torch.linalg.solve(self.seen + ridge, self.said).mT.flatten(0, 1)
+        assert isinstance(self.inputs, Tensor) and isinstance(self.targets, Tensor)
+        ridge = RIDGE * self.inputs.diagonal(dim1=1, dim2=2).mean() * torch.eye(self.inputs.shape[-1]).to(self.inputs)
+        return torch.linalg.solve(self.inputs + ridge, self.targets).mT.flatten(0, 1)
 
 
 def _observer(sums: _Sums, no_text: Tensor) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:

@@ -39,8 +39,9 @@ def evaluate(config: EvalConfig, *, say: Callable[[str], None] = print, progress
     """Generate and score the images that have no score yet, in the precision of `inference_dtype`, and sum up.
 
     Scores are appended to `output`/scores.jsonl. An image depends only on its example and its number, so the same call
-    resumes, also with another batch size, a higher limit, more images per prompt or other weights. Several processes
-    (accelerate launch) share the work if they share `output`.
+    resumes, also with another batch size, a higher limit, more images per prompt or other weights. With more
+    `sample_images`, images that have a score are generated again to be saved. Several processes (accelerate launch)
+    share the work if they share `output`.
 
     Raises TrainerError and AdapterError for models and data that are wrong or do not fit together.
     """
@@ -53,7 +54,7 @@ def evaluate(config: EvalConfig, *, say: Callable[[str], None] = print, progress
         jobs = [Job(index, number, weight) for index in indices for number in numbers for weight in config.weights]
         scores, foreign = read_scores(config.output, setup.digest)
         if state.is_main_process:
-            say(_plan(config, len(indices), len(jobs), sum(job in scores for job in jobs), foreign))
+            say(_plan(setup, jobs, scores.keys(), foreign))
         state.wait_for_everyone()  # all have read the scores before any are added
         mine = set(indices[state.process_index :: state.num_processes])
         _score(setup, [job for job in jobs if job.index in mine], scores.keys(), state.process_index, progress_bar)
@@ -72,34 +73,48 @@ def seed_of(seed: int, index: int, number: int) -> int:
     return random.Random(f"{seed}/{index}/{number}/evaluation").getrandbits(32)
 
 
-def _plan(config: EvalConfig, prompts: int, jobs: int, done: int, foreign: int) -> str:
+def _plan(setup: Setup, jobs: Sequence[Job], scored: Set[Job], foreign: int) -> str:
+    config, prompts = setup.config, len(setup.prompts.by_index)
     weights = f" x {len(config.weights)} weights" if len(config.weights) > 1 else ""
-    text = f"{prompts:,} prompts x {config.num_images_per_prompt} images{weights} = {jobs:,} images"
-    if done:
+    text = f"{prompts:,} prompts x {config.num_images_per_prompt} images{weights} = {len(jobs):,} images"
+    if done := sum(job in scored for job in jobs):
         text += f"; {done:,} have scores already"
+    if again := sum(job in scored for job in _left(setup, jobs, scored)):
+        text += f", {again:,} of them are generated again for sample_images={config.sample_images}"
     if foreign:
         text += f" ({foreign:,} scores in {config.output} are for other settings)"
     return text + "."
 
 
-def _score(setup: Setup, jobs: Sequence[Job], done: Set[Job], process: int, progress_bar: bool) -> None:
-    """Generate and score the jobs of this process that are not done."""
-    config = setup.config
-    missing = [job for job in jobs if job not in done]
+def _left(setup: Setup, jobs: Sequence[Job], scored: Set[Job]) -> list[Job]:
+    """The jobs without a score, or without an image that is to be saved."""
+    saved = {prompt.index for prompt in setup.saved_prompts}
+
+    def is_done(job: Job) -> bool:
+        return job in scored and (job.index not in saved or image_file(setup.image_folder, job).is_file())
+
+    return [job for job in jobs if not is_done(job)]
+
+
+def _score(setup: Setup, jobs: Sequence[Job], scored: Set[Job], process: int, progress_bar: bool) -> None:
+    """Generate, save and score the images of this process that are left."""
+    config, left = setup.config, _left(setup, jobs, scored)
     saved = {prompt.index for prompt in setup.saved_prompts}
     with tqdm(
-        total=len(jobs), initial=len(jobs) - len(missing), desc="images", unit="image", disable=not progress_bar
+        total=len(jobs), initial=len(jobs) - len(left), desc="images", unit="image", disable=not progress_bar
     ) as bar:
-        for start in range(0, len(missing), config.batch_size):
-            batch = missing[start : start + config.batch_size]
-            images = _generate(setup, batch)
-            for job, image in zip(batch, images, strict=True):
+        for start in range(0, len(left), config.batch_size):
+            batch = left[start : start + config.batch_size]
+            images = dict(zip(batch, _generate(setup, batch), strict=True))
+            for job, image in images.items():
                 if job.index in saved:
                     with whole_file(image_file(setup.image_folder, job)) as temporary:
                         image.save(temporary)
-            embeds = setup.clip.embed_images(images)
-            scores = [_score_of(setup, job, embed) for job, embed in zip(batch, embeds, strict=True)]
-            append_scores(score_file(config.output, process), setup.digest, scores)
+            new = {job: image for job, image in images.items() if job not in scored}
+            if new:
+                embeds = setup.clip.embed_images(list(new.values()))
+                scores = [_score_of(setup, job, embed) for job, embed in zip(new, embeds, strict=True)]
+                append_scores(score_file(config.output, process), setup.digest, scores)
             bar.update(len(batch))
 
 

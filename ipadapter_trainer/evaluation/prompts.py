@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..data.examples import Example, find_examples
 from ..data.face_embeds import face_id_embed
+from ..data.files import whole_text
 from ..data.shard_files import is_shards
 from ..errors import DataError, EvaluationError
 from .clip import ClipModel, clip_i
@@ -168,7 +169,8 @@ def _coco_examples(annotations: dict[str, Any], file: Path, root: Path | None) -
     captions: dict[Any, str] = {}
     try:
         for annotation in annotations["annotations"]:
-            captions.setdefault(annotation["image_id"], str(annotation["caption"]).strip())
+            image, caption = annotation["image_id"], str(annotation["caption"]).strip()
+            captions.setdefault(image, whole_text(caption, f"{file}: a caption of image {image}"))
         rows = [(str(image["file_name"]), captions.get(image["id"], "")) for image in annotations["images"]]
     except (KeyError, TypeError) as error:
         raise DataError(f"{file}: not COCO's caption annotations ({error!r} is missing).") from error

@@ -82,4 +82,4 @@ def append_scores(file: Path, settings: str, scores: Iterable[Score]) -> None:
             if stream.tell():  # end a line that a killed process left unfinished
                 stream.seek(-1, 2)
                 text = text if stream.read(1) == b"\n" else "\n" + text
-            stream.write(text.encode())
+            stream.write(text.encode(errors="backslashreplace"))  # in JSON: a name of a file may not be UTF-8

@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import DataError
 from ..runtime.disk import whole_file
 
-LOG_FILE, CONFIG_FILE, SAMPLES = "log.jsonl", "config.toml", "samples"
+LOG_FILE, CONFIG_FILE, REPORT_FILE, SAMPLES = "log.jsonl", "config.toml", "report.html", "samples"
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +122,8 @@ def append_line(file: Path, line: str) -> None:
 def to_toml(config: Mapping[str, Any]) -> str:
     """Settings as TOML. None, which TOML lacks, is left out; it is always the default."""
     return "".join(
-        # Strings, numbers and booleans are written alike in JSON and TOML.
-        f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
+        # Strings, numbers and booleans are written alike in JSON and TOML, but for DEL, which TOML wants escaped.
+        f"{name} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", r"\u007f")
         for name, value in config.items()
         if value is not None
     )

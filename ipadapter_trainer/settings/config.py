@@ -12,6 +12,8 @@ from .fields import check_data_root
 from .kinds import TRAIN_KINDS, TrainKind
 from .train_options import TrainOptions
 
+_SAME_SCHEDULES = {"cosine_with_restarts": "cosine", "polynomial": "linear"}  # with diffusers' default values
+
 
 class TrainConfig(TrainOptions):
     """One training."""
@@ -37,6 +39,13 @@ class TrainConfig(TrainOptions):
     def _check_resume(cls, value: Any) -> Any:
         if not isinstance(value, (bool, str, Path)):  # pydantic would report each type of the union
             raise ValueError(f"resume = {value!r}: expected true, false or a checkpoint folder")
+        return value
+
+    @field_validator("lr_scheduler", mode="before")
+    @classmethod
+    def _check_lr_scheduler(cls, value: Any) -> Any:
+        if isinstance(value, str) and (same := _SAME_SCHEDULES.get(value)):
+            raise ValueError(f"lr_scheduler = {value!r} is {same} with its default values; set {same}")
         return value
 
     def problems(self) -> Iterator[str]:

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 LIST_SUFFIXES = (".json", ".jsonl", ".csv")  # data that are a list of file names
 
+_path_as_text = BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
+PathOrUrl = Annotated[str, _path_as_text]
+
 
 class Config(BaseModel):
-    """Settings of a command: frozen, with `~` expanded in every value.
+    """Settings of a command: frozen, in UTF-8, with `~` expanded in paths.
 
     `command` is the command whose --options lists the keys.
     """
@@ -26,15 +39,15 @@ class Config(BaseModel):
         """Settings that exclude each other, each as a clause that says what to do."""
         return ()
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _expand_home(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        return {
-            key: str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
-            for key, value in values.items()
-        }
+    def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.field_name or ""
+        is_path = _is_path(cls.model_fields[name])
+        if isinstance(value, str | Path) and str(value).encode("utf-8", "ignore").decode() != str(value):
+            wanted = "path in UTF-8; rename it, or choose another" if is_path else "text in UTF-8"
+            raise ValueError(f"{name} = {str(value)!r}: expected a {wanted}")
+        return _expanded(name, value) if is_path and isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -66,6 +79,24 @@ class ModelConfig(Config):
         description="Prediction type of the base model; default: from the scheduler config. Needed for a single-file "
         "base_model without that information.",
     )
+
+
+def _is_path(field: FieldInfo) -> bool:
+    return Path in (field.annotation, *get_args(field.annotation)) or _path_as_text in field.metadata
+
+
+def _expanded(name: str, path: str) -> str:
+    """The path with `~` expanded. Raises ValueError for one that no file has."""
+    if "\0" in path:
+        raise ValueError(f"{name} = {path!r}: expected a path, which holds no zero bytes")
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        user = Path(path).parts[0][1:]
+        found = f"no such user as {user!r}" if user else "the home folder is not known"
+        raise ValueError(f"{name} = {path!r}: {found}; write ./{path} for a file of this name") from None
 
 
 def parse_size(text: str) -> tuple[int, int]:

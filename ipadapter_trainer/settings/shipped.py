@@ -66,7 +66,7 @@ def read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"{file}: no such config file. Give a .toml file, or only key=value settings.")
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid TOML ({error}).") from error
 
@@ -80,7 +80,7 @@ def write_config(name: str, out: Path) -> Path:
     if out.suffix != ".toml":
         raise ConfigError(f"{out}: a config ends in .toml. Write `ipadapter new {name} {out}.toml`.")
     command = "#     ipadapter train "
-    text = file.read_text(encoding="utf-8").replace(f"{command}{file.stem}", f"{command}{out}")
+    text = file.read_text(encoding="utf-8-sig").replace(f"{command}{file.stem}", f"{command}{out}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("x", encoding="utf-8") as stream:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from .fields import (
     DataRoot,
     FaceTable,
     ModelConfig,
+    PathOrUrl,
 )
 from .kinds import TRAIN_KINDS
 
 KindName = Literal["base", "plus", "full", "faceid", "faceid-plus", "faceid-plusv2", "portrait"]
 assert get_args(KindName) == tuple(TRAIN_KINDS)
-
-PathOrUrl = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 
 
 class TrainOptions(ModelConfig):
@@ -126,7 +125,7 @@ class TrainOptions(ModelConfig):
         "schedulefree).",
     )
     learning_rate: float = Field(1e-4, gt=0, description="Learning rate; 1 for prodigy.")
-    lr_scheduler: Literal["constant", "cosine", "linear", "cosine_with_restarts", "polynomial"] = Field(
+    lr_scheduler: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="Learning rate schedule after the warm-up."
     )
     lr_warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from zero.")

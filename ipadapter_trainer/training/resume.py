@@ -82,7 +82,7 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
 
 
 def _refuse_incomplete(output: Path, complete: Sequence[Path]) -> None:
-    """A training would do the steps of such a checkpoint again, and then take its place."""
+    """Refuse incomplete checkpoints after the last complete one, whose steps the run would repeat and replace."""
     done = step_of(complete[-1]) if complete else -1
     for folder, missing in incomplete_checkpoints(output):
         if step_of(folder) > done:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...ipadapter_core import AdapterError, Scaling
 from ...ipadapter_core.image_prompt import combine_features
 from ..faces import check_faces, crop_size
-from ..install import apply_prompt
+from ..install import apply_prompt, switch_off
 from ..types import EncodedImages, ImagePrompt
 from .old_faces import read_faces
 from .old_features import image_features, unconditional
@@ -80,7 +80,9 @@ def _apply_one(model: Any, pipeline: Pipeline, node: str, prompt: OldPrompt) -> 
             prompt.start_at,
             prompt.end_at,
         )
-        return model, faces
+        shares = []
+    if not shares:
+        switch_off(model)
     for part in shares:
         made = _image_prompt(pipeline, encoded, part, prompt)
         model = apply_prompt(

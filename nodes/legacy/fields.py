@@ -15,7 +15,7 @@ OLD_WEIGHT_TYPES = [name for name in WEIGHT_TYPES if name != "strong style and c
 OLD_COMBINES = ["concat", "add", "subtract", "average", "norm average"]
 
 _TOOLTIPS = {
-    "model": "The SD1.5, SD2 or SDXL model that the adapter was made for.",
+    "model": "The SD1.5, SD2, SDXL or Kolors model that the adapter was made for.",
     "ipadapter": "From IPAdapter Model Loader or a unified loader.",
     "image": "The reference image; try one that shows what the result should take over, near the middle.",
     "image_negative": "What the result should keep away from. Without it a black image is used.",

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...ipadapter_core import AdapterError
@@ -45,7 +46,9 @@ def read_number(text: str) -> float:
 
 
 def _usable(name: str, value: Any) -> Any:
-    """The value as the node takes it: masks are [M, H, W]. Lists and IPADAPTER_PARAMS hold such values."""
+    """The value as the node takes it: masks are [M, H, W], images and masks float32 or float64, whatever
+    ComfyUI's --fp16-intermediates makes. Lists and IPADAPTER_PARAMS hold such values.
+    """
     if isinstance(value, list | tuple):
         return type(value)(_usable(name, one) for one in value)
     if isinstance(value, dict):
@@ -54,6 +57,8 @@ def _usable(name: str, value: Any) -> Any:
         raise AdapterError(f"{name} is {value}. Connect a finite number; 0 switches a weight off.")
     if not isinstance(value, Tensor):
         return value
+    if name in _IMAGES | _MASKS and value.dtype not in (torch.float32, torch.float64):
+        value = value.float()  # sums over pixels, and convolutions on the CPU, need it
     if name in _MASKS:
         return mask_planes(value, name)
     if name in _IMAGES:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ipadapter_core import AdapterError
-from ...ipadapter_core.encoders import download_hint
+from ...ipadapter_core.encoders import encoder_advice
 from ..features import TRAINED, negative_features, sound_features
 from .old_images import center_crop, resize
 from .setting import is_corrected
@@ -92,8 +92,8 @@ def _encoder(pipeline: Pipeline) -> Any:
     if pipeline.clip_vision is None:
         spec = pipeline.adapter.spec
         raise AdapterError(
-            f"{pipeline.adapter.name} needs an image encoder. Connect clip_vision, or a unified loader. It takes "
-            f"{download_hint(spec)}."
+            f"{pipeline.adapter.name} needs an image encoder. Connect clip_vision, or a unified loader. "
+            f"{encoder_advice(spec)}"
         )
     return pipeline.clip_vision
 

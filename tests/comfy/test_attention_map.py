@@ -92,6 +92,42 @@ def test_prompts_one_by_one(world, recorded, heat):
     torch.testing.assert_close(both, left + right)
 
 
+def test_a_prompt_that_is_off_keeps_its_number(pack, world, recorded, heat):
+    first = world.apply(world.model, world.adapter, world.prompt, weight=0.0)
+    assert torch.equal(world.sample(first), world.base)
+    left = world.apply(first, world.adapter, world.prompt, attn_mask=LEFT)
+    model, record = recorded(world.apply(left, world.adapter, world.prompt, weight=0.0))
+    assert sum(len(items) for items in model.wrappers["apply_model"].values()) == 2, "no step calls what is off"
+    world.sample(model)
+    alone, alone_record = recorded(attn_mask=LEFT)
+    world.sample(alone)
+    assert torch.equal(heat(record, prompt=2), heat(alone_record))
+    assert torch.equal(heat(record), heat(alone_record))
+    for number in (1, 3):
+        with pytest.raises(pack.core.AdapterError, match=rf"image prompt {number} is off \(weight 0\)"):
+            heat(record, prompt=number)
+    with pytest.raises(pack.core.AdapterError, match="prompt is 4; the recorded model has 3 image prompts"):
+        heat(record, prompt=4)
+
+
+def test_a_region_and_an_old_node_that_are_off_keep_their_numbers(pack, world, encoder, recorded, heat):
+    regions = {"mask_1": LEFT, "image_prompt_1": world.prompt, "weight_1": 0.0}
+    regions |= {"mask_2": RIGHT, "image_prompt_2": world.prompt}
+    model, _ = pack.ImagePromptRegions.execute(world.model, world.adapter, world.conds()[0], **regions).args
+    adapter, image = pack.wires.AdapterFile(world.adapter), torch.rand(1, 40, 40, 3)
+    given = {"ipadapter": adapter, "clip_vision": encoder, "image": image}
+    old = {cls.__name__: cls for cls in pack.register.OLD_NODES}["IPAdapterAdvanced"].apply_ipadapter
+    model = old(model=old(model=model, weight=0.0, **given)[0], start_at=0.5, end_at=0.5, **given)[0]
+    model, record = recorded(world.apply(model, world.adapter, world.prompt, attn_mask=LEFT))
+    world.sample(model)
+    for number in (1, 3, 4):
+        with pytest.raises(pack.core.AdapterError, match=rf"image prompt {number} is off"):
+            heat(record, prompt=number)
+    right, left = (heat(record, prompt=number) for number in (2, 5))
+    assert right[..., 76:].min() > 0.01 and left[..., :56].min() > 0.01
+    assert not right[..., :24].any() and not left[..., 104:].any()
+
+
 def test_steps(pack, world, recorded, heat):
     model, record = recorded(end_at=0.5)
     world.sample(model, steps=4)
@@ -231,6 +267,9 @@ def test_without_an_image_prompt(world, recorded, heat, caplog):
     assert torch.equal(world.sample(model), world.base)
     assert "no image prompt acts in the connected model" in caplog.text
     assert not heat(record).any() and "so the map is empty" in caplog.text
+    caplog.clear()
+    _, record = recorded(weight=0.0)
+    assert not heat(record).any() and "so the map is empty" in caplog.text
 
 
 def test_a_compiled_model_is_refused(pack, world, recorded):
@@ -240,3 +279,26 @@ def test_a_compiled_model_is_refused(pack, world, recorded):
     set_torch_compile_wrapper(model=model, backend="eager")
     with pytest.raises(pack.core.AdapterError, match="cannot look into a compiled model"):
         world.sample(model)
+
+
+def test_a_sampler_that_enlarges_the_latent(pack, world, recorded, heat):
+    """Its latents are larger than at the start, and are no parts of it: masks and maps are stretched to them."""
+    import comfy.sample
+    import comfy.samplers
+    from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
+
+    sampler = SamplerLCMUpscale.execute(1.5, 2, "bislerp").args[0]
+
+    def sample(model):
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(4))
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)
+        text = world.conds()
+        return comfy.sample.sample_custom(model, noise, 4.0, sampler, sigmas, *text, torch.zeros_like(noise), seed=5)
+
+    model, record = recorded(attn_mask=LEFT)
+    drawn = sample(model)
+    assert drawn.shape[-2:] == (24, 24)
+    assert not torch.allclose(drawn, sample(world.model), atol=1e-2)
+    share = record.heat("all", 0, 4)[0]
+    assert share.shape == (24, 24)
+    assert share[:, :10].mean() > 10 * share[:, 14:].mean()

@@ -168,6 +168,75 @@ def test_face_prompts_combine_too(pack, combine, image):
     assert (joined.negative is None) != image
 
 
+def frames_of_faces(pack, seed, weights, negative=True):
+    """As Encode Face Prompt makes it of a video: weight 0 where a frame shows no face, zeros as the negative."""
+    made = face_prompt(pack, seed, image=False, count=len(weights), one_each=True)
+    zeros = pack.types.EncodedImages(None, torch.zeros(len(weights), 16), weights) if negative else None
+    faces = dataclasses.replace(made.positive, weights=weights)
+    return dataclasses.replace(made, positive=faces, negative=zeros)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frames_without_a_face(pack, combine, method):
+    """Left out, instead of a face of zeros; where no video shows one the frame has none."""
+    one = frames_of_faces(pack, 1, (1.0, 0.0, 0.0, 1.0))
+    two = frames_of_faces(pack, 2, (1.0, 1.0, 0.0, 0.0))
+    made = combine(one, two, combine=method)
+    x, y = one.positive.face, two.positive.face
+    nothing_to_subtract_from = method == "subtract"
+    weights = (1.0, 0.0 if nothing_to_subtract_from else 1.0, 0.0, 1.0)
+    assert made.positive.weights == made.negative.weights == weights
+    close(made.positive.face[0], by_hand(method, [x[0], y[0]]), 1e-6)
+    assert nothing_to_subtract_from or torch.equal(made.positive.face[1], y[1])
+    assert torch.equal(made.positive.face[3], x[3]), "at full length"
+    assert not made.negative.face.any()
+    half = combine(one, two, combine=method, weight_1=0.5)
+    assert half.positive.weights == weights and torch.equal(half.positive.face[3], 0.5 * x[3])
+
+
+def test_frames_without_a_face_in_one_video(pack, combine):
+    """The other one has no negative, which is zeros too."""
+    all_faces, some = frames_of_faces(pack, 1, (1.0,) * 3, negative=False), frames_of_faces(pack, 2, (1.0, 0.0, 1.0))
+    for prompts in ((all_faces, some), (some, all_faces)):
+        made = combine(*prompts, combine="average")
+        assert made.positive.weights == (1.0,) * 3 and set(made.negative.weights) == {1.0}
+        assert torch.equal(made.positive.face[1], all_faces.positive.face[1]) and not made.has_negative
+    portrait = frames_of_faces(pack, 3, (1.0,), negative=False)
+    made = combine(some, portrait, combine="average", weight_2=0.0)
+    assert made.positive.weights == made.negative.weights == (1.0, 0.0, 1.0)
+    assert torch.equal(made.positive.face[2], some.positive.face[2])
+    joined = combine(combine(all_faces, all_faces, combine="average"), some)
+    assert joined.positive.weights == joined.negative.weights == (1.0, 1.0, 1.0, 1.0, 0.0, 1.0)
+
+
+def test_frames_without_a_face_beside_one_negative_image(pack, combine):
+    """FaceID-Plus: one negative image for all frames, or one for each when a frame was skipped, is the same."""
+    weights = (1.0, 0.0, 1.0)
+    whole, skipped = (face_prompt(pack, seed, count=3, one_each=True) for seed in (1, 2))
+    skipped = dataclasses.replace(
+        skipped,
+        positive=dataclasses.replace(skipped.positive, weights=weights),
+        negative=pack.types.EncodedImages(torch.zeros(3, 5, 48), torch.zeros(3, 16), weights),
+    )
+    made = combine(whole, skipped, combine="average")
+    assert made.negative.weights == (1.0,) and made.positive.weights == (1.0,) * 3
+    twice = combine(skipped, skipped, combine="average")
+    assert twice.positive.weights == twice.negative.weights == weights
+    other = dataclasses.replace(whole, negative=dataclasses.replace(whole.negative, image=torch.ones(1, 5, 48)))
+    with pytest.raises(pack.core.AdapterError, match="different negative images"):
+        combine(other, skipped, combine="average")
+
+
+def test_a_negative_without_weight_where_no_video_shows_a_face(pack, combine):
+    skipped = frames_of_faces(pack, 1, (1.0, 0.0), negative=False)
+    negative = pack.types.EncodedImages(None, torch.ones(1, 16))
+    made = combine(dataclasses.replace(skipped, negative=negative), skipped)
+    assert made.negative.weights == made.positive.weights == (1.0, 0.0, 1.0, 0.0)
+    assert torch.equal(made.negative.face[:, 0], torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    with pytest.raises(pack.core.AdapterError, match="'subtract' leaves nothing: no image is left to subtract from"):
+        combine(skipped, skipped, combine="subtract", weight_1=0.0)
+
+
 def test_an_unknown_adapter_takes_the_known_one(encode, combine):
     old = dataclasses.replace(encode(2), adapter=None)
     assert combine(old, encode(1)).adapter == combine(encode(1), old).adapter == "a.safetensors"

@@ -79,6 +79,14 @@ def test_an_adapter_of_ones_own(stack, pack, world, folders):
     assert pack.LoadIPAdapterDemo.fingerprint_inputs(options[2]) != before
 
 
+def test_an_adapter_of_this_model_in_the_other_loader(stack, pack, folders):
+    (folders["ipadapter"] / "mine.safetensors").write_bytes(
+        (pack.assets.emoji_folder() / pack.demo.ADAPTER).read_bytes()
+    )
+    with pytest.raises(pack.core.AdapterError, match=r"mine\.safetensors.*choose it in Load IP Adapter Demo"):
+        pack.LoadIPAdapter.execute("mine.safetensors")
+
+
 def test_both_kinds_come_with_the_pack(stack, pack, world):
     base = pack.LoadIPAdapterDemo.execute("the emoji adapter (base)").args[4]
     assert (stack["ip_adapter"].spec.kind, base.spec.kind) == ("plus", "base")

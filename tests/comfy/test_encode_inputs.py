@@ -103,7 +103,7 @@ def test_a_damaged_encoder(refuse, encoder, layer, value, words):
 def test_a_damaged_projection(refuse, encoder, value, words):
     damaged = copy.deepcopy(encoder)
     damaged.model.visual_projection.weight.fill_(value)
-    refuse(images(), f"image encoder makes {words} of a sound image", "download", encoder=damaged)
+    refuse(images(), f"image encoder makes {words} of a sound image", "Download", encoder=damaged)
 
 
 def test_an_encoder_without_projection_serves_a_plus_adapter(world, encode, encoder):

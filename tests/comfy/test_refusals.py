@@ -42,6 +42,53 @@ def test_a_real_diffusion_transformer(pack, world):
     refuse(pack, lambda: world.apply(model, world.adapter, world.prompt), "is not a UNet")
 
 
+@pytest.fixture(scope="module")
+def video(world):
+    """ComfyUI's own Stable Video Diffusion, narrow."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    inner = world.model.model.model_config.unet_config
+    shape = {
+        "in_channels": 8,
+        "use_temporal_attention": True,
+        "use_temporal_resblock": True,
+        "extra_ff_mix_layer": True,
+        "merge_strategy": "learned_with_images",
+        "video_kernel_size": [3, 1, 1],
+        "use_spatial_context": True,
+        "use_linear_in_transformer": True,
+        "adm_in_channels": 768,
+        "num_classes": "sequential",
+    }
+    config = comfy.supported_models.SVD_img2vid({**inner, **shape})
+    config.set_inference_dtype(torch.float32, None)
+    home = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(comfy.model_base.SVD_img2vid(config, device=home), home, home)
+
+
+def test_a_video_model(pack, world, encoder, video):
+    """Its layers over time would take our keys and values for those over the image."""
+    image, mask = torch.rand(1, 40, 40, 3), torch.ones(1, 8, 8)
+    old = {cls.__name__: cls for cls in pack.register.OLD_NODES}
+    adapter = pack.wires.AdapterFile(world.adapter)
+    given = {"model": video, "ipadapter": adapter, "clip_vision": encoder, "image": image}
+    tiled = {"weight": 1.0, "weight_type": "linear", "start_at": 0.0, "end_at": 1.0, "sharpening": 0.0}
+    for call in (
+        lambda: world.apply(video, world.adapter, world.prompt),
+        lambda: pack.ImagePrompt.execute(video, image),
+        lambda: pack.ImagePromptRegions.execute(
+            video, world.adapter, world.conds()[0], mask_1=mask, image_prompt_1=world.prompt
+        ),
+        lambda: pack.RecordAttentionMap.execute(video),
+        lambda: old["IPAdapterUnifiedLoader"].load_models(video, "STANDARD (medium strength)"),
+        lambda: old["IPAdapterAdvanced"].apply_ipadapter(**given),
+        lambda: old["IPAdapterTiled"].apply_tiled(**given, **tiled),
+    ):
+        refuse(pack, call, "is a video model (Stable Video Diffusion)", "SD1.5, SD2 and SDXL", "AnimateDiff")
+
+
 def test_another_family(pack, world):
     sdxl = world.new_model("sdxl")
     refuse(

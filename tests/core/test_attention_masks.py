@@ -190,6 +190,22 @@ def test_a_model_without_cross_attention() -> None:
         ic.cross_attention_sites(nn.Linear(1, 1))
 
 
+def test_stable_video_diffusion() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 32),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        num_attention_heads=(2, 2),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+    )
+    with pytest.raises(ic.AdapterError, match=r"Stable Video Diffusion.*SD1\.5, SD2 and SDXL.*AnimateDiff"):
+        ic.diffusers_sites(unet)
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, context: int) -> None:
         super().__init__()

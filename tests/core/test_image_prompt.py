@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ipadapter_core import FAMILIES, AdapterError, KeyValue, LayerWeight, new_spec
+from ipadapter_core import FAMILIES, AdapterError, KeyValue, LayerWeight, load_adapter, new_spec
+from ipadapter_core.assets import emoji_folder
 from ipadapter_core.attention import image_attention, scale_keys_values
 from ipadapter_core.branches import (
     branch_rows,
@@ -17,7 +20,7 @@ from ipadapter_core.branches import (
     rows_each,
     source_rows,
 )
-from ipadapter_core.encoders import ImageEncoder, encoder_fits, find_encoder, read_encoder
+from ipadapter_core.encoders import ImageEncoder, encoder_advice, encoder_fits, find_encoder, read_encoder
 from ipadapter_core.image_prompt import CLIP_MEAN, COMBINES, combine_features, crop_image
 
 
@@ -210,6 +213,23 @@ def test_branches_by_name_and_by_index():
     assert resolve_branches([1, 0], ["both", "both"], names) == (1, 0)
     assert resolve_branches([1, 0, 0], None, None) == (1, 0, 0)
     assert resolve_branches([2, 0], ["x", "y"], names) == (1, 0)
+
+
+def test_an_unconditional_branch_of_any_name_is_negative():
+    names = names_by_uuid(
+        {
+            "positive": [{"uuid": "p"}],
+            "middle": [{"uuid": "m", "prompt_type": "negative"}],  # as DualCFG has it
+            "null": [{"uuid": "null"}],
+            "uncond_text": [{"uuid": "uncond"}],
+            "empty": [{"uuid": "empty"}],
+            "weak": [{"uuid": "weak", "prompt_type": "negative"}],
+            "style": [{"uuid": "style"}],
+        }
+    )
+    uuids = ["p", "m", "null", "uncond", "empty", "weak", "style"]
+    assert resolve_branches([0] * 7, uuids, names) == (0, 0, 1, 1, 1, 1, 0)
+    assert all(len(found) == 1 for found in names.values())
     assert rows_each(2, 6) == 3
     with pytest.raises(AdapterError, match="5 rows"):
         rows_each(2, 5)
@@ -282,6 +302,23 @@ def test_no_encoder_names_what_there_is_and_what_to_download(published):
         assert words in text
     with pytest.raises(AdapterError, match="holds no file"):
         find_encoder(adapter_spec("base", 1280), [])
+
+
+@pytest.mark.parametrize("file", ["adapter.safetensors", "adapter_base.safetensors"])
+def test_an_adapter_for_the_bundled_model_names_its_node(published, file):
+    spec = load_adapter(emoji_folder() / file).spec
+    with pytest.raises(AdapterError, match=r"bundled demo model: choose it in Load IP Adapter Demo") as error:
+        find_encoder(spec, [published["H"]])
+    assert "Download" not in str(error.value)
+    assert "Load IP Adapter Demo" in encoder_advice(replace(spec, encoder_id=None))  # a file without metadata
+    others = (
+        {"encoder_id": "CLIP vision encoder (5 layers of 160, 16 px patches at 64 px, 128 wide)"},
+        {"image_dim": 96},
+        {"cross_attention_dim": 256},
+        {"layer_dims": spec.layer_dims[:-1]},
+    )
+    for other in others:
+        assert "Download the image encoder that the adapter was trained with" in encoder_advice(replace(spec, **other))
 
 
 def test_read_encoder(published, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -117,12 +118,50 @@ def test_the_functions_of_the_architecture_page_exist() -> None:
 
 
 def test_the_rooms_of_the_architecture_page_exist() -> None:
+    folder = ROOT / "ipadapter_trainer"
+    packages = {file.parent.name for file in folder.glob("*/__init__.py")}
+    assert _rows_of_rooms().keys() == packages | {file.stem for file in folder.glob("[!_]*.py")}
+
+
+def test_rooms_import_only_their_own_row_and_lower_ones() -> None:
+    rows = _rows_of_rooms()
+    folder = ROOT / "ipadapter_trainer"
+    imports = {
+        (room, _room(file), str(file.relative_to(folder)))
+        for file in folder.rglob("*.py")
+        for room in _imported_rooms(file)
+        if _room(file) in rows
+    }
+    assert {(room, importer) for room, importer, _ in imports} >= {("data", "training"), ("settings", "training")}
+    upwards = {file: room for room, importer, file in imports if rows[room] < rows[importer]}
+    assert not upwards
+
+
+def _rows_of_rooms() -> dict[str, int]:
+    """The rooms of the architecture page, with the numbers of their rows from the top."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = page.split("| room | contents |")[1].split("\n\n")[0]
-    rooms = {room for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE) for room in re.findall(r"`(\w+)`", row)}
-    folder = ROOT / "ipadapter_trainer"
-    packages = {file.parent.name for file in folder.glob("*/__init__.py")} - {"emoji"}
-    assert rooms == packages | {file.stem for file in folder.glob("[!_]*.py")}
+    rows = re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
+    return {room: number for number, row in enumerate(rows) for room in re.findall(r"`(\w+)`", row)}
+
+
+def _room(file: Path) -> str:
+    return file.relative_to(ROOT / "ipadapter_trainer").parts[0].removesuffix(".py")
+
+
+def _imported_rooms(file: Path) -> set[str]:
+    """The other rooms that a module imports, at its top or in a function."""
+    package = file.relative_to(ROOT).with_suffix("").parts[:-1]
+    names: set[tuple[str, ...]] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {tuple(alias.name.split(".")) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = (*above, *(node.module or "").split(".")) if node.module else above
+            names |= {(*module, alias.name) for alias in node.names}
+    rooms = {name[1] for name in names if name[0] == "ipadapter_trainer" and len(name) > 1}
+    return (rooms & _rows_of_rooms().keys()) - {_room(file)}
 
 
 def _anchors(page: Path) -> set[str]:

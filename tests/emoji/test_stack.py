@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ipadapter_core import diffusers_sites, load_adapter
-from ipadapter_core.assets import MODEL, emoji_folder
+from ipadapter_core.assets import MODEL, emoji_folder, is_for_emoji
 from ipadapter_trainer.demo import run as demo_run
 from ipadapter_trainer.demo.alignment import cancel_empty_text
 from ipadapter_trainer.demo.batches import draw_batch, encode_emoji
@@ -58,6 +58,7 @@ def test_the_model_is_small_and_has_the_sd15_layout(base_model: BaseModel) -> No
     assert base_model.vae.config["latent_channels"] == 4
     assert base_model.vae.config["scaling_factor"] == 0.18215
     assert base_model.latent_scale == 8
+    assert all(is_for_emoji(new_adapter(base_model, TRAIN_KINDS[kind]).spec) for kind in ("base", "plus"))
 
 
 def test_the_parts_have_names_that_old_and_new_transformers_know() -> None:

@@ -62,6 +62,9 @@ def test_the_defaults_are_the_papers_recipe() -> None:
         ({"optimizer": "prodigy"}, ["learning_rate=1", "0.0001"]),
         ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, ["schedulefree", "'cosine'"]),
         ({"optimizer": "schedulefree", "ema_decay": 0.9}, ["ema_decay=0", "0.9"]),
+        ({"lr_scheduler": "cosine_with_restarts"}, ["'cosine_with_restarts' is cosine", "set cosine"]),
+        ({"lr_scheduler": "polynomial"}, ["'polynomial' is linear", "set linear"]),
+        ({"lr_scheduler": "step"}, ["lr_scheduler = 'step': expected 'constant', 'cosine' or 'linear'"]),
         ({"lr_warmup_steps": 10}, ["lr_warmup_steps=10", "steps=10"]),
         ({"buckets": True, "resolution": 32}, ["bucket_step=64", "resolution=32"]),
         ({"bucket_step": 32}, ["bucket_step=32 has no effect", "buckets=true"]),
@@ -86,6 +89,23 @@ def test_overrides_win_over_the_file_and_can_unset(tmp_path: Path) -> None:
     config = load_config(TrainConfig, file, ["steps=none", "epochs=1.5", "flip=true", "learning_rate=2e-5"])
     assert (config.steps, config.epochs, config.flip, config.learning_rate) == (None, 1.5, True, 2e-5)
     assert config.data == str(Path("~/d").expanduser())
+
+
+@pytest.mark.parametrize("key", ["output", "data", "data_root", "cache", "resume", "face_embeds"])
+def test_a_path_may_begin_with_the_home_folder(key: str) -> None:
+    values = {**MINIMAL, "kind": "faceid", "data": "d.jsonl"}
+    assert str(getattr(make_config({**values, key: "~/d.csv"}), key)) == str(Path.home() / "d.csv")
+    with pytest.raises(ConfigError, match=rf"{key} = '~nobody\.here/d\.csv': no such user as 'nobody\.here'"):
+        make_config({**values, key: "~nobody.here/d.csv"})
+
+
+def test_a_text_that_begins_with_a_tilde_stays() -> None:
+    """Such as the tags ~masterpiece~."""
+    text = "~masterpiece~, a cat"
+    assert make_config({**MINIMAL, "sample_prompt": text}).sample_prompt == text
+    config = validate(GenerateConfig, {**GENERATE, "prompt": text, "negative_prompt": "~"})
+    assert (config.prompt, config.negative_prompt) == (text, "~")
+    assert validate(EvalConfig, {**EVAL, "caption_prefix": "~/a "}).caption_prefix == "~/a "
 
 
 def test_spaces_inside_a_word_do_not_matter() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -179,6 +180,27 @@ def test_it_goes_on_where_it_was_stopped(settings: EvalConfig) -> None:
     more = evaluate(changed(settings, num_images_per_prompt=3), say=said.append)
     assert "24 have scores already" in said[1]
     assert more.images == 18
+
+
+def test_more_sample_images_are_made_of_prompts_that_have_scores(settings: EvalConfig) -> None:
+    first, said = run(settings), list[str]()
+    file = settings.output / "scores.jsonl"
+    lines, kept = file.read_text(), {path: path.read_bytes() for path in settings.output.rglob("images/*/*.png")}
+    assert len(kept) == 8  # 2 prompts x 2 images x 2 weights
+    next(iter(kept)).unlink()
+    more = changed(settings, sample_images=4, batch_size=3)
+    again = evaluate(more, say=said.append)
+    assert "24 have scores already, 9 of them are generated again for sample_images=4." in said[0]
+    assert file.read_text() == lines
+    assert [row.clip_i.value for row in again.rows] == [row.clip_i.value for row in first.rows]
+    found = {path: Image.open(path) for path in settings.output.rglob("images/*/*.png")}
+    assert len(found) == 16
+    for path, data in kept.items():  # from their seeds; batches round differently
+        difference = ImageChops.difference(Image.open(io.BytesIO(data)), found[path])
+        assert max(high for _, high in difference.getextrema()) <= 1
+    assert Image.open(settings.output / "grid.png").height > 4 * 128
+    evaluate(more, say=said.append)
+    assert said[1].endswith("24 have scores already.")
 
 
 def test_a_broken_image_is_skipped_and_counted(settings: EvalConfig) -> None:
