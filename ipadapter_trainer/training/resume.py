@@ -144,7 +144,8 @@ def batches_to_skip(position: Position, before: Mapping[str, Any], now: Mapping[
     per_epoch = now["batches_per_epoch"]
     if per_epoch is None:
         return -(-position.images // now["images_per_batch"])
-    per_epoch_before = before.get("batches_per_epoch") or -(-before["images"] // before["images_per_batch"])
+    images = before["images"] or now["images"]  # a stream does not know its number
+    per_epoch_before = before.get("batches_per_epoch") or -(-images // before["images_per_batch"])
     return -(-position.batches // per_epoch_before) * per_epoch
 
 

@@ -218,6 +218,8 @@ def test_batches_of_a_stream_are_skipped_by_images() -> None:
     now = before | {"images_per_batch": 3}
     assert batches_to_skip(Position(4, 4, 8), before, now) == 3
     assert batches_to_skip(Position(4, 4, 8), before, before) == 4
+    listed = now | {"images_per_batch": 2, "data": "listed", "images": 6, "batches_per_epoch": 3}
+    assert batches_to_skip(Position(4, 4, 8), before | {"images": None}, listed) == 6  # cached meanwhile
 
 
 # ---- files and models of others
