@@ -20,7 +20,7 @@ Observe = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(eq=False)
 class AdapterApplication:
-    """One adapter in a UNet. Its fields may be set between calls of the UNet, which check them.
+    """One adapter in a UNet. Its fields may be replaced, not changed in place, between calls of the UNet.
 
     `key_values`: per layer in id order, [R, T, C] tensors of R image prompts. Set it once for sampling, in each step
     for training (gradients flow through it). None adds nothing.
@@ -43,7 +43,9 @@ class AdapterApplication:
     name: str = "adapter"
     observe: Observe | None = None
     rows: Sequence[int] | None = None
-    _checked: tuple[Any, ...] = field(default=(), init=False, repr=False)
+    _checked: dict[str, tuple[Any, tuple[int, ...]]] = field(
+        default_factory=dict[str, tuple[Any, tuple[int, ...]]], init=False, repr=False
+    )
     _mask: Tensor | None = field(default=None, init=False, repr=False)
     _batch_rows: list[int] | None = field(default=None, init=False, repr=False)
     _selected: dict[int, tuple[KeyValue, list[int], KeyValue]] = field(
@@ -53,27 +55,19 @@ class AdapterApplication:
         default_factory=dict[tuple[int, int], tuple[Tensor, Tensor]], init=False, repr=False
     )
 
-    def check(self, layer_dims: Sequence[int]) -> None:
-        """Check the fields, those that were set since the last check, for a UNet whose layers have these dims.
+    def check(self, layer_dims: Sequence[int], *, again: bool = True) -> None:
+        """Check the fields for a UNet whose layers have these dims; unless `again`, only those that were replaced.
 
         Raises AdapterError for what is not for this UNet, weights that are not finite, and a mask that is 0 everywhere
         or in another unit.
         """
         self._check_key_values(layer_dims)
-        fields = (self.weight, self.mask, self.lora)
-        if len(self._checked) == len(fields) and all(a is b for a, b in zip(fields, self._checked, strict=True)):
-            return
-        self._check_weight(len(layer_dims))
-        self._mask = None
-        if self.mask is not None:
-            advice = "Pass another mask, or None for the whole image."
-            self._mask = check_attention_mask(self.mask, f"{self.name}: mask", advice)
-        if self.lora is not None and len(list(self.lora.children())) != 2 * len(layer_dims):
-            raise AdapterError(
-                f"{self.name}: its LoRA has {len(list(self.lora.children()))} layers, the UNet {2 * len(layer_dims)}. "
-                "Use an adapter for this base model."
-            )
-        self._checked = fields
+        checks = {"weight": self._check_weight, "mask": self._check_mask, "lora": self._check_lora}
+        for name, check in checks.items():
+            value, dims = self._checked.get(name, (None, ()))
+            if again or value is not getattr(self, name) or dims != tuple(layer_dims):
+                check(len(layer_dims))
+                self._checked[name] = getattr(self, name), tuple(layer_dims)
 
     def _check_key_values(self, expected: Sequence[int]) -> None:
         if self.key_values is None:
@@ -85,6 +79,17 @@ class AdapterApplication:
             raise AdapterError(
                 f"{self.name}: has {len(dims)} layers, the UNet has {len(expected)}{detail}. Use an adapter for "
                 "this base model."
+            )
+
+    def _check_mask(self, layers: int) -> None:
+        advice = "Pass another mask, or None for the whole image."
+        self._mask = None if self.mask is None else check_attention_mask(self.mask, f"{self.name}: mask", advice)
+
+    def _check_lora(self, layers: int) -> None:
+        if self.lora is not None and len(list(self.lora.children())) != 2 * layers:
+            raise AdapterError(
+                f"{self.name}: its LoRA has {len(list(self.lora.children()))} layers, the UNet {2 * layers}. Use an "
+                "adapter for this base model."
             )
 
     def _check_weight(self, layers: int) -> None:

@@ -103,7 +103,7 @@ class Injection:
         if rows is not self._rows_tensor:  # once a run: a pipeline passes the same tensor in every step
             self._rows_tensor, self._rows = rows, None if rows is None else _row_list(rows, frames)
         for application in self.applications:
-            application.check(self._layer_dims)
+            application.check(self._layer_dims, again=False)
             application.start_call(len(sample) * frames, self._rows)
         return args, kwargs
 

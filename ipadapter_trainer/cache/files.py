@@ -32,7 +32,7 @@ from ..data.images import Size, file_size
 from ..errors import CacheError
 from ..runtime.disk import whole_file
 
-FORMAT = 4
+FORMAT = 5
 SIZES = ("original_size", "crop_coords_top_left", "target_size")
 MANIFEST = "manifest.json"
 _METADATA = "ipadapter.cache"  # a single entry, because safetensors writes several in a random order

@@ -48,7 +48,7 @@ def evaluate(context: typer.Context, arguments: Settings = None, *, options: Lis
         from ..runtime.processes import connect
 
         quiet()
-        is_main = connect().is_main_process
+        is_main = connect(cuda_or_cpu=True).is_main_process
         try:
             evaluation = evaluate(config, say=typer.echo, progress_bar=True)
         except KeyboardInterrupt:

@@ -51,10 +51,10 @@ class TarSample(NamedTuple):
         if not images:
             raise DataError(f"{self.name}: no image (jpg, png, webp, ...) among its files ({', '.join(self.files)}).")
         for suffix in self.files:
-            start, dot, rest = suffix.partition(".")
-            near = difflib.get_close_matches(start, ("reference", "face"), n=1, cutoff=0.85)
-            if dot and near and near[0] != start:
-                raise DataError(f"{self.name}: .{suffix} is not read. Did you mean .{near[0]}.{rest}?")
+            start, _, rest = suffix.partition(".")
+            meant = "face" if rest == "npy" else "reference" if f".{rest}" in IMAGE_SUFFIXES else ""
+            if start != meant and start.isalpha() and difflib.get_close_matches(start, [meant], cutoff=0.85):
+                raise DataError(f"{self.name}: .{suffix} is not read. Did you mean .{meant}.{rest}?")
         references = [f"reference{suffix}" for suffix in IMAGE_SUFFIXES if f"reference{suffix}" in self.files]
         return Example(
             images[0],

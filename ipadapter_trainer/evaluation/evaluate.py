@@ -45,7 +45,7 @@ def evaluate(config: EvalConfig, *, say: Callable[[str], None] = print, progress
 
     Raises TrainerError and AdapterError for models and data that are wrong or do not fit together.
     """
-    state = connect()
+    state = connect(cuda_or_cpu=True)
     progress_bar = progress_bar and state.is_main_process
     with lock_folder(config.output, say):
         setup = load_setup(config, torch.device(state.device or "cpu"), progress_bar)

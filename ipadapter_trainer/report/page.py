@@ -37,7 +37,7 @@ def write_report(output: Path, summary: str) -> Path:
     """
     train, validations = read_run(output)
     config = output / CONFIG_FILE
-    settings = config.read_text(encoding="utf-8", errors="surrogateescape") if config.is_file() else ""
+    settings = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     name = html.escape(output.resolve().name)
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',

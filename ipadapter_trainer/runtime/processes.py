@@ -24,9 +24,12 @@ def launched_on_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.cuda.is_available())
 
 
-def connect() -> PartialState:
-    """The processes that share a work of which no step needs the others, until its end."""
-    return PartialState(cpu=launched_on_cpu(), timeout=_TIMEOUT)
+def connect(*, cuda_or_cpu: bool = False) -> PartialState:
+    """The processes that share a work of which no step needs the others, until its end. `cuda_or_cpu`: on no other
+    device, as `ipadapter generate`.
+    """
+    cpu = launched_on_cpu() or (cuda_or_cpu and not torch.cuda.is_available())
+    return PartialState(cpu=cpu, timeout=_TIMEOUT)
 
 
 def disconnect_at_exit() -> None:

@@ -18,14 +18,14 @@ from ..files.opening import checkpoint_folders
 from ..files.published import published_name
 from ..models.base_model import BaseModel
 from ..models.from_config import base_model_from_config
-from ..report.run_files import CONFIG_FILE, LOG_FILE, REPORT_FILE
+from ..report.run_files import CONFIG_FILE, LOG_FILE, REPORT_FILE, sample_files
 from ..runtime.processes import check_precision, launched_on_cpu
 from ..settings.config import TrainConfig
 from .checkpoints import read_run_settings
 from .new_adapter import adapter_spec, read_initial_adapter
 from .objective import Objective, new_objective
 from .optimizers import check_optimizer
-from .resume import batches_to_skip, changed_settings, checkpoint_to_resume, nothing_to_do, run_settings
+from .resume import changed_settings, checkpoint_to_resume, nothing_to_do, resume_at, run_settings
 from .run_log import tracker_arguments
 from .training_data import TrainingData, open_training_data
 
@@ -52,7 +52,8 @@ class Checked:
     images_per_batch: int  # in one batch of all processes
     checkpoint: Path | None  # to resume from
     start_step: int
-    start_batches: int  # batches of all processes before the next one
+    start_batches: int  # the number of the next batch, of all processes
+    start_epochs: float  # that are done; 0 for a stream
     changes: Sequence[str]  # of settings since that checkpoint
     warnings: Sequence[str]
     cuda_graphs: bool
@@ -90,16 +91,16 @@ def check_training(config: TrainConfig) -> Checked:
     if config.init_from is not None:
         read_initial_adapter(base_model, config.train_kind, config.num_tokens, config.init_from)
     images_per_batch = config.batch_size * accelerator.num_processes
-    start_step, start_batches, changes = 0, 0, list[str]()
+    start_step, start_batches, start_epochs, changes = 0, 0, 0.0, list[str]()
     if checkpoint is not None:
         position, before = read_run_settings(checkpoint)
         now = run_settings(config, base_model, objective, data, accelerator.num_processes)
         changes = changed_settings(checkpoint, before, now, config.accept_changes)
-        start_step, start_batches = position.step, batches_to_skip(position, before, now)
+        start_step, (start_batches, start_epochs) = position.step, resume_at(position, before, now)
         if start_batches != position.batches and data.batches_per_epoch is not None:
-            changes.append("the images are in another order, so it goes on with a new epoch")
+            changes.append("the images or their order changed, so it goes on with a new epoch")
     _check_files(config, adapter_spec(base_model, config.train_kind, config.num_tokens))
-    steps = total_steps(config, data.batches_per_epoch, start_step, start_batches)
+    steps = total_steps(config, data.batches_per_epoch, start_step, start_epochs)
     if config.lr_warmup_steps >= steps:
         raise ConfigError(f"lr_warmup_steps={config.lr_warmup_steps} leave nothing of the {steps:,} steps.")
     tried, broken = data.try_images()
@@ -127,6 +128,7 @@ def check_training(config: TrainConfig) -> Checked:
         checkpoint=checkpoint,
         start_step=start_step,
         start_batches=start_batches,
+        start_epochs=start_epochs,
         changes=changes,
         warnings=warnings,
         cuda_graphs=use_cuda_graphs(config, accelerator),
@@ -137,7 +139,8 @@ def _check_files(config: TrainConfig, spec: AdapterSpec) -> None:
     """Refuse to replace files that no training of this output has written."""
     if (config.output / LOG_FILE).exists() or checkpoint_folders(config.output):
         return
-    for file in (config.output / name for name in (CONFIG_FILE, REPORT_FILE, published_name(spec))):
+    files = [config.output / name for name in (CONFIG_FILE, REPORT_FILE, published_name(spec))]
+    for file in (*files, *sample_files(config.output).values()):
         if file.exists():
             raise ConfigError(
                 f"{file} would be replaced, and it is not from a training of this output, which holds no {LOG_FILE}. "
@@ -174,12 +177,12 @@ def notes(checked: Checked, resuming: str) -> list[str]:
     return [found, *(f"  {change}" for change in checked.changes), *lines]
 
 
-def total_steps(config: TrainConfig, batches_per_epoch: int | None, done: int = 0, batches: int = 0) -> int:
-    """Optimizer steps of the whole training, of which `done` are done; they took `batches` batches."""
+def total_steps(config: TrainConfig, batches_per_epoch: int | None, done: int = 0, epochs: float = 0.0) -> int:
+    """Optimizer steps of the whole training, of which `done` are done, in `epochs` epochs."""
     if config.steps is not None:
         return config.steps
-    left = float(config.epochs or 0) * (batches_per_epoch or 0) - batches
-    return done + math.ceil(max(left, 0) / config.gradient_accumulation_steps)
+    left = (float(config.epochs or 0) - epochs) * (batches_per_epoch or 0) / config.gradient_accumulation_steps
+    return done + max(math.ceil(left - 1e-6), 0)  # 2.0000000001 steps are two
 
 
 def plan_warnings(config: TrainConfig, size: int | None, held_out: int, steps: int, images_per_step: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,25 @@ from .training_data import TrainingData
 
 # A change of these is refused: the weights or the optimizer state would not fit.
 _FIXED = ("kind", "num_tokens", "base_model", "image_encoder", "prediction_type", "optimizer")
-# These decide the order of the images.
-_ORDER = ("data", "validation_images", "images_per_batch", "shards", "seed", "resolution", "buckets", "bucket_step")
 # These decide what a step sees: a change needs accept_changes=true.
-_DATA = (*_ORDER, "crop", "flip", "reference_crop", "self_reference", "vae", "text_encoders")
+_DATA = (
+    "data",
+    "validation_images",
+    "images_per_batch",
+    "shards",
+    "seed",
+    "resolution",
+    "buckets",
+    "bucket_step",
+    "crop",
+    "flip",
+    "reference_crop",
+    "self_reference",
+    "vae",
+    "text_encoders",
+)
+# These decide the order of the images.
+_ORDER = ("data", "validation_images", "images_per_batch", "shards", "seed", "buckets", "bucket_sizes")
 _MODELS = ("base_model", "image_encoder", "vae", "text_encoders")
 # A resumed run may change these.
 _FREE = (
@@ -132,21 +148,24 @@ def run_settings(
         "bucket_step": config.bucket_step if config.buckets else None,
         "features": _features(config),
         "batches_per_epoch": data.batches_per_epoch,
+        "bucket_sizes": f"{config.resolution} in steps of {config.bucket_step}" if config.buckets else None,
     }
 
 
-def batches_to_skip(position: Position, before: Mapping[str, Any], now: Mapping[str, Any]) -> int:
-    """The number of the batch that a resumed run begins with. In another order of the images that is the first of the
-    next epoch, so that no image comes again or is left out; in another stream, the one after as many images.
+def resume_at(position: Position, before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[int, float]:
+    """The number of the batch that a resumed run begins with, and the epochs that are done (0 for a stream).
+
+    In another order of the images that is the first batch of the next epoch, so that no image comes again; in another
+    stream, the one after as many images.
     """
-    if not _differences(_ORDER, before, now):
-        return position.batches
-    per_epoch = now["batches_per_epoch"]
+    is_changed, per_epoch = bool(_differences(_ORDER, before, now)), now["batches_per_epoch"]
     if per_epoch is None:
-        return -(-position.images // now["images_per_batch"])
+        return -(-position.images // now["images_per_batch"]) if is_changed else position.batches, 0.0
+    if not is_changed:
+        return position.batches, position.batches / per_epoch
     images = before["images"] or now["images"]  # a stream does not know its number
-    per_epoch_before = before.get("batches_per_epoch") or -(-images // before["images_per_batch"])
-    return -(-position.batches // per_epoch_before) * per_epoch
+    epochs = position.batches / (before.get("batches_per_epoch") or -(-images // before["images_per_batch"]))
+    return math.ceil(epochs) * per_epoch, epochs
 
 
 def changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], accept: bool) -> list[str]:

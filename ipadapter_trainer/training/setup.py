@@ -99,8 +99,8 @@ def summary(training: Training) -> str:
     size = "shards" if data.size is None else f"{data.size:,} images"
     epochs = ""
     if data.batches_per_epoch is not None:
-        more = (training.steps - training.start_step) * config.gradient_accumulation_steps
-        epochs = f" ({(training.start_batches + more) / data.batches_per_epoch:.1f} epochs in all)"
+        more = (training.steps - training.start_step) * config.gradient_accumulation_steps / data.batches_per_epoch
+        epochs = f" ({training.start_epochs + more:.1f} epochs in all)"
     processes = training.accelerator.num_processes
     return (
         f"Training {parameters / 1e6:.2f} M parameters: {training.state.adapter.spec.describe()}\n"

@@ -613,6 +613,16 @@ def test_what_is_set_between_calls_is_checked_as_well(
             run(sd15, x, states)
 
 
+def test_another_unet_and_another_injection_check_again(unets: Any, new_adapter: Any, features: Any) -> None:
+    application = ic.AdapterApplication(weight=[1.0] * 16)
+    ic.inject(unets["sd15"], application).eject()
+    with pytest.raises(ic.AdapterError, match="16 weights for 70 layers"):
+        ic.inject(unets["sdxl"], application)
+    application.weight.append(1.0)
+    with pytest.raises(ic.AdapterError, match="17 weights for 16 layers"):
+        ic.inject(unets["sd15"], application)
+
+
 def test_a_mask_with_one_channel_is_one_mask(sd15: Any, case: Any, latents: Tensor, text: Tensor) -> None:
     mask = torch.rand(8, 8)
     results = [run_injected(sd15, case[1], latents, text, mask=each) for each in (mask, mask[None, None])]

@@ -22,7 +22,7 @@ from ipadapter_trainer.settings.config_file import load_config, make_config
 from ipadapter_trainer.training.checkpoints import Position
 from ipadapter_trainer.training.checks import check_training, notes
 from ipadapter_trainer.training.dry_run import dry_run
-from ipadapter_trainer.training.resume import batches_to_skip
+from ipadapter_trainer.training.resume import resume_at
 from ipadapter_trainer.training.steps import Progress
 from ipadapter_trainer.training.train import train
 
@@ -30,7 +30,7 @@ from .conftest import draw_image
 from .tiny_models import COLOURS, write_model
 
 STEPS = 4
-NEW_EPOCH = "  the images are in another order, so it goes on with a new epoch"
+NEW_EPOCH = "  the images or their order changed, so it goes on with a new epoch"
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,13 @@ def test_epochs_are_counted_on_from_the_checkpoint(settings: dict[str, Any]) -> 
     assert check_training(make_config({**settings, **changes})).steps == 18
     accumulated = check_training(make_config({**settings, **changes, "gradient_accumulation_steps": 2}))
     assert accumulated.steps == 4 + 7
+    # 4 of 6 batches of the first epoch are done: what is left of three is 7 of the 3 batches that an epoch has now.
+    larger = check_training(make_config({**settings, **changes, "batch_size": 4, "accept_changes": True}))
+    assert (larger.steps, larger.start_batches) == (4 + 7, 3)
+    one = check_training(make_config({**settings, "steps": None, "epochs": 1, "batch_size": 4, "accept_changes": True}))
+    assert one.steps == 4 + 1
+    other_size = check_training(make_config({**settings, **changes, "resolution": 96, "accept_changes": True}))
+    assert (other_size.steps, other_size.start_batches) == (18, 4)  # without buckets, the same order
 
 
 def shown_rows(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[tuple[int, int]]:
@@ -213,13 +220,13 @@ def test_another_batch_size_goes_on_with_a_new_epoch(settings: dict[str, Any], m
 
 
 def test_batches_of_a_stream_are_skipped_by_images() -> None:
-    names = ("data", "validation_images", "shards", "seed", "resolution", "buckets", "bucket_step", "batches_per_epoch")
+    names = ("data", "validation_images", "shards", "seed", "buckets", "bucket_sizes", "batches_per_epoch")
     before = dict.fromkeys(names) | {"images_per_batch": 2}
     now = before | {"images_per_batch": 3}
-    assert batches_to_skip(Position(4, 4, 8), before, now) == 3
-    assert batches_to_skip(Position(4, 4, 8), before, before) == 4
+    assert resume_at(Position(4, 4, 8), before, now) == (3, 0)
+    assert resume_at(Position(4, 4, 8), before, before) == (4, 0)
     listed = now | {"images_per_batch": 2, "data": "listed", "images": 6, "batches_per_epoch": 3}
-    assert batches_to_skip(Position(4, 4, 8), before | {"images": None}, listed) == 6  # cached meanwhile
+    assert resume_at(Position(4, 4, 8), before | {"images": None}, listed) == (6, 4 / 3)  # cached meanwhile
 
 
 # ---- files and models of others

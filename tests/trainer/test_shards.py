@@ -127,6 +127,13 @@ def test_a_sample_has_an_image_a_caption_a_reference_and_a_face(tmp_path: Path) 
     assert (two.text, two.references, two.face_id_embed) == ("two", (), None)
 
 
+def test_other_files_of_a_sample_are_no_mistakes(tmp_path: Path) -> None:
+    others = ("faces.json", "reference2.jpg", "face1.npy", "surface.npy", "preference.txt", "cls", "mask.png")
+    shard = write_shard(tmp_path / "a.tar", {"1": {"png": b"", "txt": b"a", **dict.fromkeys(others, b"")}})
+    (sample,) = stream_samples(str(shard), print)
+    assert sample.example().references == ()
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
