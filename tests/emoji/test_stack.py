@@ -244,7 +244,7 @@ def test_the_shipped_weights_can_be_trained_further(tmp_path: Path, train_images
     unet, vae, (clip, tokenizer) = load_unet(tmp_path, 128), load_vae(tmp_path, some), load_clip(tmp_path, 128)
     for ours, theirs in zip(unet.parameters(), shipped.unet.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    for ours, theirs in zip(clip.text_model.parameters(), shipped.text_encoder.parameters(), strict=True):
+    for ours, theirs in zip(clip.text_model.parameters(), shipped.text_encoders[0].parameters(), strict=True):
         assert torch.equal(ours, theirs)
     losses = unet_losses(some, some.subset(range(4)), vae, clip.text_model, tokenizer, batch_size=8, views=1)
     fit(new_unet(128), losses, checkpoint=tmp_path / "unet.pt", steps=2, learning_rate=1e-4)

@@ -389,8 +389,8 @@ def test_damaged_caches_are_refused(many: dict[str, Any], base_model: BaseModel)
     manifest.write_text(text[:-20])
     with pytest.raises(CacheError, match=r"manifest.json: not a cache's manifest"):
         cached(config, base_model)
-    manifest.write_text(text.replace('"format": 4', '"format": 7'))
-    with pytest.raises(CacheError, match="a cache of format 7, this version reads 4"):
+    manifest.write_text(text.replace('"format": 5', '"format": 7'))
+    with pytest.raises(CacheError, match="a cache of format 7, this version reads 5"):
         cached(config, base_model)
 
 

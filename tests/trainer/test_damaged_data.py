@@ -401,6 +401,6 @@ def test_a_manifest_of_an_earlier_format_is_named(cache: dict[str, Any]) -> None
     content = json.loads(manifest.read_text())
     assert load_file(Path(cache["cache"]) / "captions" / "shard-00000.safetensors")
     manifest.write_text(json.dumps({**content, "format": 1, "shards": {"texts": [], "images": []}}))
-    words = f"{manifest}: a cache of format 1, this version reads 4. Make the cache again with `ipadapter cache`, in"
+    words = f"{manifest}: a cache of format 1, this version reads 5. Make the cache again with `ipadapter cache`, in"
     assert_refused(words, "train", *keys(cache))
     assert_refused(words, "cache", *keys(cache))
