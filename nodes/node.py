@@ -58,8 +58,9 @@ def _checked(execute: Any) -> Any:
 
 
 def check_value(entry: Any, value: Any) -> None:
-    """Raises AdapterError when a value is none of the choices of an input, no number in its range, or of another
-    type than its widget."""
+    """Raises AdapterError when a value is none of the choices of an input, no number in its range, or of another type
+    than its widget.
+    """
     if entry.io_type == "COMBO":
         options = list(entry.options or ())
         choices = [option for option in options if not str(option).startswith(NONE)]

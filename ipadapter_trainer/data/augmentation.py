@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 RandomKey = tuple[int, int, int | str]  # seed, epoch, and the row of an example or the name of a sample
-Uniform = TypeVar("Uniform", float, Tensor)
 
 
 class SampleIndex(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,11 +160,12 @@ def resume_at(position: Position, before: Mapping[str, Any], now: Mapping[str, A
     is_changed, per_epoch = bool(_differences(_ORDER, before, now)), now["batches_per_epoch"]
     if per_epoch is None:
         return -(-position.images // now["images_per_batch"]) if is_changed else position.batches, 0.0
+    epochs = position.images / (per_epoch * now["images_per_batch"])  # not of batches: some may have been skipped
     if not is_changed:
-        return position.batches, position.batches / per_epoch
+        return position.batches, epochs
     images = before["images"] or now["images"]  # a stream does not know its number
-    epochs = position.batches / (before.get("batches_per_epoch") or -(-images // before["images_per_batch"]))
-    return math.ceil(epochs) * per_epoch, epochs
+    per_epoch_before = before.get("batches_per_epoch") or -(-images // before["images_per_batch"])
+    return -(-position.batches // per_epoch_before) * per_epoch, epochs
 
 
 def changed_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], accept: bool) -> list[str]:

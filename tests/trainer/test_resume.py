@@ -206,7 +206,10 @@ def shown_rows(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **chan
 def test_another_batch_size_goes_on_with_a_new_epoch(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"steps": STEPS + 3, "batch_size": 4, "accept_changes": True}
     assert told(settings, **changes)[-1] == NEW_EPOCH
+    epochs = {**changes, "steps": None, "epochs": 3}
+    assert check_training(make_config({**settings, **epochs})).steps == STEPS + 7
     shown = shown_rows(settings, monkeypatch, **changes)
+    assert check_training(make_config({**settings, **epochs})).steps == STEPS + 7  # the skipped batches are not done
     first = [row for epoch, row in shown if epoch == 1]
     assert len(first) == 12 and len(set(first)) == 11  # each of the 11 images; the last batch is filled up
     assert {epoch for epoch, _ in shown} <= {1, 2}  # batches are fetched ahead
